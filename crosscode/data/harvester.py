@@ -73,6 +73,11 @@ class ActivationHarvester:
         """How each model is read: "modules" or "bridge"."""
         return [run.kind for run in self._runs]
 
+    def bridge(self, m: int) -> Any | None:
+        """The TransformerBridge in which model m is read; None where it runs as the plain model."""
+        run = self._runs[m]
+        return run.bridge if isinstance(run, _BridgeRun) else None
+
     @property
     def max_sequence_length(self) -> int | None:
         limits = [model.max_sequence_length for model in self.models]

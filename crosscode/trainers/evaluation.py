@@ -16,6 +16,7 @@ from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.trainers.fvu import FvuAccumulator
 from crosscode.trainers.loss_recovered import LossRecovered
+from crosscode.trainers.precision import full_precision
 from crosscode.trainers.split import Split
 
 
@@ -58,6 +59,7 @@ class EvaluationResult:
         return {f"eval/{name}": value for name, value in scalars.items()}
 
 
+@full_precision()
 @torch.no_grad()
 def evaluate(
     model: BaseCrosscoder,
@@ -67,7 +69,7 @@ def evaluate(
     scaling_MP: Tensor | None = None,
     max_rows: int = 4096,
 ) -> EvaluationResult:
-    """Evaluate in eval mode (BatchTopK by threshold) on raw activations.
+    """Evaluate in eval mode (BatchTopK by threshold) on raw activations, in float32 whatever training computes in.
 
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.

@@ -8,7 +8,7 @@ the reconstruction spliced in, and with zeros spliced in. Reconstructions come f
 Only usable positions are replaced: the crosscoder never sees the others (position 0, padding, masked tokens).
 Cross-entropy and KL are means over the predictions that are made at a usable position of a usable token.
 A hookpoint that is a module's input replaces what this module reads; where the residual stream passes beside the
-module (`hook_resid_mid`), that stream stays clean.
+module (`hook_resid_mid`), that stream stays clean. A model that is harvested in TransformerBridge is spliced in it.
 
 H harvest batch (sequences) · S sequence · V vocabulary · M models · P hookpoints · D width ·
 Xi/Xo input/output crosscoding dims · X flattened Xo · Q all sequences · R resamples.
@@ -16,7 +16,7 @@ Xi/Xo input/output crosscoding dims · X flattened Xo · Q all sequences · R re
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from crosscode.data.harvester import ActivationHarvester
-from crosscode.data.hookpoints import Tap, resolve_taps
 from crosscode.data.tokens import TokenBatch
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.splicing import logits_with
+from crosscode.trainers.precision import full_precision
+from crosscode.trainers.splicing import Splicer
 from crosscode.trainers.split import Split
-
-log = logging.getLogger("crosscode")
 
 MAX_LOGITS = 2**26
 N_RESAMPLES = 1000
@@ -40,7 +38,7 @@ ALL_HOOKPOINTS = "all hookpoints"
 @dataclass(frozen=True)
 class LossRecovered:
     """Means over predicted tokens, nats. `ci95`: for some of the figures a 95 % interval by the bootstrap over
-    sequences. `loss_recovered` is None where zeros do not hurt."""
+    sequences. `loss_recovered` is None where zeros do not hurt, or hurt without bound."""
 
     n_tokens: int
     n_sequences: int
@@ -53,6 +51,7 @@ class LossRecovered:
     ci95: dict[str, list[float]]
 
 
+@full_precision()
 def measure_loss_recovered(
     model: BaseCrosscoder,
     harvester: ActivationHarvester,
@@ -63,52 +62,48 @@ def measure_loss_recovered(
     n_tokens: int = 4096,
 ) -> dict[str, LossRecovered]:
     """By name of the output position; a model with several has an entry `<model>/all hookpoints` as well, where all of
-    its reconstructions are spliced in at once. Empty where no hookpoint is the input or output of a module.
+    its reconstructions are spliced in at once.
 
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
         n_tokens: usable tokens after which no further batch is taken.
     """
-    replaced = _places(harvester, split, names_MP)
-    sums = {name: _SequenceSums() for name in replaced}
+    places_M = _places(harvester, split, names_MP)
+    sums = {name: _SequenceSums() for places in places_M for name in places}
+    splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
             recon_HSXD = reconstruct(model, harvester, batch, split, scaling_MP)
-            for name, (m, taps) in replaced.items():
-                _add_batch(sums[name], harvester, m, taps, batch, recon_HSXD)
+            for splicer, places in zip(splicers, places_M, strict=True):
+                if splicer is not None:
+                    _add_batch(sums, splicer, places, batch, recon_HSXD)
             n_tokens -= int(batch.mask_HS.sum())
             if n_tokens <= 0:
                 break
     finally:
         model.train(was_training)
-    return {name: found.result() for name, found in sums.items() if found.n_sequences}
+    return {name: found.result() for name, found in sums.items() if found.n_predictions}
 
 
-def _places(
-    harvester: ActivationHarvester, split: Split, names_MP: Sequence[Sequence[str]]
-) -> dict[str, tuple[int, dict[Tap, int]]]:
-    """What is replaced at once, by name: a language model, and for each of its taps the output position x."""
+Places = dict[str, dict[int, int]]
+"""What is replaced at once in one language model, by name: for each of its hookpoints p the output position x."""
+
+
+def _places(harvester: ActivationHarvester, split: Split, names_MP: Sequence[Sequence[str]]) -> list[Places]:
     M, P, _ = harvester.dims
     indices_X = split.output_names([[f"{m} {p}" for p in range(P)] for m in range(M)])
-    names_X = split.output_names(names_MP)
-    places: dict[str, tuple[int, dict[Tap, int]]] = {}
-    of_model: dict[int, dict[Tap, int]] = {}
-    for x, (indices, name) in enumerate(zip(indices_X, names_X, strict=True)):
+    positions_M: list[dict[int, int]] = [{} for _ in range(M)]
+    for x, indices in enumerate(indices_X):
         m, p = map(int, indices.split())
-        hookpoint = harvester.hookpoints[p]
-        tap = resolve_taps(harvester.models[m], [hookpoint])[hookpoint]
-        if tap is None:
-            log.warning("loss recovered: %s is no module's input or output, so nothing can be spliced in there", name)
-            continue
-        places[name] = (m, {tap: x})
-        of_model.setdefault(m, {})[tap] = x
-    for m, taps in of_model.items():
-        if len(taps) > 1:
-            short_name = names_MP[m][0].removesuffix(f"/{harvester.hookpoints[0]}")
-            places[f"{short_name}/{ALL_HOOKPOINTS}"] = (m, taps)
-    return places
+        positions_M[m][p] = x
+    places_M = [{names_MP[m][p]: {p: x} for p, x in positions.items()} for m, positions in enumerate(positions_M)]
+    for names_P, places, positions in zip(names_MP, places_M, positions_M, strict=True):
+        if len(positions) > 1:
+            short_name = names_P[0].removesuffix(f"/{harvester.hookpoints[0]}")
+            places[f"{short_name}/{ALL_HOOKPOINTS}"] = positions
+    return places_M
 
 
 @torch.no_grad()
@@ -140,26 +135,21 @@ def reconstruct(
 
 
 def _add_batch(
-    sums: _SequenceSums,
-    harvester: ActivationHarvester,
-    m: int,
-    taps: dict[Tap, int],
-    batch: TokenBatch,
-    recon_HSXD: Tensor,
+    sums: dict[str, _SequenceSums], splicer: Splicer, places: Places, batch: TokenBatch, recon_HSXD: Tensor
 ) -> None:
-    model = harvester.models[m]
     # A few sequences at a time: logits are the largest tensors here.
-    rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * model.vocab_size))
+    rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * splicer.model.vocab_size))
     for start in range(0, batch.tokens_HS.shape[0], rows):
         own = slice(start, start + rows)
         tokens_HS, mask_HS, recon = batch.tokens_HS[own], batch.mask_HS[own], recon_HSXD[own]
         segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
-        spliced = {tap: recon[:, :, x] for tap, x in taps.items()}
-        zeros = {tap: torch.zeros_like(acts_HSD) for tap, acts_HSD in spliced.items()}
-        clean_HSV = logits_with(model, tokens_HS, segments_HS)
-        spliced_HSV = logits_with(model, tokens_HS, segments_HS, spliced, mask_HS)
-        zero_HSV = logits_with(model, tokens_HS, segments_HS, zeros, mask_HS)
-        sums.add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)
+        clean_HSV = splicer.logits(tokens_HS, segments_HS)
+        for name, positions in places.items():
+            spliced = {p: recon[:, :, x] for p, x in positions.items()}
+            zeros = {p: torch.zeros_like(acts_HSD) for p, acts_HSD in spliced.items()}
+            spliced_HSV = splicer.logits(tokens_HS, segments_HS, spliced, mask_HS)
+            zero_HSV = splicer.logits(tokens_HS, segments_HS, zeros, mask_HS)
+            sums[name].add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)
 
 
 FIGURES = ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced", "kl_zero")
@@ -173,8 +163,8 @@ class _SequenceSums:
     sums_HF: list[Tensor] = field(default_factory=list)
 
     @property
-    def n_sequences(self) -> int:
-        return sum(n_H.shape[0] for n_H in self.n_H)
+    def n_predictions(self) -> int:
+        return sum(int(n_H.sum()) for n_H in self.n_H)
 
     def add(self, tokens_HS: Tensor, mask_HS: Tensor, clean_HSV: Tensor, spliced_HSV: Tensor, zero_HSV: Tensor) -> None:
         counted = (mask_HS[:, :-1] & mask_HS[:, 1:]).to(clean_HSV.device)
@@ -200,7 +190,8 @@ class _SequenceSums:
 
 
 def _recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float | None:
-    return None if ce_zero <= ce_clean else (ce_zero - ce_spliced) / (ce_zero - ce_clean)
+    hurts = math.isfinite(ce_zero) and ce_zero > ce_clean
+    return (ce_zero - ce_spliced) / (ce_zero - ce_clean) if hurts else None
 
 
 def _intervals(n_Q: Tensor, sums_QF: Tensor) -> dict[str, list[float]]:
@@ -217,4 +208,5 @@ def _intervals(n_Q: Tensor, sums_QF: Tensor) -> dict[str, list[float]]:
     if bool((span_R > 0).all()):
         columns["loss_recovered"] = (columns["ce_zero"] - columns["ce_spliced"]) / span_R
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: column_R.quantile(ends).tolist() for name, column_R in columns.items()}
+    finite = {name: column_R for name, column_R in columns.items() if bool(column_R.isfinite().all())}
+    return {name: column_R.quantile(ends).tolist() for name, column_R in finite.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +27,26 @@ class Precision:
     @contextmanager
     def matmuls(self) -> Iterator[None]:
         """Around a whole run: PyTorch's setting for float32 products, put back afterwards."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        try:
+        with _matmul_precision("high" if self.tf32 else "highest"):
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block float32 is float32, whatever a run around it has chosen: no autocast, no TF32."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_matmul_precision("highest"))
+        yield
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,11 +1,12 @@
 """Language models that run with some activations replaced.
 
-H harvest batch (sequences) · S sequence · D width · V vocabulary.
+H harvest batch (sequences) · S sequence · M models · P hookpoints · D width · V vocabulary.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,9 +14,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode.data.harvester import positions_within_segments
-from crosscode.data.hookpoints import Tap
+from crosscode.data.harvester import ActivationHarvester, positions_within_segments
+from crosscode.data.hookpoints import Tap, resolve_taps
 from crosscode.data.language_models import LanguageModel
+
+
+class Splicer:
+    """One model of a harvester, run with activations of its hookpoints replaced: in TransformerBridge where the
+    harvester reads it there, as the plain model with forward hooks elsewhere. What can be read can be replaced."""
+
+    def __init__(self, harvester: ActivationHarvester, m: int):
+        self.model, self._hookpoints = harvester.models[m], harvester.hookpoints
+        self._bridge = harvester.bridge(m)
+        self._taps = resolve_taps(self.model, self._hookpoints)
+
+    def logits(
+        self,
+        tokens_HS: Tensor,
+        segments_HS: Tensor | None,
+        replacements: Mapping[int, Tensor] | None = None,
+        mask_HS: Tensor | None = None,
+    ) -> Tensor:
+        """`logits_HSV` (float32), with hookpoint p replaced by `replacements[p]` (`acts_HSD`, in the space in which
+        the model itself has them) where `mask_HS` holds."""
+        replacements = replacements or {}
+        if self._bridge is not None:
+            by_name = {self._hookpoints[p]: acts_HSD for p, acts_HSD in replacements.items()}
+            return _bridge_logits(self.model, self._bridge, tokens_HS, by_name, mask_HS)
+        by_tap: dict[Tap, Tensor] = {}
+        for p, acts_HSD in replacements.items():
+            tap = self._taps[self._hookpoints[p]]
+            assert tap is not None  # else the harvester would have taken a bridge
+            by_tap[tap] = acts_HSD
+        return logits_with(self.model, tokens_HS, segments_HS, by_tap, mask_HS)
+
+
+@torch.no_grad()
+def _bridge_logits(
+    model: LanguageModel, bridge: Any, tokens_HS: Tensor, by_name: Mapping[str, Tensor], mask_HS: Tensor | None
+) -> Tensor:
+    hooks = []
+    for name, acts_HSD in by_name.items():
+        assert mask_HS is not None
+        hooks.append((name, _Replacement(acts_HSD, mask_HS).bridge))
+    # The bridge warns that it computes a norm by its own formula where something inside is replaced: as it should.
+    with model.lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A forward hook edited")
+        return bridge.run_with_hooks(tokens_HS.to(model.device), fwd_hooks=hooks, return_type="logits").float()
 
 
 @torch.no_grad()
@@ -55,7 +100,8 @@ def _replaced(model: LanguageModel, replacements: Mapping[Tap, Tensor], mask_HS:
 
 
 class _Replacement:
-    """Forward hooks that put other activations in place of a module's first input, or of its (first) output."""
+    """Hooks that put other activations in place of a module's first input, of its (first) output, or of what
+    TransformerBridge shows."""
 
     def __init__(self, acts_HSD: Tensor, mask_HS: Tensor):
         self._acts_HSD, self._mask_HS = acts_HSD, mask_HS
@@ -79,6 +125,9 @@ class _Replacement:
         place = _first_tensor_place(output)
         assert place is not None
         return type(output)((*output[:place], self._mixed(output[place]), *output[place + 1 :]))
+
+    def bridge(self, act: Tensor, hook: Any) -> Tensor:
+        return self._mixed(act)
 
     def _mixed(self, act: Tensor) -> Tensor:
         mask = self._mask_HS.to(act.device).reshape(*self._mask_HS.shape, *(1,) * (act.ndim - 2))

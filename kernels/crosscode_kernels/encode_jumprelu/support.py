@@ -50,11 +50,16 @@ def measure(h_BL: Tensor, theta_L: Tensor | None, margin: float, include_edge: b
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] if theta_L is None else h_BL[rows] - theta_L
         below(above_RL, -margin, out=mask_BL[rows]).logical_not_()
-        n_masked += int(torch.count_nonzero(mask_BL[rows]))
+        n_masked += _count(mask_BL[rows])
         if theta_L is not None and deficit_L is not None:
-            n_active += above_RL.shape[0] * above_RL.shape[1] - int(torch.count_nonzero(above_RL <= 0))
+            n_active += above_RL.shape[0] * above_RL.shape[1] - _count(above_RL <= 0)
             deficit_L -= above_RL.clamp_(max=0).sum(0)
     return Counts(mask_BL, n_masked, n_masked if theta_L is None else n_active, deficit_L)
+
+
+def _count(mask_RL: Tensor) -> int:
+    # On the CPU, where alone this runs, tolist looks at the memory itself: nothing is brought from a device.
+    return torch.count_nonzero(mask_RL).reshape(1).tolist()[0]
 
 
 def locate(mask_BL: Tensor) -> Support:

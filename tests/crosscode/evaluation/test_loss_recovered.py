@@ -17,30 +17,32 @@ from crosscode.models import (
     ReLUActivation,
     SAEOrTranscoder,
 )
-from crosscode.trainers.loss_recovered import measure_loss_recovered, reconstruct
+from crosscode.trainers.loss_recovered import _SequenceSums, measure_loss_recovered, reconstruct
 from crosscode.trainers.splicing import logits_with
 from crosscode.trainers.split import split_for
 
 WIDTH = 16
 RESID, IN, OUT = "blocks.{}.hook_resid_post", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
+# Inside a norm, where only TransformerBridge can read.
+NORM_1, NORM_2 = "blocks.{}.ln1.hook_normalized", "blocks.{}.ln2.hook_normalized"
+HOOKPOINTS = {
+    ("model_hookpoint_acausal", "modules"): [RESID.format(0), RESID.format(1)],
+    ("model_hookpoint_acausal", "bridge"): [NORM_1.format(1), RESID.format(1)],
+    ("sae", "modules"): [RESID.format(1)],
+    ("sae", "bridge"): [NORM_2.format(1)],
+    ("transcoder", "modules"): [IN.format(1), OUT.format(1)],
+    ("transcoder", "bridge"): [NORM_1.format(1), NORM_2.format(1)],
+    ("cross_layer_transcoder", "modules"): [IN.format(0), OUT.format(0), OUT.format(1)],
+    ("cross_layer_transcoder", "bridge"): [NORM_2.format(0), NORM_2.format(1), OUT.format(1)],
+    ("compound_cross_layer_transcoder", "modules"): [IN.format(0), IN.format(1), OUT.format(0), OUT.format(1)],
+    ("compound_cross_layer_transcoder", "bridge"): [IN.format(0), IN.format(1), NORM_2.format(1), OUT.format(1)],
+}
 CASES = {
-    "model_hookpoint_acausal": (
-        "both",
-        [RESID.format(0), RESID.format(1)],
-        lambda n, fn: ModelHookpointAcausalCrosscoder(2, 2, WIDTH, n, fn),
-    ),
-    "sae": ("one", [RESID.format(1)], lambda n, fn: SAEOrTranscoder(WIDTH, WIDTH, n, fn)),
-    "transcoder": ("one", [IN.format(1), OUT.format(1)], lambda n, fn: SAEOrTranscoder(WIDTH, WIDTH, n, fn)),
-    "cross_layer_transcoder": (
-        "one",
-        [IN.format(0), OUT.format(0), OUT.format(1)],
-        lambda n, fn: CrossLayerTranscoder(2, WIDTH, WIDTH, n, fn),
-    ),
-    "compound_cross_layer_transcoder": (
-        "one",
-        [IN.format(0), IN.format(1), OUT.format(0), OUT.format(1)],
-        lambda n, fn: CompoundCrossLayerTranscoder(2, WIDTH, WIDTH, n, fn),
-    ),
+    "model_hookpoint_acausal": lambda n, fn: ModelHookpointAcausalCrosscoder(2, 2, WIDTH, n, fn),
+    "sae": lambda n, fn: SAEOrTranscoder(WIDTH, WIDTH, n, fn),
+    "transcoder": lambda n, fn: SAEOrTranscoder(WIDTH, WIDTH, n, fn, linear_skip=True),
+    "cross_layer_transcoder": lambda n, fn: CrossLayerTranscoder(2, WIDTH, WIDTH, n, fn),
+    "compound_cross_layer_transcoder": lambda n, fn: CompoundCrossLayerTranscoder(2, WIDTH, WIDTH, n, fn),
 }
 
 
@@ -72,12 +74,13 @@ def batch_of(models, n_sequences=6, length=12, seed=0, segments=False, holes=Tru
     return TokenBatch(tokens_HS, mask_HS, segments_HS, 0)
 
 
-def setup(kind, models, n_latents=24, seed=0):
-    which, hookpoints, make = CASES[kind]
-    harvester = ActivationHarvester(models if which == "both" else models[:1], hookpoints)
+def setup(kind, models, path="modules", n_latents=24, seed=0):
+    hookpoints = HOOKPOINTS[kind, path]
+    harvester = ActivationHarvester(models if kind == "model_hookpoint_acausal" else models[:1], hookpoints)
+    assert set(harvester.paths) == {path}
     split = split_for(kind)
     names_MP = [[f"{name}/{hook}" for hook in hookpoints] for name in ("one", "two")[: harvester.dims[0]]]
-    model = make(n_latents, ReLUActivation(n_latents))
+    model = CASES[kind](n_latents, ReLUActivation(n_latents))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
@@ -102,10 +105,14 @@ class Oracle(torch.nn.Module):
         return self.targets[distances.argmin(1)]
 
 
-@pytest.mark.parametrize("segments", [False, True], ids=["one-document", "isolated-documents"])
+@pytest.mark.parametrize(
+    ("path", "segments"),
+    [("modules", False), ("modules", True), ("bridge", False)],
+    ids=["modules", "isolated-documents", "bridge"],
+)
 @pytest.mark.parametrize("kind", CASES)
-def test_a_perfect_reconstruction_recovers_all_loss_and_zeros_none(kind, segments, models):
-    harvester, split, names_MP, model = setup(kind, models)
+def test_a_perfect_reconstruction_recovers_all_loss_and_zeros_none(kind, path, segments, models):
+    harvester, split, names_MP, model = setup(kind, models, path)
     batches = [batch_of(models, seed=seed, segments=segments) for seed in range(2)]
     oracle = Oracle(model, harvester, batches, split)
     perfect = measure_loss_recovered(oracle, harvester, batches, split, names_MP, n_tokens=1000)
@@ -140,55 +147,88 @@ def put(new_SD, mask_S):
     return hook
 
 
+def slow_figures(run, batch, recon_HSD):
+    """The five figures from `run(tokens_1S, acts_SD | None, mask_S) -> logits_1SV`, prediction by prediction."""
+    sums, n = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "kl_spliced", "kl_zero"), 0.0), 0
+    for tokens_S, mask_S, recon_SD in zip(batch.tokens_HS, batch.mask_HS, recon_HSD, strict=True):
+        replaced = {"clean": None, "spliced": recon_SD, "zero": torch.zeros_like(recon_SD)}
+        with torch.no_grad():
+            logits = {key: run(tokens_S[None], acts_SD, mask_S)[0].double() for key, acts_SD in replaced.items()}
+        for s in range(len(tokens_S) - 1):
+            if not (mask_S[s] and mask_S[s + 1]):
+                continue
+            n += 1
+            probs = {key: logits_SV[s].softmax(-1) for key, logits_SV in logits.items()}
+            for key, prob_V in probs.items():
+                sums[f"ce_{key}"] -= math.log(prob_V[tokens_S[s + 1]])
+            for key in ("spliced", "zero"):
+                sums[f"kl_{key}"] += float((probs["clean"] * (probs["clean"] / probs[key]).log()).sum())
+    return n, {key: value / n for key, value in sums.items()}
+
+
+def assert_agree(ours, n, slow):
+    assert ours.n_tokens == n
+    for key, value in slow.items():
+        assert getattr(ours, key) == pytest.approx(value, rel=1e-4), key
+    if ours.loss_recovered is not None:
+        expected = (slow["ce_zero"] - slow["ce_spliced"]) / (slow["ce_zero"] - slow["ce_clean"])
+        assert ours.loss_recovered == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("kind", CASES)
-def test_figures_agree_with_a_slow_computation_in_transformer_lens(kind, models, tiny_lms):
+def test_figures_agree_with_a_slow_computation_in_transformer_lens(kind, models):
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     harvester, split, names_MP, model = setup(kind, models)
     batch = batch_of(models)
     found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
     recon_HSXD = reconstruct(model, harvester, batch, split, None)
-    for m, lm in enumerate(harvester.models):
+    names_X = split.output_names(names_MP)
+    for lm, names_P in zip(harvester.models, names_MP, strict=True):
         bridge = build_bridge_from_module(
             copy.deepcopy(lm.model), type(lm.model).__name__, hf_config=lm.model.config, model_name="tiny"
         )
-        for x, name in enumerate(split.output_names(names_MP)):
-            if name not in names_MP[m]:
+        for name, hook_name in zip(names_P, harvester.hookpoints, strict=True):
+            if name not in names_X:
                 continue
-            hook_name = harvester.hookpoints[names_MP[m].index(name)]
-            sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "kl_spliced", "kl_zero"), 0.0)
-            n = 0
-            for h in range(batch.tokens_HS.shape[0]):
-                tokens_1S, mask_S = batch.tokens_HS[h : h + 1], batch.mask_HS[h]
 
-                with torch.no_grad():
-                    runs = {
-                        "clean": bridge(tokens_1S, return_type="logits"),
-                        "spliced": bridge.run_with_hooks(
-                            tokens_1S, fwd_hooks=[(hook_name, put(recon_HSXD[h, :, x], mask_S))]
-                        ),
-                        "zero": bridge.run_with_hooks(
-                            tokens_1S, fwd_hooks=[(hook_name, put(torch.zeros_like(recon_HSXD[h, :, x]), mask_S))]
-                        ),
-                    }
-                for s in range(tokens_1S.shape[1] - 1):
-                    if not (mask_S[s] and mask_S[s + 1]):
-                        continue
-                    n += 1
-                    probs = {key: logits[0, s].double().softmax(-1) for key, logits in runs.items()}
-                    for key, prob_V in probs.items():
-                        sums[f"ce_{key}"] -= math.log(prob_V[tokens_1S[0, s + 1]])
-                    for key in ("spliced", "zero"):
-                        kl_V = probs["clean"] * (probs["clean"] / probs[key]).log()
-                        sums[f"kl_{key}"] += float(kl_V.sum())
-            ours = found[name]
-            assert ours.n_tokens == n
-            for key, value in sums.items():
-                assert getattr(ours, key) == pytest.approx(value / n, rel=1e-4), (name, key)
-            ce = {key: sums[f"ce_{key}"] / n for key in ("clean", "spliced", "zero")}
-            if ours.loss_recovered is not None:
-                expected = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
-                assert ours.loss_recovered == pytest.approx(expected, rel=1e-2)
+            def run(tokens_1S, acts_SD, mask_S, bridge=bridge, hook_name=hook_name):
+                hooks = [] if acts_SD is None else [(hook_name, put(acts_SD, mask_S))]
+                return bridge.run_with_hooks(tokens_1S, fwd_hooks=hooks, return_type="logits")
+
+            assert_agree(found[name], *slow_figures(run, batch, recon_HSXD[:, :, names_X.index(name)]))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_figures_inside_a_norm_agree_with_the_plain_model(kind, models):
+    """The same by hand: what a norm hands on is its weight times what is spliced in before that weight."""
+    harvester, split, names_MP, model = setup(kind, models, "bridge")
+    batch = batch_of(models)
+    found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
+    recon_HSXD = reconstruct(model, harvester, batch, split, None)
+    names_X = split.output_names(names_MP)
+    n_checked = 0
+    for lm, names_P in zip(harvester.models, names_MP, strict=True):
+        for name, hook_name in zip(names_P, harvester.hookpoints, strict=True):
+            if name not in names_X or "hook_normalized" not in hook_name:
+                continue
+            layer = lm.model.model.layers[int(hook_name.split(".")[1])]
+            norm = layer.input_layernorm if ".ln1." in hook_name else layer.post_attention_layernorm
+
+            def run(tokens_1S, acts_SD, mask_S, lm=lm, norm=norm):
+                def replace(module, args, output):
+                    return torch.where(mask_S[None, :, None], module.weight * acts_SD, output)
+
+                handle = None if acts_SD is None else norm.register_forward_hook(replace)
+                try:
+                    return lm.model(tokens_1S).logits
+                finally:
+                    if handle is not None:
+                        handle.remove()
+
+            assert_agree(found[name], *slow_figures(run, batch, recon_HSXD[:, :, names_X.index(name)]))
+            n_checked += 1
+    assert n_checked
 
 
 def test_all_hookpoints_at_once_replaces_them_all(models):
@@ -200,6 +240,24 @@ def test_all_hookpoints_at_once_replaces_them_all(models):
         last = found[f"{name}/blocks.1.hook_resid_post"]
         assert found[f"{name}/all hookpoints"].ce_zero == pytest.approx(last.ce_zero, rel=1e-6)
     assert len(found) == 6
+
+
+def test_zeros_that_hurt_without_bound_give_no_ratio():
+    sums = _SequenceSums()
+    tokens_HS, mask_HS = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    good_HSV = torch.randn(2, 3, 4)
+    sums.add(tokens_HS, mask_HS, good_HSV, good_HSV, torch.full((2, 3, 4), math.nan))
+    found = sums.result()
+    assert found.loss_recovered is None
+    assert found.ce_spliced == found.ce_clean
+    assert found.ci95.keys() == {"ce_clean", "ce_spliced", "kl_spliced"}
+
+
+def test_text_without_a_prediction_gives_nothing(models):
+    harvester, split, names_MP, model = setup("sae", models)
+    batch = batch_of(models)
+    batch.mask_HS[:, ::2] = False
+    assert measure_loss_recovered(model, harvester, [batch], split, names_MP) == {}
 
 
 def test_a_model_in_training_is_measured_in_raw_space(models):

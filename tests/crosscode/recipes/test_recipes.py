@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -58,7 +59,7 @@ def shrink(tmp_path):
             inner["n_calibration_tokens"] = 128
         if values["crosscoder"]["init"]["type"] == "zero_dec_skip":
             values["crosscoder"]["init"]["n_mean_tokens"] = 128
-        values["train"] |= {"n_tokens": 64 * 4, "batch_size": 64, "log_every": 1}
+        values["train"] |= {"n_tokens": 64 * 4, "batch_size": 64, "log_every": 4}
         values["evaluation"] = {"n_tokens": 128}
         return check_config(values)
 
@@ -79,13 +80,21 @@ def test_a_recipe_is_a_checked_config_with_a_title(name):
 
 
 @pytest.mark.parametrize("name", ON_EMBEDDED_MODELS)
-def test_a_recipe_trains_evaluates_and_loads_again(name, shrink):
+def test_a_recipe_trains_evaluates_and_loads_again(name, shrink, reads, monkeypatch):
     torch.set_num_threads(1)
     config = shrink(name)
     experiment = open_experiment(config)
     trainer = build_trainer(experiment, progress=False)
     before = {key: param.detach().clone() for key, param in trainer.model.named_parameters()}
+    train_step = trainer.train_step
+
+    def watched(acts_BMPD):
+        with reads if trainer.step < 3 else nullcontext():
+            train_step(acts_BMPD)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
     evaluation = trainer.train()
+    assert reads.n == 0, "steps that do not log read nothing from the device"
     assert evaluation is not None and math.isfinite(evaluation.fvu) and evaluation.l0 >= 0
     assert trainer.step == 4
     moved = [key for key, param in trainer.model.named_parameters() if not torch.equal(param, before[key])]
