@@ -15,6 +15,7 @@ from crosscode.errors import CrosscodeError, InputError, Interrupted
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 75
+EXIT_CTRL_C = 130
 EXIT_CODES = f"""exit codes: 0 done; {EXIT_FAILED} failed; {EXIT_BAD_INPUT} bad input, nothing written;
 {EXIT_INTERRUPTED} stopped by Ctrl-C or SIGTERM with everything saved, `crosscode train --resume RUN` goes on (a
 second signal ends at once, by that signal; what is lost then is what came after the last checkpoint)"""
@@ -39,6 +40,9 @@ def _guarded(command: Any) -> int:
     except Interrupted as error:
         print(f"crosscode: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("crosscode: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
     except InputError as error:
         print(f"crosscode: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -74,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--n-tokens", type=int, help="activations to train on (default: as in the recipe)")
     demo.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
     sweep = add("sweep", _sweep, "a grid of runs over one shared stream of activations")
-    sweep.add_argument("config", metavar="CONFIG.yaml", help="config file or recipe that all runs start from")
+    sweep.add_argument(
+        "config", metavar="CONFIG.yaml", nargs="?", help="config file or recipe that all runs start from"
+    )
     sweep.add_argument(
         "--grid",
         action="append",
@@ -83,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         help="values of a field, such as train.optimizer.lr=1e-3,3e-4; given several times: all combinations",
     )
     sweep.add_argument("--run-dir", help="folder of all runs (default: the config's run_dir)")
+    sweep.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted sweep, its folder alone given")
     doctor = add("doctor", _doctor, "versions, devices, a self-test of the kernels on this machine, disk speed")
     doctor.add_argument("--seconds", type=float, default=10.0, help="time for the self-test (default: %(default)s)")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
@@ -212,18 +219,27 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from crosscode.schema import read_yaml
-    from crosscode.sweep import grid_points, parse_grid, run_sweep
+    from crosscode.sweep import resume_sweep, run_sweep
+    from crosscode.sweep_grid import grid_points, parse_grid
 
-    values = read_yaml(options.config)
-    if options.run_dir is not None:
-        values["run_dir"] = options.run_dir
-    points = grid_points(values, parse_grid(options.grid))
     _quiet_libraries()
-    folder = points[0].config.run_path().parent
-    results = run_sweep(points, folder)
+    if options.resume is not None:
+        if options.config is not None or options.grid or options.run_dir is not None:
+            raise InputError("sweep: usage: crosscode sweep --resume FOLDER (the configs are the runs' own)")
+        folder = Path(options.resume)
+        results = resume_sweep(folder)
+    else:
+        if options.config is None:
+            raise InputError("sweep: name a config file or a recipe, or --resume FOLDER")
+        values = read_yaml(options.config)
+        if options.run_dir is not None:
+            values["run_dir"] = options.run_dir
+        points = grid_points(values, parse_grid(options.grid))
+        folder = points[0].config.run_path().parent
+        results = run_sweep(points, folder)
     for result in results:
         if "error" in result:
-            print(f"failed      {result['run']}")
+            print(f"failed      {result['run']}: {result['error']}")
         else:
             print(
                 f"FVU {result['fvu']:.4f}  L0 {result['l0']:.1f}  dead {result['dead_fraction']:.3f}  {result['run']}"

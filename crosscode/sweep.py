@@ -2,160 +2,221 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import yaml
+from torch import Tensor
 
-from crosscode.build import open_experiment
+from crosscode.build import Experiment, open_experiment
 from crosscode.build_run import build_dataloader, build_trainer
 from crosscode.config import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.files import write_json
-from crosscode.schema import check_config
+from crosscode.schema import load_config
 from crosscode.summary import write_summary
+from crosscode.sweep_grid import GridPoint
+from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.run_directory import RunDirectory
+from crosscode.trainers.progress import Progress
+from crosscode.trainers.run_directory import RunDirectory, open_run
+from crosscode.trainers.settings import ActivationSource
 from crosscode.trainers.split import split_for
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
 
-OWN_SECTIONS = ("name", "run_dir", "overwrite", "backend", "crosscoder", "objective", "constraints", "finetune_from")
-SHARED_OF_TRAIN = ("n_tokens", "batch_size")
+SWEEP_FILE = "sweep.json"
 
 
-@dataclass(frozen=True)
-class GridPoint:
-    """One run of a sweep."""
-
-    label: str
-    config: ExperimentConfig
+# ---- what is known of each run
 
 
-def parse_grid(options: Sequence[str]) -> dict[str, list[Any]]:
-    """`["train.optimizer.lr=1e-3,3e-4", ...]` -> values by dotted path."""
-    grid: dict[str, list[Any]] = {}
-    for option in options:
-        path, separator, text = option.partition("=")
-        if not separator or not path or not text:
-            raise InputError(
-                f"sweep: --grid {option!r}: expected FIELD=VALUE,VALUE,... such as train.optimizer.lr=1e-3"
-            )
-        if path in grid:
-            raise InputError(f"sweep: --grid names {path!r} twice")
-        grid[path] = [_value(part) for part in text.split(",")]
-    if not grid:
-        raise InputError("sweep: no --grid given; usage: crosscode sweep CONFIG.yaml --grid FIELD=VALUE,VALUE,...")
-    return grid
+class SweepFile:
+    """`sweep.json`: for each run its label and folder, and once it is over its summary, or the error that ended it."""
 
+    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]):
+        self.folder, self.rows = folder, {row["run"]: row for row in rows}
 
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML reads 1e-3 as a word
+    @classmethod
+    def open(cls, folder: Path) -> SweepFile:
         try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+            rows = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"sweep: {str(folder)!r} holds no sweep (no {SWEEP_FILE} there)") from error
+        except ValueError as error:
+            raise InputError(f"sweep: {str(folder / SWEEP_FILE)!r} is damaged: {error}") from error
+        return cls(folder, rows)
+
+    def note(self, label: str, **facts: Any) -> None:
+        row = self.rows[label]
+        self.rows[label] = {"run": row["run"], "path": row["path"], **facts}
+        write_json(self.folder / SWEEP_FILE, list(self.rows.values()))
+
+    def path(self, label: str) -> Path:
+        """Where a run is now: the whole sweep may have been moved."""
+        return self.folder / Path(self.rows[label]["path"]).name
+
+    def unfinished(self) -> list[str]:
+        """A run that met a loss that is not finite would meet it again; after other errors it can go on."""
+        return [label for label, row in self.rows.items() if "step" not in row and row.get("resumable", True)]
+
+    def state(self) -> str:
+        n_failed = sum("error" in row for row in self.rows.values())
+        n_done = sum("step" in row for row in self.rows.values())
+        return f"{n_done} of {len(self.rows)} runs done" + (f", {n_failed} failed" if n_failed else "")
 
 
-def grid_points(values: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[GridPoint]:
-    """All combinations, checked, each with a folder of its own below the config's `run_dir`. A field with one value
-    is set for all runs.
+class SharedStream:
+    """The one stream of a sweep, as each of its trainers sees it: only the sweep itself moves it."""
 
-    Raises:
-        InputError: a bad value, or a field that decides the stream of activations, which all runs share.
-    """
-    folder = check_config(values).run_path()
-    varied = [path for path in grid if len(grid[path]) > 1]
-    points: list[GridPoint] = []
-    for combination in itertools.product(*grid.values()):
-        changed = copy.deepcopy(dict(values))
-        chosen = dict(zip(grid, combination, strict=True))
-        for path, value in chosen.items():
-            _set(changed, path, value)
-        label = ",".join(f"{path.split('.')[-1]}={chosen[path]}" for path in varied) or "run"
-        changed["run_dir"] = str(folder / label.replace("/", "_"))
-        config = check_config(changed)
-        if points:
-            _check_shared(points[0].config, config)
-        points.append(GridPoint(label, config))
-    return points
+    def __init__(self, data: ActivationSource):
+        self._data = data
+        self.loaded: dict[str, Any] | None = None
 
+    @property
+    def scaling_MP(self) -> Tensor:
+        return self._data.scaling_MP
 
-def _set(values: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise InputError(f"sweep: --grid {path!r}: {name!r} is no section")
-    values[last] = value
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._data)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._data.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+    def close(self) -> None:
+        """Left to the sweep."""
 
 
-def _check_shared(first: ExperimentConfig, config: ExperimentConfig) -> None:
-    one, two = first.model_dump(mode="json"), config.model_dump(mode="json")
-    differ = [name for name in one if name not in (*OWN_SECTIONS, "train", "evaluation") and one[name] != two[name]]
-    differ += [f"train.{name}" for name in SHARED_OF_TRAIN if one["train"][name] != two["train"][name]]
-    if differ:
-        raise InputError(f"sweep: {differ[0]} decides the activations, which all runs of a sweep share")
+# ---- running
 
 
 def run_sweep(points: Sequence[GridPoint], folder: Path, progress: bool = True) -> list[dict[str, Any]]:
-    """Train all points side by side; returns (and writes to `sweep.json`) their labels and summaries.
+    """Train all points side by side; returns (and keeps in `sweep.json`) their labels, folders and summaries.
 
     Every run is what `crosscode train` makes of its config, to the bit, and is resumed like it. A run that fails
     leaves the sweep; the others go on.
 
     Raises:
-        Interrupted: a signal came; all runs are saved.
+        Interrupted: a signal came; all runs are saved, and `resume_sweep` goes on.
     """
     for point in points:
-        RunDirectory(point.config.run_path()).check_free(point.config.overwrite)
+        _check_free(point.config, folder)
         split_for(point.config.crosscoder.type).check(len(point.config.language_models), len(point.config.hookpoints))
     experiment = open_experiment(points[0].config)
-    data = build_dataloader(experiment)
-    trainers: dict[str, Trainer] = {}
-    for point in points:
-        own = replace(experiment, config=point.config, split=split_for(point.config.crosscoder.type))
-        trainers[point.label] = build_trainer(own, data=data, progress=progress and not trainers)
-    results = _train_side_by_side(trainers, data)
-    write_json(folder / "sweep.json", results)
-    return results
+    with closing(build_dataloader(experiment)) as data:
+        trainers: dict[str, Trainer] = {}
+        for point in points:
+            trainers[point.label] = build_trainer(_at(experiment, point), data=SharedStream(data), progress=False)
+        file = SweepFile(folder, [{"run": label, "path": str(trainer.run.path)} for label, trainer in trainers.items()])
+        for label in trainers:
+            file.note(label)
+        return _train_side_by_side(trainers, data, file, progress)
 
 
-def _train_side_by_side(trainers: dict[str, Trainer], data: Iterable[Any]) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
-    running = dict(trainers)
-    n_steps = next(iter(trainers.values())).settings.n_steps
-    with StopSignals() as stop:
+def resume_sweep(folder: Path, progress: bool = True) -> list[dict[str, Any]]:
+    """Go on with the runs of an interrupted sweep that are neither done nor failed, each from its newest checkpoint.
+
+    The stream starts where the run is that is furthest behind; others join in when it reaches them.
+    """
+    file = SweepFile.open(folder)
+    for label in file.rows:  # finished by `crosscode train --resume`, or just before a kill
+        if (file.path(label) / "summary.json").is_file():
+            file.note(label, **RunDirectory(file.path(label)).read_summary())
+    points = [GridPoint(label, load_config(open_run(file.path(label)).config_file)) for label in file.unfinished()]
+    log.info("sweep: %s, %d to go on with", file.state(), len(points))
+    if not points:
+        return list(file.rows.values())
+    experiment = open_experiment(points[0].config)
+    with closing(build_dataloader(experiment)) as data:
+        trainers: dict[str, Trainer] = {}
+        streams = {point.label: SharedStream(data) for point in points}
+        for point in points:
+            run, own = RunDirectory(file.path(point.label)), _at(experiment, point)
+            trainers[point.label] = build_trainer(own, resume=run, data=streams[point.label], progress=False)
+        state = streams[min(trainers, key=lambda label: trainers[label].step)].loaded
+        if state is not None:
+            data.load_state_dict(state)
+        return _train_side_by_side(trainers, data, file, progress)
+
+
+def _check_free(config: ExperimentConfig, folder: Path) -> None:
+    if (folder / SWEEP_FILE).is_file() and not config.overwrite:
+        state = SweepFile.open(folder).state()
+        raise InputError(
+            f"sweep: {str(folder)!r} holds a sweep ({state}); go on with it by `crosscode sweep --resume {folder}`, "
+            "choose another --run-dir, or set overwrite: true"
+        )
+    RunDirectory(config.run_path()).check_free(config.overwrite)
+
+
+def _at(experiment: Experiment, point: GridPoint) -> Experiment:
+    return replace(experiment, config=point.config, split=split_for(point.config.crosscoder.type))
+
+
+def _train_side_by_side(
+    trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool
+) -> list[dict[str, Any]]:
+    running = trainers
+    n_steps = next(iter(running.values())).settings.n_steps
+    position = min(trainer.step for trainer in running.values())
+    with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar:
         for trainer in running.values():
             trainer.start()
-        for acts_BMPD in itertools.islice(data, n_steps):
-            for label, trainer in list(running.items()):
-                try:
-                    with trainer.settings.precision.matmuls():
-                        trainer.train_step(acts_BMPD)
-                except CrosscodeError as error:
-                    log.error("%s: %s", label, error)
-                    results.append({"run": label, "path": str(trainer.run.path), "error": str(error)})
-                    del running[label]
-            if stop.received or not running:
+        bar.start(position)
+        batches = iter(data)
+        while position < n_steps and running and not stop.received:
+            with ExitStack() as harvest:
+                for trainer in running.values():
+                    harvest.enter_context(trainer.phases("harvest"))
+                acts_BMPD = next(batches, None)
+            if acts_BMPD is None:
+                log.warning("the data ended at step %d of %d: training stops", position, n_steps)
+                _each(running, file, methodcaller("save_checkpoint"))
                 break
-        if stop.received:
-            for trainer in running.values():
-                trainer.save_and_close()
-            paths = ", ".join(str(trainer.run.path) for trainer in running.values())
+            due = {label: trainer for label, trainer in running.items() if trainer.step == position}
+            _each(running, file, methodcaller("train_step", acts_BMPD), due)
+            position += 1
+            bar.advance(next((trainer.last_metrics for trainer in running.values()), {}))
+        for label, trainer in list(running.items()):
+            if stop.received:
+                break
+            _each(running, file, partial(_finish, file, label), {label: trainer})
+            running.pop(label, None)
+        if stop.received and running:
+            _each(running, file, methodcaller("save_and_close"))
             raise Interrupted(
-                f"stopped by {stop.received}; go on with: crosscode train --resume RUN, for each of {paths}"
+                f"stopped by {stop.received} after step {position} of {n_steps} ({file.state()}); "
+                f"continue with: crosscode sweep --resume {file.folder}"
             )
-        for label, trainer in running.items():
-            summary = write_summary(trainer, trainer.finish())
-            results.append({"run": label, "path": str(trainer.run.path), **summary})
-    order = list(trainers)
-    return sorted(results, key=lambda result: order.index(result["run"]))
+    return list(file.rows.values())
+
+
+def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:
+    file.note(label, **write_summary(trainer, trainer.finish()))
+
+
+def _each(
+    running: dict[str, Trainer],
+    file: SweepFile,
+    act: Callable[[Trainer], None],
+    chosen: dict[str, Trainer] | None = None,
+) -> None:
+    """Let trainers act in turn. One that fails leaves the sweep; the others go on."""
+    for label, trainer in list((running if chosen is None else chosen).items()):
+        try:
+            with trainer.settings.precision.matmuls():
+                act(trainer)
+        except CrosscodeError as error:
+            log.error("%s: %s", label, error)
+            file.note(label, error=str(error), resumable=not isinstance(error, NonFiniteLoss))
+            del running[label]

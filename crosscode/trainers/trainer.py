@@ -295,3 +295,4 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         self.data.load_state_dict(state["data"])
         set_random_state(state["random"])
+        self._saved_step = step
