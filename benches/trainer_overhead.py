@@ -3,8 +3,8 @@
     python benches/trainer_overhead.py [--steps 2000]
 
 Two loops over the same tiny batch: the bare one (forward, objective, backward, clip, fused Adam), and the trainer's
-`train_step` with `log_every` steps between rows of metrics. CPU time of the one thread, so that a busy machine does not
-count; rounds alternate, and medians of the rounds are shown.
+`train_step` with `log_every` steps between rows of metrics. One thread; CPU time, which a busy machine hardly changes, and
+wall time. Rounds alternate; medians of the rounds are shown and written to benches/results/trainer_overhead.json.
 
 Axes: B tokens · M models · P hookpoints · D width · L latents.
 """
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from data_common import report
 
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
 from crosscode.objectives import TERMS, Objective, as_schedule
@@ -47,6 +48,9 @@ class OneBatch:
     def load_state_dict(self, state):
         pass
 
+    def close(self):
+        pass
+
 
 def make_model():
     model = ModelHookpointAcausalCrosscoder(2, 1, 4, 8, BatchTopkActivation(2, 8), backend="torch")
@@ -69,11 +73,22 @@ def make_trainer(folder: Path, log_every: int) -> Trainer:
     )  # fmt: skip
 
 
-def bare_seconds(n_steps: int) -> float:
+class Clock:
+    """CPU time of the process and wall time, seconds a step."""
+
+    def __init__(self):
+        self._started = time.process_time(), time.perf_counter()
+
+    def per_step(self, n_steps: int) -> dict[str, float]:
+        cpu, wall = self._started
+        return {"cpu": (time.process_time() - cpu) / n_steps, "wall": (time.perf_counter() - wall) / n_steps}
+
+
+def bare_loop(n_steps: int) -> dict[str, float]:
     model, objective, data = make_model(), make_objective(), OneBatch()
     optimizer = Adam(lr=1e-3).build(model)
     never_fired_L = torch.zeros(8, dtype=torch.int64)
-    started = time.process_time()
+    clock = Clock()
     for step, acts_BMPD in zip(range(n_steps), data, strict=False):
         forward = model.forward_train(acts_BMPD)
         context = LossContext(model, acts_BMPD, acts_BMPD, forward, never_fired_L)
@@ -81,20 +96,20 @@ def bare_seconds(n_steps: int) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return (time.process_time() - started) / n_steps
+    return clock.per_step(n_steps)
 
 
-def trainer_seconds(n_steps: int, log_every: int) -> float:
+def trainer_loop(n_steps: int, log_every: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(Path(folder) / "run", log_every)
         trainer.start()
         batches = iter(trainer.data)
-        started = time.process_time()
+        clock = Clock()
         for _ in range(n_steps):
             with trainer.phases("harvest"):
                 acts_BMPD = next(batches)
             trainer.train_step(acts_BMPD)
-        return (time.process_time() - started) / n_steps
+        return clock.per_step(n_steps)
 
 
 def main() -> None:
@@ -102,16 +117,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of a round (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bare_seconds(50)
+    bare_loop(50)
+    trainer_loop(50, 1)
     rounds = [
-        (bare_seconds(options.steps), trainer_seconds(options.steps, 50), trainer_seconds(options.steps, 1))
+        (bare_loop(options.steps), trainer_loop(options.steps, 50), trainer_loop(options.steps, 1))
         for _ in range(ROUNDS)
     ]
-    bare, trained, logged = (1e3 * statistics.median(column) for column in zip(*rounds, strict=True))
-    over = 1e3 * statistics.median(trained - bare for bare, trained, _ in rounds)
-    print(f"bare loop                {bare:7.3f} ms a step")
-    print(f"trainer, log_every = 50  {trained:7.3f} ms a step, overhead {over:.3f} ms")
-    print(f"trainer, log_every = 1   {logged:7.3f} ms a step")
+    rows = []
+    for i, name in enumerate(("bare loop", "trainer, log_every = 50", "trainer, log_every = 1")):
+        row: dict[str, str | float] = {"loop": name}
+        for clock in ("cpu", "wall"):
+            row[f"{clock}_ms"] = round(1e3 * statistics.median(found[i][clock] for found in rounds), 4)
+            over = 1e3 * statistics.median(found[i][clock] - found[0][clock] for found in rounds)
+            row[f"{clock}_overhead_ms"] = round(over, 4)
+        rows.append(row)
+    report("trainer_overhead", rows)
 
 
 if __name__ == "__main__":
