@@ -23,8 +23,8 @@ from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.checkpoint import read_config
 from crosscode.registry import build_component
+from crosscode.resume import ResumePoint, config_values
 from crosscode.schema import dump_config
-from crosscode.trainers.checkpoints import Checkpoints
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.loggers import JsonlLogger, Logger
 from crosscode.trainers.loggers_extra import TensorboardLogger, WandbLogger
@@ -41,20 +41,20 @@ log = logging.getLogger("crosscode")
 def build_trainer(
     experiment: Experiment,
     *,
-    resume: RunDirectory | None = None,
+    resume: ResumePoint | None = None,
     data: ActivationSource | None = None,
     progress: bool = True,
 ) -> Trainer:
     """Everything that `Trainer` is composed of. A new run's directory is created last.
 
     Args:
-        resume: continue this run from its newest whole checkpoint (from the start, where it has none yet).
+        resume: continue this run from its newest whole checkpoint (from the start, where it has none yet); `experiment`
+            is that of the run's config.
         data: a stream of activations to use in place of the one that the config describes.
     """
     config, split = experiment.config, experiment.split
-    run = resume or RunDirectory(config.run_path())
+    run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
     settings = build_settings(config)
-    step = Checkpoints(run).newest_whole() if resume else None
     if resume is None:
         run.check_free(config.overwrite)
     data = data or build_dataloader(experiment)
@@ -175,6 +175,7 @@ def model_metadata(experiment: Experiment) -> dict[str, Any]:
         "hookpoints": config.hookpoints,
         "output_positions": experiment.output_names(),
         "architecture": config.crosscoder.type,
+        "config": config_values(config),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -48,6 +49,11 @@ def _guarded(command: Any) -> int:
         return EXIT_BAD_INPUT
     except CrosscodeError as error:
         print(f"crosscode: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"crosscode: {error}; free some space; a run goes on with: crosscode train --resume RUN", file=sys.stderr)
         return EXIT_FAILED
     return 0
 
@@ -140,12 +146,11 @@ def resume_training(run_dir: Path) -> None:
     """Continue a run from its newest whole checkpoint."""
     from crosscode.build import open_experiment
     from crosscode.build_run import build_trainer
-    from crosscode.schema import load_config
-    from crosscode.trainers.run_directory import open_run
+    from crosscode.resume import ResumePoint
 
-    run = open_run(run_dir)
+    point = ResumePoint.find(run_dir)
     _quiet_libraries()
-    _run_to_the_end(build_trainer(open_experiment(load_config(run.config_file)), resume=run))
+    _run_to_the_end(build_trainer(open_experiment(point.config), resume=point))
 
 
 def _run_to_the_end(trainer: Any) -> None:

@@ -19,13 +19,13 @@ from crosscode.build_run import build_dataloader, build_trainer
 from crosscode.config import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.files import write_json
-from crosscode.schema import load_config
+from crosscode.resume import ResumePoint
 from crosscode.summary import write_summary
 from crosscode.sweep_grid import GridPoint
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.run_directory import RunDirectory, open_run
+from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.settings import ActivationSource
 from crosscode.trainers.split import split_for
 from crosscode.trainers.trainer import Trainer
@@ -116,7 +116,9 @@ def run_sweep(points: Sequence[GridPoint], folder: Path, progress: bool = True) 
     with closing(build_dataloader(experiment)) as data:
         trainers: dict[str, Trainer] = {}
         for point in points:
-            trainers[point.label] = build_trainer(_at(experiment, point), data=SharedStream(data), progress=False)
+            trainers[point.label] = build_trainer(
+                _at(experiment, point.config), data=SharedStream(data), progress=False
+            )
         file = SweepFile(folder, [{"run": label, "path": str(trainer.run.path)} for label, trainer in trainers.items()])
         for label in trainers:
             file.note(label)
@@ -132,17 +134,17 @@ def resume_sweep(folder: Path, progress: bool = True) -> list[dict[str, Any]]:
     for label in file.rows:  # finished by `crosscode train --resume`, or just before a kill
         if (file.path(label) / "summary.json").is_file():
             file.note(label, **RunDirectory(file.path(label)).read_summary())
-    points = [GridPoint(label, load_config(open_run(file.path(label)).config_file)) for label in file.unfinished()]
+    points = {label: ResumePoint.find(file.path(label)) for label in file.unfinished()}
     log.info("sweep: %s, %d to go on with", file.state(), len(points))
     if not points:
         return list(file.rows.values())
-    experiment = open_experiment(points[0].config)
+    experiment = open_experiment(next(iter(points.values())).config)
     with closing(build_dataloader(experiment)) as data:
         trainers: dict[str, Trainer] = {}
-        streams = {point.label: SharedStream(data) for point in points}
-        for point in points:
-            run, own = RunDirectory(file.path(point.label)), _at(experiment, point)
-            trainers[point.label] = build_trainer(own, resume=run, data=streams[point.label], progress=False)
+        streams = {label: SharedStream(data) for label in points}
+        for label, point in points.items():
+            own = _at(experiment, point.config)
+            trainers[label] = build_trainer(own, resume=point, data=streams[label], progress=False)
         state = streams[min(trainers, key=lambda label: trainers[label].step)].loaded
         if state is not None:
             data.load_state_dict(state)
@@ -159,8 +161,8 @@ def _check_free(config: ExperimentConfig, folder: Path) -> None:
     RunDirectory(config.run_path()).check_free(config.overwrite)
 
 
-def _at(experiment: Experiment, point: GridPoint) -> Experiment:
-    return replace(experiment, config=point.config, split=split_for(point.config.crosscoder.type))
+def _at(experiment: Experiment, config: ExperimentConfig) -> Experiment:
+    return replace(experiment, config=config, split=split_for(config.crosscoder.type))
 
 
 def _train_side_by_side(

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,7 +22,7 @@ CHECKSUMS_FILE = "checksums.json"
 
 
 class CheckpointNotSaved(CrosscodeError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint or the trained model could not be written; checkpoints before it are as they were."""
 
 
 class Checkpoints:
@@ -44,16 +45,11 @@ class Checkpoints:
             CheckpointNotSaved: the disk is full, or refuses for another reason. Nothing of the new one is left.
         """
         path = self.run.checkpoint(step)
-        try:
-            with new_folder(path) as folder:
-                write(folder)
-                write_checksums(folder)
-        except (OSError, SafetensorError) as error:
-            kept = self.newest_name()
-            raise CheckpointNotSaved(
-                f"checkpoint of step {step} could not be written ({error}); the last one is {kept}; free some disk "
-                f"space under {str(self.run.path)!r}, or set train.keep_last lower"
-            ) from error
+        advice = f"free some disk space under {str(self.run.path)!r}, or set train.keep_last lower"
+        last = f"the last one is {self.newest_name()}"
+        with saving(f"checkpoint of step {step}", f"{last}; {advice}"), new_folder(path) as folder:
+            write(folder)
+            write_checksums(folder)
         self._rotate()
         return path
 
@@ -87,6 +83,15 @@ class Checkpoints:
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
+
+
+@contextmanager
+def saving(what: str, advice: str) -> Iterator[None]:
+    """Turn what a disk answers into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointNotSaved(f"{what} could not be written ({error}); {advice}") from error
 
 
 def write_checksums(folder: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from crosscode.files import write_text
 from crosscode.trainers.histograms import Histogram
+
+log = logging.getLogger("crosscode")
 
 
 class Logger(Protocol):
@@ -28,32 +32,57 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """One JSON object a line, flushed at once, so that a killed run keeps what it logged.
+    """One JSON object a line, handed to the system at once, so that a killed run keeps what it logged.
 
     Histograms go into a file of their own beside it. A number that is not finite is written as null.
     """
 
     def __init__(self, path: Path):
-        self._path, self._histograms = path, path.with_name("histograms.jsonl")
-        self._file = path.open("a", encoding="utf-8")
+        self._rows, self._histograms = _Lines(path), _Lines(path.with_name("histograms.jsonl"))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps({name: _json_value(value) for name, value in metrics.items()}) + "\n")
-        self._file.flush()
+        self._rows.append(json.dumps({name: _json_value(value) for name, value in metrics.items()}))
 
     def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         row = {"step": step, **{name: histogram.to_json() for name, histogram in histograms.items()}}
-        with self._histograms.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._histograms.append(json.dumps(row))
 
     def rewind(self, step: int, n_rows: int) -> None:
-        self._file.close()
-        cut_rows(self._path, step, n_rows)
-        cut_rows(self._histograms, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._rows.cut(step, n_rows)
+        self._histograms.cut(step)
 
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
+        self._histograms.close()
+
+
+class _Lines:
+    """Lines at the end of a file, which is made with the first. What a full disk refuses is kept and tried again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: FileIO | None = None
+        self._unwritten = b""
+
+    def append(self, line: str) -> None:
+        waited = bool(self._unwritten)
+        self._unwritten += line.encode() + b"\n"
+        try:
+            self._file = self._file or FileIO(self.path, "a")
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                log.warning("%s: %s; rows are kept in memory and tried again with the next", self.path, error.strerror)
+
+    def cut(self, last_step: int, n_rows: int | None = None) -> None:
+        self.close()
+        cut_rows(self.path, last_step, n_rows)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._unwritten = None, b""
 
 
 def _json_value(value: Any) -> Any:

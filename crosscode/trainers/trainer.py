@@ -17,7 +17,7 @@ from crosscode.errors import Interrupted
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import write_model
 from crosscode.objectives.base import Objective
-from crosscode.trainers.checkpoints import CheckpointNotSaved, Checkpoints
+from crosscode.trainers.checkpoints import CheckpointNotSaved, Checkpoints, saving
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.evaluation import EvaluationResult
 from crosscode.trainers.faults import FiniteGuard
@@ -159,7 +159,8 @@ class Trainer:
             constraint.after_step(self.model)
         self.model.eval()
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
-        self.model.save(self.run.final, self.metadata)
+        with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
+            self.model.save(self.run.final, self.metadata)
         evaluation = self._evaluate(None)
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())

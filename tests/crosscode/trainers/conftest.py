@@ -4,6 +4,7 @@ Axes: B tokens · M models · P hookpoints · D width.
 """
 
 import json
+import resource
 
 import pytest
 import torch
@@ -120,3 +121,15 @@ def planted():
 def rows_of():
     """Rows of a trainer's metrics.jsonl."""
     return lambda trainer: [json.loads(line) for line in trainer.run.metrics_file.read_text().splitlines()]
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of files stands in for a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -17,10 +17,10 @@ from crosscode import cli
 from crosscode.build import build_token_loader, open_experiment
 from crosscode.build_run import build_trainer
 from crosscode.data import ActivationsDataloader, HarvestThroughStore
+from crosscode.resume import ResumePoint
 from crosscode.schema import load_config
 from crosscode.trainers import trainer as trainer_module
 from crosscode.trainers.loggers import JsonlLogger
-from crosscode.trainers.run_directory import open_run
 from crosscode.trainers.trainer import Trainer
 
 
@@ -43,13 +43,16 @@ def strike(scenario):
         )
     if place == "update":  # gradients are there, the weights are not changed yet
         return mock.patch.object(Trainer, "_clip", before(Trainer._clip, lambda self: self.step == step))
+    if place == "evaluation":  # of a training step, or of the trained model at the end
+        due = lambda self, scaling_MP: self.step == step  # noqa: E731
+        return mock.patch.object(Trainer, "_evaluate", before(Trainer._evaluate, due))
     if place == "row":  # half a line of metrics is on disk
         original = JsonlLogger.log
 
         def log(self, metrics):
             if metrics["step"] == step:
-                self._file.write('{"step": ')
-                self._file.flush()
+                with self._rows.path.open("a") as file:
+                    file.write('{"step": ')
                 os.kill(os.getpid(), number)
             original(self, metrics)
 
@@ -65,8 +68,8 @@ def train(scenario):
         return cli.main(["train", "--resume", resume])
     if scenario.get("store") is None:
         return cli._guarded(lambda: cli.run_training(load_config(scenario["config"])))
-    run = open_run(scenario["resume"]) if scenario.get("resume") else None
-    config = load_config(run.config_file if run else scenario["config"])
+    point = ResumePoint.find(scenario["resume"]) if scenario.get("resume") else None
+    config = point.config if point else load_config(scenario["config"])
     experiment = open_experiment(config)
     rows = HarvestThroughStore(build_token_loader(experiment, heldout=False), experiment.harvester, scenario["store"])
     data = ActivationsDataloader(
@@ -77,7 +80,7 @@ def train(scenario):
         n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
         drop_last=True,
     )
-    return cli._guarded(lambda: cli._run_to_the_end(build_trainer(experiment, resume=run, data=data)))
+    return cli._guarded(lambda: cli._run_to_the_end(build_trainer(experiment, resume=point, data=data)))
 
 
 def main(scenarios_file, results_file):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from crosscode.cli import main
+from crosscode.trainers.trainer import Trainer
 
 
 @pytest.fixture
@@ -62,6 +64,97 @@ def test_a_run_that_is_done_can_be_resumed_and_stays_as_it_is(write, tmp_path, c
     summaries = [json.loads(text) for text in (before[2], after[2])]
     for name in ("step", "loss", "fvu", "l0", "dead_fraction"):
         assert summaries[0][name] == summaries[1][name]
+
+
+@pytest.fixture
+def half_run(write, tmp_path, monkeypatch):
+    """A run that stopped half way, and a function that changes its config."""
+    train_step = Trainer.train_step
+
+    def stop(self, acts_BMPD):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        train_step(self, acts_BMPD)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop)
+        assert main(["train", write(train__checkpoint_every=5)]) == 130
+    file = tmp_path / "run/config.yaml"
+
+    def change(path, value):
+        config = yaml.safe_load(file.read_text())
+        *parents, last = path.split(".")
+        section = config
+        for parent in parents:
+            section = section[int(parent) if parent.isdigit() else parent]
+        section[last] = value
+        file.write_text(yaml.safe_dump(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crosscoder.n_latents", 48),
+        ("crosscoder.activation.k", 5),
+        ("train.batch_size", 32),
+        ("train.optimizer.lr", 0.5),
+        ("seed", 3),
+        ("data.sequence_length", 12),
+        ("data.shuffle_buffer_size", 128),
+        ("hookpoints", ["blocks.0.hook_resid_post"]),
+    ],
+)
+def test_a_resume_refuses_what_decides_the_model_or_the_data(field, value, half_run, tmp_path, capfd):
+    half_run(field, value)
+    before = sorted(tmp_path.joinpath("run").rglob("*"))
+    capfd.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    shown = capfd.readouterr().err.strip()
+    assert f"resume: {field} was " in shown and "put it back" in shown and "\n" not in shown
+    assert sorted(tmp_path.joinpath("run").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "backend",
+            "reference",
+            "backend was 'torch' when the checkpoint was written and is 'reference' now: .*rounding",
+        ),
+        ("train.grad_accumulation", 2, "train.grad_accumulation was 1 .*rounding"),
+        ("train.n_tokens", 64 * 12, "train.n_tokens was 640 .*goes on with the new value"),
+        ("objective.recon.weight", 2.0, "objective.recon.weight was 1.0 .*goes on with the new value"),
+        ("train.log_every", 1, "train.log_every was 2 .*leaves the weights as they would have been"),
+        ("evaluation.n_tokens", 100, "evaluation.n_tokens was 200 .*leaves the weights"),
+    ],
+)
+def test_a_resume_says_what_other_changes_mean_and_goes_on(field, value, message, half_run, tmp_path, caplog):
+    half_run(field, value)
+    with caplog.at_level(logging.INFO, logger="crosscode"):
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert re.search(message, caplog.text)
+    assert caplog.text.count("resume:") == 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["step"] == (12 if field == "train.n_tokens" else 10)
+
+
+def test_a_resume_with_another_backend_stays_within_rounding(half_run, write, tmp_path):
+    assert main(["train", write(run_dir=str(tmp_path / "whole"))]) == 0
+    half_run("backend", "reference")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    ours, theirs = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("run", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_that_nobody_changed_is_resumed_from_another_folder_without_a_word(
+    half_run, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.chdir(tmp_path / "run")
+    with caplog.at_level(logging.INFO, logger="crosscode"):
+        assert main(["train", "--resume", "."]) == 0
+    assert "resume:" not in caplog.text
 
 
 def test_other_weights_of_a_language_model_are_noticed(write, tmp_path, capfd, save_tiny_lm):

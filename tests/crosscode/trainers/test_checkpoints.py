@@ -62,18 +62,6 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(run, caplog):
         checkpoints.newest_whole()
 
 
-@pytest.fixture
-def small_files():
-    """A limit on the size of files stands in for a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(n_bytes):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_keeps_the_old_checkpoints_and_leaves_no_rest(run, small_files):
     checkpoints = Checkpoints(run, keep_last=1)
     checkpoints.save(1, write_some)
@@ -102,6 +90,28 @@ def test_training_goes_on_over_a_full_disk(make_trainer, small_files, caplog):
         trainer.train()
     assert trainer.run.steps() == [2, 6]
     assert "step 4 could not be written" in caplog.text and "training goes on" in caplog.text
+
+
+def test_the_trained_model_on_a_full_disk_is_one_line_and_the_run_can_be_finished(make_trainer, small_files):
+    trainer = make_trainer(n_steps=4, checkpoint_every=2)
+    save_checkpoint = trainer.save_checkpoint
+
+    def save_and_fill():
+        save_checkpoint()
+        if trainer.step == 4:
+            small_files(1000)
+
+    trainer.save_checkpoint = save_and_fill
+    with pytest.raises(
+        CheckpointNotSaved, match=r"the trained model could not be .*; free some space, then: .*--resume"
+    ):
+        trainer.train()
+    assert not trainer.run.final.exists()
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    again = make_trainer(n_steps=4)
+    again.restore(again.checkpoints.newest_whole())
+    again.train()
+    assert (again.run.final / "model.safetensors").is_file()
 
 
 def test_a_trainer_continues_from_the_checkpoint_before_a_damaged_one(make_trainer, rows_of):

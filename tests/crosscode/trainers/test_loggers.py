@@ -4,6 +4,7 @@ Axes: L latents · X crosscoding positions.
 """
 
 import json
+import resource
 import sys
 import types
 from typing import ClassVar
@@ -41,6 +42,21 @@ def test_rewinding_keeps_what_the_checkpoint_knew(tmp_path):
     logger.close()
     assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 2, "again": True}]
     assert [row["step"] for row in lines(tmp_path / "histograms.jsonl")] == [1, 2, 2]
+
+
+def test_rows_that_a_full_disk_refuses_come_later_and_whole(tmp_path, small_files, caplog):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log({"step": 1})
+    small_files(20)
+    for step in (2, 3, 4):
+        logger.log({"step": step})
+    assert path.stat().st_size == 20  # half a row is there
+    assert caplog.text.count("rows are kept in memory") == 1
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    logger.log({"step": 5})
+    logger.close()
+    assert [row["step"] for row in lines(path)] == [1, 2, 3, 4, 5]
 
 
 def test_cutting_a_file_that_is_not_there_makes_none(tmp_path):
