@@ -6,23 +6,17 @@ Axes: B tokens · M models · P hookpoints · D width · H sequences of a harves
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 from crosscode_kernels.opset import BackendName
 from crosscode_kernels.resolve import resolve_backend
 from torch import Tensor
 
-from crosscode.config import DemoCorpus, ExperimentConfig, HubDataset, LanguageModelConfig
-from crosscode.data.harvester import ActivationHarvester
-from crosscode.data.language_models import LanguageModel, load_language_model
-from crosscode.data.sources import DocumentSource, load_documents, wrap_documents
-from crosscode.data.tokens import TokenSequenceLoader
-from crosscode.demo import demo_model_path
+from crosscode.build_data import Activations, build_token_loader, crosscoder_device, open_activations
+from crosscode.config import ExperimentConfig
+from crosscode.data.language_models import LanguageModel
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS, BaseCrosscoder
 from crosscode.objectives import TERMS, Objective, as_schedule
@@ -36,105 +30,6 @@ from crosscode.trainers.split import Split, split_for
 from crosscode.trainers.warm_start import find_model
 
 # ---- parts of a run
-
-
-def load_model(config: LanguageModelConfig, field: str, default_device: str) -> LanguageModel:
-    """A language model; `field` is its place in the config, for messages."""
-    try:
-        return load_language_model(
-            _locate(config.path),
-            revision=config.revision,
-            gguf_file=config.gguf_file,
-            dtype=config.dtype,
-            device=config.device or default_device,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except InputError as error:
-        raise InputError(f"{field}.path = {config.path!r}: {error}") from error
-
-
-def _locate(path: str) -> str:
-    """The folder or file of an embedded model (`demo:NAME`) or of one that a package ships (`package:NAME/FILE`)."""
-    scheme, _, rest = path.partition(":")
-    if scheme == "demo":
-        return str(demo_model_path(rest))
-    if scheme != "package":
-        return path
-    package, _, file = rest.partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise InputError(
-            f"the Python package {package!r} is not installed; try: pip install {package.replace('_', '-')}"
-        )
-    return str(Path(spec.origin).parent / file)
-
-
-def crosscoder_device(config: ExperimentConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device = {config.device!r}: not available here ({reason})") from error
-    return device
-
-
-def build_documents(source: Any, field: str) -> DocumentSource:
-    """The documents of a configured source. `field` is its place in the config, for messages."""
-    try:
-        return _open_documents(source)
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from error
-
-
-def _open_documents(source: Any) -> DocumentSource:
-    if isinstance(source, DemoCorpus):
-        from crosscode.demo.corpus import demo_corpus
-
-        name = f"demo corpus ({source.split}: {', '.join(source.domains)})"
-        return wrap_documents(demo_corpus(source.split, tuple(source.domains)), column="text", name=name)
-    if isinstance(source, HubDataset):
-        return load_documents(
-            source.name,
-            column=source.column,
-            split=source.split,
-            subset=source.subset,
-            revision=source.revision,
-            streaming=source.streaming,
-        )
-    if not Path(source.path).expanduser().exists():
-        raise InputError(f"path = {source.path!r}: no such file or folder")
-    return load_documents(
-        source.path, column=source.column, split=source.split, streaming=source.streaming, text_unit=source.text_unit
-    )
-
-
-def build_token_loader(experiment: Experiment, *, heldout: bool) -> TokenSequenceLoader:
-    config = experiment.config
-    data = config.data
-    separate = data.heldout is not None
-    side = "all" if separate else ("validation" if heldout else "train")
-    return TokenSequenceLoader(
-        experiment.heldout_documents if heldout else experiment.documents,
-        experiment.tokenizer,
-        sequence_length=data.sequence_length,
-        batch_size=data.harvest_batch_size,
-        epochs=1 if heldout else data.epochs,
-        shuffle=data.shuffle and not heldout,
-        seed=config.seed,
-        bos=data.bos,
-        separator=data.separator,
-        pack=data.pack,
-        isolate_documents=data.isolate_documents,
-        keep_first_position=data.keep_first_position,
-        mask_special_tokens=data.mask_special_tokens,
-        mask_token_ids=data.mask_token_ids,
-        template_tokens=data.template_tokens,
-        split=side,
-        validation_fraction=0.0 if separate else data.validation_fraction,
-    )
 
 
 def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCrosscoder:
@@ -194,19 +89,12 @@ class HeldoutBatch:
         return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
 
 
-@dataclass(frozen=True)
-class Experiment:
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Activations):
     """A checked config, and what must be loaded before anything else can be made."""
 
     config: ExperimentConfig
     split: Split
-    documents: DocumentSource
-    heldout_documents: DocumentSource
-    harvester: ActivationHarvester
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.harvester.models[0].tokenizer
 
     def output_names(self) -> list[str]:
         """Names of the output's crosscoding positions, flattened."""
@@ -247,8 +135,14 @@ class Experiment:
         return replace(result, loss_recovered=found)
 
 
-def open_experiment(config: ExperimentConfig) -> Experiment:
-    """Check what can be checked without data, then load the language models."""
+def open_experiment(
+    config: ExperimentConfig, models: Sequence[LanguageModel] | None = None, *, to_train: bool = True
+) -> Experiment:
+    """Check what can be checked without data, then load the language models.
+
+    `models`: in-memory models (`wrap_language_model`) in place of those that the config names, whose `path` is then
+    only a name. `to_train=False` asks for no training data: stores of activations need not be there.
+    """
     split = split_for(config.crosscoder.type)
     split.check(len(config.language_models), len(config.hookpoints))
     device = crosscoder_device(config)
@@ -260,15 +154,7 @@ def open_experiment(config: ExperimentConfig) -> Experiment:
     if config.crosscoder.n_latents is not None:
         with torch.device("meta"):
             check_parts(config, split)
-    documents = build_documents(config.data.source, "data.source")
-    heldout = config.data.heldout
-    heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout")
-    models = [
-        load_model(lm, f"language_models.{i}", default_device=str(device))
-        for i, lm in enumerate(config.language_models)
-    ]
-    harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
-    return Experiment(config, split, documents, heldout_documents, harvester)
+    return Experiment(config=config, split=split, **open_activations(config, models, to_train=to_train))
 
 
 def check_backend(name: BackendName, device: torch.device) -> None:

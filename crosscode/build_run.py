@@ -13,9 +13,8 @@ from crosscode.build import (
     build_constraints,
     build_model,
     build_objective,
-    build_token_loader,
-    crosscoder_device,
 )
+from crosscode.build_data import build_rows, crosscoder_device
 from crosscode.config import ExperimentConfig
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
@@ -94,14 +93,15 @@ def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
     """Scaled, shuffled training activations."""
     config = experiment.config
     return ActivationsDataloader(
-        build_token_loader(experiment, heldout=False),
-        experiment.harvester,
+        build_rows(experiment),
         batch_size=config.train.batch_size,
         shuffle_buffer_size=config.data.shuffle_buffer_size,
         seed=config.seed,
         scale=config.data.scale,
         n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
         drop_last=True,
+        prefetch=config.data.prefetch,
+        device=experiment.harvester.device,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `crosscode train | evaluate | report | demo | backends | recipes`."""
+"""The command line: `crosscode train | harvest | evaluate | report | demo | backends | recipes`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return _guarded(lambda: _train(arguments[1:]))
+    if arguments[:1] == ["harvest"]:
+        return _guarded(lambda: _harvest(arguments[1:]))
     options = _parser().parse_args(arguments)
     return _guarded(lambda: options.run(options))
 
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("train", None, "train from a config file or recipe; `crosscode train --help` lists every field")
+    add("harvest", None, "write activations to a store ahead of training; `crosscode harvest --help` lists every field")
     evaluate = add("evaluate", _evaluate, "held-out figures of a trained run")
     evaluate.add_argument("run_dir", metavar="RUN", help="run directory")
     evaluate.add_argument("--n-tokens", type=int, help="held-out activations (default: as in the run's config)")
@@ -174,6 +177,32 @@ def _print_figures(run: Path, summary: dict[str, Any]) -> None:
     print(f"speed       {summary['tokens_per_s']:.0f} tokens/s ({summary['backend']} backend, {summary['device']})")
 
 
+def _harvest(arguments: list[str]) -> None:
+    from crosscode.harvest import HARVEST, harvest_config, run_harvest
+    from crosscode.overrides import values_from_arguments
+
+    options, rest = _harvest_options().parse_known_args(arguments)
+    n_tokens = _positive("--n-tokens", options.n_tokens)
+    store = [] if options.store is None else ["--data.cache.path", options.store]
+    config = harvest_config(values_from_arguments([*rest, *store], HARVEST))
+    _quiet_libraries()
+    cache = run_harvest(config, n_tokens)
+    M, P, D = cache.dims
+    print(f"store       {cache.path}")
+    print(f"activations {cache.n_rows} of {M} x {P} x {D}, {cache.layout.dtype}")
+    print(f"size        {cache.n_bytes / 2**20:.1f} MiB in {len(cache.shards)} shards")
+    for names, norms in zip(config.position_names(), cache.mean_norm_MP().tolist(), strict=True):
+        for name, norm in zip(names, norms, strict=True):
+            print(f"mean norm   {norm:.4g}  {name}")
+
+
+def _harvest_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--store")
+    parser.add_argument("--n-tokens", type=int)
+    return parser
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from crosscode.build import open_experiment
     from crosscode.models import BaseCrosscoder
@@ -185,7 +214,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = open_run(options.run_dir)
     config = load_config(run.config_file)
     model = BaseCrosscoder.load(run.final, backend=config.backend)
-    experiment = open_experiment(config)
+    experiment = open_experiment(config, to_train=False)
     model.to(experiment.harvester.device)
     result = experiment.evaluate(model, n_tokens=n_tokens)
     run.write_evaluation(result.to_json())

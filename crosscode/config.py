@@ -8,126 +8,12 @@ resolved, which is what the command line shows and checks.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from crosscode.config_data import HarvestConfig
 from crosscode.registry import Component, ConfigModel
-
-DTypeName = Literal["float32", "bfloat16", "float16"]
-
-
-class LanguageModelConfig(ConfigModel):
-    """A language model whose activations are harvested."""
-
-    path: str
-    """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`), or `package:NAME/FILE` for a
-    file that an installed Python package ships"""
-    name: str | None = None
-    """short name in metrics and reports; null: the last part of the path"""
-    revision: str | None = None
-    """git revision of a hub model"""
-    gguf_file: str | None = None
-    """file name inside the folder `path`, for GGUF weights"""
-    dtype: DTypeName = "float32"
-    """dtype of the weights and of the run"""
-    device: str | None = None
-    """device of this model; null: that of the crosscoder"""
-    trust_remote_code: bool = False
-    """let a hub model run code of its own"""
-
-    def short_name(self) -> str:
-        return self.name or self.path.rstrip("/").split("/")[-1].split(":")[-1].removesuffix(".gguf")
-
-
-class DemoCorpus(ConfigModel):
-    """The embedded corpus: sources of the standard library, and its reference manual."""
-
-    type: Literal["demo"] = "demo"
-    split: Literal["train", "heldout"] = "train"
-    """which documents; the split depends on the documents' names only"""
-    domains: list[Literal["code", "manual"]] = Field(default=["code", "manual"])
-    """kinds of text"""
-
-
-class HubDataset(ConfigModel):
-    """A data set of the hub, read with `datasets`."""
-
-    type: Literal["hub"]
-    name: str
-    """hub name"""
-    subset: str | None = None
-    """configuration of the data set"""
-    split: str = "train"
-    """split to read"""
-    revision: str | None = None
-    """git revision"""
-    column: str = "text"
-    """column with text, token ids or chat messages"""
-    streaming: bool = True
-    """read while training instead of downloading first"""
-
-
-class LocalDataset(ConfigModel):
-    """A file, a folder of files (.txt, .jsonl, .parquet, .arrow, .csv), or a folder written by `save_to_disk`."""
-
-    type: Literal["local"]
-    path: str
-    """file or folder"""
-    split: str = "train"
-    """split of a saved data set"""
-    column: str = "text"
-    """column with text, token ids or chat messages"""
-    streaming: bool = False
-    """read without converting the whole first"""
-    text_unit: Literal["document", "paragraph", "line"] = "document"
-    """what one document of a text file is"""
-
-
-Source = Annotated[DemoCorpus | HubDataset | LocalDataset, Field(discriminator="type")]
-
-
-class DataConfig(ConfigModel):
-    """From text to shuffled activations."""
-
-    source: Source
-    """training text"""
-    heldout: Source | None = None
-    """text for evaluation; null: a share of `source` that training never sees"""
-    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """share of the documents kept for evaluation where `heldout` is null"""
-    sequence_length: PositiveInt = 256
-    """tokens of a sequence"""
-    harvest_batch_size: PositiveInt = 16
-    """sequences that pass through the language models at once"""
-    shuffle: bool = True
-    """read documents in a random order, another one each epoch"""
-    epochs: PositiveInt | None = None
-    """passes over the source; null: as many as training needs"""
-    bos: Literal["sequence", "document", "none"] = "sequence"
-    """where the beginning-of-sequence token goes"""
-    separator: Literal["eos", "none"] = "eos"
-    """what stands between documents of one sequence"""
-    pack: bool = True
-    """whether documents share sequences"""
-    isolate_documents: bool = False
-    """keep attention inside each document of a sequence"""
-    keep_first_position: bool = False
-    """train on position 0 as well (an attention sink: its norm outweighs all others)"""
-    mask_special_tokens: bool = False
-    """leave out activations at the tokenizer's special tokens"""
-    mask_token_ids: list[int] = Field(default=[])
-    """leave out activations at these token ids"""
-    template_tokens: Literal["keep", "mask"] = "keep"
-    """chats: whether activations at tokens that the chat template adds are used"""
-    shuffle_buffer_size: NonNegativeInt = 65_536
-    """activations to draw batches from; 0: no shuffling"""
-    scale: bool = True
-    """scale each (model, hookpoint) to a mean norm of sqrt(D); folded into the weights at the end"""
-    n_tokens_for_norm_estimate: PositiveInt = 32_768
-    """activations on which the scaling is estimated (training sees them too)"""
-    activation_dtype: DTypeName = "float32"
-    """dtype of harvested activations in the shuffle buffer"""
 
 
 class CrosscoderConfig(ConfigModel):
@@ -233,7 +119,7 @@ class EvaluationConfig(ConfigModel):
     """held-out tokens for that; each output position costs two further passes through its language model"""
 
 
-class ExperimentConfig(ConfigModel):
+class ExperimentConfig(HarvestConfig):
     """One run: everything that decides its result."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -242,18 +128,8 @@ class ExperimentConfig(ConfigModel):
     """folder of the run"""
     overwrite: bool = False
     """replace a run that is there already"""
-    seed: NonNegativeInt = 0
-    """seed of initialisation, data order and shuffling"""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """kernels: changes speed and memory, never results"""
-    device: str = "auto"
-    """device of the crosscoder: auto, cpu, cuda, cuda:1, mps"""
-    language_models: list[LanguageModelConfig] = Field(min_length=1)
-    """models to harvest; several must share one tokenizer"""
-    hookpoints: list[str] = Field(min_length=1)
-    """TransformerLens names, such as blocks.5.hook_resid_post"""
-    data: DataConfig
-    """from text to activations"""
     crosscoder: CrosscoderConfig
     """the model that is trained"""
     objective: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -267,18 +143,5 @@ class ExperimentConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     """held-out figures"""
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> ExperimentConfig:
-        names = [model.short_name() for model in self.language_models]
-        if len(set(names)) != len(names):
-            raise ValueError(f"language_models: two share the name {max(names, key=names.count)!r}; set their `name`")
-        if len(set(self.hookpoints)) != len(self.hookpoints):
-            raise ValueError(f"hookpoints: {max(self.hookpoints, key=self.hookpoints.count)!r} is named twice")
-        return self
-
     def run_path(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name))
-
-    def position_names(self) -> list[list[str]]:
-        """`[M][P]` names such as "base/blocks.2.hook_resid_post"."""
-        return [[f"{model.short_name()}/{hook}" for hook in self.hookpoints] for model in self.language_models]

@@ -1,5 +1,8 @@
 """Errors that a user can act on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CrosscodeError(Exception):
     """Base of all errors raised on purpose by crosscode."""
@@ -14,3 +17,12 @@ class InputError(CrosscodeError, ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+@contextmanager
+def at_field(field: str) -> Iterator[None]:
+    """Put the place in the config before the message of bad input."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{field}: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -15,42 +17,70 @@ from pydantic_settings import (
 )
 
 from crosscode.config import ExperimentConfig
+from crosscode.config_data import HarvestConfig
 from crosscode.errors import InputError
 from crosscode.schema import check_config, experiment_class, field_paths, read_yaml
 
-USAGE = "crosscode train CONFIG.yaml"
 HELP_HEAD = """Train from CONFIG.yaml (a file, a run directory, or a recipe's name: `crosscode recipes`).
 `crosscode train --resume RUN` goes on with a run that was stopped, as if it never had been.
 Ctrl-C or SIGTERM finishes the step, saves, and exits with code 75; a second one exits at once.
 Every field of the config can be replaced on the command line: --train.batch_size 512 --crosscoder.activation.k 16"""
 
 
-def config_from_arguments(arguments: list[str]) -> ExperimentConfig:
-    """The checked config of `crosscode train ARGUMENTS`. `--help` prints every field and exits.
+@dataclass(frozen=True)
+class Command:
+    """A command that takes a config, or a part of one."""
+
+    name: str
+    help: str
+    config_class: Callable[[], type[HarvestConfig]]
+    needs_file: bool = True
+
+    @property
+    def usage(self) -> str:
+        return f"crosscode {self.name} CONFIG.yaml"
+
+
+TRAIN = Command("train", HELP_HEAD, experiment_class)
+
+
+def values_from_arguments(arguments: list[str], command: Command) -> dict[str, Any]:
+    """The values in a config file and on the command line, unchecked. `--help` prints every field and exits.
 
     Raises:
         InputError: no or a bad config file, an unknown option, a bad value.
     """
     asks_help = "--help" in arguments or "-h" in arguments
     positional = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if positional is None and not asks_help:
-        raise InputError("train: no config given; usage: crosscode train CONFIG.yaml [--section.field value ...]")
+    if positional is None and not asks_help and command.needs_file:
+        raise InputError(f"{command.name}: no config given; usage: {command.usage} [--section.field value ...]")
     values = {} if asks_help or positional is None else read_yaml(positional)
-    overrides = _parse(arguments[1:] if positional is not None else arguments)
-    return check_config(_merged(values, overrides))
+    overrides = _parse(arguments[1:] if positional is not None else arguments, command)
+    return _merged(values, overrides)
 
 
-def _parse(arguments: list[str]) -> dict[str, Any]:
+def config_from_arguments(arguments: list[str]) -> ExperimentConfig:
+    """The checked config of `crosscode train ARGUMENTS`.
+
+    Raises:
+        InputError: no or a bad config file, an unknown option, a bad value.
+    """
+    return check_config(values_from_arguments(arguments, TRAIN))
+
+
+def _parse(arguments: list[str], command: Command) -> dict[str, Any]:
     """Nested values of the options that were given; exits after printing the help."""
-    settings = _settings_class()
+    settings = _settings_class(command)
     try:
         source: CliSettingsSource[Any] = CliSettingsSource(
-            settings, cli_parse_args=arguments, cli_prog_name=USAGE, cli_exit_on_error=False
+            settings, cli_parse_args=arguments, cli_prog_name=command.usage, cli_exit_on_error=False
         )
         return source()
     except (SettingsError, ValidationError) as error:
         text = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
-        raise InputError(f"train: {text}{_near(text)}; `crosscode train --help` lists every field") from error
+        raise InputError(
+            f"{command.name}: {text}{_near(text)}; `crosscode {command.name} --help` lists every field"
+        ) from error
 
 
 def _near(message: str) -> str:
@@ -60,7 +90,7 @@ def _near(message: str) -> str:
     return f"; did you mean --{near[0]}?" if near else ""
 
 
-def _settings_class() -> type[BaseSettings]:
+def _settings_class(command: Command) -> type[BaseSettings]:
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(cli_hide_none_type=True, cli_avoid_json=True, extra="forbid")
 
@@ -69,10 +99,10 @@ def _settings_class() -> type[BaseSettings]:
             return ()
 
     fields: dict[str, Any] = {
-        name: (field.annotation, field) for name, field in experiment_class().model_fields.items()
+        name: (field.annotation, field) for name, field in command.config_class().model_fields.items()
     }
-    made = create_model("Train", __base__=Settings, **fields)
-    made.__doc__ = HELP_HEAD
+    made = create_model(command.name.capitalize(), __base__=Settings, **fields)
+    made.__doc__ = command.help
     return cast(type[BaseSettings], made)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from crosscode.config import CrosscoderConfig, ExperimentConfig, LocalDataset, TrainConfig
+from crosscode.config import CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS
 from crosscode.objectives import TERMS
@@ -19,6 +19,8 @@ from crosscode.recipes import recipe_path
 from crosscode.registry import ConfigModel, Registry
 from crosscode.trainers.constraints import CONSTRAINTS
 from crosscode.trainers.optimizers import OPTIMIZERS
+
+_FIRST = ("name", "run_dir", "overwrite")
 
 
 @cache
@@ -117,10 +119,18 @@ def dump_config(config: ExperimentConfig) -> str:
         values["finetune_from"] = str(Path(config.finetune_from).expanduser().resolve())
     for language_model in values["language_models"]:
         _make_absolute(language_model)
-    for key in ("source", "heldout"):
-        if isinstance(getattr(config.data, key), LocalDataset):
-            _make_absolute(values["data"][key])
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    _make_data_absolute(values["data"])
+    return yaml.safe_dump({name: values[name] for name in (*_FIRST, *values)}, sort_keys=False, allow_unicode=True)
+
+
+def _make_data_absolute(data: dict[str, Any]) -> None:
+    """Texts where they are; stores wherever they are going to be."""
+    for source in (data["source"], data["heldout"]):
+        for part in (source or {}).get("parts", [{"source": source}]):
+            if part["source"] is not None and part["source"]["type"] == "local":
+                _make_absolute(part["source"])
+    for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
+        store["path"] = str(Path(store["path"]).expanduser().resolve())
 
 
 def _make_absolute(values: dict[str, Any]) -> None:
@@ -132,13 +142,14 @@ def _make_absolute(values: dict[str, Any]) -> None:
 # ---- errors
 
 
-def explain(error: ValidationError, values: Any) -> str:
-    """One line: each problem with its field, its value and what would be right."""
+def explain(error: ValidationError, values: Any, config_class: type[BaseModel] | None = None) -> str:
+    """One line: each problem with its field, its value and what would be right. `config_class`: if not the whole."""
+    known = config_class or experiment_class()
     problems = []
     for problem in error.errors():
         field = ".".join(_as_written(problem["loc"], values))
         if problem["type"] == "extra_forbidden":
-            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'])}"
+            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], known)}"
         elif problem["type"] == "missing":
             text = f"{field}: required, but not given"
         elif problem["type"] == "value_error":
@@ -168,9 +179,9 @@ def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
             yield str(part)
 
 
-def _near(loc: Sequence[int | str]) -> str:
+def _near(loc: Sequence[int | str], config_class: type[BaseModel]) -> str:
     """A hint where an unknown field looks like a known one of the same section."""
-    known = _fields_at(experiment_class(), list(loc[:-1]))
+    known = _fields_at(config_class, list(loc[:-1]))
     near = get_close_matches(str(loc[-1]), known, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
@@ -195,11 +206,13 @@ def _fields_at(annotation: Any, loc: list[int | str]) -> list[str]:
 
 
 def field_paths() -> list[str]:
-    """Every field of the config as a dotted path."""
+    """Every field of the config as a dotted path; a list is one field, whatever is in it."""
 
     def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
         for name, field in model.model_fields.items():
             yield prefix + name
+            if get_origin(field.annotation) is list:
+                continue
             for inner in {*_models_in(field.annotation), field.annotation}:
                 if isinstance(inner, type) and issubclass(inner, BaseModel):
                     yield from walk(inner, f"{prefix}{name}.")

@@ -117,7 +117,7 @@ def _heldout_of(run: Path, n_tokens: int | None) -> HeldoutText:
     from crosscode.build import open_experiment
     from crosscode.schema import load_config
 
-    experiment = open_experiment(load_config(run / "config.yaml"))
+    experiment = open_experiment(load_config(run / "config.yaml"), to_train=False)
     return HeldoutText(
         experiment.heldout_batches(n_tokens), experiment.tokenizer, experiment.split, experiment.output_names()
     )

@@ -6,6 +6,7 @@ R rows that arrive together · B batch · M models · P hookpoints · D model di
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ class ActivationsDataloader:
         if self._scaling_MP is None:
             self._scaling_MP = self._check_scaling(self.rows.scaling_MP())
         if self._scaling_MP is None:
-            sample = (rows.acts_RMPD for rows in self.rows.open_sample())
-            self._scaling_MP = estimate_scaling(sample, self._n_tokens_for_norm_estimate)
+            with closing(self.rows.open_sample()) as sample:
+                acts = (rows.acts_RMPD for rows in sample)
+                self._scaling_MP = estimate_scaling(acts, self._n_tokens_for_norm_estimate)
         return self._scaling_MP
 
     def __iter__(self) -> Iterator[torch.Tensor]:

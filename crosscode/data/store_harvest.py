@@ -14,6 +14,7 @@ import torch
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.rows import HarvestedRows, Rows, RowStream
 from crosscode.data.store import ActivationCache
+from crosscode.data.store_format import StoreError
 from crosscode.data.store_manifest import make_manifest
 from crosscode.data.store_rows import shuffled_rows
 from crosscode.data.store_writer import ActivationCacheWriter
@@ -105,10 +106,14 @@ class HarvestThroughStore:
         return torch.device("cpu")
 
     def open(self, state: dict[str, Any] | None = None) -> RowStream:
-        return _ThroughStream(self, ActivationCacheWriter(self.path, self.manifest, **self._sizes), state)
+        return _ThroughStream(self, state, self.epochs)
 
     def open_sample(self) -> RowStream:
-        return self.harvested.open_sample()
+        """It fills the store as any other pass does: what an estimate has seen is not harvested again."""
+        return _ThroughStream(self, None, 1)
+
+    def open_writer(self) -> ActivationCacheWriter:
+        return ActivationCacheWriter(self.path, self.manifest, **self._sizes)
 
     def settings(self) -> dict[str, Any]:
         return {**self.harvested.settings(), "store.dtype": self.dtype_on_disk}
@@ -118,15 +123,25 @@ class HarvestThroughStore:
 
 
 class _ThroughStream:
-    """Position: epoch and rows handed out of it. Where these come from is the store's own affair."""
+    """Position: epoch, rows handed out of it, and whether it is one that reads a whole store in random order.
 
-    def __init__(
-        self, source: HarvestThroughStore, writer: ActivationCacheWriter, state: dict[str, Any] | None
-    ) -> None:
+    Where the rows of an epoch in stored order come from is the store's own affair.
+    """
+
+    def __init__(self, source: HarvestThroughStore, state: dict[str, Any] | None, epochs: int | None) -> None:
         self._source = source
-        self._writer = writer
+        self._epochs = epochs
         self._epoch = int(state["epoch"]) if state else 0
         self._row = int(state["row"]) if state else 0
+        self._shuffled = bool(state["shuffled"]) if state else False
+        self._writer = source.open_writer()
+        if self._shuffled and not self._writer.finished:
+            n_rows = self._writer.n_rows
+            self._writer.close()
+            raise StoreError(
+                f"store {str(source.path)!r} was complete when the position was saved and holds {n_rows} rows now; "
+                "complete it with `crosscode harvest`"
+            )
         self._cache: ActivationCache | None = None
         self._live: RowStream | None = None
         self._live_row = 0
@@ -135,21 +150,22 @@ class _ThroughStream:
         return self
 
     def __next__(self) -> Rows:
-        while self._source.epochs is None or self._epoch < self._source.epochs:
+        while self._epochs is None or self._epoch < self._epochs:
             acts_RMPD = self._read() if self._row < self._writer.n_rows and self._live is None else self._harvest()
             if acts_RMPD is not None:
                 self._row += acts_RMPD.shape[0]
                 return Rows(acts_RMPD, self._epoch)
             self._epoch, self._row, self._live = self._epoch + 1, 0, None
+            self._shuffled = self._writer.finished
         raise StopIteration
 
     def _read(self) -> torch.Tensor:
-        """Stored rows, in stored order in the first epoch and in any epoch that the store does not hold whole."""
+        """Stored rows, in stored order in the first epoch and in any that began before the store was whole."""
         if self._cache is None or self._cache.n_rows != self._writer.n_rows:
             self._cache = ActivationCache(self._source.path)
         n_rows = self._cache.n_rows
         n = min(_ROWS_PER_READ, n_rows - self._row)
-        if self._epoch and self._writer.finished:
+        if self._shuffled:
             seed = self._source.seed * 1_000_003 + self._epoch
             return self._cache.read_rows(shuffled_rows(n_rows, self._row, n, seed=seed, block=1))
         return self._cache.read_rows(torch.arange(self._row, self._row + n))
@@ -170,7 +186,7 @@ class _ThroughStream:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "row": self._row}
+        return {"epoch": self._epoch, "row": self._row, "shuffled": int(self._shuffled)}
 
     def close(self) -> None:
         if self._live is not None:

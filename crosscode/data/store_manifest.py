@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.data.harvester import ActivationHarvester
+from crosscode.data.language_models import LanguageModel
 from crosscode.data.store_format import STORE_DTYPES, Layout, StoreError, write_atomically
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
@@ -35,7 +36,7 @@ def make_manifest(token_loader: TokenSequenceLoader, harvester: ActivationHarves
             "name": model.name,
             "revision": model.revision,
             "weights": model.fingerprint(),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model),
         }
         for model in harvester.models
     ]
@@ -51,12 +52,22 @@ def make_manifest(token_loader: TokenSequenceLoader, harvester: ActivationHarves
     }
 
 
+def dtype_name(model: LanguageModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """16 hex digits of the vocabulary and the special tokens; "none" without a tokenizer."""
     if tokenizer is None:
         return "none"
     content = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def content_id(manifest: Manifest) -> str:
+    """8 hex digits of what a store holds, wherever it lies and whatever its models are called."""
+    content = {name: value for name, value in _flatten(manifest) if not name.endswith(_ONLY_NAMES)}
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def layout_of(manifest: Manifest) -> Layout:
@@ -88,14 +99,22 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def check_same_content(folder: Path, stored: Manifest, wanted: Manifest, *, to_append: bool) -> None:
+def check_same_content(
+    folder: Path, stored: Manifest, wanted: Manifest, *, to_append: bool, partly: bool = False
+) -> None:
     """Raise StoreError naming the first field in which a store differs from what a run wants.
 
-    To read, the order of the rows and their dtype on disk are no matter; to append, they are.
+    To read, the order of the rows and their dtype on disk are no matter; to append, they are. `partly`: fields that
+    `wanted` does not have are no matter either.
     """
     ignored = () if to_append else ("dtype", *_ORDER_OF_ROWS)
+    names_stored, names_wanted = ([model["name"] for model in manifest["models"]] for manifest in (stored, wanted))
+    if len(names_stored) != len(names_wanted):
+        raise StoreError(
+            f"store {str(folder)!r} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
+        )
     flat_stored, flat_wanted = dict(_flatten(stored)), dict(_flatten(wanted))
-    for field in dict.fromkeys([*flat_wanted, *flat_stored]):
+    for field in flat_wanted if partly else dict.fromkeys([*flat_wanted, *flat_stored]):
         mine, theirs = flat_wanted.get(field), flat_stored.get(field)
         if mine != theirs and field not in ignored and not field.endswith(_ONLY_NAMES):
             raise StoreError(
@@ -106,12 +125,9 @@ def check_same_content(folder: Path, stored: Manifest, wanted: Manifest, *, to_a
 
 def _name_models(field: str, stored: Manifest, wanted: Manifest) -> str:
     parts = field.split(".")
-    if parts[0] != "models" or max(len(stored["models"]), len(wanted["models"])) <= int(parts[1]):
+    if parts[0] != "models":
         return ""
-    names = [
-        manifest["models"][int(parts[1])]["name"] if int(parts[1]) < len(manifest["models"]) else None
-        for manifest in (stored, wanted)
-    ]
+    names = [manifest["models"][int(parts[1])]["name"] for manifest in (stored, wanted)]
     return f" (models {names[0]!r} and {names[1]!r})"
 
 

@@ -13,7 +13,7 @@ import torch
 from crosscode.data.permutation import permuted
 from crosscode.data.rows import Rows, RowStream
 from crosscode.data.store import ActivationCache
-from crosscode.data.store_manifest import check_same_content
+from crosscode.data.store_manifest import check_same_content, content_id
 from crosscode.errors import InputError
 
 
@@ -50,6 +50,7 @@ class StoredRows:
             if store.n_rows == 0:
                 raise InputError(f"store {str(store.path)!r} holds no whole shard yet")
         _check_mixable(self.stores)
+        self.weighted = weights is not None
         self.weights_W = _check_weights(weights, self.stores)
         self.epochs = epochs
         self.seed = seed
@@ -83,8 +84,10 @@ class StoredRows:
 
     def settings(self) -> dict[str, Any]:
         return {
-            "store.rows": ",".join(str(store.n_rows) for store in self.stores),
-            "store.weights": ",".join(f"{float(weight):.9g}" for weight in self.weights_W),
+            "store.content": ",".join(content_id(store.manifest) for store in self.stores),
+            "store.weights": ",".join(f"{float(weight):.9g}" for weight in self.weights_W)
+            if self.weighted
+            else "sizes",
             "store.seed": self.seed,
             "store.read_block": self.read_block,
             "store.shuffle": int(self.shuffle),
@@ -98,16 +101,24 @@ class StoredRows:
 
 
 class _StoreStream:
-    """Position: rows taken from each store, and the random state that mixes them."""
+    """Position: rows taken from each store, and the random state that mixes them.
+
+    A store may have grown since the position was saved: the rows that it held then are the ones that are read.
+    """
 
     def __init__(self, source: StoredRows, state: dict[str, Any] | None, epochs: int | None) -> None:
         self._source = source
         self._generator = torch.Generator().manual_seed(source.seed)
         self._taken_W = torch.zeros(len(source.stores), dtype=torch.long)
+        self._sizes = [store.n_rows for store in source.stores]
+        self._weights_W = source.weights_W
         if state is not None:
             self._taken_W = state["taken_W"].clone()
             self._generator.set_state(state["generator"])
-        self._limit = None if epochs is None else epochs * source.n_rows
+            self._sizes = _check_not_shrunk(source.stores, state["sizes_W"].tolist())
+            self._weights_W = state["weights_W"].clone()
+        self._n_rows = sum(self._sizes)
+        self._limit = None if epochs is None else epochs * self._n_rows
 
     def __iter__(self) -> Iterator[Rows]:
         return self
@@ -119,11 +130,11 @@ class _StoreStream:
             n_rows = min(n_rows, self._limit - n_taken)
         if n_rows == 0:
             raise StopIteration
-        epoch = n_taken // source.n_rows
+        epoch = n_taken // self._n_rows
         if len(source.stores) == 1:
             acts_RMPD = self._read(0, n_rows)
         else:
-            chosen_B = torch.multinomial(source.weights_W, n_rows, replacement=True, generator=self._generator)
+            chosen_B = torch.multinomial(self._weights_W, n_rows, replacement=True, generator=self._generator)
             acts_RMPD = torch.empty((n_rows, *source.dims), dtype=source.dtype)
             for w in chosen_B.unique().tolist():
                 places_B = (chosen_B == w).nonzero()[:, 0]
@@ -131,14 +142,14 @@ class _StoreStream:
         return Rows(acts_RMPD, epoch)
 
     def _read(self, w: int, n_rows: int) -> torch.Tensor:
-        store = self._source.stores[w]
+        store, size = self._source.stores[w], self._sizes[w]
         taken = int(self._taken_W[w])
         self._taken_W[w] += n_rows
         parts = []
         while n_rows:
-            epoch, position = divmod(taken, store.n_rows)
-            n_part = min(n_rows, store.n_rows - position)
-            parts.append(store.read_rows(self._order(store.n_rows, position, n_part, seed=self._seed(w, epoch))))
+            epoch, position = divmod(taken, size)
+            n_part = min(n_rows, size - position)
+            parts.append(store.read_rows(self._order(size, position, n_part, seed=self._seed(w, epoch))))
             taken, n_rows = taken + n_part, n_rows - n_part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -151,7 +162,12 @@ class _StoreStream:
         return shuffled_rows(n_rows, position, n, seed=seed, block=self._source.read_block)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken_W": self._taken_W.clone(), "generator": self._generator.get_state()}
+        return {
+            "taken_W": self._taken_W.clone(),
+            "generator": self._generator.get_state(),
+            "sizes_W": torch.tensor(self._sizes),
+            "weights_W": self._weights_W.clone(),
+        }
 
     def close(self) -> None:
         for store in self._source.stores:
@@ -168,6 +184,15 @@ def shuffled_rows(n_rows: int, position: int, n: int, *, seed: int, block: int) 
     whole_B = place_B[place_B < n_blocks * block]
     row_B = permuted(whole_B // block, n_blocks, seed) * block + whole_B % block if whole_B.numel() else whole_B
     return torch.cat([row_B, place_B[place_B >= n_blocks * block]])
+
+
+def _check_not_shrunk(stores: Sequence[ActivationCache], sizes: list[int]) -> list[int]:
+    for store, size in zip(stores, sizes, strict=True):
+        if store.n_rows < size:
+            raise InputError(
+                f"store {str(store.path)!r} holds {store.n_rows} rows; it held {size} when the position was saved"
+            )
+    return sizes
 
 
 def _check_mixable(stores: Sequence[ActivationCache]) -> None:

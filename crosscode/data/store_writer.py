@@ -35,7 +35,7 @@ class ActivationCacheWriter:
     `manifest`: what the rows are (`make_manifest`). A store that holds something else is refused by the field that
     differs, and nothing of it is touched. `shard_bytes`: size at which a shard is closed. `max_bytes`: the store stops
     growing below this size. Raises StoreError where another process writes the store, the folder cannot be written,
-    or the disk is full (whole shards stay as they are).
+    or the disk is full (whole shards stay as they are). A store whose data is at its end is locked by nobody.
 
     A context manager: leaving it writes the rows that wait, then releases the store.
     """
@@ -80,6 +80,8 @@ class ActivationCacheWriter:
             self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
+            if self.finished:
+                self._release()
         except BaseException:
             self._release()
             raise
@@ -125,6 +127,7 @@ class ActivationCacheWriter:
         elif self.resume_state is not None:
             self._guarded(_write_resume, self.path, self.n_shards, self.resume_state, True)
         self.finished = True
+        self._release()
 
     def close(self) -> None:
         """Write what waits and let other processes write."""
@@ -169,6 +172,26 @@ class ActivationCacheWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def check_can_write(path: str | Path, wanted: Manifest) -> None:
+    """Raise StoreError where a writer could not begin: nothing is made, and nothing is read but headers.
+
+    `wanted`: as much of the manifest as is known.
+    """
+    folder = Path(path)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise StoreError(f"store {str(path)!r}: {str(nearest)!r} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StoreError(f"store {str(path)!r} cannot be written: {str(nearest)!r} is read-only")
+    stored = read_manifest(folder)
+    if stored is None:
+        return
+    check_same_content(folder, stored, wanted, to_append=True, partly=True)
+    list_shards(folder, layout_of(stored))
+    if (folder / "lock").exists():
+        _take_lock(folder).close()
 
 
 def _take_lock(folder: Path) -> Any:

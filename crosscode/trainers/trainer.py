@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Trainer:
             Interrupted: a signal came; the run is saved.
             NonFiniteLoss, OutOfMemory, CheckpointNotSaved: with what to do about it.
         """
-        with StopSignals() as stop, self.settings.precision.matmuls(), self.progress:
+        with StopSignals() as stop, self.settings.precision.matmuls(), self.progress, closing(self.data):
             batches = iter(self.data)
             self.start()
             while self.step < self.settings.n_steps:

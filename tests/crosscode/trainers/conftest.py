@@ -43,6 +43,9 @@ class PlantedActivations:
     def state_dict(self):
         return {"number": self.number, "scaling_MP": self.scaling_MP}
 
+    def close(self):
+        pass
+
     def load_state_dict(self, state):
         self.number = state["number"]
 

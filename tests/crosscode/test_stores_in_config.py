@@ -1,0 +1,276 @@
+"""Stores of activations in a config: written ahead, written while training, read instead of harvesting."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from crosscode import build_data, cli
+from crosscode.build import open_experiment
+from crosscode.build_run import build_dataloader, build_trainer
+from crosscode.data import ActivationCache, ActivationHarvester
+from crosscode.errors import InputError
+from crosscode.harvest import harvest_config, run_harvest
+from crosscode.schema import check_config, dump_config, load_config
+
+
+@pytest.fixture
+def harvests(monkeypatch):
+    """One entry for each batch that language models have run."""
+    calls = []
+    harvest = ActivationHarvester.harvest
+    monkeypatch.setattr(ActivationHarvester, "harvest", lambda self, *args: calls.append(1) or harvest(self, *args))
+    return calls
+
+
+@pytest.fixture
+def with_data(tiny_config):
+    """`with_data(cache=..., **changes)`: values of the config with other fields of `data`."""
+    return lambda **changes: {**tiny_config, "data": {**tiny_config["data"], **changes}}
+
+
+@pytest.fixture
+def harvest(with_data, tmp_path):
+    """`harvest(name, n_tokens=..., **data)` writes a store and returns its folder."""
+
+    def run(name="store", n_tokens=None, **data):
+        path = str(tmp_path / name)
+        values = with_data(cache={"path": path, **data.pop("cache", {})}, **data)
+        run_harvest(harvest_config(values), n_tokens, progress=False)
+        return path
+
+    return run
+
+
+def share_found(rows_RE, known_RE):
+    """Share of the rows that are among the known ones, bit for bit."""
+    known = {row.numpy().tobytes() for row in known_RE}
+    return sum(row.numpy().tobytes() in known for row in rows_RE) / len(rows_RE)
+
+
+def metrics_of(config):
+    lines = (config.run_path() / "metrics.jsonl").read_text().splitlines()
+    return [{key: row[key] for key in ("step", "loss", "fvu") if key in row} for row in map(json.loads, lines)]
+
+
+def train(values):
+    config = check_config(values)
+    build_trainer(open_experiment(config), progress=False).train()
+    return metrics_of(config)
+
+
+def test_a_run_reads_a_store_that_was_written_ahead(harvest, with_data, harvests):
+    path = harvest()
+    harvests.clear()
+    config = check_config(with_data(stores=[path]))
+    data = build_dataloader(open_experiment(config))
+    rows = sum(batch.shape[0] for batch, _ in zip(data, range(5), strict=False))
+    assert rows == 5 * config.train.batch_size
+    assert not harvests
+    torch.testing.assert_close(data.scaling_MP, ActivationCache(path).scaling_MP())
+
+
+def test_training_text_of_a_store_is_what_a_harvest_trains_on_and_never_held_out(harvest, with_data):
+    stored = ActivationCache(harvest())
+    experiment = open_experiment(check_config(with_data()))
+    rows_RE = stored.read_rows(torch.arange(stored.n_rows)).flatten(1)
+    heldout_RE = torch.cat(list(experiment.heldout_activations(10_000))).flatten(1)
+    assert len(heldout_RE) > 100
+    # The first words of different sentences may agree, and with them the first activations.
+    assert share_found(heldout_RE, rows_RE) < 0.15
+    live = build_dataloader(open_experiment(check_config(with_data(shuffle_buffer_size=0, scale=False))))
+    assert share_found(next(iter(live)).flatten(1), rows_RE) == 1
+
+
+def test_a_run_keeps_what_it_harvests_and_the_next_run_harvests_only_what_is_missing(with_data, tmp_path, harvests):
+    cache = {"path": str(tmp_path / "cache"), "dtype": "bfloat16"}
+    values = {**with_data(cache=cache), "evaluation": {"n_tokens": 64, "loss_recovered": "never"}}
+    first = train(values)
+    n_first = len(harvests)
+    harvests.clear()
+    second = train({**values, "run_dir": str(tmp_path / "again")})
+    assert first == second
+    assert len(harvests) < n_first / 2
+    assert ActivationCache(tmp_path / "cache").n_rows >= 640
+
+
+def test_a_cached_run_trains_on_the_same_values_as_a_plain_one(with_data, tmp_path):
+    plain = build_dataloader(open_experiment(check_config(with_data())))
+    cached = build_dataloader(open_experiment(check_config(with_data(cache={"path": str(tmp_path / "cache")}))))
+    for one, two, _ in zip(plain, cached, range(8), strict=False):
+        assert torch.equal(one, two)
+    assert torch.equal(plain.scaling_MP, cached.scaling_MP)
+    cached.close()
+
+
+def test_stores_of_the_parts_of_a_mixture_are_mixed_by_weight(harvest, with_data, tiny_corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2} w{i + 3}"}) for i in range(40)))
+    sources = [{"type": "local", "path": tiny_corpus}, {"type": "local", "path": str(other)}]
+    paths = [harvest(f"part{i}", source=source) for i, source in enumerate(sources)]
+    mixture = {"type": "mixture", "parts": [{"source": source} for source in sources]}
+    stores = [{"path": paths[0], "weight": 3}, {"path": paths[1], "weight": 1}]
+    config = check_config(with_data(source=mixture, stores=stores, scale=False))
+    data = build_dataloader(open_experiment(config))
+    rows_RE = torch.cat([batch for batch, _ in zip(data, range(20), strict=False)]).flatten(1)
+    first = ActivationCache(paths[0])
+    known_RE = first.read_rows(torch.arange(first.n_rows)).flatten(1)
+    assert 0.70 < share_found(rows_RE, known_RE) < 0.80
+    with pytest.raises(InputError, match=r"data.stores.1: store '.*part1' holds other data: tokens.dataset is '"):
+        open_experiment(check_config(with_data(source=sources[0], stores=stores)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hookpoints": ["blocks.0.hook_resid_post"]},
+            r"hookpoints is \['blocks.1.hook_resid_post'\] in the store and",
+        ),
+        ({"data": {"sequence_length": 12}}, "tokens.sequence_length is 16 in the store and 12 in this run"),
+        ({"data": {"keep_first_position": True}}, "tokens.keep_first_position is False in the store and True in this"),
+        ({"data": {"validation_fraction": 0.3}}, "tokens.validation_fraction is 0.2 in the store and 0.3 in this run"),
+        ({"data": {"bos": "document"}}, "tokens.bos is 'sequence' in the store and 'document' in this run"),
+        ({"data": {"source": {"type": "demo"}}}, "tokens.dataset is '.*' in the store and '.*' in this run"),
+        ({"language_models": 1}, r"models is \['.*one', '.*two'\] in the store and \['.*one'\] in this run"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["stores", "cache"])
+def test_a_store_of_something_else_is_refused_before_a_model_is_loaded(
+    harvest, with_data, monkeypatch, change, message, kind
+):
+    path = harvest(n_tokens=100)
+    values = with_data(**(change.get("data", {})), **{kind: [path] if kind == "stores" else {"path": path}})
+    values |= {key: value for key, value in change.items() if key == "hookpoints"}
+    if "language_models" in change:
+        values |= {"language_models": values["language_models"][: change["language_models"]]}
+    loaded = []
+    monkeypatch.setattr(build_data, "load_language_model", lambda *args, **kwargs: loaded.append(args))
+    with pytest.raises(InputError, match=rf"data.{kind}.*: store '.*' holds other data: {message}"):
+        open_experiment(check_config(values))
+    assert not loaded
+
+
+def test_models_with_other_weights_are_refused(harvest, with_data, tiny_lms):
+    values = with_data(stores=[harvest(n_tokens=100)])
+    swapped = {**values, "language_models": [{"path": path} for path in reversed(tiny_lms)]}
+    with pytest.raises(
+        InputError, match=r"models.0.weights is '.*' in the store and '.*' in this run \(models '.*one'"
+    ):
+        build_dataloader(open_experiment(check_config(swapped)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"cache": {"path": "a"}, "stores": ["b"]},
+            "data: cache.path = 'a' is written and stores .* give one of the two",
+        ),
+        ({"stores": [{"path": "a", "weight": 1}, "b"]}, "data: stores: give a weight to each of them, or to none"),
+        ({"stores": ["nowhere"]}, "data.stores.0: store 'nowhere': no such store"),
+        ({"cache": {"path": "a", "dtype": "int4"}}, "data.cache.dtype = 'int4': input should be"),
+        ({"stores": [{"path": "a", "weight": 0}]}, "data.stores.0.weight = 0: input should be greater than 0"),
+    ],
+)
+def test_contradictions_are_refused(with_data, data, message):
+    with pytest.raises(InputError, match=message):
+        open_experiment(check_config(with_data(**data)))
+
+
+def test_a_file_in_place_of_a_store_and_a_store_in_use_are_refused(with_data, harvest, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"data.cache: store '.*inner': '.*file' is a file, not a folder"):
+        open_experiment(check_config(with_data(cache={"path": str(tmp_path / "file" / "inner")})))
+    values = with_data(cache={"path": harvest(n_tokens=100)})
+    data = build_dataloader(open_experiment(check_config(values)))
+    next(iter(data))
+    with pytest.raises(InputError, match=r"data.cache: store '.*' is being written by another process"):
+        open_experiment(check_config(values))
+    data.close()
+    open_experiment(check_config(values))
+
+
+def test_a_run_is_evaluated_and_reported_without_its_store(harvest, with_data, tmp_path, capsys):
+    path = harvest()
+    config = check_config(with_data(stores=[path]))
+    build_trainer(open_experiment(config), progress=False).train()
+    shutil.rmtree(path)
+    assert cli.main(["evaluate", str(config.run_path())]) == 0
+    assert json.loads(capsys.readouterr().out)["fvu"] > 0
+
+
+def test_a_resumed_run_goes_on_in_a_store_that_has_grown(harvest, with_data, tmp_path):
+    path = harvest(n_tokens=300)
+    values = with_data(stores=[path]) | {"evaluation": {"n_tokens": 64, "loss_recovered": "never"}}
+    whole = train({**values, "run_dir": str(tmp_path / "whole")})
+    config = check_config({**values, "run_dir": str(tmp_path / "stopped")})
+    trainer = build_trainer(open_experiment(config), progress=False)
+    batches = iter(trainer.data)
+    trainer.start()
+    for _ in range(6):
+        trainer.train_step(next(batches))
+    trainer.save_and_close()
+    harvest(n_tokens=500)
+    assert ActivationCache(path).n_rows >= 500
+    from crosscode.trainers.run_directory import open_run
+
+    build_trainer(open_experiment(config), resume=open_run(config.run_path()), progress=False).train()
+    assert metrics_of(config) == whole
+
+
+def test_harvest_from_the_command_line_continues_and_reports(tiny_config, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(check_config(tiny_config)))
+    store = str(tmp_path / "store")
+    arguments = ["harvest", str(recipe), "--store", store, "--data.cache.dtype", "int8"]
+    assert cli.main([*arguments, "--n-tokens", "200"]) == 0
+    n_rows = ActivationCache(store).n_rows
+    assert 200 <= n_rows < 300
+    assert cli.main(arguments) == 0
+    whole = ActivationCache(store)
+    assert whole.n_rows > n_rows
+    out = capsys.readouterr().out
+    assert f"activations {whole.n_rows} of 2 x 1 x 16, int8" in out
+    assert "one/blocks.1.hook_resid_post" in out
+
+
+def test_harvest_takes_options_alone_and_names_what_is_missing(tiny_lms, tiny_corpus, tmp_path, capsys):
+    store = str(tmp_path / "store")
+    options = ["--language_models", json.dumps([{"path": tiny_lms[0]}]), "--hookpoints", '["blocks.1.hook_resid_post"]']
+    options += ["--data.source.type", "local", "--data.source.path", tiny_corpus, "--data.sequence_length", "16"]
+    assert cli.main(["harvest", *options]) == cli.EXIT_BAD_INPUT
+    assert "data.cache: no store to write is given; name its folder with --store DIR" in capsys.readouterr().err
+    assert cli.main(["harvest", "--store", store, *options]) == 0
+    assert ActivationCache(store).dims == (1, 1, 16)
+    assert cli.main(["harvest", "--store", store]) == cli.EXIT_BAD_INPUT
+    assert "language_models: required, but not given" in capsys.readouterr().err
+
+
+def test_a_store_beside_the_run_is_found_from_any_folder(harvest, with_data, monkeypatch, tmp_path):
+    harvest("near")
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(check_config(with_data(stores=["near"], cache=None))))
+    monkeypatch.chdir("/")
+    assert load_config(saved).data.stores[0].path == str(tmp_path / "near")
+
+
+def test_models_in_memory_stand_in_for_paths(with_data, tiny_lms, tmp_path):
+    from crosscode.data import load_language_model
+
+    models = [load_language_model(path, dtype="bfloat16") for path in tiny_lms]
+    named = [{"path": "mine"}, {"path": "yours"}]
+    config = check_config({**with_data(cache={"path": str(tmp_path / "cache")}), "language_models": named})
+    experiment = open_experiment(config, models)
+    assert experiment.harvester.models == models
+    next(iter(build_dataloader(experiment)))
+    with pytest.raises(InputError, match="models: 1 were given, but language_models names 2"):
+        open_experiment(config, models[:1])
+
+
+def test_the_same_text_to_train_and_to_evaluate_on_is_refused(with_data, tiny_corpus):
+    same = {"type": "local", "path": tiny_corpus}
+    with pytest.raises(InputError, match=r"data.heldout: the same text as data.source"):
+        open_experiment(check_config(with_data(heldout=same)))
