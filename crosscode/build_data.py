@@ -123,6 +123,7 @@ def token_options(config: HarvestConfig, *, heldout: bool) -> dict[str, Any]:
         "template_tokens": data.template_tokens,
         "split": side,
         "validation_fraction": 0.0 if separate else data.validation_fraction,
+        "n_workers": data.token_workers,
     }
 
 

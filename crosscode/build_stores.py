@@ -17,7 +17,7 @@ from crosscode.data.store_writer import check_can_write
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
 
-_NOT_IN_THE_MANIFEST = ("epochs", "mask_special_tokens", "mask_token_ids")
+_NOT_IN_THE_MANIFEST = ("epochs", "n_workers", "mask_special_tokens", "mask_token_ids")
 
 
 def check_stores(

@@ -176,6 +176,8 @@ class DataConfig(ConfigModel):
     store_read_block: PositiveInt = 1
     """consecutive activations of a store that are read together: 1 shuffles fully and suits a store that fits into
     memory; a few hundred read a larger one at the speed of the disk, and the shuffle buffer parts them"""
+    token_workers: NonNegativeInt = 0
+    """threads that tokenize ahead of the harvest; 0: none. Batches are the same for any number"""
     prefetch: NonNegativeInt = 0
     """harvests (or reads) that a thread may run ahead of training; changes no batch"""
     shuffle_buffer_size: NonNegativeInt | None = None

@@ -18,7 +18,7 @@ def check_token_arguments(arguments: dict[str, Any]) -> None:
     for name, allowed in choices.items():
         if arguments[name] not in allowed:
             raise InputError(f"{name}: {arguments[name]!r} is not one of {', '.join(allowed)}")
-    for name, least in {"sequence_length": 2, "batch_size": 1}.items():
+    for name, least in {"sequence_length": 2, "batch_size": 1, "n_workers": 0}.items():
         if arguments[name] < least:
             raise InputError(f"{name}: {arguments[name]} is below {least}")
     if arguments["epochs"] is not None and arguments["epochs"] < 1:

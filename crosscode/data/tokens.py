@@ -13,23 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 
 from crosscode.data.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, TemplateTokens
-from crosscode.data.sources import Document, DocumentSource, DocumentStream
+from crosscode.data.sources import Document, DocumentSource
 from crosscode.data.token_arguments import check_token_arguments
+from crosscode.data.token_chunks import Chunk, ChunkReader, Selection, Split, Start, WorkerChunks
 from crosscode.errors import InputError
 
 Bos = Literal["sequence", "document", "none"]
 Separator = Literal["eos", "none"]
-Split = Literal["all", "train", "validation"]
-
-_READ_AHEAD_DOCUMENTS = 64
-_READ_AHEAD_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class TokenSequenceLoader:
     permutations. `mask_special_tokens` adds the tokenizer's special ids to `mask_token_ids`. `template_tokens` says
     whether the tokens that a chat template adds are kept or masked. `split` with `validation_fraction` keeps the
     documents of "train" and "validation" apart by their content: equal documents are always on the same side.
-    `worker` = (index, count) reads every count-th document, for several processes.
+    `worker` = (index, count) reads every count-th document, for several processes that share a data set. `n_workers`
+    threads tokenize ahead of the reader (0: none); the batches are the same for any number of them.
 
     `iter()` starts from the beginning, or from the state that was loaded; `state_dict()` is the position of the
     latest iterator. Tokens that do not fill the last sequence of an epoch are padded; sequences without one usable
@@ -82,6 +83,7 @@ class TokenSequenceLoader:
         split: Split = "all",
         validation_fraction: float = 0.0,
         worker: tuple[int, int] = (0, 1),
+        n_workers: int = 0,
     ) -> None:
         self._arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         check_token_arguments(self._arguments)
@@ -97,6 +99,8 @@ class TokenSequenceLoader:
         self.split: Split = split
         self.validation_fraction = validation_fraction
         self.worker = worker
+        self.n_workers = n_workers
+        self.selection = Selection(split, validation_fraction, worker)
         self.bos: Bos = bos
         self.pack = pack
         self.separator: Separator = separator
@@ -142,7 +146,7 @@ class TokenSequenceLoader:
 
     def describe(self) -> str:
         """Everything that decides the tokens and the mask, as JSON with sorted keys."""
-        skipped = ("source", "tokenizer", "epochs", "mask_special_tokens", "mask_token_ids")
+        skipped = ("source", "tokenizer", "epochs", "n_workers", "mask_special_tokens", "mask_token_ids")
         settings = {key: value for key, value in self._arguments.items() if key not in skipped}
         template = getattr(self.tokenizer, "chat_template", None)
         settings |= {
@@ -157,15 +161,11 @@ class TokenSequenceLoader:
 
     def selects(self, document: Document) -> bool:
         """Whether `document` is on this loader's side of the validation split: decided by its content alone."""
-        if self.split == "all":
-            return True
-        content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-        number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
-        return (number < self.validation_fraction * 2**64) == (self.split == "validation")
+        return self.selection.has(document)
 
 
 class _SequenceIterator(Iterator[TokenBatch]):
-    """Position: epoch, place in the source, and the tokens that are read but not handed out."""
+    """Position: the epoch, where the oldest chunk that still has tokens begins, and how many of its tokens are used."""
 
     def __init__(self, loader: TokenSequenceLoader, start: dict[str, Any] | None) -> None:
         self._loader = loader
@@ -173,23 +173,29 @@ class _SequenceIterator(Iterator[TokenBatch]):
         state = start or {}
         self._epoch = int(state.get("epoch", 0))
         self._n_sequences = int(state.get("n_sequences", 0))
-        self._n_read = int(state.get("n_read", 0))
-        self._tokens_T = state.get("tokens_T", torch.empty(0, dtype=torch.long))
-        self._flags_T = state.get("flags_T", torch.empty(0, dtype=torch.uint8))
-        self._stream: DocumentStream | None = None
-        self._stream_state = str(state.get("source", ""))
-        self._at_end = bool(state.get("at_end", 0))
+        self._begin(Start(str(state.get("source", "")), int(state.get("n_read", 0))), int(state.get("n_used", 0)))
+
+    def _begin(self, start: Start, n_used: int) -> None:
+        """Go to a place of the epoch; nothing is read yet."""
+        self._tokens_T = torch.empty(0, dtype=torch.long)
+        self._flags_T = torch.empty(0, dtype=torch.uint8)
+        self._chunks: Iterator[Chunk] | None = None
+        self._starts: deque[tuple[Start, int]] = deque()
+        self._next_start, self._n_skipped = start, n_used
+        self._n_read, self._at_end = start.n_read, False
 
     def state_dict(self) -> dict[str, Any]:
+        start, n_used = self._next_start, self._n_skipped
+        if self._starts:
+            start, n_tokens = self._starts[0]
+            n_used = n_tokens - (self._tokens_T.numel() - sum(n for _, n in islice(self._starts, 1, None)))
         return {
             "settings": self._loader.describe(),
             "epoch": self._epoch,
             "n_sequences": self._n_sequences,
-            "n_read": self._n_read,
-            "at_end": int(self._at_end),
-            "source": self._stream_state,
-            "tokens_T": self._tokens_T.clone(),
-            "flags_T": self._flags_T.clone(),
+            "source": start.source,
+            "n_read": start.n_read,
+            "n_used": n_used,
         }
 
     def __next__(self) -> TokenBatch:
@@ -206,12 +212,13 @@ class _SequenceIterator(Iterator[TokenBatch]):
         wanted = self._body * self._loader.batch_size
         while True:
             while self._tokens_T.numel() < wanted and not self._at_end:
-                self._read_documents()
+                self._read_chunk()
             if self._tokens_T.numel() == 0:
                 return None
             n_tokens = min(wanted, self._tokens_T.numel())
             batch = self._make_batch(self._tokens_T[:n_tokens], self._flags_T[:n_tokens])
             self._tokens_T, self._flags_T = self._tokens_T[n_tokens:], self._flags_T[n_tokens:]
+            self._forget_used_chunks()
             if batch is not None:
                 self._n_sequences += batch.tokens_HS.shape[0]
                 return batch
@@ -248,8 +255,8 @@ class _SequenceIterator(Iterator[TokenBatch]):
         if self._n_sequences == 0:
             raise InputError(self._nothing_usable())
         self._epoch += 1
-        self._n_sequences = self._n_read = 0
-        self._stream, self._stream_state, self._at_end = None, "", False
+        self._n_sequences = 0
+        self._begin(Start("", 0), 0)
 
     def _nothing_usable(self) -> str:
         loader = self._loader
@@ -263,29 +270,33 @@ class _SequenceIterator(Iterator[TokenBatch]):
             )
         return f"dataset {name!r}: its {self._n_read} documents hold no usable position"
 
-    def _read_documents(self) -> None:
-        """Append the tokens of the next few documents: tokenizing many at once is much cheaper than one by one."""
-        loader, stream = self._loader, self._open_stream()
-        documents: list[Document] = []
-        n_characters = 0
-        while len(documents) < _READ_AHEAD_DOCUMENTS and n_characters < _READ_AHEAD_CHARACTERS:
-            document = next(stream, None)
-            if document is None:
-                self._at_end = True
-                break
-            index, count = loader.worker
-            if self._n_read % count == index and loader.selects(document):
-                documents.append(document)
-                n_characters += len(document)
-            self._n_read += 1
-        self._stream_state = stream.state()
-        parts = loader.render(documents, pad_to=None if loader.pack else self._body, pad_id=loader.pad_id)
-        self._tokens_T = torch.cat([self._tokens_T, *(tokens_T for tokens_T, _ in parts)])
-        self._flags_T = torch.cat([self._flags_T, *(flags_T for _, flags_T in parts)])
+    def _read_chunk(self) -> None:
+        """Append the tokens of the next documents that are not used yet."""
+        if self._chunks is None:
+            self._chunks = self._open_chunks()
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            self._at_end = True
+            return
+        self._n_read = chunk.n_read
+        self._starts.append((chunk.start, chunk.tokens_T.numel()))
+        skipped, self._n_skipped = self._n_skipped, 0
+        self._tokens_T = torch.cat([self._tokens_T, chunk.tokens_T[skipped:]])
+        self._flags_T = torch.cat([self._flags_T, chunk.flags_T[skipped:]])
 
-    def _open_stream(self) -> DocumentStream:
-        if self._stream is None:
-            loader = self._loader
-            order_seed = loader.seed * 1_000_003 + self._epoch if loader.shuffle else None
-            self._stream = loader.source.open(order_seed=order_seed, state=self._stream_state or None)
-        return self._stream
+    def _forget_used_chunks(self) -> None:
+        """Keep the chunks that have tokens left, or at least the last one: it knows the position."""
+        n_left = self._tokens_T.numel()
+        while len(self._starts) > 1 and sum(n for _, n in islice(self._starts, 1, None)) >= n_left:
+            self._starts.popleft()
+
+    def _open_chunks(self) -> Iterator[Chunk]:
+        loader = self._loader
+        order_seed = loader.seed * 1_000_003 + self._epoch if loader.shuffle else None
+        reader = ChunkReader(
+            loader.source.open(order_seed=order_seed, state=self._next_start.source or None),
+            self._next_start,
+            loader.selection,
+            partial(loader.render, pad_to=None if loader.pack else self._body, pad_id=loader.pad_id),
+        )
+        return WorkerChunks(reader, loader.n_workers) if loader.n_workers else iter(reader)
