@@ -12,6 +12,7 @@ from crosscode.build_run import build_dataloader, build_trainer
 from crosscode.data import ActivationCache, ActivationHarvester
 from crosscode.errors import InputError
 from crosscode.harvest import harvest_config, run_harvest
+from crosscode.resume import ResumePoint
 from crosscode.schema import check_config, dump_config, load_config
 
 
@@ -214,9 +215,7 @@ def test_a_resumed_run_goes_on_in_a_store_that_has_grown(harvest, with_data, tmp
     trainer.save_and_close()
     harvest(n_tokens=500)
     assert ActivationCache(path).n_rows >= 500
-    from crosscode.trainers.run_directory import open_run
-
-    build_trainer(open_experiment(config), resume=open_run(config.run_path()), progress=False).train()
+    build_trainer(open_experiment(config), resume=ResumePoint.find(config.run_path()), progress=False).train()
     assert metrics_of(config) == whole
 
 
