@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -41,6 +42,13 @@ class Command:
         return f"crosscode {self.name} CONFIG.yaml"
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    """Help whose first line names the form of an option instead of listing every field, as the sections below do."""
+
+    def add_usage(self, usage: str | None, *args: Any, **kwargs: Any) -> None:
+        super().add_usage(usage or "%(prog)s [--section.field VALUE ...]", *args, **kwargs)
+
+
 TRAIN = Command("train", HELP_HEAD, experiment_class)
 
 
@@ -73,7 +81,11 @@ def _parse(arguments: list[str], command: Command) -> dict[str, Any]:
     settings = _settings_class(command)
     try:
         source: CliSettingsSource[Any] = CliSettingsSource(
-            settings, cli_parse_args=arguments, cli_prog_name=command.usage, cli_exit_on_error=False
+            settings,
+            cli_parse_args=arguments,
+            cli_prog_name=command.usage,
+            cli_exit_on_error=False,
+            formatter_class=_HelpFormatter,
         )
         return source()
     except (SettingsError, ValidationError) as error:
