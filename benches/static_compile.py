@@ -1,12 +1,12 @@
 """Compile matrix: every kernel, at every configuration the heuristics choose for real sizes, for four GPU targets.
 
     python benches/static_compile.py [--out DIR] [--cases NAME ...] [--targets NAME ...] [--kernels NAME ...] [--jobs N]
-                                    [--one-per-kernel]
+                                    [--one-per-kernel] [--seconds S]
 
 Needs no GPU. Arguments are specialised as the runtime would (pointers and sizes that are multiples of 16, sizes of 1).
-NVIDIA figures come from the cubin (`cuobjdump`, `nvdisasm` of the Triton wheel), AMD figures from the assembly.
-Exits with an error where a kernel does not compile, spills, exceeds shared memory, or has a hot load that is narrower
-than 128 bits. A hot load is one through an argument in `HOT`: those that are whole matrices.
+`static_binary.py` reads the figures. Exits with an error where a kernel does not compile, spills, exceeds shared memory,
+or has a hot load (one through an argument that is a whole matrix) that is narrower than 128 bits. An interrupted run goes
+on from what it had finished.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
-import subprocess
 import sys
-import tempfile
 import textwrap
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from crosscode_kernels.triton_common.heuristics import warps_on
+from static_binary import amd_facts, cubin_facts, hot_places, ptx_hot_widths
 from static_cases import CASES, DTYPES, launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,15 +40,10 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 SHARED_PER_UNIT = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 64 * 1024}
 BLOCKS_PER_UNIT = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 32}
-HOT = ("W_ptr", "rows_ptr", "dy_ptr", "residual_ptr", "y_ptr", "x_ptr", "h_ptr", "da_ptr")
-"""Arguments that are whole matrices. The target in the decode is not among them: one row for the k rows gathered."""
 HALF_CASES = ("crosscoder-131k", "ragged")
 """fp16 chooses what bf16 does, but for the key layout of the selects, which does not depend on the shape."""
-LISTS = ("SCREEN", "HAS_LIST")
-"""Flags of kernels that gather single elements through a list of candidates (vectors): only their tiles are hot."""
 # A cached binary would carry the line numbers of the day it was compiled.
 triton.knobs.compilation.always_compile = True
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Job(NamedTuple):
@@ -83,6 +77,18 @@ def _specialise(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], where:
     )  # fmt: skip
 
 
+def _settings(meta: dict[str, Any], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The options of a launch, and those under PyTorch's setting for float32 products that it may find on a GPU."""
+    if dtype == torch.float32 and meta.get("PRECISION") == "ieee":
+        return [meta, meta | {"PRECISION": "tf32"}]
+    return [meta]
+
+
+def _can_choose(job: Job, target: str) -> bool:
+    """AMD has no such setting."""
+    return target != "gfx942" or dict(job.constants).get("PRECISION") != "tf32"
+
+
 def jobs_of(case_names: list[str] | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Job]:
     """The distinct compilations that the cases need."""
     jobs: dict[tuple[Any, ...], Job] = {}
@@ -95,130 +101,10 @@ def jobs_of(case_names: list[str] | None = None, dtypes: tuple[torch.dtype, ...]
             for op, recorded in launches(case, dtype).items():
                 for launch in recorded:
                     where = f"{op}, {case.name}, {str(dtype).removeprefix('torch.')}"
-                    job = _specialise(launch.kernel, launch.args, launch.meta, where)
-                    jobs.setdefault(job[:-1], job)
+                    for meta in _settings(launch.meta, dtype):
+                        job = _specialise(launch.kernel, launch.args, meta, where)
+                        jobs.setdefault(job[:-1], job)
     return list(jobs.values())
-
-
-def _places(ttgir: str) -> dict[str, tuple[str, int]]:
-    """File and line of each location alias; of an inlined call, the place within the callee."""
-    aliases = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
-
-    def resolve(text: str) -> tuple[str, int]:
-        if place := re.match(r'"([^"]+)":(\d+):\d+', text):
-            return place[1], int(place[2])
-        inner = re.search(r"#loc\d*", text)
-        return resolve(aliases[inner[0]]) if inner and inner[0] in aliases else ("", 0)
-
-    return {alias: resolve(text) for alias, text in aliases.items()}
-
-
-def hot_places(ttgir: str, job: Job) -> set[tuple[str, int]]:
-    """Where the loads from hot arguments stand, as the layout passes left it."""
-    places = _places(ttgir)
-    sources: dict[str, str] = {}
-    gathers = any(name in LISTS and value for name, value in job.constants)
-    hot: set[tuple[str, int]] = set()
-    for line in ttgir.splitlines():
-        defined = re.match(r"\s*(%[\w.]+) = \S+ (%[\w.]+)", line)
-        if defined:
-            sources[defined[1]] = defined[2]
-        load = re.search(r"(?:tt\.load|async_copy_global_to_local|buffer_load\S*) (%[\w.]+).* loc\((#loc\d*)\)$", line)
-        if load is None:
-            continue
-        pointer = load[1]
-        while pointer in sources:
-            pointer = sources[pointer]
-        is_tile = re.search(r"tensor<\d+x\d+x", line) is not None
-        is_scalar = "tensor<" not in line
-        if pointer.lstrip("%") in HOT and not is_scalar and (is_tile or not gathers):
-            hot.add(places[load[2]])
-    return hot
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([BIN / tool, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-_WIDTH = {"": 32, ".U8": 8, ".S8": 8, ".U16": 16, ".S16": 16, ".64": 64, ".128": 128}
-_PTX_LOAD = re.compile(r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+) .*?\[ *(%rd\d+)")
-_PTX_COPY = re.compile(r"cp\.async\.\w+\.shared\.global.*?\[.*?\], *\[ *(%rd\d+)[^,]*, *(\w+)")
-
-
-def _ptx_hot_widths(ptx: str, job: Job) -> list[int]:
-    """Widths of the loads whose address is computed from a hot argument; gathers of single elements left out."""
-    pointers = [name for name, kind in job.signature if kind != "constexpr"]
-    gathers = any(name in LISTS and value for name, value in job.constants)
-    defined_by: dict[str, set[str]] = {}
-    params: dict[str, str] = {}
-    loads: list[tuple[str, int]] = []
-    for line in ptx.splitlines():
-        if param := re.search(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
-            params[param[1]] = pointers[int(param[2])] if int(param[2]) < len(pointers) else ""
-        elif load := _PTX_LOAD.search(line):
-            loads.append((load[3], int(load[1] or 1) * int(load[2])))
-        elif copy := _PTX_COPY.search(line):
-            loads.append((copy[1], int(copy[2], 0) * 8))
-        elif assigned := re.match(r"\s*(?:@\S+\s+)?\w[\w.]*\s+(%rd\d+), *(.*);", line):
-            defined_by.setdefault(assigned[1], set()).update(re.findall(r"%rd\d+", assigned[2]))
-    widths = []
-    for address, width in loads:
-        seen, todo = set(), [address]
-        while todo:
-            register = todo.pop()
-            if register not in seen:
-                seen.add(register)
-                todo.extend(defined_by.get(register, ()))
-        reached = {params[register] for register in seen if register in params}
-        if reached & set(HOT) and not (gathers and width < 128):
-            widths.append(width)
-    return widths
-
-
-def _cubin_facts(cubin: bytes) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    kinds = [re.search(r"\.(U8|S8|U16|S16|64|128)\b", load) for load in re.findall(r"\bLDG(?:STS)?\.E\S*", sass)]
-    return {
-        "registers": numbers["REG"],
-        "spills": numbers["LOCAL"] + numbers["STACK"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "load_widths": sorted({_WIDTH[f".{kind[1]}" if kind else ""] for kind in kinds}),
-    }
-
-
-_AMD_WIDTH = {"ubyte": 8, "sbyte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32, "dwordx2": 64,
-              "dwordx3": 96, "dwordx4": 128, "b128": 128, "b64": 64, "b32": 32, "u16": 16, "d16": 16}  # fmt: skip
-
-
-def _amd_facts(assembly: str, hot: set[tuple[str, int]]) -> dict[str, Any]:
-    def number(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        return int(found[1]) if found else 0
-
-    files = re.findall(r'\.file\s+(\d+)\s+"([^"]*)"\s+"([^"]+)"', assembly)
-    paths = {int(number_): f"{folder}/{name}" for number_, folder, name in files}
-    here: tuple[str, int] = ("", 0)
-    widths: list[int] = []
-    hot_widths: list[int] = []
-    for line in assembly.splitlines():
-        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            here = (paths.get(int(place[1]), ""), int(place[2]))
-        elif load := re.match(r"\s*(?:global|buffer)_load_(?:lds_)?(\w+)", line):
-            width = _AMD_WIDTH.get(load[1].split("_")[0], 32)
-            widths.append(width)
-            if here in hot:
-                hot_widths.append(width)
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
-        "scalar_spills": number("sgpr_spill_count"),
-        "load_widths": sorted(set(widths)),
-        "hot_widths": sorted(set(hot_widths)),
-    }
 
 
 def _occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
@@ -240,7 +126,7 @@ def compile_job(job: Job, target_name: str) -> dict[str, Any]:
     kernel = getattr(sys.modules[job.module], job.kernel)
     order = {name: i for i, (name, _) in enumerate(job.signature)}
     row: dict[str, Any] = {
-        "kernel": job.kernel, "target": target_name, "where": job.where,
+        "kernel": job.kernel, "target": target_name,
         "constants": {name: str(value) for name, value in job.constants},
         "dtypes": sorted({kind for _, kind in job.signature if kind.startswith("*")}), "aligned": len(job.aligned),
     }  # fmt: skip
@@ -255,10 +141,10 @@ def compile_job(job: Job, target_name: str) -> dict[str, Any]:
         return row | {"error": f"{type(error).__name__}: {str(error)[-400:]}"}
     hot = hot_places(compiled.asm["ttgir"], job)
     if target.backend == "hip":
-        facts = _amd_facts(compiled.asm["amdgcn"], hot)
+        facts = amd_facts(compiled.asm["amdgcn"], hot)
     else:
-        facts = _cubin_facts(compiled.asm["cubin"])
-        facts["hot_widths"] = sorted(set(_ptx_hot_widths(compiled.asm["ptx"], job)))
+        facts = cubin_facts(compiled.asm["cubin"])
+        facts["hot_widths"] = sorted(set(ptx_hot_widths(compiled.asm["ptx"], job)))
     facts["n_hot"] = len(hot)
     shared = compiled.metadata.shared
     occupancy = _occupancy(target_name, facts["registers"], shared, num_warps)
@@ -296,34 +182,38 @@ def can_be_wide(job: Job) -> bool:
     return sizes <= set(job.aligned) and min(widths) >= 512 and dict(job.constants).get("BLOCK", 512) >= 512
 
 
-def _one(arguments: tuple[Job, str]) -> dict[str, Any]:
-    row = compile_job(*arguments)
-    return row | {"complaints": complaints(row, arguments[0])}
-
-
 def _key(job: Job, target: str) -> str:
     """What a row was made from: the configuration, the target, and the source of the kernel and all that it calls."""
     source = getattr(sys.modules[job.module], job.kernel).cache_key
-    return hashlib.sha256(repr((job, target, source, triton.__version__)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((job[:-1], target, source, triton.__version__)).encode()).hexdigest()[:16]
 
 
-def compile_all(work: list[tuple[Job, str]], n_processes: int, partial: Path) -> list[dict[str, Any]]:
-    """Rows for all of `work`. Finished rows go to the file `partial`, from which an interrupted run goes on; without
-    processes, the rows that it holds."""
-    done: dict[str, dict[str, Any]] = {}
-    if partial.exists():
-        done = {row.pop("key"): row for row in map(json.loads, partial.read_text().splitlines())}
-    keys = [_key(*one) for one in work]
-    missing = [(key, one) for key, one in zip(keys, work, strict=True) if key not in done]
-    if n_processes == 0:
-        return [done[key] for key in keys if key in done]
+def finished_rows(work: list[tuple[Job, str]], partial: Path) -> list[dict[str, Any]]:
+    """The rows of `work` that are in the file `partial`."""
+    stored = {row.pop("key"): row for row in map(json.loads, partial.read_text().splitlines())}
+    rows = []
+    for job, target in work:
+        if row := stored.get(_key(job, target)):
+            judged = {"where": job.where, "aligned_rows": can_be_wide(job), "complaints": complaints(row, job)}
+            rows.append(row | judged)
+    return rows
+
+
+def compile_all(work: list[tuple[Job, str]], n_processes: int, partial: Path, seconds: float) -> None:
+    """Compile what the file `partial` lacks and add it there, until `seconds` are over."""
+    start = time.monotonic()
+    partial.touch()
+    done = {json.loads(line)["key"] for line in partial.read_text().splitlines()}
+    missing = [one for one in work if _key(*one) not in done]
+    at_a_time = 4 * n_processes
     with ProcessPoolExecutor(n_processes) as pool, partial.open("a") as file:
-        for (key, (job, _)), row in zip(missing, pool.map(_one, [one for _, one in missing], chunksize=2), strict=True):
-            done[key] = row | {"aligned_rows": can_be_wide(job)}
-            file.write(json.dumps(done[key] | {"key": key}) + "\n")
-            file.flush()
-    partial.unlink()
-    return [done[key] for key in keys]
+        for first in range(0, len(missing), at_a_time):
+            if time.monotonic() - start > seconds:
+                return
+            batch = missing[first : first + at_a_time]
+            for one, row in zip(batch, pool.map(compile_job, *zip(*batch, strict=True)), strict=True):
+                file.write(json.dumps(row | {"key": _key(*one)}) + "\n")
+                file.flush()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -354,32 +244,36 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--cases", nargs="*", default=None, choices=[case.name for case in CASES])
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--finished-only", action="store_true", help="tables of what an unfinished run has so far")
     parser.add_argument("--kernels", nargs="*", default=None, help="names of kernels; default: all")
     parser.add_argument("--one-per-kernel", action="store_true", help="a quick look: one configuration of each kernel")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; the same command goes on")
     arguments = parser.parse_args()
     jobs = jobs_of(arguments.cases)
     if arguments.kernels is not None:
         jobs = [job for job in jobs if job.kernel in arguments.kernels]
     if arguments.one_per_kernel:
         jobs = list({job.kernel: job for job in jobs}.values())
-    work = [(job, target) for job in jobs for target in arguments.targets]
+    work = [(job, target) for job in jobs for target in arguments.targets if _can_choose(job, target)]
     print(f"{len(jobs)} kernels at their configurations, {len(work)} compilations", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = compile_all(
-        work, 0 if arguments.finished_only else arguments.jobs, arguments.out / "compile_matrix.partial.jsonl"
-    )
+    partial = arguments.out / "compile_matrix.partial.jsonl"
+    compile_all(work, arguments.jobs, partial, arguments.seconds)
+    rows = finished_rows(work, partial)
+    if len(rows) < len(work):
+        print(f"{len(rows)} of {len(work)} compilations done: the same command goes on")
+        return 1
     header = textwrap.dedent(f"""\
         # Compile matrix
 
-        Triton {triton.__version__}, no GPU involved. {len(jobs)} kernel configurations, {len(rows)} of {len(work)}
-        compilations done. Worst case over the configurations of a kernel; hot loads where rows are aligned to 16 bytes.
+        Triton {triton.__version__}, no GPU involved. {len(jobs)} kernel configurations, {len(rows)}
+        compilations. Worst case over the configurations of a kernel; hot loads where rows are aligned to 16 bytes.
 
         """)
     (arguments.out / "compile_matrix.md").write_text(header + table(rows) + "\n")
     lines = ",\n".join(json.dumps(row) for row in rows)
     (arguments.out / "compile_matrix.json").write_text(f"[\n{lines}\n]\n")
+    partial.unlink()
     bad = [row for row in rows if row["complaints"]]
     for row in bad:
         print(row["kernel"], row["target"], row["where"], row["constants"], row["complaints"], sep=" · ")

@@ -130,7 +130,7 @@ class Model:
     def dead_preacts(self) -> Term:
         dead = DEAD_FRACTION * self.L
         x, W, y = self.B * self.I * self.e, dead * (self.I + 1) * self.e, self.B * dead * self.e
-        config = h.dead_gemm_config(self.e)
+        config = h.dead_gemm_config(self.I, self.e)
         # Programs of one column of output tiles run together and share rows of W; each wave of columns reads x again,
         # from the cache as far as it fits.
         columns_at_a_time = max(1, PROGRAMS // math.ceil(self.B / config.BLOCK_B))

@@ -73,7 +73,7 @@ def aux_topk(
     x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, dead_mask_L: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     (n_tokens, width), n_latents = x_BI.shape, W_enc_LI.shape[0]
-    config = dead_gemm_config(x_BI.element_size())
+    config = dead_gemm_config(width, x_BI.element_size())
     dead_C, n_dead = _compact(dead_mask_L)
     parts: list[tuple[Tensor, Tensor]] = []
     for chunk in token_chunks(n_tokens, n_latents):

@@ -44,6 +44,11 @@ def warps_on(num_warps: int, warp_size: int) -> int:
     return max(1, num_warps * 32 // warp_size)
 
 
+def rows_are_aligned(width: int, element_size: int) -> bool:
+    """Whether every row of a matrix starts at a multiple of 16 bytes."""
+    return width * element_size % 16 == 0
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """One warp sums `BLOCK_K` weighted rows at a time over a tile of `BLOCK_O` columns."""
@@ -76,14 +81,18 @@ class SegmentConfig:
 
 
 def segment_config(n_tokens: int, width: int, element_size: int) -> SegmentConfig:
-    """A tile row of 1 KiB: 16 bytes a lane of a 64-lane warp. As many pairs in flight as fill 4 KiB of fp32 sums.
-    Slices so wide that all tokens' rows take half of L2, in whole tiles; as equal as tiles allow."""
-    block_o = clamp_power_of_2(width, 64, 1024 // element_size)
+    """A tile row of 1 KiB: 16 bytes a lane of a 64-lane warp; half of it where rows are not aligned to 16 bytes, since
+    narrow loads need an address each. As many pairs in flight as load 2 KiB. Slices so wide that all tokens' rows take
+    half of L2, in whole tiles; as equal as tiles allow."""
+    tile_bytes = 1024 if rows_are_aligned(width, element_size) else 512
+    block_o = clamp_power_of_2(width, 64, tile_bytes // element_size)
     tiles = -(-width // block_o)
     tiles_in_l2 = max(L2_BYTES // 2 // max(n_tokens * block_o * element_size, 1), 1)
     slices = -(-tiles // tiles_in_l2)
     return SegmentConfig(
-        BLOCK_E=min(max(1024 // block_o, 1), 8), BLOCK_O=block_o, slice_width=-(-tiles // slices) * block_o
+        BLOCK_E=min(max(2048 // (block_o * element_size), 1), 8),
+        BLOCK_O=block_o,
+        slice_width=-(-tiles // slices) * block_o,
     )
 
 
@@ -182,11 +191,13 @@ class DeadGemmConfig:
     num_stages: int
 
 
-def dead_gemm_config(element_size: int) -> DeadGemmConfig:
-    """128 x 128 for 16-bit inputs; fp32 takes half the rows, since its operands are twice as wide."""
+def dead_gemm_config(width: int, element_size: int) -> DeadGemmConfig:
+    """128 x 128 for 16-bit inputs; fp32 takes half of each, since its operands are twice as wide. Half the columns where
+    rows are not aligned to 16 bytes: operands then wait in registers, an address for each number."""
+    aligned = rows_are_aligned(width, element_size)
     if element_size == 2:
-        return DeadGemmConfig(BLOCK_B=128, BLOCK_C=128, BLOCK_I=32, num_warps=8, num_stages=3)
-    return DeadGemmConfig(BLOCK_B=64, BLOCK_C=64, BLOCK_I=32, num_warps=4, num_stages=3)
+        return DeadGemmConfig(BLOCK_B=128, BLOCK_C=128 if aligned else 64, BLOCK_I=32, num_warps=8, num_stages=3)
+    return DeadGemmConfig(BLOCK_B=64, BLOCK_C=64 if aligned else 32, BLOCK_I=32, num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 OPS = [
-    "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk", "sparse_decode",
-    "sparse_decode unbiased", "decode_recon", "gather_dot", "sparse_decode_backward", "segment_rows", "decoder_norms",
+    "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk", "aux_topk unbiased",
+    "sparse_decode",
+    "sparse_decode unbiased", "decode_recon", "decode_recon unbiased",
+    "gather_dot", "sparse_decode_backward", "segment_rows", "decoder_norms",
     "decoder_norms_backward sum", "decoder_norms_backward joint", "recon_loss", "recon_loss_backward", "jumprelu",
     "jumprelu_backward anthropic", "jumprelu_backward gdm", "jumprelu_penalties",
     "jumprelu_penalties_backward anthropic", "jumprelu_penalties_backward gdm", "pre_act", "pre_act_backward",
@@ -89,7 +91,9 @@ def small_case(static_cases):
     return static_cases.Case("odd", 67, 37, (17, 17, 5), 21, 3)
 
 
-LONG_ROWS = ("encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "aux_topk", "encode_groupmax")
+LONG_ROWS = (
+    "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "aux_topk", "aux_topk unbiased", "encode_groupmax",
+)  # fmt: skip
 
 
 @pytest.fixture(params=OPS)

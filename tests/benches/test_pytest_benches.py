@@ -1,0 +1,67 @@
+"""The benches on pytest-benchmark, once through at toy sizes, and the plots of what they write."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crosscode_kernels import OpSet
+
+BENCHES = Path(__file__).parents[2] / "benches"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["reference", "torch", *(["triton"] if INTERPRETED else [])]
+
+
+def run(*arguments: str | Path) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    for name in ("bench_ops", "bench_train_step"):
+        bench = ("-m", "pytest", "-c", BENCHES / "pytest.ini", BENCHES / f"{name}.py", "--quick", "--threads", "1")
+        run(*bench, "--benchmark-json", folder / f"{name}.json")
+    return folder
+
+
+def test_every_op_and_scheme_is_measured_on_every_backend(results):
+    spec = importlib.util.spec_from_file_location("op_cases", BENCHES / "op_cases.py")
+    assert spec is not None and spec.loader is not None
+    sys.path.insert(0, str(BENCHES))
+    try:
+        op_cases = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(op_cases)
+    finally:
+        sys.path.remove(str(BENCHES))
+    ops = {name for name in vars(OpSet) if not name.startswith("_")} - {"name"}
+    assert {name.split()[0] for name in op_cases.OPS} | set(op_cases.NOT_TIMED) == ops
+    stored = json.loads((results / "bench_ops.json").read_text())
+    measured = {(row["extra_info"]["backend"], row["extra_info"]["op"]) for row in stored["benchmarks"]}
+    assert measured == {(backend, op) for backend in BACKENDS for op in op_cases.OPS}
+    stored = json.loads((results / "bench_train_step.json").read_text())
+    measured = {(row["extra_info"]["backend"], row["extra_info"]["scheme"]) for row in stored["benchmarks"]}
+    schemes = {"topk", "batch_topk", "groupmax", "jumprelu", "l1"}
+    assert measured == {(backend, scheme) for backend in BACKENDS for scheme in schemes}
+    assert all(row["extra_info"]["peak_mib"] > 0 for row in stored["benchmarks"])
+
+
+def test_results_say_where_they_come_from(results):
+    for name in ("bench_ops", "bench_train_step"):
+        stored = json.loads((results / f"{name}.json").read_text())
+        assert {"torch", "triton", "python", "threads", "cores", "gpu"} <= stored["machine_info"].keys()
+        assert stored["machine_info"]["quick"] is True
+        assert len(stored["commit_info"]["id"]) == 40
+        assert all({"median", "q1", "q3"} <= row["stats"].keys() for row in stored["benchmarks"])
+
+
+def test_plots_are_drawn(results, tmp_path):
+    run(BENCHES / "plots.py", "--results", results, "--out", tmp_path)
+    for name in ("step_time", "step_memory", "step_ratio", "op_ratio"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

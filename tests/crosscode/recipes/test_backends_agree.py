@@ -1,0 +1,192 @@
+"""Backends change speed and memory, never results: tiny runs of every recipe, on stand-in activations.
+
+    TRITON_INTERPRET=1 pytest tests/crosscode/recipes/test_backends_agree.py       (`make tests` does so)
+
+With the variable the backend under test is `triton` in its interpreter, without it `torch`; with a GPU, both there.
+
+Axes: B tokens · M models · P hookpoints · D width · L latents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscode.build import Experiment
+from crosscode.build_run import build_trainer
+from crosscode.recipes import recipe_names
+from crosscode.schema import check_config, read_yaml
+from crosscode.trainers.run_directory import RunDirectory
+from crosscode.trainers.split import split_for
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+BACKENDS = [
+    pytest.param(("triton", "cpu"), id="triton-interpreted")
+    if INTERPRETED
+    else pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(("torch", "cuda"), id="torch-gpu", marks=_gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=_gpu),
+]
+N_STEPS, BATCH, WIDTH, N_LATENTS, K = 3, 8, 10, 24, 3
+
+
+class StandIn:
+    """An endless stream in the place of harvested activations: sparse sums of fixed directions, and noise."""
+
+    def __init__(self, dims: tuple[int, int, int], device: str, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        directions_FMPD = torch.randn(20, *dims, generator=generator)
+        active_SBF = (torch.rand(N_STEPS, BATCH, 20, generator=generator) < 0.2).float()
+        acts_SBMPD = torch.einsum("sbf,fmpd->sbmpd", active_SBF, directions_FMPD)
+        acts_SBMPD += 0.3 * torch.randn(acts_SBMPD.shape, generator=generator)
+        self.acts_SBMPD = acts_SBMPD.to(device, dtype)
+        self.scaling_MP = torch.ones(dims[:2], device=device)
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            self.number += 1
+            yield self.acts_SBMPD[(self.number - 1) % N_STEPS]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+def tiny(name: str, folder: Any, backend: str, device: str) -> dict[str, Any]:
+    """The recipe with fewer latents and tokens. Latents count as dead after one batch, so that AuxK has work to do."""
+    values = read_yaml(name)
+    values |= {"run_dir": str(folder), "backend": backend, "device": device}
+    crosscoder, activation = values["crosscoder"], values["crosscoder"]["activation"]
+    crosscoder.pop("expansion_factor", None)
+    is_compound = crosscoder["type"] == "compound_cross_layer_transcoder"
+    crosscoder["n_latents"] = N_LATENTS * (len(values["hookpoints"]) // 2 if is_compound else 1)
+    if "k" in activation:
+        activation["k"] = 4 if activation["type"] == "groupmax" else K
+    if "k_start" in activation:
+        activation["k_start"] = 2 * K
+    if "auxk" in values["objective"]:
+        values["objective"]["auxk"] |= {"k_aux": 5, "dead_after_tokens": BATCH}
+    for init in (crosscoder["init"], crosscoder["init"].get("first", {})):
+        init |= {"jan_update": {"n_calibration_tokens": 24}, "zero_dec_skip": {"n_mean_tokens": 24}}.get(
+            init.get("type", ""), {}
+        )
+    values["train"] |= {"n_tokens": N_STEPS * BATCH, "batch_size": BATCH, "log_every": 1, "checkpoint_every": None}
+    values["evaluation"] = {"n_tokens": BATCH}
+    return values
+
+
+def make_trainer(
+    name: str, folder: Any, backend: str, device: str, dtype: torch.dtype = torch.float32, resume: bool = False
+):
+    """The trainer of a tiny recipe, its language models replaced by the stream."""
+    config = check_config(tiny(name, folder, backend, device))
+    dims = (len(config.language_models), len(config.hookpoints), WIDTH)
+    models: Any = [SimpleNamespace(fingerprint=lambda: "none") for _ in config.language_models]
+    harvester: Any = SimpleNamespace(dims=dims, models=models)
+    documents: Any = None
+    experiment = Experiment(config, split_for(config.crosscoder.type), documents, documents, harvester)
+    run = RunDirectory(config.run_path()) if resume else None
+    trainer = build_trainer(experiment, data=StandIn(dims, device, torch.float32), resume=run, progress=False)
+    # An initialisation that looks at data has taken batches from the stream.
+    data = StandIn(dims, device, dtype)
+    data.number = trainer.step
+    trainer.data, trainer.settings = data, replace(trainer.settings, log_every=None)
+    trainer.model.to(dtype)
+    return trainer
+
+
+def curve(trainer, n_steps: int = N_STEPS) -> tuple[Tensor, list[Tensor]]:
+    """Total and parts of each step's loss, in float64; and which latents were active, by step and part of the model."""
+    losses, active = [], []
+    training_step = trainer.forward_backward
+
+    def observe(_: Tensor, forward: Any) -> None:
+        active.extend(latents.to_dense().detach().cpu() > 0 for latents in forward.latents_of_parts)
+
+    def step(acts_BMPD: Tensor, number: int, n_steps: int, _: Any = None):
+        loss = training_step(acts_BMPD, number, n_steps, observe)
+        losses.append(torch.stack([loss.total, *loss.parts.values()]).double().cpu())
+        return loss
+
+    trainer.forward_backward = step
+    trainer.start()
+    for acts_BMPD in islice(trainer.data, n_steps):
+        trainer.train_step(acts_BMPD)
+    assert len(losses) == n_steps and all(bool(mask.any()) for mask in active)
+    return torch.stack(losses), active
+
+
+def reference_curves(name: str, folder: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses in float64, losses in float32, active latents in float32."""
+    exact, _ = curve(make_trainer(name, folder / "exact", "reference", "cpu", torch.float64))
+    reference, active = curve(make_trainer(name, folder / "reference", "reference", "cpu"))
+    assert bool((exact[-1] != 0).all()), "every term takes part in the last step"
+    return exact, reference, active
+
+
+def assert_within_budget(losses: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """The kernels' budget, over the curve: an error of one step is carried to the next."""
+    band = torch.finfo(torch.float32).eps * exact.abs().amax(0)
+    error, reference_error = (losses - exact).abs().amax(0), (reference - exact).abs().amax(0)
+    assert bool((error <= 2 * (reference_error + band)).all()), (error, reference_error, band)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter() -> Iterator[None]:
+    torch.set_num_threads(1)
+    if not INTERPRETED:
+        yield
+        return
+    from crosscode_kernels.triton_common.interpreter import repaired_interpreter
+
+    with repaired_interpreter():
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_backend_reproduces_the_loss_curve_of_the_reference(name, backend, tmp_path):
+    exact, reference, expected_active = reference_curves(name, tmp_path)
+    losses, active = curve(make_trainer(name, tmp_path / "run", *backend))
+    for number, (one, other) in enumerate(zip(active, expected_active, strict=True)):
+        assert torch.equal(one, other), f"other latents are active in forward pass {number}"
+    assert_within_budget(losses, reference, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ["to the reference", "from the reference"])
+@pytest.mark.parametrize("name", ["topk_crosscoder", "three_model_crosscoder", "compound_clt"])
+def test_a_saved_run_goes_on_in_another_backend(name, order, backend, tmp_path):
+    exact, reference, expected_active = reference_curves(name, tmp_path)
+    backends = [backend, ("reference", "cpu")]
+    first, second = backends if order == "to the reference" else backends[::-1]
+    trainer = make_trainer(name, tmp_path / "run", *first)
+    before, active = curve(trainer, N_STEPS // 2)
+    trainer.save_checkpoint()
+    resumed = make_trainer(name, tmp_path / "run", *second, resume=True)
+    assert resumed.model.ops.name == second[0] and resumed.step == N_STEPS // 2
+    after, active_after = curve(resumed, N_STEPS - N_STEPS // 2)
+    assert all(torch.equal(*pair) for pair in zip(active + active_after, expected_active, strict=True))
+    assert_within_budget(torch.cat([before, after]), reference, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["batch_topk_crosscoder", "jan_update_crosscoder"])
+def test_two_runs_have_the_same_bits(name, backend, tmp_path):
+    trainers = [make_trainer(name, tmp_path / str(number), *backend) for number in range(2)]
+    (losses, _), (again, _) = map(curve, trainers)
+    assert torch.equal(losses, again)
+    for one, other in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        assert torch.equal(one, other)
