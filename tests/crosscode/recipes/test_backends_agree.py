@@ -23,8 +23,8 @@ from torch import Tensor
 from crosscode.build import Experiment
 from crosscode.build_run import build_trainer
 from crosscode.recipes import recipe_names
-from crosscode.schema import check_config, read_yaml
-from crosscode.trainers.run_directory import RunDirectory
+from crosscode.resume import ResumePoint
+from crosscode.schema import check_config, dump_config, read_yaml
 from crosscode.trainers.split import split_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,9 +96,18 @@ def make_trainer(
     models: Any = [SimpleNamespace(fingerprint=lambda: "none") for _ in config.language_models]
     harvester: Any = SimpleNamespace(dims=dims, models=models)
     documents: Any = None
-    experiment = Experiment(config, split_for(config.crosscoder.type), documents, documents, harvester)
-    run = RunDirectory(config.run_path()) if resume else None
-    trainer = build_trainer(experiment, data=StandIn(dims, device, torch.float32), resume=run, progress=False)
+    experiment = Experiment(
+        config=config,
+        split=split_for(config.crosscoder.type),
+        documents=documents,
+        heldout_documents=documents,
+        harvester=harvester,
+    )
+    point = None
+    if resume:
+        (config.run_path() / "config.yaml").write_text(dump_config(config))
+        point = ResumePoint.find(config.run_path())
+    trainer = build_trainer(experiment, data=StandIn(dims, device, torch.float32), resume=point, progress=False)
     # An initialisation that looks at data has taken batches from the stream.
     data = StandIn(dims, device, dtype)
     data.number = trainer.step
