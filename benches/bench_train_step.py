@@ -40,7 +40,9 @@ def cases(size: str) -> list[Case]:
     base = BASE[size]
     swept = [replace(base, **{axis: value}) for axis, values in SWEEPS[size].items() for value in values]
     dense = {"jumprelu", "l1"}
-    schemes = [replace(base, scheme=name, l0=min(L0, base.B * base.L // 256) if name in dense else 0.0) for name in SCHEMES]
+    schemes = [
+        replace(base, scheme=name, l0=min(L0, base.B * base.L // 256) if name in dense else 0.0) for name in SCHEMES
+    ]
     return [base, *swept, *schemes]
 
 
