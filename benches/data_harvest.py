@@ -2,7 +2,7 @@
 
 Each way keeps one tensor. H harvest batch (sequences) · S sequence · M models · P hookpoints · D model dimension.
 
-    python benches/data_harvest.py [rounds] [hookpoint ...]
+    python benches/data_harvest.py [rounds] [HOOKPOINT@HxS ...]
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from data_common import interleaved, report, smollm2_path
 
 from crosscode.data import ActivationHarvester, load_language_model
 
-HOOKPOINTS = ("blocks.14.hook_resid_post", "blocks.14.hook_mlp_out", "blocks.2.hook_resid_post")
-H, S = 2, 512
+CASES = ("blocks.14.hook_resid_post@2x512", "blocks.14.hook_resid_post@2x2048", "blocks.2.hook_mlp_out@2x512")
 
 
-def main(rounds: int, hookpoints: Sequence[str]) -> None:
+def main(rounds: int, cases: Sequence[str]) -> None:
     path = str(smollm2_path())
     exact = load_language_model(path)
     rounded = load_language_model(path, dtype="bfloat16")
-    tokens_HS = torch.randint(100, exact.vocab_size, (H, S), generator=torch.Generator().manual_seed(0))
     rows = []
-    for name in hookpoints:
+    for case in cases:
+        name, _, shape = case.partition("@")
+        H, S = map(int, shape.split("x"))
+        tokens_HS = torch.randint(100, exact.vocab_size, (H, S), generator=torch.Generator().manual_seed(0))
         ways = ways_of(exact, rounded, name, tokens_HS)
         acts = {label: way()[..., 1:, :].float() for label, way in ways.items()}
         times = interleaved(ways, rounds)
@@ -35,6 +36,7 @@ def main(rounds: int, hookpoints: Sequence[str]) -> None:
             rows.append(
                 {
                     "hookpoint": name,
+                    "sequences": f"{H} x {S}",
                     "way": label,
                     "seconds": time.wall,
                     "cpu_seconds": time.cpu,
@@ -44,7 +46,7 @@ def main(rounds: int, hookpoints: Sequence[str]) -> None:
                     "relative_error": float((acts[label] - reference_HSD).norm() / reference_HSD.norm()),
                 }
             )
-    report("data_harvest", rows, model="SmolLM2-135M-Instruct", H=H, S=S, rounds=rounds)
+    report("data_harvest", rows, model="SmolLM2-135M-Instruct", rounds=rounds)
 
 
 def ways_of(exact: Any, rounded: Any, name: str, tokens_HS: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
@@ -67,4 +69,4 @@ def ways_of(exact: Any, rounded: Any, name: str, tokens_HS: torch.Tensor) -> dic
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:] or HOOKPOINTS)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:] or CASES)

@@ -26,6 +26,7 @@ NO_EFFECT_ON_WEIGHTS = (
     "name", "run_dir", "overwrite", "finetune_from", "crosscoder.init.*", "evaluation.*",
     "data.n_tokens_for_norm_estimate", "train.dead_after_tokens", "train.log_every", "train.histogram_every",
     "train.checkpoint_every", "train.keep_*", "train.max_skipped_steps", "train.wandb_project", "train.tensorboard",
+    "data.prefetch", "data.token_workers", "data.cache.shard_mb",
 )  # fmt: skip
 ROUNDING = ("backend", "device", "train.grad_accumulation", "train.tf32", "train.compile")
 OTHER_RUN = ("objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision")
@@ -34,7 +35,9 @@ CHECKED_BY_FINGERPRINT = (
     "language_models.*.path", "language_models.*.revision", "language_models.*.gguf_file",
     "language_models.*.trust_remote_code",
 )  # fmt: skip
-MOVED = ("data.source.path", "data.heldout.path")
+MOVED = (
+    "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if _matches(field, (*NO_EFFECT_ON_WEIGHTS, *CHECKED_BY_FINGERPRINT)):
             log.info("%s: it holds from here on, and leaves the weights as they would have been", change)
         elif _matches(field, MOVED):
-            log.warning("%s: the run goes on to the bit if the same documents are there", change)
+            log.warning("%s: the run goes on to the bit if the same is there", change)
         elif _matches(field, ROUNDING):
             log.warning("%s: the run goes on, equal up to rounding but not to the bit", change)
         elif _matches(field, OTHER_RUN):

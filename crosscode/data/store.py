@@ -61,14 +61,14 @@ class ActivationCache:
 
     `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other content is refused
     by the field that differs. Rows are read at random, checked against their checksums each time, and handed out as
-    float32 (bfloat16 for a bfloat16 store). A store of up to `resident_bytes` is mapped into memory as a whole; a
-    larger one is read by position, so that what counts as this process's memory stays below that at any size.
+    float32 (bfloat16 for a bfloat16 store). Shards are mapped into memory, and their pages are let go whenever about
+    `resident_bytes` of them count as this process's memory, so that this does not depend on the store's size.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
     """
 
-    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 1 << 30) -> None:
+    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 128 << 20) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
@@ -80,7 +80,6 @@ class ActivationCache:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._bytes_touched = 0
-        self._map_acts = True
         self._resident_bytes = resident_bytes
         self._scratch_RE = np.empty((_ROWS_AT_ONCE, self.layout.acts_bytes), dtype=np.uint8)
         self.refresh()
@@ -90,13 +89,6 @@ class ActivationCache:
         self.shards = list_shards(self.path, self.layout)
         self._ends = np.cumsum([shard.n_rows for shard in self.shards], dtype=np.int64)
         self.n_bytes = sum(shard.offset + shard.n_rows * self.layout.row_bytes for shard in self.shards)
-        map_acts = self.n_bytes <= self._resident_bytes
-        if map_acts != self._map_acts:
-            self.close()
-        self._map_acts = map_acts
-        self._mapped_bytes = (
-            self.n_bytes if map_acts else self.n_rows * (self.layout.row_bytes - self.layout.acts_bytes)
-        )
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -169,58 +161,49 @@ class ActivationCache:
         if index in self._open:
             self._open.move_to_end(index)
         else:
-            self._open[index] = _OpenShard(self.shards[index], self.layout, map_acts=self._map_acts)
+            self._open[index] = _OpenShard(self.shards[index], self.layout)
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[index]
 
     def _limit_resident(self, n_rows: int) -> None:
         """Pages stay in the system's cache, but no longer count as this process's memory once they are let go."""
-        self._bytes_touched += n_rows * _BYTES_PER_FAULT
-        if self._bytes_touched > self._resident_bytes < self._mapped_bytes:
+        self._bytes_touched += n_rows * (_BYTES_PER_FAULT + self.layout.acts_bytes)
+        if self._bytes_touched > self._resident_bytes:
             self._bytes_touched = 0
             for shard in self._open.values():
                 shard.release_pages()
 
 
 class _OpenShard:
-    """A shard's checksums and scales mapped into memory, and its activations too where `map_acts`."""
+    """A shard, mapped into memory."""
 
-    def __init__(self, shard: Shard, layout: Layout, *, map_acts: bool) -> None:
+    def __init__(self, shard: Shard, layout: Layout) -> None:
         self._file = open(shard.path, "rb")  # noqa: SIM115
         self._path = shard.path
         n_rows, n_scales = shard.n_rows, layout.n_scales
-        self._acts_at = shard.offset + 4 * n_rows * (1 + n_scales)
-        self._row_bytes = layout.acts_bytes
-        length = 0 if map_acts else self._acts_at
-        self._mmap = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_READ)
+        self._size = shard.offset + n_rows * layout.row_bytes
+        self._check_size()
+        self._mmap = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
         data = np.frombuffer(self._mmap, dtype=np.uint8, offset=shard.offset)
         scales_end = 4 * n_rows * (1 + n_scales)
         self._sums_R = data[: 4 * n_rows].view(np.int32)
         self._scales_RMP: Any = None
         if n_scales:
             self._scales_RMP = data[4 * n_rows : scales_end].view(np.float32).reshape(n_rows, *layout.dims[:2])
-        self._acts_RE = data[scales_end:].reshape(n_rows, self._row_bytes) if map_acts else None
+        self._acts_RE = data[scales_end:].reshape(n_rows, layout.acts_bytes)
 
     def gather(self, local: np.ndarray, scratch_RE: np.ndarray) -> tuple[PackedRows, np.ndarray]:
+        self._check_size()
         scales = None if self._scales_RMP is None else torch.from_numpy(self._scales_RMP[local])
         acts_BE = scratch_RE[: len(local)]
-        if self._acts_RE is None:
-            self._read_runs(local, acts_BE)
-        else:
-            np.take(self._acts_RE, local, axis=0, out=acts_BE, mode="clip")
+        np.take(self._acts_RE, local, axis=0, out=acts_BE, mode="clip")
         return PackedRows(torch.from_numpy(acts_BE), scales), self._sums_R[local]
 
-    def _read_runs(self, local: np.ndarray, acts_BE: np.ndarray) -> None:
-        """One read from the file for each run of consecutive rows."""
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(local) != 1) + 1])
-        ends = [*starts[1:].tolist(), len(local)]
-        view: Any = memoryview(acts_BE.reshape(-1))  # pyright: ignore[reportArgumentType]
-        descriptor = self._file.fileno()
-        for start, end, row in zip(starts.tolist(), ends, local[starts].tolist(), strict=True):
-            part = view[start * self._row_bytes : end * self._row_bytes]
-            if os.preadv(descriptor, [part], self._acts_at + row * self._row_bytes) != len(part):
-                raise StoreError(f"store: shard {str(self._path)!r} became shorter while it was read; it is damaged")
+    def _check_size(self) -> None:
+        """Touching mapped pages beyond the end of a file would end the process."""
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            raise StoreError(f"store: shard {str(self._path)!r} became shorter while it was read; it is damaged")
 
     def release_pages(self) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):

@@ -68,8 +68,7 @@ class ActivationCacheWriter:
         try:
             stored = read_manifest(self.path)
             if stored is None:
-                if any(self.path.glob("shard-*")):
-                    raise StoreError(f"store {str(self.path)!r} holds shards but no manifest.json")
+                _check_free(self.path)
                 write_manifest(self.path, manifest)
             else:
                 check_same_content(self.path, stored, manifest, to_append=True)
@@ -78,7 +77,7 @@ class ActivationCacheWriter:
             self.n_rows = sum(shard.n_rows for shard in shards)
             self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
             self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
-            for leftover in self.path.glob("*.tmp"):
+            for leftover in _unfinished(self.path):
                 leftover.unlink()
             if self.finished:
                 self._release()
@@ -187,11 +186,32 @@ def check_can_write(path: str | Path, wanted: Manifest) -> None:
         raise StoreError(f"store {str(path)!r} cannot be written: {str(nearest)!r} is read-only")
     stored = read_manifest(folder)
     if stored is None:
+        _check_free(folder)
         return
     check_same_content(folder, stored, wanted, to_append=True, partly=True)
     list_shards(folder, layout_of(stored))
     if (folder / "lock").exists():
         _take_lock(folder).close()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """Files of ours that were being written when a process ended."""
+    patterns = ("manifest.json.tmp", "shard-*.safetensors.tmp", "resume-*.safetensors.tmp")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse to begin a store among other files."""
+    if not folder.exists():
+        return
+    if any(folder.glob("shard-*.safetensors")):
+        raise StoreError(f"store {str(folder)!r} holds shards but no manifest.json")
+    foreign = {*folder.iterdir()} - {folder / "lock", *_unfinished(folder)}
+    if foreign:
+        raise StoreError(
+            f"store {str(folder)!r} is not a store, but holds files already ({min(foreign).name}); name an empty "
+            "folder or a new one"
+        )
 
 
 def _take_lock(folder: Path) -> Any:

@@ -273,3 +273,49 @@ def test_the_same_text_to_train_and_to_evaluate_on_is_refused(with_data, tiny_co
     same = {"type": "local", "path": tiny_corpus}
     with pytest.raises(InputError, match=r"data.heldout: the same text as data.source"):
         open_experiment(check_config(with_data(heldout=same)))
+
+
+@pytest.fixture(scope="module")
+def chat_lm(tiny_lms, tmp_path_factory):
+    """The first tiny model, with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "one"
+    shutil.copytree(tiny_lms[0], folder)
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+KINDS = ["jsonl", "parquet", "arrow", "saved", "token ids", "chat kept", "chat masked"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_text_reaches_a_store_through_the_config(kind, with_data, chat_lm, tmp_path):
+    import datasets
+
+    texts = [f"w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(20)]
+    rows = {
+        "text": texts,
+        "ids": [[5 + i, 6 + i, 7 + i, 8 + i] for i in range(20)],
+        "messages": [[{"role": "w1", "content": text}] for text in texts],
+    }
+    data = datasets.Dataset.from_dict(rows)
+    path = tmp_path / f"text.{kind if kind in ('jsonl', 'parquet') else 'jsonl'}"
+    if kind == "parquet":
+        data.to_parquet(path)
+    elif kind in ("saved", "arrow"):
+        path = tmp_path / "saved"
+        data.save_to_disk(path)
+        path = next(path.glob("*.arrow")) if kind == "arrow" else path
+    else:
+        data.to_json(path)
+    column = {"token ids": "ids", "chat kept": "messages", "chat masked": "messages"}.get(kind, "text")
+    source = {"type": "local", "path": str(path), "column": column}
+    template_tokens = "mask" if kind == "chat masked" else "keep"
+    values = with_data(source=source, template_tokens=template_tokens, cache={"path": str(tmp_path / "store")})
+    store = run_harvest(harvest_config({**values, "language_models": [{"path": chat_lm}]}), progress=False)
+    n_of_document = {"chat kept": 5}.get(kind, 4)
+    # Documents end with a separator each, which is used; a share of them is held out.
+    n_separators = store.n_rows - store.n_rows // (n_of_document + 1) * n_of_document
+    assert store.n_rows == n_separators * (n_of_document + 1)
+    assert 10 <= n_separators < 20
+    assert store.manifest["tokens"]["template_tokens"] == template_tokens

@@ -408,3 +408,11 @@ def test_bad_mixtures_are_refused(tmp_path):
         StoredRows([one, two], weights=[1.0])
     with pytest.raises(InputError, match="at least one"):
         StoredRows([])
+
+
+def test_a_store_is_not_begun_among_other_files(tmp_path):
+    (tmp_path / "thesis.tmp").write_text("years of work")
+    with pytest.raises(StoreError, match=r"is not a store, but holds files already \(thesis.tmp\)"):
+        write(tmp_path, rows_of(4))
+    assert (tmp_path / "thesis.tmp").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "thesis.tmp"]
