@@ -19,8 +19,8 @@ from crosscode.config import ExperimentConfig
 from crosscode.data.language_models import LanguageModel
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS, BaseCrosscoder
-from crosscode.objectives import TERMS, Objective, as_schedule
-from crosscode.registry import build_component, params_of
+from crosscode.objectives import Objective, objective_from
+from crosscode.registry import build_component
 from crosscode.schema import given_components
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.evaluation import EvaluationResult, evaluate
@@ -59,12 +59,7 @@ def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCross
 
 
 def build_objective(config: ExperimentConfig) -> Objective:
-    terms = {}
-    for name, term in given_components(config.objective).items():
-        params = params_of(term)
-        weight = params.pop("weight")
-        terms[name] = (TERMS[name](**params), as_schedule(weight))
-    return Objective(terms)
+    return objective_from(given_components(config.objective))
 
 
 def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[Constraint]:

@@ -56,14 +56,19 @@ def _locate(path: str) -> str:
 
 
 def crosscoder_device(config: HarvestConfig) -> torch.device:
-    if config.device == "auto":
+    return available_device(config.device)
+
+
+def available_device(name: str) -> torch.device:
+    """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device = {config.device!r}: not available here ({reason})") from error
+        raise InputError(f"device = {name!r}: not available here ({reason})") from error
     return device
 
 

@@ -1,4 +1,4 @@
-"""The command line: `crosscode train | harvest | evaluate | report | demo | backends | recipes`."""
+"""The command line: `crosscode train | harvest | evaluate | report | demo | synthetic | backends | recipes`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(lambda: _train(arguments[1:]))
     if arguments[:1] == ["harvest"]:
         return _guarded(lambda: _harvest(arguments[1:]))
+    if arguments[:1] == ["synthetic"]:
+        return _guarded(lambda: _synthetic(arguments[1:]))
     options = _parser().parse_args(arguments)
     return _guarded(lambda: options.run(options))
 
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--run-dir", help="folder of all runs (default: the config's run_dir)")
     sweep.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted sweep, its folder alone given")
+    add("synthetic", None, "which scheme recovers what of a planted dictionary; `crosscode synthetic --help`")
     doctor = add("doctor", _doctor, "versions, devices, a self-test of the kernels on this machine, disk speed")
     doctor.add_argument("--seconds", type=float, default=10.0, help="time for the self-test (default: %(default)s)")
     doctor.add_argument("--folder", default=".", help="where to measure the disk (default: here)")
@@ -281,6 +284,12 @@ def _sweep(options: argparse.Namespace) -> None:
     print(f"runs        {folder}")
     if any("error" in result for result in results):
         raise CrosscodeError("some runs of the sweep failed")
+
+
+def _synthetic(arguments: list[str]) -> None:
+    from crosscode.analysis.synthetic_command import run_command
+
+    run_command(arguments)
 
 
 def _doctor(options: argparse.Namespace) -> None:

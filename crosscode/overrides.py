@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
 
-from pydantic import ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -18,7 +18,6 @@ from pydantic_settings import (
 )
 
 from crosscode.config import ExperimentConfig
-from crosscode.config_data import HarvestConfig
 from crosscode.errors import InputError
 from crosscode.schema import check_config, experiment_class, field_paths, read_yaml
 
@@ -30,16 +29,18 @@ Every field of the config can be replaced on the command line: --train.batch_siz
 
 @dataclass(frozen=True)
 class Command:
-    """A command that takes a config, or a part of one."""
+    """A command whose options are the fields of a config."""
 
     name: str
     help: str
-    config_class: Callable[[], type[HarvestConfig]]
+    config_class: Callable[[], type[BaseModel]]
     needs_file: bool = True
+    positional: str = "CONFIG.yaml"
+    """what stands before the options"""
 
     @property
     def usage(self) -> str:
-        return f"crosscode {self.name} CONFIG.yaml"
+        return f"crosscode {self.name} {self.positional}"
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
@@ -63,7 +64,7 @@ def values_from_arguments(arguments: list[str], command: Command) -> dict[str, A
     if positional is None and not asks_help and command.needs_file:
         raise InputError(f"{command.name}: no config given; usage: {command.usage} [--section.field value ...]")
     values = {} if asks_help or positional is None else read_yaml(positional)
-    overrides = _parse(arguments[1:] if positional is not None else arguments, command)
+    overrides = option_values(arguments[1:] if positional is not None else arguments, command)
     return _merged(values, overrides)
 
 
@@ -76,8 +77,12 @@ def config_from_arguments(arguments: list[str]) -> ExperimentConfig:
     return check_config(values_from_arguments(arguments, TRAIN))
 
 
-def _parse(arguments: list[str], command: Command) -> dict[str, Any]:
-    """Nested values of the options that were given; exits after printing the help."""
+def option_values(arguments: list[str], command: Command) -> dict[str, Any]:
+    """Nested values of the options that were given, unchecked; exits after printing the help.
+
+    Raises:
+        InputError: an unknown option.
+    """
     settings = _settings_class(command)
     try:
         source: CliSettingsSource[Any] = CliSettingsSource(
@@ -91,14 +96,14 @@ def _parse(arguments: list[str], command: Command) -> dict[str, Any]:
     except (SettingsError, ValidationError) as error:
         text = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
         raise InputError(
-            f"{command.name}: {text}{_near(text)}; `crosscode {command.name} --help` lists every field"
+            f"{command.name}: {text}{_near(text, command)}; `crosscode {command.name} --help` lists every field"
         ) from error
 
 
-def _near(message: str) -> str:
+def _near(message: str, command: Command) -> str:
     """A hint where an unknown option looks like a known one."""
     unknown = [word.removeprefix("--").split("=")[0] for word in message.split() if word.startswith("--")]
-    near = get_close_matches(unknown[0], field_paths(), n=1) if unknown else []
+    near = get_close_matches(unknown[0], field_paths(command.config_class()), n=1) if unknown else []
     return f"; did you mean --{near[0]}?" if near else ""
 
 

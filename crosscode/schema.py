@@ -205,8 +205,8 @@ def _fields_at(annotation: Any, loc: list[int | str]) -> list[str]:
     return _fields_at(annotation, loc[1:]) if loc and isinstance(loc[0], int) else []
 
 
-def field_paths() -> list[str]:
-    """Every field of the config as a dotted path; a list is one field, whatever is in it."""
+def field_paths(of: type[BaseModel] | None = None) -> list[str]:
+    """Every field of the config (or of another model) as a dotted path; a list is one field, whatever is in it."""
 
     def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
         for name, field in model.model_fields.items():
@@ -217,7 +217,7 @@ def field_paths() -> list[str]:
                 if isinstance(inner, type) and issubclass(inner, BaseModel):
                     yield from walk(inner, f"{prefix}{name}.")
 
-    return sorted(set(walk(experiment_class(), "")))
+    return sorted(set(walk(of or experiment_class(), "")))
 
 
 def _models_in(annotation: Any) -> Iterable[Any]:

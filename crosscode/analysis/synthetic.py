@@ -1,14 +1,15 @@
-"""Which training scheme recovers what of a planted dictionary, at about the same L0.
+"""Which training scheme recovers what of a planted dictionary, at the same L0.
 
 Axes: M models · P hookpoints · D width · L latents.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,65 +18,20 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from crosscode.analysis.ground_truth import GroundTruth, compare_with_planted
+from crosscode.analysis.synthetic_schemes import SCHEMES, SyntheticScheme
+from crosscode.build import check_backend
+from crosscode.build_data import available_device
 from crosscode.data.synthetic import PlantedConfig, PlantedDictionary, SyntheticActivations
 from crosscode.errors import InputError
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS, ModelHookpointAcausalCrosscoder
-from crosscode.objectives import TERMS, Objective, as_schedule
-from crosscode.registry import Component, ConfigModel, build_component, params_of
+from crosscode.registry import ConfigModel
 from crosscode.trainers.constraints import constraints_for
 from crosscode.trainers.evaluation import EvaluationResult, evaluate
-from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.split import split_for
 from crosscode.trainers.trainer import Trainer, TrainerSettings
 
-_AUXK = {"recon": {}, "auxk": {"k_aux": 32, "dead_after_tokens": 10_000}}
-_TRANSPOSE = {"type": "anthropic_transpose"}
-_JAN = {"type": "jan_update", "initial_approx_firing_pct": 0.05, "n_calibration_tokens": 4096}
-_ANNEALED = {"k_start": 32, "k_anneal_fraction": 0.5}
-_ADAM = {"type": "adam", "lr": 4e-3}
-# Thresholds that move as fast as weights run away before the weights have found their features.
-_ADAM_SLOW_THRESHOLDS = {"type": "adam", "lr": 5e-3, "threshold_lr_factor": 0.1}
-
-
-def _tanh(value: float, **options: Any) -> dict[str, Any]:
-    return {"weight": {"type": "linear_ramp", "value": value, "ramp_fraction": 0.3}, **options}
-
-
-def _scheme(
-    activation: Any, objective: Any, init: Any = _TRANSPOSE, optimizer: Any = _ADAM, shared: bool = False
-) -> Any:
-    first = {"type": "identical_latents", "first": init} if shared else init
-    return {"activation": activation, "objective": objective, "init": first, "optimizer": optimizer, "shared": shared}
-
-
-SCHEMES: dict[str, dict[str, Any]] = {
-    "l1_crosscoder": _scheme(
-        {"type": "relu"}, {"recon": {}, "l1": {"weight": {"type": "linear_ramp", "value": 3.0, "ramp_fraction": 0.3}}}
-    ),
-    "topk_crosscoder": _scheme({"type": "topk", "k": 8, **_ANNEALED}, _AUXK),
-    "batch_topk_crosscoder": _scheme({"type": "batch_topk", "k": 8, **_ANNEALED, "threshold_ema_decay": 0.99}, _AUXK),
-    "groupmax_crosscoder": _scheme({"type": "groupmax", "k": 8}, _AUXK),
-    "jan_update_crosscoder": _scheme(
-        {"type": "jumprelu"},
-        {"recon": {}, "tanh": _tanh(1.0), "pre_act": {"weight": 1e-3}},
-        _JAN,
-        _ADAM_SLOW_THRESHOLDS,
-    ),
-    "feb_update_diffing_topk": _scheme({"type": "topk", "k": 8, **_ANNEALED}, _AUXK, shared=True),
-    "feb_update_diffing_jumprelu": _scheme(
-        {"type": "jumprelu"},
-        {
-            "recon": {},
-            "tanh": _tanh(2.0, shared_ratio=0.2),
-            "pre_act": {"weight": 1e-3, "shared_ratio": 0.2},
-        },
-        _JAN,
-        _ADAM_SLOW_THRESHOLDS,
-        shared=True,
-    ),
-}
-"""The schemes that can be compared; tuned by hand to about 8 active latents on the default dictionary."""
+MATCHED_WITHIN = 0.02
+"""An L0 this close to the wanted one, as a share of it, is not improved further."""
 
 
 class SyntheticConfig(ConfigModel):
@@ -85,12 +41,18 @@ class SyntheticConfig(ConfigModel):
     """the planted dictionary"""
     schemes: list[str] = Field(default=list(SCHEMES), min_length=1)
     """schemes to train, by name"""
-    n_latents: PositiveInt = 320
-    """latents of each crosscoder"""
+    l0: PositiveInt | None = None
+    """wanted L0: the k of TopK styles, the aim of max_runs for the others; null: planted.mean_active, rounded"""
+    n_latents: PositiveInt | None = None
+    """latents of each crosscoder; null: 5/4 of the planted features, rounded up to a multiple of the wanted L0"""
+    penalty: PositiveFloat = 1.0
+    """factor on the sparsity penalties of the L1 and JumpReLU schemes"""
+    max_runs: PositiveInt = 1
+    """L1 and JumpReLU schemes: how often one may be trained to find the penalty with which its L0 is as wanted (within 2 %)"""
     shared_fraction: float = Field(default=0.75, ge=0, le=1)
     """share of latents that the model-diffing schemes tie between the models"""
     n_steps: PositiveInt = 1200
-    """training steps of each scheme"""
+    """training steps of each run"""
     batch_size: PositiveInt = 512
     """activations of a step"""
     n_heldout_tokens: PositiveInt = 16_384
@@ -98,16 +60,25 @@ class SyntheticConfig(ConfigModel):
     exclusive_threshold: PositiveFloat = Field(default=0.9, lt=1)
     """relative decoder norm above which a latent is called exclusive to a model"""
     seed: NonNegativeInt = 0
-    """seed of initialisation and activations"""
+    """seed of initialisation and activations (planted.seed is that of the dictionary)"""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """kernels"""
-    device: str = "cpu"
-    """device of the crosscoders"""
+    device: str = "auto"
+    """device of the crosscoders: auto, cpu, cuda, cuda:1, mps"""
+
+    def wanted_l0(self) -> int:
+        return self.l0 or max(1, round(self.planted.mean_active))
+
+    def scheme(self, name: str, penalty: float | None = None) -> SyntheticScheme:
+        k = self.wanted_l0()
+        n_latents = self.n_latents or k * math.ceil(1.25 * self.planted.n_features / k)
+        return SyntheticScheme(name, k, n_latents, self.shared_fraction, self.penalty if penalty is None else penalty)
 
 
 @dataclass(frozen=True)
 class SyntheticResult:
-    """One row of the table."""
+    """One row of the table. `penalty` is the factor on the sparsity penalty that was used, `n_runs` how many runs it
+    took to find; both None for TopK styles, which have no such penalty."""
 
     scheme: str
     fvu: float
@@ -115,77 +86,135 @@ class SyntheticResult:
     dead_fraction: float
     tokens_per_s: float
     ground_truth: GroundTruth
+    penalty: float | None = None
+    n_runs: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; None where a figure is not defined."""
+        return _without_nan(asdict(self))
 
 
-def run_synthetic(config: SyntheticConfig, *, progress: bool = False) -> list[SyntheticResult]:
-    """Train each scheme on the same activations and compare its decoder with what was planted."""
-    for name in config.schemes:
-        if name not in SCHEMES:
-            raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def run_synthetic(config: SyntheticConfig, *, progress: bool = False) -> Iterator[SyntheticResult]:
+    """Train each scheme on the same activations and compare its decoder with what was planted.
+
+    Raises:
+        InputError: at once, for whatever cannot be trained or compared.
+    """
     dictionary = PlantedDictionary(config.planted)
-    return [_run_scheme(name, config, dictionary, progress) for name in config.schemes]
+    device = available_device(config.device)
+    if config.backend != "auto":
+        check_backend(config.backend, device)
+    planted = config.planted
+    for name in config.schemes:
+        scheme = config.scheme(name)
+        if scheme.n_latents < planted.n_features:
+            raise InputError(
+                f"n_latents = {scheme.n_latents}: at least one for each of the {planted.n_features} planted features"
+            )
+        model = scheme.model((planted.n_models, planted.n_hookpoints, planted.d_model), config.backend)
+        scheme.objective().check_model(model)
+        model.check_init(scheme.init())
+    return (_best_run(name, config, dictionary, progress) for name in config.schemes)
 
 
-def _run_scheme(name: str, config: SyntheticConfig, dictionary: PlantedDictionary, progress: bool) -> SyntheticResult:
-    data = SyntheticActivations(dictionary, config.batch_size, seed=config.seed, device=config.device)
+def _best_run(name: str, config: SyntheticConfig, dictionary: PlantedDictionary, progress: bool) -> SyntheticResult:
+    """The run whose L0 is nearest to the wanted one."""
+    wanted, runs = config.wanted_l0(), list[tuple[float, float]]()
+    best, best_miss, penalty = None, math.inf, config.penalty
+    for _ in range(config.max_runs):
+        result = _run_scheme(config.scheme(name, penalty), config, dictionary, progress)
+        if result.penalty is None:
+            return result
+        runs.append((penalty, max(result.l0, 1e-3)))
+        miss = abs(math.log(runs[-1][1] / wanted))
+        if miss < best_miss:
+            best, best_miss = result, miss
+        if miss < MATCHED_WITHIN:
+            break
+        penalty = next_penalty(runs, wanted)
+    assert best is not None
+    return replace(best, n_runs=len(runs))
+
+
+def next_penalty(runs: list[tuple[float, float]], wanted: float) -> float:
+    """Where to look next, given `(penalty, l0)` of the runs so far: L0 falls with the penalty, so on the line (in
+    logarithms) between the nearest runs on either side of the wanted L0, or beyond them if all lie on one side."""
+    above = [(l0, penalty) for penalty, l0 in runs if l0 > wanted]
+    below = [(l0, penalty) for penalty, l0 in runs if l0 <= wanted]
+    if not (above and below):
+        penalty, l0 = runs[-1]
+        return penalty * min(max((l0 / wanted) ** 1.5, 0.2), 5.0)
+    (high_l0, low_penalty), (low_l0, high_penalty) = min(above), max(below)
+    share = math.log(high_l0 / wanted) / math.log(high_l0 / low_l0)
+    return low_penalty * (high_penalty / low_penalty) ** min(max(share, 0.1), 0.9)
+
+
+def _run_scheme(
+    scheme: SyntheticScheme, config: SyntheticConfig, dictionary: PlantedDictionary, progress: bool
+) -> SyntheticResult:
     with tempfile.TemporaryDirectory(prefix="crosscode-synthetic-") as folder:
-        run = RunDirectory(Path(folder) / name)
+        run = RunDirectory(Path(folder) / scheme.name)
         run.create("", overwrite=False)
-        trainer = build_synthetic_trainer(name, config, data, run, progress=progress)
+        trainer = build_synthetic_trainer(scheme, config, dictionary, run, progress=progress)
         started = time.perf_counter()
         evaluation = trainer.train()
         seconds = time.perf_counter() - started
     assert isinstance(evaluation, EvaluationResult)
-    model = trainer.model
-    assert isinstance(model, ModelHookpointAcausalCrosscoder)
+    decoder_LMPD = trainer.model.W_dec_LXoDo.detach().cpu()
     truth = compare_with_planted(
-        dictionary.directions_FMPD, dictionary.model_F, model.W_dec_LMPD.detach().cpu(), config.exclusive_threshold
+        dictionary.directions_FMPD, dictionary.model_F, decoder_LMPD, config.exclusive_threshold
     )
-    n_tokens = config.n_steps * config.batch_size
-    return SyntheticResult(name, evaluation.fvu, evaluation.l0, evaluation.dead_fraction, n_tokens / seconds, truth)
+    return SyntheticResult(
+        scheme.name,
+        evaluation.fvu,
+        evaluation.l0,
+        evaluation.dead_fraction,
+        config.n_steps * config.batch_size / seconds,
+        truth,
+        penalty=scheme.penalty if scheme.is_penalised else None,
+    )
 
 
 def build_synthetic_trainer(
-    name: str, config: SyntheticConfig, data: SyntheticActivations, run: RunDirectory, *, progress: bool = False
+    scheme: SyntheticScheme,
+    config: SyntheticConfig,
+    dictionary: PlantedDictionary,
+    run: RunDirectory,
+    *,
+    progress: bool = False,
 ) -> Trainer:
     """The same `Trainer` as for language models, on synthetic activations."""
-    scheme, n_latents = SCHEMES[name], config.n_latents
-    n_models, n_hookpoints, d_model = data.dims
+    device = available_device(config.device)
+    data = SyntheticActivations(dictionary, config.batch_size, seed=config.seed, device=device)
     split = split_for("model_hookpoint_acausal")
-    activation = build_component(ACTIVATIONS, Component(**scheme["activation"]), n_latents=n_latents)
-    model = ModelHookpointAcausalCrosscoder(
-        n_models,
-        n_hookpoints,
-        d_model,
-        n_latents,
-        activation,
-        n_shared_latents=round(config.shared_fraction * n_latents) if scheme["shared"] else 0,
-        backend=config.backend,
-    ).to(config.device)
-    objective = _objective(scheme["objective"])
+    model = scheme.model(data.dims, config.backend).to(device)
     constraints = constraints_for(model)
-    calibration = SyntheticActivations(data.dictionary, config.batch_size, seed=config.seed + 1, device=config.device)
-    init = build_component(INITIALIZATIONS, Component(**scheme["init"]))
-    model.init_weights(init, config.seed, samples=lambda: (split.activations(acts) for acts in calibration))
+    calibration = SyntheticActivations(dictionary, config.batch_size, seed=config.seed + 1, device=device)
+    model.init_weights(
+        scheme.init(), config.seed, samples=lambda: (split.activations(acts_BMPD) for acts_BMPD in calibration)
+    )
     for constraint in constraints:
         constraint.start(model)
-
+    n_models, n_hookpoints, _ = data.dims
     position_names = [f"model {m}, hookpoint {p}" for m in range(n_models) for p in range(n_hookpoints)]
 
     def heldout() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(config.seed + 999_999_937)
         for start in range(0, config.n_heldout_tokens, 4096):
-            yield data.dictionary.sample(min(4096, config.n_heldout_tokens - start), generator)[0]
+            yield dictionary.sample(min(4096, config.n_heldout_tokens - start), generator)[0]
 
     return Trainer(
         model,
         data,
         split,
-        objective,
-        build_component(OPTIMIZERS, Component(**scheme["optimizer"])),
+        scheme.objective(),
+        scheme.optimizer(),
         TrainerSettings(n_steps=config.n_steps, log_every=max(1, config.n_steps // 5)),
         run,
         [],
@@ -194,15 +223,6 @@ def build_synthetic_trainer(
         evaluate=lambda trained, scaling_MP: evaluate(trained, heldout(), split, position_names, scaling_MP),
         progress=progress,
     )
-
-
-def _objective(config: dict[str, dict[str, Any]]) -> Objective:
-    terms = {}
-    for name, fields in config.items():
-        params = params_of(TERMS[name].Config(**fields))
-        weight = params.pop("weight")
-        terms[name] = (TERMS[name](**params), as_schedule(weight))
-    return Objective(terms)
 
 
 def markdown_table(results: list[SyntheticResult]) -> str:
@@ -215,5 +235,6 @@ def markdown_table(results: list[SyntheticResult]) -> str:
             group.matched_cosine if group else float("nan") for group in (truth.all, truth.shared, truth.exclusive)
         ]
         numbers = [result.fvu, result.dead_fraction, *groups, truth.all.mean_max_cosine, truth.precision, truth.recall]
-        rows.append(f"| {result.scheme} | {result.l0:.1f} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
+        shown = ("-" if math.isnan(number) else f"{number:.3f}" for number in numbers)
+        rows.append(f"| {result.scheme} | {result.l0:.1f} | " + " | ".join(shown) + " |")
     return "\n".join(rows)

@@ -58,9 +58,13 @@ class PlantedDictionary:
         self.config = config
         n_features, dims = config.n_features, (config.n_models, config.n_hookpoints)
         if config.n_exclusive > n_features:
-            raise InputError(f"n_exclusive = {config.n_exclusive}: must not exceed n_features = {n_features}")
+            raise InputError(
+                f"planted.n_exclusive = {config.n_exclusive}: must not exceed planted.n_features = {n_features}"
+            )
         if config.n_exclusive and config.n_models < 2:
-            raise InputError(f"n_exclusive = {config.n_exclusive}: exclusive features need n_models >= 2")
+            raise InputError(
+                f"planted.n_exclusive = {config.n_exclusive}: exclusive features need planted.n_models >= 2"
+            )
         generator = torch.Generator().manual_seed(config.seed)
         self.model_F = torch.full((n_features,), -1)
         """the one model that has the feature; -1: all have it"""
@@ -95,7 +99,9 @@ class PlantedDictionary:
 def _scaled_rates(weight_F: Tensor, mean_active: float) -> Tensor:
     """Rates in proportion to the weights, none above 1/2, that add up to `mean_active`."""
     if mean_active > 0.5 * len(weight_F):
-        raise InputError(f"mean_active = {mean_active}: at most half of the {len(weight_F)} features can fire at once")
+        raise InputError(
+            f"planted.mean_active = {mean_active}: at most half of the {len(weight_F)} features can fire at once"
+        )
     rate_F = weight_F * (mean_active / weight_F.sum())
     for _ in range(100):  # what is cut off at 1/2 is spread over the others, until nothing is
         rate_F = rate_F.clamp(max=0.5)
@@ -153,3 +159,7 @@ class SyntheticActivations:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batch = state["batch"]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+        return None

@@ -5,6 +5,7 @@ from crosscode.objectives.base import Loss as Loss
 from crosscode.objectives.base import LossContext as LossContext
 from crosscode.objectives.base import LossTerm as LossTerm
 from crosscode.objectives.base import Objective as Objective
+from crosscode.objectives.base import objective_from as objective_from
 from crosscode.objectives.schedules import Constant as Constant
 from crosscode.objectives.schedules import LinearRamp as LinearRamp
 from crosscode.objectives.schedules import WarmUp as WarmUp

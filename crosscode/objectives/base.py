@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from crosscode_kernels.opset import DecoderNorms
+from pydantic import BaseModel
 from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.registry import ConfigModel, Registry, type_of
+from crosscode.objectives.schedules import as_schedule
+from crosscode.registry import ConfigModel, Registry, params_of, type_of
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,13 @@ class Objective:
             total = weighted if total is None else total + weighted
         assert total is not None
         return Loss(total, parts, weights)
+
+
+def objective_from(configs: Mapping[str, BaseModel]) -> Objective:
+    """The objective of terms by name, each given by its config (which holds its coefficient as well)."""
+    terms = {}
+    for name, config in configs.items():
+        params = params_of(TERMS.resolve(config))
+        weight = params.pop("weight")
+        terms[name] = (TERMS[name](**params), as_schedule(weight))
+    return Objective(terms)

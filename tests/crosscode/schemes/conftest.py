@@ -8,17 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from crosscode.objectives import TERMS, LossContext, Objective, as_schedule
-from crosscode.registry import params_of
+from crosscode.objectives import LossContext, Objective, objective_from
+from crosscode.registry import Component
 
 
 def _objective(config: dict[str, dict[str, Any]]) -> Objective:
-    terms = {}
-    for name, fields in config.items():
-        params = params_of(TERMS[name].Config(**fields))
-        weight = params.pop("weight")
-        terms[name] = (TERMS[name](**params), as_schedule(weight))
-    return Objective(terms)
+    return objective_from({name: Component(type=name, **fields) for name, fields in config.items()})
 
 
 @pytest.fixture

@@ -85,8 +85,8 @@ def test_the_stream_is_scaled_reproducible_and_resumable():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_features": 10, "n_exclusive": 11}, "n_exclusive = 11: must not exceed n_features = 10"),
-        ({"n_models": 1}, "exclusive features need n_models >= 2"),
+        ({"n_features": 10, "n_exclusive": 11}, "n_exclusive = 11: must not exceed planted.n_features = 10"),
+        ({"n_models": 1}, "exclusive features need planted.n_models >= 2"),
         ({"n_features": 10, "n_exclusive": 2, "mean_active": 6}, "mean_active = 6.0: at most half of the 10 features"),
     ],
 )

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from crosscode.analysis.synthetic import SCHEMES, SyntheticConfig, markdown_table, run_synthetic
+from crosscode.analysis.synthetic import SyntheticConfig, markdown_table, next_penalty, run_synthetic
+from crosscode.analysis.synthetic_schemes import SCHEMES
+from crosscode.cli import main
 from crosscode.data.synthetic import PlantedConfig
 from crosscode.errors import InputError
 
+SMALL = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2)
+SMALL_OPTIONS = [
+    "--planted.n_features", "24", "--planted.n_exclusive", "8", "--planted.d_model", "8", "--planted.mean_active", "2",
+    "--n_steps", "5", "--batch_size", "64", "--n_heldout_tokens", "100",
+]  # fmt: skip
+
+
+def small(scheme, **changes):
+    options = {"planted": SMALL, "n_steps": 8, "batch_size": 64, "n_heldout_tokens": 100} | changes
+    return SyntheticConfig(schemes=[scheme], **options)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["topk_crosscoder", "batch_topk_crosscoder", "jan_update_crosscoder"])
-def test_256_planted_features_are_recovered_and_exclusive_ones_told_apart(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "seed"),
+    [("topk_crosscoder", 0), ("batch_topk_crosscoder", 0), ("jan_update_crosscoder", 0), ("jan_update_crosscoder", 3)],
+)
+def test_256_planted_features_are_recovered_and_exclusive_ones_told_apart(scheme, seed):
     torch.set_num_threads(1)
-    config = SyntheticConfig(schemes=[scheme])
+    config = SyntheticConfig(schemes=[scheme], seed=seed, planted=PlantedConfig(seed=seed))
     assert (config.planted.n_features, config.planted.n_exclusive, config.planted.d_model) == (256, 64, 64)
     (result,) = run_synthetic(config)
     truth = result.ground_truth
@@ -25,26 +43,102 @@ def test_256_planted_features_are_recovered_and_exclusive_ones_told_apart(scheme
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_every_scheme_runs_and_reports(scheme):
-    planted = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2, n_hookpoints=2, correlation=0.3)
-    config = SyntheticConfig(
-        planted=planted, schemes=[scheme], n_latents=32, n_steps=5, batch_size=64, n_heldout_tokens=100
-    )
-    (result,) = run_synthetic(config)
+    planted = SMALL.model_copy(update={"n_hookpoints": 2, "correlation": 0.3})
+    (result,) = run_synthetic(small(scheme, planted=planted))
     assert result.scheme == scheme and result.ground_truth.all.n_features == 24
     assert 0 <= result.fvu < 3 and result.l0 >= 0
+    assert (result.penalty is not None) == ("l1" in scheme or "jan" in scheme or "jumprelu" in scheme)
     row = markdown_table([result]).splitlines()[-1]
     assert row.startswith(f"| {scheme} |") and row.count("|") == 11
 
 
 def test_the_same_seed_gives_the_same_table():
-    planted = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2)
-    config = SyntheticConfig(planted=planted, schemes=["topk_crosscoder"], n_latents=32, n_steps=8, batch_size=64)
-    first, second = run_synthetic(config)[0], run_synthetic(config)[0]
+    first, second = (next(run_synthetic(small("topk_crosscoder"))) for _ in range(2))
     assert (first.fvu, repr(first.ground_truth)) == (second.fvu, repr(second.ground_truth))
-    other = run_synthetic(config.model_copy(update={"seed": 1}))[0]
+    other = next(run_synthetic(small("topk_crosscoder", seed=1)))
     assert other.fvu != first.fvu
 
 
-def test_an_unknown_scheme_is_refused_before_anything_runs():
-    with pytest.raises(InputError, match="schemes: unknown scheme 'top_k'; available: l1_crosscoder"):
-        run_synthetic(SyntheticConfig(schemes=["top_k"]))
+def test_topk_styles_keep_as_many_latents_as_wanted():
+    (result,) = run_synthetic(small("topk_crosscoder", l0=3, n_latents=30))
+    assert 2 < result.l0 <= 3
+
+
+def test_the_penalty_is_searched_for_until_the_l0_is_as_wanted():
+    options = {"n_steps": 60, "n_heldout_tokens": 4096, "l0": 4}
+    single = next(run_synthetic(small("l1_crosscoder", **options)))
+    assert single.penalty == 1.0 and single.n_runs == 1
+    searched = next(run_synthetic(small("l1_crosscoder", **options, max_runs=8)))
+    assert searched.l0 == pytest.approx(4, rel=0.1) and searched.penalty != 1.0
+    assert abs(searched.l0 - 4) < abs(single.l0 - 4) and 1 < searched.n_runs <= 8
+
+
+@pytest.mark.parametrize("wanted", [0.5, 3.0, 40.0])
+def test_the_search_for_a_penalty_ends_where_l0_is_as_wanted(wanted):
+    def l0(penalty):
+        return 20.0 / (0.3 + penalty**1.7)
+
+    runs = [(1.0, l0(1.0))]
+    for _ in range(12):
+        penalty = next_penalty(runs, wanted)
+        runs.append((penalty, l0(penalty)))
+    assert min(abs(found / wanted - 1) for _, found in runs) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: SyntheticConfig(schemes=["top_k"]), "schemes: unknown scheme 'top_k'; available: l1_crosscoder"),
+        (lambda: small("topk_crosscoder", n_latents=20), "n_latents = 20: at least one for each of the 24 planted"),
+        (lambda: small("groupmax_crosscoder", l0=5, n_latents=24), "k = 5: GroupMax needs a k that divides"),
+        (lambda: small("topk_crosscoder", backend="triton"), "backend 'triton' is not available on cpu"),
+        (lambda: small("topk_crosscoder", device="tpu7"), "device = 'tpu7': not available here"),
+        (
+            lambda: small("feb_update_diffing_topk", planted=SMALL.model_copy(update={"n_models": 3})),
+            "shared latents need n_models = 2, got 3",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_runs(config, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match=message):
+        run_synthetic(config())
+
+
+def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    command = ["synthetic", "topk_crosscoder", "jan_update_crosscoder", *SMALL_OPTIONS, "--json", str(file)]
+    assert main([*command, "--planted.n_models", "1", "--planted.n_exclusive", "0"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["topk_crosscoder", "jan_update_crosscoder"]
+    figures = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert figures["config"]["planted"]["n_features"] == 24 and len(figures["schemes"]) == 2
+    truth = figures["schemes"][0]["ground_truth"]
+    assert truth["all"]["n_features"] == 24 and truth["recall"] is None and truth["exclusive"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["topk"], ["schemes", "'topk'", "topk_crosscoder"]),
+        (["topk_crosscoder", "--n_step", "3"], ["--n_step 3", "--n_steps"]),
+        (["topk_crosscoder", "--n_steps", "many"], ["n_steps", "'many'", "integer"]),
+        (["topk_crosscoder", "--planted.correlation", "1"], ["planted.correlation", "less than 1"]),
+        (["topk_crosscoder", "--planted.n_models", "1"], ["planted.n_exclusive = 64", "planted.n_models >= 2"]),
+        (["topk_crosscoder", "--json", "/nowhere/x.json"], ["--json", "/nowhere", "no such folder"]),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(arguments, expected, capfd):
+    assert main(["synthetic", *arguments]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and len(shown.err.strip().splitlines()) == 1, shown.err
+    assert all(text in shown.err for text in expected), shown.err
+
+
+def test_the_help_of_the_command_names_schemes_and_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["synthetic", "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("feb_update_diffing_jumprelu", "--planted.zipf_exponent float", "--json Path", "--max_runs int"):
+        assert text in shown

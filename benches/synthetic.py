@@ -1,0 +1,90 @@
+"""Which scheme recovers what of a planted dictionary, all schemes at the same L0.
+
+    python benches/synthetic.py run [SEED ...]     train every scheme on each dictionary (default: seeds 0 1 2)
+    python benches/synthetic.py table              print the table from benches/results/synthetic.json
+
+Two dictionaries: independent features, and the same with features that fire together. L1 and JumpReLU schemes are
+trained up to six times to find the penalty with which their L0 is that of the TopK styles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from crosscode.analysis.synthetic import SyntheticConfig, run_synthetic
+from crosscode.analysis.synthetic_command import as_json
+from crosscode.data.synthetic import PlantedConfig
+
+STORED = Path(__file__).parent / "results" / "synthetic.json"
+CORRELATIONS = {"independent": 0.0, "correlated": 0.8}
+COLUMNS = ("all", "shared", "exclusive")
+
+
+def run(seeds: list[int]) -> None:
+    for seed in seeds:
+        for name, correlation in CORRELATIONS.items():
+            planted = PlantedConfig(correlation=correlation, seed=seed)
+            config = SyntheticConfig(planted=planted, seed=seed, max_runs=6)
+            results = []
+            for result in run_synthetic(config):
+                print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+                results.append(result)
+            stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+            stored[f"{name}, seed {seed}"] = as_json(config, results)
+            STORED.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+
+
+def table() -> str:
+    """Markdown: means over the seeds, one table a dictionary."""
+    stored = json.loads(STORED.read_text())
+    lines = []
+    for name in CORRELATIONS:
+        runs = [value["schemes"] for key, value in stored.items() if key.startswith(name)]
+        lines += [
+            f"{name} ({len(runs)} seeds)",
+            "",
+            "| scheme | L0 | FVU | dead | "
+            + " | ".join([f"cos {column}" for column in COLUMNS] + ["max cos", "precision", "recall"])
+            + " |",
+            "|---|" + "---|" * 9,
+        ]
+        for rows in zip(*runs, strict=True):
+            lines.append(f"| `{rows[0]['scheme']}` | " + " | ".join(_cells(rows)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(rows: tuple[dict[str, Any], ...]) -> list[str]:
+    def mean(*path: str) -> float:
+        values: list[Any] = list(rows)
+        for key in path:
+            values = [value[key] for value in values]
+        return statistics.mean(values)
+
+    truths = [mean("ground_truth", column, "matched_cosine") for column in COLUMNS]
+    truths.append(mean("ground_truth", "all", "mean_max_cosine"))
+    truths += [mean("ground_truth", "precision"), mean("ground_truth", "recall")]
+    figures = [f"{mean('l0'):.1f}", f"{mean('fvu'):.3f}", f"{100 * mean('dead_fraction'):.1f} %"]
+    return figures + [f"{truth:.3f}" for truth in truths]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Planted dictionaries: every scheme at the same L0.")
+    commands = parser.add_subparsers(required=True, dest="command")
+    runner = commands.add_parser("run", help="train and store the figures")
+    runner.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    commands.add_parser("table", help="print the stored figures as markdown")
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table())
+    else:
+        run(options.seeds)
+
+
+if __name__ == "__main__":
+    main()
