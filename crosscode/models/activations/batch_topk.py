@@ -17,6 +17,10 @@ from crosscode.errors import InputError
 from crosscode.models.activations.base import ACTIVATIONS
 from crosscode.models.activations.topk import AnnealedK, AnnealedKConfig, topk_mask_BL
 
+THRESHOLD_SLACK = 1e-5
+"""A value this close below the inference threshold, as a share of it, still reaches it: on the batch that set the
+threshold one value equals it, and must not be lost to the rounding of another batch size."""
+
 
 @ACTIVATIONS.register
 class BatchTopkActivation(AnnealedK):
@@ -68,8 +72,7 @@ class BatchTopkActivation(AnnealedK):
             return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self.batch_thresholds[self.k_factor], scale_L)
         if self.training:
             return ops.encode_batch_topk(x_BI, W_enc_LI, b_enc_L, self.current_k, scale_L)
-        self._check_threshold()
-        return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self.threshold, scale_L)
+        return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self._inference_threshold(), scale_L)
 
     def forward(self, preacts_BL: Tensor, n_L: Tensor | None = None) -> Tensor:
         a_BL = preacts_BL.relu()
@@ -78,8 +81,7 @@ class BatchTopkActivation(AnnealedK):
         if self.training:
             keep_BL = topk_mask_BL(rank_BL.reshape(1, -1), self.current_k * a_BL.shape[0]).reshape(a_BL.shape)
         else:
-            self._check_threshold()
-            keep_BL = rank_BL >= self.threshold
+            keep_BL = rank_BL >= self._inference_threshold()
         return torch.where(keep_BL, a_BL, torch.zeros_like(a_BL))
 
     @torch.no_grad()
@@ -113,9 +115,10 @@ class BatchTopkActivation(AnnealedK):
             raise ValueError("BatchTopkActivation(rank_by='decoder_norm_weighted') needs the decoder norms n_L")
         return n_L.detach()
 
-    def _check_threshold(self) -> None:
+    def _inference_threshold(self) -> Tensor:
         if bool(self.threshold < 0):
             raise InputError(
                 "BatchTopkActivation has no inference threshold yet: it is tracked during training; "
                 "use model.train() or load a trained checkpoint"
             )
+        return self.threshold * (1 - THRESHOLD_SLACK)
