@@ -17,7 +17,7 @@ from crosscode.schema import explain
 HELP_HEAD = f"""Train crosscoders on activations from a planted dictionary and report what each scheme recovers.
 SCHEME is one or several of {", ".join(SCHEMES)}; default: all.
 Matched cosine: features and latents paired one to one (Hungarian). Precision and recall: of the features that only one
-model has, by a latent's share of decoder norm. About 20 s a scheme on two cores."""
+model has, by a latent's share of decoder norm. About 10 s a scheme."""
 
 
 class Options(SyntheticConfig):

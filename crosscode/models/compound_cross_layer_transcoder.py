@@ -114,13 +114,14 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         activation = self.activation_fns[0]
         if self.topk_scope == "layer" or len(layers) == 1:
             return layers
+        assert isinstance(activation, (TopkActivation, BatchTopkActivation))
+        k = min(activation.wanted_k, self.n_latents)
         if isinstance(activation, BatchTopkActivation):
             if not self.training or activation.batch_thresholds:  # a threshold needs no ranking
                 return layers
             scale_L = self.ranking_norms_L().detach() if activation.uses_decoder_norms else None
-            return keep_largest(layers, activation.current_k, scale_L, over_batch=True)
-        assert isinstance(activation, TopkActivation)
-        return keep_largest(layers, activation.current_k, None, over_batch=False)
+            return keep_largest(layers, k, scale_L, over_batch=True)
+        return keep_largest(layers, k, None, over_batch=False)
 
     def _decode_layers(self, layers: list[Latents], x_BPD: Tensor | None) -> Tensor:
         y_BPD: Tensor | None = None

@@ -75,11 +75,12 @@ def _thresholds(model: BaseCrosscoder, inputs: Sequence[Tensor], factor: int) ->
         offers = [model.encode_latents(input_BXiDi) for input_BXiDi in inputs]
     activations = model.activation_fns
     with model.k_multiplied(factor):
-        ks = [fn.current_k for fn in activations if isinstance(fn, BatchTopkActivation)]
+        batch_topks = [fn for fn in activations if isinstance(fn, BatchTopkActivation)]
+        ks, k_of_all = [fn.current_k for fn in batch_topks], min(batch_topks[0].wanted_k, model.n_latents)
     norms_L = model.ranking_norms_L() if any(fn.uses_decoder_norms for fn in activations) else None
     if getattr(model, "topk_scope", "layer") == "all_layers":
         every = slice(0, model.n_latents)
-        return [_kth_largest(offers, norms_L, every, ks[0] * n_tokens)] * len(activations)
+        return [_kth_largest(offers, norms_L, every, k_of_all * n_tokens)] * len(activations)
     thresholds, start = [], 0
     for part, k in zip(model.parts, ks, strict=True):
         own = slice(start, start + part.n_latents)

@@ -55,8 +55,13 @@ class AnnealedK(ActivationFunction):
             self._annealed_k = round(self.k_start + (self.k - self.k_start) * share)
 
     @property
+    def wanted_k(self) -> int:
+        """The number to keep, however many latents there are to choose from."""
+        return self.k_factor * (self._annealed_k if self.training else self.k)
+
+    @property
     def current_k(self) -> int:
-        return min(self.k_factor * (self._annealed_k if self.training else self.k), self.n_latents)
+        return min(self.wanted_k, self.n_latents)
 
 
 @ACTIVATIONS.register

@@ -1,12 +1,21 @@
-"""Objectives from what a config would say, and contexts to call them in."""
+"""Objectives from what a config would say, contexts to call them in, and the formulas of the literature.
+
+The formulas use plain tensor algebra and automatic differentiation on it, and nothing of the library but the values of
+the parameters. Selections are made by sorting. A pseudo-derivative enters as `pseudo * (t - t.detach())`, which is 0
+with the wanted slope.
+
+Axes: B tokens · I/O flattened input/output · X output positions · D width · L latents · S source layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from crosscode.objectives import LossContext, Objective, objective_from
 from crosscode.registry import Component
@@ -32,3 +41,179 @@ def context() -> Callable[..., LossContext]:
         return LossContext(case.model, case.input_BXiDi, case.target_BXoDo, result, tokens_since_fired_L)
 
     return make
+
+
+@pytest.fixture
+def dictionary() -> type[Dictionary]:
+    """`dictionary(case, activation, k=4)`: the model of a case from its formula."""
+    return Dictionary
+
+
+@pytest.fixture
+def check() -> Callable[..., None]:
+    """`check(case, formula, loss, expected)`: value and all gradients of a loss agree to 1e-10."""
+    return _check
+
+
+@dataclass
+class Formula:
+    """One source layer's parameters as leaves, by the names that the model gives them."""
+
+    p: dict[str, Tensor]
+    prefix: str
+
+    def get(self, name: str) -> Tensor | None:
+        return self.p.get(self.prefix + name)
+
+    def preacts(self, x_BI: Tensor) -> Tensor:
+        W_enc = self.p[self.prefix + "W_enc_LXiDi"].flatten(1)
+        b_enc = self.get("b_enc_L")
+        h_BL = torch.einsum("bi,li->bl", x_BI, W_enc)
+        return h_BL if b_enc is None else h_BL + b_enc
+
+    def decode(self, a_BL: Tensor) -> Tensor:
+        return torch.einsum("bl,lo->bo", a_BL, self.p[self.prefix + "W_dec_LXoDo"].flatten(1))
+
+    def norms(self, mode: str) -> Tensor:
+        W_dec = self.p[self.prefix + "W_dec_LXoDo"]
+        per_position_LX = W_dec.pow(2).sum(-1).sqrt().reshape(W_dec.shape[0], -1)
+        return per_position_LX.sum(1) if mode == "sum" else W_dec.pow(2).flatten(1).sum(1).sqrt()
+
+    @property
+    def t(self) -> Tensor:
+        return self.p[self.prefix + "activation_fn.log_threshold_L"]
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Mask of the k largest of each row, the first of equals."""
+    order = values.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values).scatter(1, order, 1.0)
+
+
+def relu_(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    return torch.where(h > 0, h, 0.0)
+
+
+def topk(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    a = relu_(f, h, n, k)
+    return a * largest(a, k)
+
+
+def batch_topk(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    a = relu_(f, h, n, k)
+    return a * largest(a.reshape(1, -1), k * h.shape[0]).reshape(h.shape)
+
+
+def batch_topk_by_norm(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    a = relu_(f, h, n, k)
+    return a * largest((a * n).reshape(1, -1), k * h.shape[0]).reshape(h.shape)
+
+
+def groupmax(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    a = relu_(f, h, n, k)
+    groups = a.reshape(h.shape[0] * k, h.shape[1] // k)
+    return (groups * largest(groups, 1)).reshape(h.shape)
+
+
+def jumprelu(f: Formula, h: Tensor, n: Tensor, k: int, ste: str = "anthropic", eps: float = 2.0) -> Tensor:
+    theta = f.t.exp().detach()
+    pseudo = -(theta / eps) * ((h.detach() - theta).abs() < eps / 2)
+    if ste == "gdm":
+        pseudo = pseudo * theta
+    return h * (h.detach() > theta) + pseudo * (f.t - f.t.detach())
+
+
+def jumprelu_gdm(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
+    return jumprelu(f, h, n, k, "gdm")
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": relu_,
+    "topk": topk,
+    "batch_topk": batch_topk,
+    "batch_topk_by_norm": batch_topk_by_norm,
+    "groupmax": groupmax,
+    "jumprelu": jumprelu,
+    "jumprelu_gdm": jumprelu_gdm,
+}
+
+
+class Dictionary:
+    """The whole model from its formula: one source layer, or the sum over several."""
+
+    def __init__(self, case: Any, activation: str, k: int = 4):
+        self.model, self.k = case.model, k
+        self.p = {name: param.detach().clone().requires_grad_() for name, param in case.model.named_parameters()}
+        compound = any(name.startswith("layers.") for name in self.p)
+        n_sources = len({name.split(".")[1] for name in self.p if name.startswith("layers.")}) if compound else 1
+        self.sources = [Formula(self.p, f"layers.{s}." if compound else "") for s in range(n_sources)]
+        self.x_BI = [case.input_BXiDi[:, s] if compound else case.input_BXiDi.flatten(1) for s in range(n_sources)]
+        self.shape = case.target_BXoDo.shape
+        self.target_BO = case.target_BXoDo.flatten(1)
+        self.activation = ACTIVATIONS[activation]
+        self.n_S = [f.norms(case.model.decoder_norm) for f in self.sources]
+        centre_I = self.p["b_dec_XoDo"].flatten() if case.model.use_pre_bias else 0.0
+        self.h_S = [f.preacts(x - centre_I) for f, x in zip(self.sources, self.x_BI, strict=True)]
+
+    def latents(self, k: int | None = None) -> list[Tensor]:
+        k = k or self.k
+        if getattr(self.model, "topk_scope", "layer") == "all_layers":
+            a_BL = self.activation(self.sources[0], torch.cat(self.h_S, 1), torch.cat(self.n_S), k)
+            return list(a_BL.split([h.shape[1] for h in self.h_S], 1))
+        zipped = zip(self.sources, self.h_S, self.n_S, strict=True)
+        return [self.activation(f, h, n, k) for f, h, n in zipped]
+
+    def decode(self, a_S: list[Tensor], *, bias: bool = True) -> Tensor:
+        y_BO = torch.zeros_like(self.target_BO)
+        for f, a, x in zip(self.sources, a_S, self.x_BI, strict=True):
+            from_source = f.decode(a)
+            skip = f.get("W_skip_XiDiXoDo")
+            if skip is not None and bias:
+                from_source = from_source + x @ skip.reshape(x.shape[1], -1)
+            # A source layer writes to the last outputs.
+            y_BO = y_BO + torch.nn.functional.pad(from_source, (self.target_BO.shape[1] - from_source.shape[1], 0))
+        return y_BO + self.p["b_dec_XoDo"].flatten() if bias and "b_dec_XoDo" in self.p else y_BO
+
+    def recon(self, a_S: list[Tensor]) -> Tensor:
+        return (self.target_BO - self.decode(a_S)).pow(2).sum(1).mean()
+
+    def weights_S(self, ratio: float) -> list[Tensor]:
+        weights = torch.ones(sum(h.shape[1] for h in self.h_S), dtype=torch.float64)
+        weights[: self.model.n_shared_latents] = ratio
+        return list(weights.split([h.shape[1] for h in self.h_S]))
+
+    def l1(self, a_S: list[Tensor], ratio: float = 1.0) -> Tensor:
+        zipped = zip(self.weights_S(ratio), a_S, self.n_S, strict=True)
+        return torch.stack([(w * a * n).sum(1).mean() for w, a, n in zipped]).sum()
+
+    def tanh(self, a_S: list[Tensor], ratio: float = 1.0, c: float = 4.0) -> Tensor:
+        zipped = zip(self.weights_S(ratio), a_S, self.n_S, strict=True)
+        return torch.stack([(w * torch.tanh(c * a * n)).sum(1).mean() for w, a, n in zipped]).sum()
+
+    def pre_act(self, ratio: float = 1.0) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for w, f, h, n in zip(self.weights_S(ratio), self.sources, self.h_S, self.n_S, strict=True):
+            gap = f.t.exp() - h
+            total = total + (w * torch.where(gap > 0, gap, 0.0) * n).sum(1).mean()
+        return total
+
+    def auxk(self, a_S: list[Tensor], dead_L: Tensor, k_aux: int) -> Tensor:
+        error_BO = (self.target_BO - self.decode(a_S)).detach()
+        h_BL = torch.cat(self.h_S, 1)
+        candidates_BL = torch.where(dead_L & (h_BL > 0), h_BL, 0.0)
+        a_BL = candidates_BL * largest(candidates_BL, k_aux)
+        predicted_BO = self.decode(list(a_BL.split([h.shape[1] for h in self.h_S], 1)), bias=False)
+        variance = (error_BO - error_BO.mean(0, keepdim=True)).pow(2).mean()
+        share = min(int(dead_L.sum()), k_aux) / k_aux
+        return (error_BO - predicted_BO).pow(2).mean() / variance * share
+
+
+def _check(case: Any, formula: Dictionary, loss: Any, expected: Tensor) -> None:
+    loss.total.backward()
+    torch.testing.assert_close(loss.total.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    grads = torch.autograd.grad(expected, list(formula.p.values()), allow_unused=True, retain_graph=True)
+    assert any(grad is not None and bool((grad != 0).any()) for grad in grads)
+    for (name, param), grad in zip(case.model.named_parameters(), grads, strict=True):
+        wanted = torch.zeros_like(param) if grad is None else grad
+        found = torch.zeros_like(param) if param.grad is None else param.grad
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
