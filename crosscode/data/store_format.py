@@ -31,6 +31,10 @@ class StoreError(InputError):
     """A store that cannot be read, written or used for this run: one line that names the file and the reason."""
 
 
+class StoreNotWritten(StoreError):
+    """The system refused to write; whole shards are as they were."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One row: `dims` = (M, P, D) in `dtype` ("float32", "bfloat16" or "int8" with one float32 scale per M and P)."""

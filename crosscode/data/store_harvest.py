@@ -5,6 +5,7 @@ R rows that arrive together · M models · P hookpoints · D model dimension.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.rows import HarvestedRows, Rows, RowStream
 from crosscode.data.store import ActivationCache
-from crosscode.data.store_format import StoreError
+from crosscode.data.store_format import StoreError, StoreNotWritten
 from crosscode.data.store_manifest import make_manifest
 from crosscode.data.store_rows import shuffled_rows
 from crosscode.data.store_writer import ActivationCacheWriter
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
+
+log = logging.getLogger("crosscode")
 
 _ROWS_PER_READ = 2048
 Progress = Callable[[int, int], None]
@@ -70,7 +73,8 @@ class HarvestThroughStore:
     A row source for the dataloader. Rows that the store holds already (of an earlier run, or of one that was killed)
     are read, not harvested again; those that it is missing are harvested and appended. Rows come back as the store
     holds them from the first time on, so that every epoch sees the same values. With `max_bytes`, what does not fit is
-    harvested again each epoch. `epochs` as of the token loader; the order of documents is that of its first epoch.
+    harvested again each epoch; so is, with a warning, what the disk refuses to take. `epochs` as of the token loader;
+    the order of documents is that of its first epoch.
     """
 
     shuffled = False
@@ -178,12 +182,25 @@ class _ThroughStream:
             self._live = self._source.harvested.open(self._writer.resume_state)
             self._live_row = self._writer.n_rows
         for item in self._live:
-            stored_RMPD = self._writer.append(item.acts_RMPD, self._live.state_dict())
+            stored_RMPD = self._append(item.acts_RMPD, self._live.state_dict())
             first, self._live_row = self._live_row, self._live_row + stored_RMPD.shape[0]
             if self._live_row > self._row:
                 return stored_RMPD[max(0, self._row - first) :].clone()
-        self._writer.finish()
+        self._warn_only(self._writer.finish)
         return None
+
+    def _append(self, acts_RMPD: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        stored_RMPD = self._warn_only(self._writer.append, acts_RMPD, state)
+        # A writer that has failed keeps nothing more, and still gives back what it would have stored.
+        return self._writer.append(acts_RMPD, state) if stored_RMPD is None else stored_RMPD
+
+    def _warn_only(self, action: Callable[..., Any], *args: Any) -> Any:
+        """Training goes on where the disk refuses: the store saves time and decides nothing."""
+        try:
+            return action(*args)
+        except StoreNotWritten as error:
+            log.warning("%s; training goes on, and what is not stored is harvested again each epoch", error)
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "row": self._row, "shuffled": int(self._shuffled)}
@@ -191,4 +208,4 @@ class _ThroughStream:
     def close(self) -> None:
         if self._live is not None:
             self._live.close()
-        self._writer.close()
+        self._warn_only(self._writer.close)

@@ -24,7 +24,15 @@ import safetensors.torch
 import torch
 
 from crosscode.data.store import list_shards
-from crosscode.data.store_format import PackedRows, StoreError, pack, unpack, write_atomically, write_shard
+from crosscode.data.store_format import (
+    PackedRows,
+    StoreError,
+    StoreNotWritten,
+    pack,
+    unpack,
+    write_atomically,
+    write_shard,
+)
 from crosscode.data.store_manifest import Manifest, check_same_content, layout_of, read_manifest, write_manifest
 from crosscode.errors import InputError
 
@@ -35,7 +43,8 @@ class ActivationCacheWriter:
     `manifest`: what the rows are (`make_manifest`). A store that holds something else is refused by the field that
     differs, and nothing of it is touched. `shard_bytes`: size at which a shard is closed. `max_bytes`: the store stops
     growing below this size. Raises StoreError where another process writes the store, the folder cannot be written,
-    or the disk is full (whole shards stay as they are). A store whose data is at its end is locked by nobody.
+    or the disk is full (whole shards stay as they are, and nothing more is kept). A store whose data is at its end is
+    locked by nobody.
 
     A context manager: leaving it writes the rows that wait, then releases the store.
     """
@@ -164,8 +173,11 @@ class ActivationCacheWriter:
             action(*args)
         except OSError as error:
             kept = f"; {self.n_shards} whole shards ({self.n_rows} rows) are kept" if self._lock is not None else ""
-            self._waiting, self._waiting_bytes = [], 0
-            raise StoreError(f"store {str(self.path)!r} cannot be written: {error.strerror or error}{kept}") from error
+            # Rows are lost: whatever came after them must not follow those that are kept.
+            self._waiting, self._waiting_bytes, self.full = [], 0, True
+            raise StoreNotWritten(
+                f"store {str(self.path)!r} cannot be written: {error.strerror or error}{kept}"
+            ) from error
 
     def _release(self) -> None:
         if self._lock is not None:

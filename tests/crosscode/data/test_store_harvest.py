@@ -1,5 +1,6 @@
 """Harvest into a store: the same rows whatever interrupts it, and every row harvested once."""
 
+import errno
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from crosscode.data import (
     TokenSequenceLoader,
     harvest_to_store,
     make_manifest,
+    store_writer,
     wrap_documents,
 )
 from crosscode.data.rows import HarvestedRows
@@ -189,6 +191,7 @@ import torch
 torch.set_num_threads(1)
 import conftest
 from crosscode.data import *
+from crosscode.data import store_writer
 from crosscode.data.rows import HarvestedRows
 
 tokenizer = conftest.make_tokenizer()
@@ -287,3 +290,30 @@ def test_processes_that_write_at_the_same_time_cannot_corrupt_a_store(tmp_path, 
     assert result.returncode == 0, result.stderr[-2000:]
     loader = TokenSequenceLoader(wrap_documents(build_documents(60)), tokenizer, sequence_length=8, epochs=1)
     assert int(result.stdout) == sum(int(batch.mask_HS.sum()) for batch in loader)
+
+
+@pytest.mark.parametrize("n_written", [0, 2])
+def test_training_goes_on_without_a_store_that_the_disk_refuses(
+    tmp_path, token_loader, harvester, all_rows, monkeypatch, caplog, n_written
+):
+    write_shard, shards = store_writer.write_shard, []
+
+    def refuse(*args):
+        if len(shards) == n_written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        shards.append(1)
+        return write_shard(*args)
+
+    monkeypatch.setattr(store_writer, "write_shard", refuse)
+    rows = HarvestThroughStore(token_loader.fresh(epochs=2), harvester, tmp_path, shard_bytes=20_000)
+    stream = rows.open()
+    seen = torch.cat([item.acts_RMPD for item in stream])
+    stream.close()
+    assert torch.equal(seen, torch.cat([all_rows, all_rows]))
+    assert "No space left on device" in caplog.text
+    assert "training goes on" in caplog.text
+    monkeypatch.undo()
+    kept = ActivationCache(tmp_path)
+    assert len(kept.shards) == n_written
+    whole = harvest_to_store(token_loader, harvester, tmp_path, shard_bytes=20_000)
+    assert torch.equal(stored(whole), all_rows)
