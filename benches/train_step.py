@@ -2,10 +2,12 @@
 
     python benches/train_step.py [--cases topk jumprelu_trained ...] [--repeats 9] [--threads 2] [--out FILE]
 
-A step is forward, loss, backward, gradient clip and optimizer. The reference runs with stock `torch.optim.Adam`, the fast
-backend with `fused=True` or, for beta1 = 0, with row-sparse Adam. Variants alternate within each repeat, so that a noisy machine
-hits all of them; reported are medians, and the median of the ratios of a repeat. Peak memory counts everything that is
-allocated during a step except gradients; "saved" counts what autograd keeps for backward, parameters excluded.
+A step is forward, loss, backward, gradient clip and optimizer. The reference runs with stock `torch.optim.Adam` and stock memory
+settings; the fast backend with `fused=True` or, for beta1 = 0, row-sparse Adam, and with `prepare_host_memory()` as the command
+line does (`--stock-memory` leaves that out). Each variant has its own process; they take turns within each repeat, so that a
+noisy machine hits all of them. Reported are medians, and medians of the ratios within a repeat, of wall and of CPU time.
+Peak memory counts everything that is allocated during a step except gradients; "saved" counts what autograd keeps for
+backward, parameters excluded.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -14,15 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import platform
 import statistics
+import subprocess
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from crosscode_kernels import OpSet, resolve_backend
 from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels.host_memory import prepare_host_memory
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
 from torch import Tensor
 
@@ -55,7 +62,8 @@ CASES = {
     **{f"topk_L{n}": Case("topk", B=256, L=n, beta1=0.0) for n in (4096, 8192, 16384, 32768)},
 }
 DEFAULT_CASES = [name for name in CASES if not name.startswith("topk_L")]
-JUMPRELU = {"eps": 2.0, "ste": "anthropic"}
+HERE = Path(__file__).parent
+WARM_UP = 2
 
 
 @dataclass
@@ -79,12 +87,11 @@ class Step:
             latents = ops.encode_relu(*encode)
             penalty = ops.weighted_l1(latents, n_L, 2.0 * ones_L)
         elif case.scheme == "jumprelu":
-            latents = ops.encode_jumprelu(*encode, p["t_L"], JUMPRELU["eps"], JUMPRELU["ste"])
+            latents = ops.encode_jumprelu(*encode, p["t_L"], 2.0, "anthropic")
             penalty = ops.weighted_tanh(latents, n_L, 10.0 * ones_L, 4.0)
             penalty = penalty + ops.pre_act_penalty(latents, p["t_L"], n_L, 3e-6 * ones_L)
         else:
             latents = getattr(ops, f"encode_{case.scheme}")(*encode, case.k)
-        self.n_active = int(latents.l0_B().sum()) if self.optimizer is None else 0
         y_BO = ops.decode(latents, p["W_dec_LO"], p["b_dec_O"])
         widths = [case.O // case.segments] * case.segments
         return ops.recon_loss(y_BO, target_BO, widths).loss + penalty
@@ -182,34 +189,60 @@ def peak_bytes(step: Step, x_BI: Tensor, target_BO: Tensor) -> int:
     return peak
 
 
-def measure(name: str, case: Case, repeats: int, variants: list[str]) -> dict[str, Any]:
+def batch(case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x_BI = torch.randn(case.B, case.I, generator=generator)
-    target_BO = torch.randn(case.B, case.O, generator=generator)
-    steps = {variant: make_step(case, variant, x_BI) for variant in variants}
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for repeat in range(repeats + 1):
-        for variant, step in steps.items():
-            start = time.perf_counter()
+    return torch.randn(case.B, case.I, generator=generator), torch.randn(case.B, case.O, generator=generator)
+
+
+def work(pipe: Connection, variant: str, threads: int, stock_memory: bool) -> None:
+    """The process of one variant: takes a case, then steps as it is told; answers with wall and CPU seconds."""
+    if variant != "reference" and not stock_memory:
+        prepare_host_memory()
+    torch.set_num_threads(threads)
+    while (name := pipe.recv()) is not None:
+        case = CASES[name]
+        x_BI, target_BO = batch(case)
+        step = make_step(case, variant, x_BI)
+        while pipe.recv():
+            wall, cpu = time.perf_counter(), time.process_time()
             step.run(x_BI, target_BO)
-            if repeat:
-                times[variant].append(time.perf_counter() - start)
-    row: dict[str, Any] = {"case": name, **asdict(case)}
-    for variant, step in steps.items():
-        row[f"{variant}_ms"] = 1e3 * statistics.median(times[variant])
-        row[f"{variant}_saved_mb"] = saved_bytes(step, x_BI, target_BO) / 2**20
-        row[f"{variant}_peak_mb"] = peak_bytes(step, x_BI, target_BO) / 2**20
+            pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
+        pipe.send((saved_bytes(step, x_BI, target_BO), peak_bytes(step, x_BI, target_BO)))
+
+
+def measure(name: str, repeats: int, pipes: dict[str, Connection]) -> dict[str, Any]:
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in pipes}
+    for pipe in pipes.values():
+        pipe.send(name)
+    for repeat in range(repeats + WARM_UP):
+        for variant, pipe in pipes.items():
+            pipe.send(True)
+            seconds = pipe.recv()
+            if repeat >= WARM_UP:
+                times[variant].append(seconds)
+    row: dict[str, Any] = {"case": name, **asdict(CASES[name])}
+    for variant, pipe in pipes.items():
+        pipe.send(False)
+        saved, peak = pipe.recv()
+        wall, cpu = ([pair[i] for pair in times[variant]] for i in (0, 1))
+        row |= {f"{variant}_ms": 1e3 * statistics.median(wall), f"{variant}_cpu_ms": 1e3 * statistics.median(cpu)}
+        row |= {f"{variant}_saved_mb": saved / 2**20, f"{variant}_peak_mb": peak / 2**20}
+        if len(wall) > 1:
+            first, _, third = statistics.quantiles(wall, n=4)
+            row[f"{variant}_quartiles_ms"] = [1e3 * first, 1e3 * third]
         if variant != "reference" and "reference" in times:
-            pairs = zip(times["reference"], times[variant], strict=True)
-            row[f"{variant}_ratio"] = statistics.median(slow / fast for slow, fast in pairs)
+            for i, kind in enumerate(("ratio", "cpu_ratio")):
+                pairs = zip(times["reference"], times[variant], strict=True)
+                row[f"{variant}_{kind}"] = statistics.median(slow[i] / fast[i] for slow, fast in pairs)
     return row
 
 
 def print_row(row: dict[str, Any], variants: list[str]) -> None:
     for variant in variants:
-        ratio = f"{row[f'{variant}_ratio']:5.2f}x" if f"{variant}_ratio" in row else "      "
+        ratios = (row.get(f"{variant}_ratio"), row.get(f"{variant}_cpu_ratio"))
+        ratio = " ".join("      " if value is None else f"{value:5.2f}x" for value in ratios)
         print(
-            f"{row['case']:>18} {variant:>15} {row[f'{variant}_ms']:8.1f} ms {ratio}"
+            f"{row['case']:>18} {variant:>15} {row[f'{variant}_ms']:8.1f} ms ({row[f'{variant}_cpu_ms']:7.0f} CPU) {ratio}"
             f"  saved {row[f'{variant}_saved_mb']:7.1f} MiB  peak {row[f'{variant}_peak_mb']:7.1f} MiB",
             flush=True,
         )
@@ -221,16 +254,39 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["reference", "torch", "torch-screened"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stock-memory", action="store_true", help="no prepare_host_memory() for the fast backend")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for variant in arguments.variants:
+        pipes[variant], theirs = context.Pipe()
+        arguments_of_work = (theirs, variant, arguments.threads, arguments.stock_memory)
+        context.Process(target=work, args=arguments_of_work, daemon=True).start()
     rows = []
     for name in arguments.cases:
-        rows.append(measure(name, CASES[name], arguments.repeats, arguments.variants))
+        rows.append(measure(name, arguments.repeats, pipes))
         print_row(rows[-1], arguments.variants)
+    for pipe in pipes.values():
+        pipe.send(None)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"torch": torch.__version__, "threads": arguments.threads, "rows": rows}))
+        run = {"threads": arguments.threads, "stock_memory": arguments.stock_memory, **provenance()}
+        arguments.out.write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n")
+
+
+def provenance() -> dict[str, str]:
+    """Versions, machine and commit of a run."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    cpus = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {len(cpus)} x {cpus[0] if cpus else 'unknown'}",
+        "commit": commit.stdout.strip() or "unknown",
+    }
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from crosscode_kernels.opset import BackendName, DecoderNorms, NormMode, OpSet
+from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode, OpSet
 from crosscode_kernels.resolve import resolve_backend
 from crosscode_kernels.sparse import DenseLatents, Latents
 from torch import Tensor, nn
@@ -20,17 +19,8 @@ from torch import Tensor, nn
 from crosscode.errors import InputError
 from crosscode.models import folding
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.forward import ForwardResult as ForwardResult
 from crosscode.models.lifecycle import Lifecycle
-
-
-@dataclass(frozen=True)
-class ForwardResult:
-    """What one training forward pass yields."""
-
-    latents: Latents
-    output_BXoDo: Tensor
-    latents_of_parts: tuple[Latents, ...]
-    """as the encoders of `BaseCrosscoder.parts` gave them, with all that they kept; one unless the model is compound"""
 
 
 class BaseCrosscoder(Lifecycle):
@@ -199,15 +189,30 @@ class BaseCrosscoder(Lifecycle):
 
         A model with a linear skip needs the input as well.
         """
-        latents = self._checked_latents(latents)
-        b_dec_O = None if self.b_dec_XoDo is None else self.b_dec_XoDo.flatten()
-        y_BO = self.ops.decode(latents, self.W_dec_LO, b_dec_O)
+        y_BO = self.ops.decode(self._checked_latents(latents), self.W_dec_LO, self._b_dec_O)
         if self.W_skip_XiDiXoDo is not None:
             if x_BXiDi is None:
                 raise InputError("decode: this model has a linear skip, so it needs the input x_BXiDi as well")
-            W_skip_IO = self.W_skip_XiDiXoDo.reshape(self.W_enc_LI.shape[1], self.W_dec_LO.shape[1])
-            y_BO = y_BO + x_BXiDi.flatten(1) @ W_skip_IO
+            y_BO = y_BO + self._skip_BO(self.W_skip_XiDiXoDo, x_BXiDi)
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
+
+    def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
+        """`output_BXoDo` from the latents of each of `parts`."""
+        return self.decode(latents_of_parts[0], x_BXiDi)
+
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+        """Squared error of what `decode_parts` would give."""
+        target_BO = target_BXoDo.flatten(1)
+        if self.W_skip_XiDiXoDo is not None:
+            target_BO = target_BO - self._skip_BO(self.W_skip_XiDiXoDo, x_BXiDi)
+        return self.ops.decode_recon_loss(latents_of_parts[0], self.W_dec_LO, self._b_dec_O, target_BO, self.segments)
+
+    @property
+    def _b_dec_O(self) -> Tensor | None:
+        return None if self.b_dec_XoDo is None else self.b_dec_XoDo.flatten()
+
+    def _skip_BO(self, W_skip_XiDiXoDo: Tensor, x_BXiDi: Tensor) -> Tensor:
+        return x_BXiDi.flatten(1) @ W_skip_XiDiXoDo.reshape(self.W_enc_LI.shape[1], self.W_dec_LO.shape[1])
 
     def dead_latents(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Latents:
         """The k largest `relu(h)` of each token among the latents of `dead_mask_L`; never encodes the others."""
@@ -219,9 +224,9 @@ class BaseCrosscoder(Lifecycle):
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
-        """Latents and reconstruction, for an `Objective`."""
+        """Latents, and what follows from them, for an `Objective`."""
         latents = self.encode_latents(x_BXiDi)
-        return ForwardResult(latents, self.decode(latents, x_BXiDi), (latents,))
+        return ForwardResult(self, x_BXiDi, latents, (latents,))
 
     def forward(self, x_BXiDi: Tensor) -> Tensor:
         """The reconstruction `output_BXoDo`."""

@@ -6,10 +6,11 @@ all source layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
-from crosscode_kernels.opset import BackendName, DecoderNorms, NormMode
+from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             return keep_largest(layers, k, scale_L, over_batch=True)
         return keep_largest(layers, k, None, over_batch=False)
 
-    def _decode_layers(self, layers: list[Latents], x_BPD: Tensor | None) -> Tensor:
+    def _decode_layers(self, layers: Sequence[Latents], x_BPD: Tensor | None) -> Tensor:
         y_BPD: Tensor | None = None
         for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
             x_BD = None if x_BPD is None else x_BPD[:, source]
@@ -143,7 +144,15 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
         layers = self._encode_layers(x_BXiDi)
-        return ForwardResult(concat_latents(layers), self._decode_layers(layers, x_BXiDi), tuple(layers))
+        return ForwardResult(self, x_BXiDi, concat_latents(layers), tuple(layers))
+
+    def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
+        return self._decode_layers(latents_of_parts, x_BXiDi)
+
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+        y_BO, target_BO = self._decode_layers(latents_of_parts, x_BXiDi).flatten(1), target_BXoDo.flatten(1)
+        loss = self.ops.recon_loss(y_BO, target_BO, self.segments)
+        return DecodeReconLoss(*loss, (y_BO - target_BO).detach())
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
         masks = dead_mask_L.chunk(len(self.parts))

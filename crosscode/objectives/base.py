@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from crosscode_kernels.opset import DecoderNorms
+from crosscode_kernels.opset import DecodeReconLoss, DecoderNorms
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class LossContext:
     """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
+    _recon: list[DecodeReconLoss] = field(default_factory=list, repr=False)
 
     @property
     def decoder_norms(self) -> DecoderNorms:
@@ -42,6 +43,13 @@ class LossContext:
         if not self._norms:
             self._norms.append(self.model.decoder_norms())
         return self._norms[0]
+
+    @property
+    def recon(self) -> DecodeReconLoss:
+        """The reconstruction loss, computed once per step, shared by all terms."""
+        if not self._recon:
+            self._recon.append(self.result.recon_loss(self.target_BXoDo))
+        return self._recon[0]
 
 
 class LossTerm(ABC):

@@ -33,6 +33,14 @@ class ReconLoss(NamedTuple):
     per_x_X: Tensor
 
 
+class DecodeReconLoss(NamedTuple):
+    """`ReconLoss`, and `residual_BO = y - target`, detached."""
+
+    loss: Tensor
+    per_x_X: Tensor
+    residual_BO: Tensor
+
+
 class JumpReLUPenalties(NamedTuple):
     """`latents_BL` after JumpReLU, and the two weighted penalties (scalars, mean over B)."""
 
@@ -149,3 +157,9 @@ class OpSet(Protocol):
         ...
 
     def recon_loss(self, y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> ReconLoss: ...
+
+    def decode_recon_loss(
+        self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None, target_BO: Tensor, segments: Sequence[int]
+    ) -> DecodeReconLoss:
+        """`recon_loss` of `decode`, for a step that has no other use for the output: it need not be written."""
+        ...

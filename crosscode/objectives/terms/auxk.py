@@ -39,7 +39,7 @@ class AuxKTerm(LossTerm):
     def __call__(self, context: LossContext) -> Tensor:
         dead_mask_L = context.tokens_since_fired_L >= self.dead_after_tokens
         k_aux = min(self.k_aux, context.model.n_latents)
-        error_BO = (context.target_BXoDo - context.result.output_BXoDo).detach().flatten(1)
+        error_BO = -context.recon.residual_BO
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
         variance = context.error_variance
         if variance is None:

@@ -1,7 +1,4 @@
-"""Multi-TopK: the reconstruction from more latents counts as well (Gao et al. 2024, arXiv:2406.04093, appendix A.4).
-
-Axes: B tokens · O flattened output.
-"""
+"""Multi-TopK: the reconstruction from more latents counts as well (Gao et al. 2024, arXiv:2406.04093, appendix A.4)."""
 
 from __future__ import annotations
 
@@ -44,5 +41,4 @@ class MultiTopkTerm(LossTerm):
     def __call__(self, context: LossContext) -> Tensor:
         model = context.model
         with model.k_multiplied(self.factor):
-            y_BO = model(context.input_BXiDi).flatten(1)
-        return model.ops.recon_loss(y_BO, context.target_BXoDo.flatten(1), model.segments).loss
+            return model.forward_train(context.input_BXiDi).recon_loss(context.target_BXoDo).loss

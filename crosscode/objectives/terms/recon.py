@@ -21,5 +21,4 @@ class ReconTerm(LossTerm):
         """coefficient: a number or a schedule"""
 
     def __call__(self, context: LossContext) -> Tensor:
-        y_BO, target_BO = context.result.output_BXoDo.flatten(1), context.target_BXoDo.flatten(1)
-        return context.model.ops.recon_loss(y_BO, target_BO, context.model.segments).loss
+        return context.recon.loss

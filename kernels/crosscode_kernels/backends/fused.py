@@ -27,13 +27,14 @@ from crosscode_kernels.jumprelu import autograd as jumprelu_op
 from crosscode_kernels.jumprelu import spec as jumprelu_spec
 from crosscode_kernels.jumprelu_penalties import autograd as jumprelu_penalties_op
 from crosscode_kernels.jumprelu_penalties import spec as jumprelu_penalties_spec
-from crosscode_kernels.opset import DecoderNorms, JumpReLUPenalties, NormMode, ReconLoss
+from crosscode_kernels.opset import DecodeReconLoss, DecoderNorms, JumpReLUPenalties, NormMode, ReconLoss
 from crosscode_kernels.pre_act import autograd as pre_act_op
 from crosscode_kernels.pre_act import spec as pre_act_spec
 from crosscode_kernels.recon_loss import autograd as recon_loss_op
 from crosscode_kernels.recon_loss import spec as recon_loss_spec
 from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from crosscode_kernels.sparse_decode import autograd as sparse_decode_op
+from crosscode_kernels.sparse_decode import decode_recon as decode_recon_op
 from crosscode_kernels.sparse_decode import spec as sparse_decode_spec
 from crosscode_kernels.weighted_l1 import autograd as weighted_l1_op
 from crosscode_kernels.weighted_l1 import spec as weighted_l1_spec
@@ -180,7 +181,21 @@ class FusedOpSet:
         )
 
     def recon_loss(self, y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> ReconLoss:
+        loss, per_x_X, _ = self._recon_loss(y_BO, target_BO, segments)
+        return ReconLoss(loss, per_x_X)
+
+    def _recon_loss(self, y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> DecodeReconLoss:
         if y_BO.dtype != target_BO.dtype and torch.is_autocast_enabled(y_BO.device.type):
             y_BO, target_BO = y_BO.float(), target_BO.float()
         recon_loss_spec.check(y_BO, target_BO, segments)
         return recon_loss_op.recon_loss(y_BO, target_BO, segments, self.backend)
+
+    def decode_recon_loss(
+        self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None, target_BO: Tensor, segments: Sequence[int]
+    ) -> DecodeReconLoss:
+        autocasts = torch.is_autocast_enabled(target_BO.device.type)
+        if isinstance(latents, DenseLatents) or autocasts or latents.value_N.shape[0] == 0:
+            return self._recon_loss(self.decode(latents, W_dec_LO, b_dec_O), target_BO, segments)
+        sparse_decode_spec.check(latents, W_dec_LO, b_dec_O)
+        recon_loss_spec.check_target(latents.batch_size, W_dec_LO, target_BO, segments)
+        return decode_recon_op.decode_recon_loss(latents, W_dec_LO, b_dec_O, target_BO, segments, self.backend)

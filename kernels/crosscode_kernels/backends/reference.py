@@ -15,7 +15,7 @@ from crosscode_kernels.jumprelu.reference import jumprelu
 from crosscode_kernels.jumprelu_penalties.reference import jumprelu_penalties
 from crosscode_kernels.pre_act.reference import pre_act, preacts
 from crosscode_kernels.recon_loss.reference import recon_loss
-from crosscode_kernels.sparse_decode.reference import decode
+from crosscode_kernels.sparse_decode.reference import decode, decode_recon_loss
 from crosscode_kernels.weighted_l1.reference import weighted_l1
 from crosscode_kernels.weighted_tanh.reference import weighted_tanh
 
@@ -42,6 +42,7 @@ class ReferenceOpSet:
     pre_act = staticmethod(pre_act)
     jumprelu_penalties = staticmethod(jumprelu_penalties)
     recon_loss = staticmethod(recon_loss)
+    decode_recon_loss = staticmethod(decode_recon_loss)
 
     @staticmethod
     def relu(h_BL: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from crosscode_kernels.selection.torch_impl import first_k_of_equal, topk_in_gro
 _EPS_BF16 = 2.0**-8
 _ROUND_UP = 1 + 2 * _EPS_BF16
 _ACCUMULATION = 2.0**-22
-_CHUNK_ELEMENTS = 3 << 17
+_CHUNK_ELEMENTS = 3 << 19
 _EXTRA_COLUMNS = 32
 _LARGEST_PRODUCT = 1e30
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.opset import ReconLoss
+from crosscode_kernels.opset import DecodeReconLoss
 from crosscode_kernels.registration import contiguous, define_op
 from crosscode_kernels.registry import get_kernel
 
@@ -39,16 +39,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_loss, d_per_x_X, _ = grads
     (residual_BO,) = ctx.saved_tensors
-    g_X = residual_BO.new_zeros(len(ctx.segments), dtype=acc_dtype(residual_BO.dtype))
+    dy_BO = residual_grad(grads[0], grads[1], residual_BO, ctx.segments, ctx.backend)
+    needs_y, needs_target = ctx.needs_input_grad[:2]
+    return dy_BO if needs_y else None, -dy_BO if needs_target else None, None, None
+
+
+def residual_grad(
+    d_loss: Tensor | None, d_per_x_X: Tensor | None, residual_BO: Tensor, segments: list[int], backend: str
+) -> Tensor:
+    """Gradient of the output from those of `loss` and `per_x_X`."""
+    g_X = residual_BO.new_zeros(len(segments), dtype=acc_dtype(residual_BO.dtype))
     if d_loss is not None:
         g_X = g_X + d_loss
     if d_per_x_X is not None:
         g_X = g_X + d_per_x_X
-    dy_BO = _recon_loss_backward(g_X, residual_BO, ctx.segments, ctx.backend)
-    needs_y, needs_target = ctx.needs_input_grad[:2]
-    return dy_BO if needs_y else None, -dy_BO if needs_target else None, None, None
+    return _recon_loss_backward(g_X, residual_BO, segments, backend)
 
 
 def _backward_body(g_X: Tensor, residual_BO: Tensor, segments: list[int], backend: str) -> Tensor:
@@ -73,7 +79,7 @@ _recon_loss_backward = define_op(
 )
 
 
-def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int], backend: str) -> ReconLoss:
-    """See `spec`."""
-    loss, per_x_X, _ = _recon_loss(y_BO, target_BO, list(segments), backend)
-    return ReconLoss(loss, per_x_X)
+def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int], backend: str) -> DecodeReconLoss:
+    """See `spec`. The residual comes for nothing: it is what backward needs."""
+    loss, per_x_X, residual_BO = _recon_loss(y_BO, target_BO, list(segments), backend)
+    return DecodeReconLoss(loss, per_x_X, residual_BO.detach())

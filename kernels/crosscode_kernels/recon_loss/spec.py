@@ -25,3 +25,12 @@ def check(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> None:
         )
     check_float("recon_loss", y_BO=y_BO, target_BO=target_BO)
     check_segments("recon_loss", "y_BO", y_BO.shape[1], segments)
+
+
+def check_target(batch_size: int, W_dec_LO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> None:
+    """For an output that is never made: the target alone is checked against what it would have been."""
+    expected = (batch_size, W_dec_LO.shape[1])
+    if tuple(target_BO.shape) != expected:
+        raise ValueError(f"recon_loss: target_BO has shape {tuple(target_BO.shape)}; must be {expected}")
+    check_float("recon_loss", target_BO=target_BO, W_dec_LO=W_dec_LO)
+    check_segments("recon_loss", "target_BO", target_BO.shape[1], segments)

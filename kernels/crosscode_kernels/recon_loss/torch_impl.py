@@ -10,15 +10,34 @@ from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.segments.torch_impl import sparse_decode
 
 
 @register_kernel("recon_loss", "torch")
 def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
-    residual_BO = y_BO - target_BO
-    dtype = acc_dtype(y_BO.dtype)
+    return _errors(y_BO - target_BO, segments)
+
+
+@register_kernel("decode_recon", "torch")
+def decode_recon(
+    row_ptr_B1: Tensor,
+    latent_idx_N: Tensor,
+    value_N: Tensor,
+    W_LO: Tensor,
+    b_O: Tensor | None,
+    target_BO: Tensor,
+    segments: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The residual takes the place of the output."""
+    y_BO = sparse_decode(row_ptr_B1, latent_idx_N, value_N, W_LO, b_O)
+    return _errors(y_BO.sub_(target_BO), segments)
+
+
+def _errors(residual_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
+    dtype = acc_dtype(residual_BO.dtype)
     # Row by row: one read of the residual, no buffer of squares, and short sums.
     norms_XB = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in residual_BO.split(segments, dim=1)]
-    return torch.stack(norms_XB).square_().sum(1).div_(y_BO.shape[0]), residual_BO
+    return torch.stack(norms_XB).square_().sum(1).div_(residual_BO.shape[0]), residual_BO
 
 
 @register_kernel("recon_loss_backward", "torch")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 _INDEX_MASK = 0xFFFFFFFF
 _INT16_COLUMNS = 1 << 16
-_GROUP = 16
-_MIN_GROUPS_PER_KEPT = 4
+_GROUP = 4
+_MIN_GROUPS_PER_KEPT = 2
 
 
 def row_topk(h_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,18 +38,21 @@ def row_topk(h_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def topk_in_groups(h_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`topk`, with its costly part on few values: the k largest lie in the k groups of columns whose maxima are largest.
+    """`topk`, with its costly part on few values: the k largest lie in the k groups of columns whose maxima are largest;
+    and so among these maxima, level upon level.
 
     A group is every `C / _GROUP`-th column, so that maxima are taken over whole vectors."""
-    n_rows, n_columns = h_RC.shape
-    n_groups = n_columns // _GROUP
-    if n_columns % _GROUP or n_groups < _MIN_GROUPS_PER_KEPT * k:
-        return h_RC.topk(k, dim=1)
-    group_RK = h_RC.view(n_rows, _GROUP, n_groups).amax(1).topk(k, dim=1, sorted=False).indices
-    member_G1 = torch.arange(_GROUP, device=h_RC.device).unsqueeze(1) * n_groups
-    column_RC = (group_RK.unsqueeze(1) + member_G1).view(n_rows, -1)
-    value_RK, position_RK = flat_take(h_RC, column_RC).topk(k, dim=1)
-    return value_RK, flat_take(column_RC, position_RK)
+    levels = [h_RC]
+    while (n_groups := levels[-1].shape[1] // _GROUP) >= _MIN_GROUPS_PER_KEPT * k and not levels[-1].shape[1] % _GROUP:
+        levels.append(levels[-1].view(h_RC.shape[0], _GROUP, n_groups).amax(1))
+    value_RK, column_RK = levels.pop().topk(k, dim=1, sorted=not levels)
+    while levels:
+        level_RC = levels.pop()
+        members_G1 = torch.arange(0, level_RC.shape[1], level_RC.shape[1] // _GROUP, device=h_RC.device).unsqueeze(1)
+        column_RC = (column_RK.unsqueeze(1) + members_G1).view(h_RC.shape[0], -1)
+        value_RK, position_RK = flat_take(level_RC, column_RC).topk(k, dim=1, sorted=not levels)
+        column_RK = flat_take(column_RC, position_RK)
+    return value_RK, column_RK
 
 
 def flat_take(value_RC: Tensor, column_RK: Tensor) -> Tensor:

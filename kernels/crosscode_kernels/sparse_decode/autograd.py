@@ -7,6 +7,7 @@ Saved for backward: the sparse batch (shared with the encoder) and W_dec.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,19 +55,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy_BO: Tensor) -> tuple[Tensor | None, ...]:
-    row_ptr_B1, latent_idx_N, value_N, W_LO, order_N, latent_ptr_L1 = ctx.saved_tensors
-    _, _, needs_value, needs_W, needs_b, *_ = ctx.needs_input_grad
+    needs = tuple(ctx.needs_input_grad[2:5])
+    return None, None, *decode_grads(dy_BO, ctx.saved_tensors, needs, ctx.backend), None, None, None
+
+
+def decode_grads(
+    dy_BO: Tensor, sparse: Sequence[Tensor], needs: tuple[bool, ...], backend: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the values, of W and of b, as far as needed. `sparse`: row_ptr_B1, latent_idx_N, value_N, W_LO, order_N,
+    latent_ptr_L1."""
+    row_ptr_B1, latent_idx_N, value_N, W_LO, order_N, latent_ptr_L1 = sparse
+    needs_value, needs_W, needs_b = needs
     dy_BO = dy_BO.contiguous()
     db_O = dy_BO.sum(0) if needs_b else None
-    if needs_value and needs_W and has_kernel("sparse_decode_backward", ctx.backend) and not is_row_sparse(ctx.backend):
-        sparse = (order_N, latent_ptr_L1, row_ptr_B1, latent_idx_N, value_N)
-        dvalue_N, dW_LO = _sparse_decode_backward(*sparse, dy_BO, W_LO, ctx.backend)
-        return None, None, dvalue_N, dW_LO, db_O, None, None, None
-    dvalue_N = gather_dot(row_ptr_B1, latent_idx_N, dy_BO, W_LO, ctx.backend) if needs_value else None
-    dW_LO = None
-    if needs_W:
-        dW_LO, _ = weight_grad(order_N, latent_ptr_L1, row_ptr_B1, value_N, dy_BO, ctx.backend)
-    return None, None, dvalue_N, dW_LO, db_O, None, None, None
+    if needs_value and needs_W and has_kernel("sparse_decode_backward", backend) and not is_row_sparse(backend):
+        batch = (order_N, latent_ptr_L1, row_ptr_B1, latent_idx_N, value_N)
+        return *_sparse_decode_backward(*batch, dy_BO, W_LO, backend), db_O
+    dvalue_N = gather_dot(row_ptr_B1, latent_idx_N, dy_BO, W_LO, backend) if needs_value else None
+    dW_LO = weight_grad(order_N, latent_ptr_L1, row_ptr_B1, value_N, dy_BO, backend)[0] if needs_W else None
+    return dvalue_N, dW_LO, db_O
 
 
 def _backward_body(
@@ -116,17 +123,19 @@ _sparse_decode = define_op(
 )
 
 
-def sparse_decode(latents: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: str) -> Tensor:
-    """`y_BO`. The transpose is only needed for the gradient of W; it is computed here where the encoder has not."""
+def decode_order(latents: SparseLatents, W_LO: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """The transpose, which only the gradient of W needs; computed here where the encoder has not."""
     if latents.by_latent is not None:
-        order_N, latent_ptr_L1 = latents.by_latent
-    elif torch.is_grad_enabled() and W_LO.requires_grad:
-        order_N, latent_ptr_L1 = latent_order(latents.latent_idx_N, latents.n_latents, backend)
-    else:
-        order_N = latent_ptr_L1 = latents.latent_idx_N.new_empty(0)
-    return _sparse_decode(
-        latents.row_ptr_B1, latents.latent_idx_N, latents.value_N, W_LO, b_O, order_N, latent_ptr_L1, backend
-    )
+        return latents.by_latent
+    if torch.is_grad_enabled() and W_LO.requires_grad:
+        return latent_order(latents.latent_idx_N, latents.n_latents, backend)
+    return latents.latent_idx_N.new_empty(0), latents.latent_idx_N.new_empty(0)
+
+
+def sparse_decode(latents: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: str) -> Tensor:
+    """`y_BO`."""
+    order = decode_order(latents, W_LO, backend)
+    return _sparse_decode(latents.row_ptr_B1, latents.latent_idx_N, latents.value_N, W_LO, b_O, *order, backend)
 
 
 def sparse_rows_sum(row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, W_LO: Tensor, backend: str) -> Tensor:

@@ -5,9 +5,13 @@ Axes: B tokens · O flattened output dims · L latents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from einops import einsum
 from torch import Tensor
 
+from crosscode_kernels.opset import DecodeReconLoss
+from crosscode_kernels.recon_loss.reference import recon_loss
 from crosscode_kernels.sparse import Latents
 from crosscode_kernels.sparse_decode import spec
 
@@ -17,3 +21,11 @@ def decode(latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None = None) ->
     spec.check(latents, W_dec_LO, b_dec_O)
     y_BO = einsum(latents.to_dense(), W_dec_LO, "b l, l o -> b o")
     return y_BO if b_dec_O is None else y_BO + b_dec_O
+
+
+def decode_recon_loss(
+    latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None, target_BO: Tensor, segments: Sequence[int]
+) -> DecodeReconLoss:
+    """`recon_loss` of the decoded output."""
+    y_BO = decode(latents, W_dec_LO, b_dec_O)
+    return DecodeReconLoss(*recon_loss(y_BO, target_BO, segments), (y_BO - target_BO).detach())

@@ -1,0 +1,41 @@
+"""What one training forward pass yields.
+
+Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do input/output width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from crosscode_kernels.opset import DecodeReconLoss
+from crosscode_kernels.sparse import Latents
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from crosscode.models.base import BaseCrosscoder
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """The latents, and whichever is asked for: the output, or its loss, which needs no output."""
+
+    model: BaseCrosscoder
+    input_BXiDi: Tensor
+    latents: Latents
+    latents_of_parts: tuple[Latents, ...]
+    """as the encoders of `BaseCrosscoder.parts` gave them, with all that they kept; one unless the model is compound"""
+
+    _output: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def output_BXoDo(self) -> Tensor:
+        """The reconstruction, computed when it is first asked for; differentiable."""
+        # Not a cached_property: its lock cannot be traced by torch.compile.
+        if not self._output:
+            self._output.append(self.model.decode_parts(self.latents_of_parts, self.input_BXiDi))
+        return self._output[0]
+
+    def recon_loss(self, target_BXoDo: Tensor) -> DecodeReconLoss:
+        """Squared error of the reconstruction, in total and by position; and the residual, detached."""
+        return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)
