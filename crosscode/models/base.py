@@ -226,7 +226,7 @@ class BaseCrosscoder(Lifecycle):
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
         """Latents, and what follows from them, for an `Objective`."""
         latents = self.encode_latents(x_BXiDi)
-        return ForwardResult(self, x_BXiDi, latents, (latents,))
+        return ForwardResult.of(self, x_BXiDi, latents)
 
     def forward(self, x_BXiDi: Tensor) -> Tensor:
         """The reconstruction `output_BXoDo`."""

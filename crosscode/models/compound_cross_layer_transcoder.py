@@ -144,7 +144,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
         layers = self._encode_layers(x_BXiDi)
-        return ForwardResult(self, x_BXiDi, concat_latents(layers), tuple(layers))
+        return ForwardResult.of(self, x_BXiDi, concat_latents(layers), *layers)
 
     def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
         return self._decode_layers(latents_of_parts, x_BXiDi)

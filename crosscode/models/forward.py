@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from crosscode_kernels.opset import DecodeReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -26,16 +27,29 @@ class ForwardResult:
     latents_of_parts: tuple[Latents, ...]
     """as the encoders of `BaseCrosscoder.parts` gave them, with all that they kept; one unless the model is compound"""
 
+    _autocast: torch.dtype | None = field(repr=False)
     _output: list[Tensor] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, model: BaseCrosscoder, input_BXiDi: Tensor, latents: Latents, *parts: Latents) -> ForwardResult:
+        """What is asked for later is computed under the autocast of now, as the latents were."""
+        device = input_BXiDi.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(model, input_BXiDi, latents, parts or (latents,), autocast)
 
     @property
     def output_BXoDo(self) -> Tensor:
         """The reconstruction, computed when it is first asked for; differentiable."""
         # Not a cached_property: its lock cannot be traced by torch.compile.
         if not self._output:
-            self._output.append(self.model.decode_parts(self.latents_of_parts, self.input_BXiDi))
+            with self._as_at_encoding():
+                self._output.append(self.model.decode_parts(self.latents_of_parts, self.input_BXiDi))
         return self._output[0]
 
     def recon_loss(self, target_BXoDo: Tensor) -> DecodeReconLoss:
         """Squared error of the reconstruction, in total and by position; and the residual, detached."""
-        return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)
+        with self._as_at_encoding():
+            return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)
+
+    def _as_at_encoding(self) -> torch.autocast:
+        return torch.autocast(self.input_BXiDi.device.type, self._autocast, enabled=self._autocast is not None)

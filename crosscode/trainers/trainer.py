@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
+from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
 from crosscode.errors import Interrupted
@@ -183,8 +183,8 @@ class Trainer:
         """The gradient norm before clipping, on the device."""
         limit = self.settings.clip_grad_norm
         if limit is not None:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            return clip_grad_norm_(self.model.parameters(), limit, self.optimizer)
+        return grad_norm(self.model.parameters())
 
     # ---- what is reported
 

@@ -110,6 +110,25 @@ def clip_grad_norm_(
     `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all."""
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; must be positive")
+    values = _grad_values(parameters)
+    if not values:
+        return torch.zeros(())
+    norm = _norm(values)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if optimizer is not None and optimizer.defaults.get("fused"):
+        optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
+    elif norm.device.type != "cpu" or bool(scale < 1):
+        torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, dense and row-sparse."""
+    return _norm(_grad_values(parameters))
+
+
+def _grad_values(parameters: Iterable[Tensor]) -> list[Tensor]:
     values = []
     for param in parameters:
         if param.grad is None:
@@ -119,13 +138,16 @@ def clip_grad_norm_(
             values.append(param.grad.values())
         else:
             values.append(param.grad)
+    return values
+
+
+def _norm(values: list[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(())
-    norms = torch.stack([norm.to(values[0].device) for norm in torch._foreach_norm(values)])  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.linalg.vector_norm(norms)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if optimizer is not None and optimizer.defaults.get("fused"):
-        optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
-    elif norm.device.type != "cpu" or bool(scale < 1):
-        torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
+    # On the CPU by rows first: one long sum runs on one vector of accumulators, many short ones on all that there are.
+    parts = [
+        torch.linalg.vector_norm(value.flatten(1), dim=1) if value.device.type == "cpu" and value.dim() > 1 else value
+        for value in values
+    ]
+    norms = torch._foreach_norm(parts)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack([norm.to(values[0].device) for norm in norms]))
