@@ -123,6 +123,13 @@ def _train(arguments: list[str]) -> None:
     run_training(config)
 
 
+def _prepare_memory() -> None:
+    """Before the first tensor is made."""
+    from crosscode_kernels.host_memory import prepare_host_memory
+
+    prepare_host_memory()
+
+
 def _quiet_libraries() -> None:
     """Keep the libraries' own bars for loading off the screen; ours say what takes time."""
     import datasets
@@ -141,6 +148,7 @@ def _train_config(arguments: list[str]) -> Any:
 
 def run_training(config: Any) -> None:
     """Train, evaluate and write the summary of one experiment."""
+    _prepare_memory()
     from crosscode.build import open_experiment
     from crosscode.build_run import build_trainer
 
@@ -150,6 +158,7 @@ def run_training(config: Any) -> None:
 
 def resume_training(run_dir: Path) -> None:
     """Continue a run from its newest whole checkpoint."""
+    _prepare_memory()
     from crosscode.build import open_experiment
     from crosscode.build_run import build_trainer
     from crosscode.resume import ResumePoint
@@ -255,6 +264,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    _prepare_memory()
     from crosscode.schema import read_yaml
     from crosscode.sweep import resume_sweep, run_sweep
     from crosscode.sweep_grid import grid_points, parse_grid
