@@ -115,7 +115,8 @@ def clip_grad_norm_(
         return torch.zeros(())
     norm = _norm(values)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if optimizer is not None and optimizer.defaults.get("fused"):
+    # The fused optimizer reads its scale as float32, which is not enough for float64 gradients.
+    if optimizer is not None and optimizer.defaults.get("fused") and norm.dtype == torch.float32:
         optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
     elif norm.device.type != "cpu" or bool(scale < 1):
         torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
@@ -144,10 +145,13 @@ def _grad_values(parameters: Iterable[Tensor]) -> list[Tensor]:
 def _norm(values: list[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(())
-    # On the CPU by rows first: one long sum runs on one vector of accumulators, many short ones on all that there are.
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    # On the CPU by rows first: one long sum has one vector of accumulators, which is slow and off by 1e-3 in float32.
     parts = [
-        torch.linalg.vector_norm(value.flatten(1), dim=1) if value.device.type == "cpu" and value.dim() > 1 else value
+        torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=dtype)
+        if value.device.type == "cpu" and value.dim() > 1
+        else value
         for value in values
     ]
-    norms = torch._foreach_norm(parts)  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(parts, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
     return torch.linalg.vector_norm(torch.stack([norm.to(values[0].device) for norm in norms]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from crosscode_kernels.backends.torch import TorchOpSet
-from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
+from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, grad_norm
 
 
 def sparse_grad(touched_R, R, D, generator):
@@ -73,14 +73,15 @@ def test_the_clip_is_torchs(max_norm):
     torch.testing.assert_close(bias.grad, other.grad)
 
 
-def test_a_fused_adam_applies_the_clip_itself():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_fused_adam_applies_the_clip_itself(dtype):
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(30, generator=generator)
+    start = torch.randn(30, generator=generator, dtype=dtype)
     params = [start.clone().requires_grad_() for _ in range(2)]
     fused = torch.optim.Adam([params[0]], lr=0.1, fused=True)
     plain = torch.optim.Adam([params[1]], lr=0.1)
     for scale in (10.0, 0.01, 3.0):
-        grad = scale * torch.randn(30, generator=generator)
+        grad = scale * torch.randn(30, generator=generator, dtype=dtype)
         params[0].grad, params[1].grad = grad.clone(), grad.clone()
         clip_grad_norm_([params[0]], 1.0, fused)
         torch.nn.utils.clip_grad_norm_([params[1]], 1.0)
@@ -89,7 +90,19 @@ def test_a_fused_adam_applies_the_clip_itself():
     torch.testing.assert_close(params[0], params[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_norm_of_many_gradients_is_exact_to_rounding(dtype):
+    params = [
+        torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((4096, 1024), (7,), (0, 3), (3, 2, 5), ())
+    ]
+    for param in params:
+        param.grad = torch.randn(param.shape).to(dtype)
+    truth = sum(param.grad.double().square().sum() for param in params).sqrt()
+    torch.testing.assert_close(grad_norm(params).double(), truth, rtol=1e-6, atol=0)
+
+
 def test_no_gradients_have_norm_zero():
+    assert grad_norm([torch.zeros(3, requires_grad=True)]).item() == 0
     assert clip_grad_norm_([torch.zeros(3, requires_grad=True)], 1.0).item() == 0
 
 
