@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import nullcontext
 from functools import cache
@@ -39,17 +40,16 @@ def shrink(tmp_path):
     """A recipe with less data, smaller buffers and a run directory of its own."""
 
     def make(name: str):
-        text = tmp_path / "text.jsonl"
-        if not text.exists():
-            import json
-
-            text.write_text("\n".join(json.dumps({"text": part}) for part in _some_text().split("\n\n")))
+        parts = [json.dumps({"text": part}) for part in _some_text().split("\n\n")]
+        for split, lines in (("train", parts[1::2]), ("heldout", parts[::2])):
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
         values = read_yaml(name)
         values["run_dir"] = str(tmp_path / "run")
         values["device"] = "cpu"
-        source = {"type": "local", "path": str(text)}
         values["data"] |= {
-            "source": source, "heldout": source, "sequence_length": 32, "harvest_batch_size": 8,
+            "source": {"type": "local", "path": str(tmp_path / "train.jsonl")},
+            "heldout": {"type": "local", "path": str(tmp_path / "heldout.jsonl")},
+            "sequence_length": 32, "harvest_batch_size": 8,
             "shuffle_buffer_size": 64, "n_tokens_for_norm_estimate": 64,
         }  # fmt: skip
         if "n_calibration_tokens" not in str(values["crosscoder"]["init"]) and "jan" in str(
@@ -97,6 +97,9 @@ def test_a_recipe_trains_evaluates_and_loads_again(name, shrink, reads, monkeypa
     assert reads.n == 0, "steps that do not log read nothing from the device"
     assert evaluation is not None and math.isfinite(evaluation.fvu) and evaluation.l0 >= 0
     assert trainer.step == 4
+    names = [f"{lm.short_name()}/{hook}" for lm in config.language_models for hook in config.hookpoints]
+    assert list(evaluation.fvu_by_position) == names[-len(evaluation.fvu_by_position) :]
+    assert len(evaluation.fvu_by_position) == math.prod(trainer.model.out_dims)
     moved = [key for key, param in trainer.model.named_parameters() if not torch.equal(param, before[key])]
     assert set(before) - set(moved) <= {"activation_fn.log_threshold_L"}, "every parameter takes part in training"
     loaded = BaseCrosscoder.load(config.run_path() / "final")

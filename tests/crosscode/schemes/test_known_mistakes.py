@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def gradients_of(case, loss):
@@ -84,3 +85,43 @@ def test_a_zero_decoder_row_has_no_nan_gradient(make_case, objective, context):
         case.model.W_dec_LXoDo[3] = 0
     grads = gradients_of(case, objective({"recon": {}, "l1": {"weight": 1.0}})(context(case), 0, 10))
     assert all(bool(grad.isfinite().all()) for grad in grads.values())
+
+
+NEW_TENSORS = {torch.arange, torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.rand, torch.randn}
+
+
+class NewTensorsWithoutDevice(TorchFunctionMode):
+    """Collects the calls that make a tensor on the default device, whatever device the others are on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.n_seen = set(), 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in NEW_TENSORS:
+            self.n_seen += 1
+            if kwargs.get("device") is None:
+                self.found.add(func.__name__)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("architecture", ["acausal_2x1", "compound"])
+def test_group_offsets_and_the_like_are_made_on_the_device_of_the_model(architecture, activation, backend, make_case):
+    case = make_case(architecture, activation, backend=backend)
+    with NewTensorsWithoutDevice() as new:
+        case.model(case.input_BXiDi).sum().backward()
+    assert new.found == set()
+
+
+def test_the_watch_for_new_tensors_sees_one():
+    with NewTensorsWithoutDevice() as new:
+        torch.arange(3) + torch.arange(3, device="cpu")
+    assert new.found == {"arange"} and new.n_seen == 2
+
+
+def test_every_source_layer_of_a_compound_model_has_parameters_of_its_own(make_case):
+    activations = make_case("compound", "jumprelu").model.activation_fns
+    pointers = {activation.log_threshold_L.data_ptr() for activation in activations}
+    assert len(pointers) == len(activations) == 3

@@ -1,12 +1,15 @@
-"""Configs that contradict themselves are refused with a reason before any language model is loaded."""
+"""Configs that contradict themselves are refused in one line, before any language model is loaded or file written."""
 
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
+import yaml
 
 from crosscode.build import open_experiment
+from crosscode.cli import main
 from crosscode.errors import InputError
 from crosscode.schema import check_config, read_yaml
 
@@ -35,7 +38,13 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
     [
         ("groupmax_crosscoder", {"crosscoder__activation__k": 33}, "k = 33: GroupMax needs a k that divides n_latents"),
         ("feb_update_diffing_topk", {"language_models": THIRD}, "shared latents need n_models = 2, got 3"),
-        ("feb_update_diffing_topk", {"crosscoder__shared_fraction": 1.5}, "shared_fraction"),
+        ("feb_update_diffing_topk", {"language_models": THIRD[:1]}, "shared latents need n_models = 2, got 1"),
+        (
+            "feb_update_diffing_topk",
+            {"crosscoder__shared_fraction": 1.5},
+            r"shared_fraction = 1.5: .*less than or equal",
+        ),
+        ("feb_update_diffing_jumprelu", {"crosscoder__activation": {"type": "topk", "k": 8}}, "JumpReLU"),
         (
             "topk_crosscoder",
             {"crosscoder__options": {"n_shared_latents": 5000}},
@@ -76,10 +85,40 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         ),
     ],
 )
-def test_contradictions_are_refused(recipe, changes, message):
-    with pytest.raises(InputError, match=message) as error:
-        open_experiment(check_config(changed(recipe, **changes)))
-    assert "\n" not in str(error.value)
+def test_contradictions_are_refused(recipe, changes, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shown = refused(changed(recipe, **changes), tmp_path, capfd)
+    assert re.search(message, shown), shown
+
+
+def refused(values, folder, capfd):
+    """What `crosscode train` says about a bad config: one line, and no other trace."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    capfd.readouterr()
+    assert main(["train", str(folder / "config.yaml")]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.startswith("crosscode: ")
+    assert len(shown.err.strip().splitlines()) == 1, shown.err
+    assert not (folder / "runs").exists() and not (folder / "run").exists()
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hookpoints", "expected"),
+    [
+        ("model_hookpoint_acausal", ["blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"], ["mlp.hook_post", "16"]),
+        ("cross_layer_transcoder", ["blocks.0.mlp.hook_in", "blocks.0.mlp.hook_pre"], ["mlp.hook_pre", "16"]),
+        ("sae", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"], ["exactly one hookpoint", "2"]),
+        ("transcoder", ["blocks.0.mlp.hook_in"], ["exactly two hookpoints", "1"]),
+    ],
+)
+def test_hookpoints_that_do_not_fit_are_refused(architecture, hookpoints, expected, tiny_config, tmp_path, capfd):
+    tiny_config["crosscoder"] |= {"type": architecture, "init": {"type": "zero_dec_skip"}}
+    tiny_config |= {"hookpoints": hookpoints}
+    if architecture != "model_hookpoint_acausal":
+        tiny_config["language_models"] = tiny_config["language_models"][:1]
+    shown = refused(tiny_config, tmp_path, capfd)
+    assert all(text in shown for text in expected), shown
 
 
 def test_shared_decoders_that_start_apart_are_refused_at_the_start_of_training(make_case):
