@@ -169,24 +169,11 @@ def resume_training(run_dir: Path) -> None:
 
 
 def _run_to_the_end(trainer: Any) -> None:
-    from crosscode.summary import write_summary
+    from crosscode.summary import print_figures, write_summary
 
     evaluation = trainer.train()
     summary = write_summary(trainer, evaluation)
-    _print_figures(trainer.run.path, summary)
-
-
-def _print_figures(run: Path, summary: dict[str, Any]) -> None:
-    print(f"run         {run}")
-    print(f"model       {run / 'final'}")
-    for name, value in summary["fvu_by_position"].items():
-        print(f"FVU         {value:.4f}  {name}")
-    for name, value in summary["loss_recovered"].items():
-        shown = "zeros do not hurt here" if value is None else f"{value:.4f}"
-        print(f"recovered   {shown}  {name}")
-    print(f"L0          {summary['l0']:.1f}")
-    print(f"dead        {100 * summary['dead_fraction']:.2f} % of latents")
-    print(f"speed       {summary['tokens_per_s']:.0f} tokens/s ({summary['backend']} backend, {summary['device']})")
+    print_figures(trainer.run.path, summary)
 
 
 def _harvest(arguments: list[str]) -> None:
