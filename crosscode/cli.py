@@ -294,12 +294,15 @@ def _doctor(options: argparse.Namespace) -> None:
 
     if not Path(options.folder).is_dir():
         raise InputError(f"--folder = {options.folder!r}: no such folder")
+    logging.getLogger("crosscode_kernels").setLevel(logging.WARNING)  # what it chose for toy sizes is of no interest
+    print(f"tests of the kernels take about {options.seconds:.0f} s", file=sys.stderr)
     n_failed = 0
     for check in examine(Path(options.folder), options.seconds):
         print(check, flush=True)
         n_failed += check.ok is False
     if n_failed:
         raise CrosscodeError(f"{n_failed} check(s) failed")
+    print("everything that was tested works")
 
 
 def _backends(options: argparse.Namespace) -> None:

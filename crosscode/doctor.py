@@ -6,6 +6,7 @@ Axes: B tokens · I flattened input · O flattened output · L latents.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from crosscode_kernels.resolve import available_backends, resolve_backend
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
-from crosscode.summary import versions
+from crosscode.summary import PACKAGES, versions
 
 N_TOKENS, D_IN, D_OUT, N_LATENTS, K = 32, 24, 20, 96, 6
 SEGMENTS = (8, 12)
 TOLERANCE = 1e-4
+EXTRAS = ("wandb", "tensorboard", "gguf")
 DISK_BYTES = 64 << 20
 
 
@@ -42,7 +44,7 @@ class Check:
 
 def examine(folder: Path, seconds: float = 10.0) -> Iterator[Check]:
     """All checks, one after the other. `folder`: where to measure the disk (nothing stays there)."""
-    for name, version in versions().items():
+    for name, version in versions((*PACKAGES, *EXTRAS)).items():
         yield Check(name, version)
     yield from devices()
     for status in available_backends():
@@ -54,11 +56,16 @@ def examine(folder: Path, seconds: float = 10.0) -> Iterator[Check]:
 def devices() -> Iterator[Check]:
     threads, cores = torch.get_num_threads(), os.cpu_count()
     yield Check("cpu", f"{cores} cores, {threads} threads for PyTorch, {torch.backends.cpu.get_cpu_capability()}")
+    yield Check("memory", f"{_memory_gib():.1f} GiB")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         yield Check(f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if torch.backends.mps.is_available():
         yield Check("mps", "available")
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 # ---- kernels against the reference
@@ -92,7 +99,8 @@ def _test_backend(ops: OpSet, device: torch.device, seconds: float) -> Iterator[
                 broken[case] = f"{type(error).__name__}: {error}".splitlines()[0]
         n_seeds += 1
     for case, error in worst.items():
-        text = broken.get(case) or f"largest error {error:.1e} of the largest value, {n_seeds} seed(s)"
+        found = f"agrees with float64 to {error:.1e} of the largest value (allowed {TOLERANCE:.0e}), {n_seeds} seed(s)"
+        text = broken.get(case) or found
         yield Check(f"{ops.name} {device.type} {case}", text, case not in broken and error < TOLERANCE)
 
 
@@ -172,4 +180,6 @@ def disk_speed(folder: Path) -> Iterator[Check]:
         yield Check("disk", f"{folder}: {error}", False)
         return
     mib = DISK_BYTES / 2**20
-    yield Check("disk", f"{folder.resolve()}: write {mib / written_s:.0f} MiB/s, read {mib / read_s:.0f} MiB/s", True)
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    speed = f"write {mib / written_s:.0f} MiB/s, read {mib / read_s:.0f} MiB/s, {free_gib:.1f} GiB free"
+    yield Check("disk", f"{folder.resolve()}: {speed}", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from crosscode.trainers.trainer import Trainer
 PACKAGES = ("crosscode", "torch", "triton", "transformers", "transformer-lens", "datasets", "safetensors")
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -27,7 +28,7 @@ def versions() -> dict[str, str]:
 
 def write_summary(trainer: Trainer, evaluation: EvaluationResult | None) -> dict[str, Any]:
     """`summary.json`: held-out figures where there are some, else those of the last training batch."""
-    last = trainer.last_metrics
+    last = trainer.metrics.last
     positions = {name: last.get(f"fvu/{name}") for name in trainer.position_names}
     summary = {
         "step": trainer.step,

@@ -188,7 +188,7 @@ def _train_side_by_side(
             due = {label: trainer for label, trainer in running.items() if trainer.step == position}
             _each(running, file, methodcaller("train_step", acts_BMPD), due)
             position += 1
-            bar.advance(next((trainer.last_metrics for trainer in running.values()), {}))
+            bar.advance(next((trainer.metrics.last for trainer in running.values()), {}))
         for label, trainer in list(running.items()):
             if stop.received:
                 break

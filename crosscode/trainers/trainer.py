@@ -27,6 +27,7 @@ from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.histograms import latent_histograms
 from crosscode.trainers.interruption import StopSignals
 from crosscode.trainers.loggers import Logger
+from crosscode.trainers.metrics import Metrics
 from crosscode.trainers.optimizers.base import OptimizerRecipe
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
@@ -62,7 +63,7 @@ class Trainer:
     ):
         objective.check_model(model)
         self.model, self.data, self.split = model, data, split
-        self.recipe, self.settings, self.run, self.loggers = optimizer, settings, run, loggers
+        self.recipe, self.settings, self.run = optimizer, settings, run
         self.constraints, self.position_names = constraints, list(position_names)
         self._evaluate_model, self.metadata = evaluate, metadata or {}
         self.optimizer = optimizer.build(model)
@@ -73,11 +74,11 @@ class Trainer:
         self.guard = FiniteGuard(model.device, settings.max_skipped_steps)
         self.checkpoints = Checkpoints(run, settings.keep_last, settings.keep_every)
         self.phases = Phases(model.device)
+        self.metrics = Metrics(loggers)
         self.progress = Progress(settings.n_steps, enabled=progress)
-        self.step = self.tokens = self.rows_logged = 0
+        self.step = self.tokens = 0
         self.seconds_before = 0.0
         self._saved_step = -1
-        self.last_metrics: dict[str, Any] = {}
 
     # ---- the loop
 
@@ -127,12 +128,12 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += acts_BMPD.shape[0]
-        self.progress.advance(self.last_metrics)
+        self.progress.advance(self.metrics.last)
         if figures is not None:
             self.guard.check(self.checkpoints.newest_name())
             self._log({**figures.values(loss, self.position_names), **self._facts(grad_norm)})
         if self._is_due(self.settings.histogram_every, self.step):
-            self._log_histograms()
+            self.metrics.log_histograms(self.step, latent_histograms(self.model, self.firing.take_density_L()))
         if self._is_due(self.settings.evaluate_every, self.step) and self.step < self.settings.n_steps:
             self.evaluate()
         if self._is_due(self.settings.checkpoint_every or self.settings.n_steps, self.step):
@@ -142,8 +143,7 @@ class Trainer:
         """Leave a run that can be resumed."""
         if self._saved_step != self.step:
             self.save_checkpoint()
-        for logger in self.loggers:
-            logger.close()
+        self.metrics.close()
 
     def leave(self, signal_name: str) -> None:
         """Save and raise `Interrupted`."""
@@ -165,8 +165,7 @@ class Trainer:
         evaluation = self._evaluate(None)
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
-        for logger in self.loggers:
-            logger.close()
+        self.metrics.close()
         return evaluation
 
     # ---- parts of a step
@@ -211,16 +210,7 @@ class Trainer:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        row = {"step": self.step, "tokens": self.tokens, **metrics}
-        self.last_metrics = {**self.last_metrics, **row}
-        self.rows_logged += 1
-        for logger in self.loggers:
-            logger.log(row)
-
-    def _log_histograms(self) -> None:
-        histograms = latent_histograms(self.model, self.firing.take_density_L())
-        for logger in self.loggers:
-            logger.log_histograms(self.step, histograms)
+        self.metrics.log({"step": self.step, "tokens": self.tokens, **metrics})
 
     def evaluate(self) -> None:
         """Held-out figures of the model as it is, into the metrics."""
@@ -231,7 +221,7 @@ class Trainer:
     def _evaluate(self, scaling_MP: Tensor | None) -> EvaluationResult | None:
         if self._evaluate_model is None:
             return None
-        with self.phases("eval"):
+        with self.phases("eval"), self.progress.during("evaluate"):
             evaluation = self._evaluate_model(self.model, scaling_MP)
         self._log(evaluation.as_metrics())
         return evaluation
@@ -244,8 +234,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "rows_logged": self.rows_logged,
-            "last_metrics": self.last_metrics,
+            "metrics": self.metrics.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "firing": dict(self.firing.state_dict()),
             "guard": self.guard.state_dict(),
@@ -282,8 +271,7 @@ class Trainer:
         """Continue from `checkpoints/step_N/`, which must be whole (`Checkpoints.newest_whole`); None: from step 0."""
         if step is not None:
             self._load_checkpoint(step)
-        for logger in self.loggers:
-            logger.rewind(self.step, self.rows_logged)
+        self.metrics.rewind(self.step)
 
     def _load_checkpoint(self, step: int) -> None:
         folder = self.run.checkpoint(step)
@@ -291,7 +279,7 @@ class Trainer:
         self.model.load_state_dict(saved.state_dict())
         state = read_state(folder)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
-        self.rows_logged, self.last_metrics = state["rows_logged"], state["last_metrics"]
+        self.metrics.load_state_dict(state["metrics"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
         self.guard.load_state_dict(state["guard"])

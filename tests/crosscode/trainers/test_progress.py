@@ -1,0 +1,71 @@
+"""What a user sees while a run goes on, on a terminal and without one."""
+
+import logging
+
+import pytest
+
+from crosscode.trainers import progress
+from crosscode.trainers.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock.now` is the time."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_plain_lines_come_every_ten_seconds_with_figures_and_time_left(clock, capsys):
+    with Progress(4000) as bar:
+        bar.start(0)
+        clock.now += 300  # the shuffle buffer fills: no part of the pace
+        for step in range(1, 101):
+            clock.now += 0.5
+            bar.advance({"loss": 12.345, "fvu": 0.25, "l0": 32.0} if step > 50 else {})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 1/4000"
+    assert lines[1] == "step 21/4000  2.0 steps/s  33:10 left"
+    assert lines[-1] == "step 81/4000  2.0 steps/s  32:40 left  loss 12.35  fvu 0.2500  l0 32.0"
+    assert len(lines) == 5
+
+
+def test_the_last_step_and_the_evaluation_after_it_have_lines(clock, capsys):
+    with Progress(12) as bar:
+        bar.start(10)
+        for _ in range(2):
+            clock.now += 3
+            bar.advance({"l0": 1.0})
+        with bar.during("evaluate"):
+            pass
+    assert capsys.readouterr().err.splitlines() == [
+        "step 12/12  3.0 s/step  0:00 left  l0 1.0",
+        "step 12/12  evaluate",
+    ]
+
+
+def test_on_a_terminal_there_is_one_bar_and_warnings_do_not_break_it(monkeypatch, capsys, caplog):
+    monkeypatch.setattr(progress, "_is_terminal", lambda: True)
+    with Progress(3) as bar:
+        bar.start(1)
+        for _ in range(2):
+            bar.advance({"loss": 0.5})
+        with bar.during("evaluate"):
+            logging.getLogger("crosscode").warning("look")
+    shown = capsys.readouterr().err
+    assert "3/3" in shown and "loss 0.5" in shown and "evaluate" in shown
+    assert "look" in caplog.text
+
+
+def test_nothing_is_shown_where_nothing_was_asked_for(monkeypatch, capsys):
+    for terminal in (True, False):
+        monkeypatch.setattr(progress, "_is_terminal", lambda terminal=terminal: terminal)
+        with Progress(1, enabled=False) as bar:
+            bar.start(0)
+            bar.advance({})
+            with bar.during("evaluate"):
+                pass
+    assert capsys.readouterr().err == ""
