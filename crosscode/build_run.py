@@ -68,7 +68,7 @@ def build_trainer(
     if resume is None:
         run.create(dump_config(config), config.overwrite)
     else:
-        run.reopen()
+        run.reopen(step)
     trainer = Trainer(
         model,
         data,

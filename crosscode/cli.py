@@ -204,17 +204,19 @@ def _harvest_options() -> argparse.ArgumentParser:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from crosscode.build import open_experiment
-    from crosscode.models import BaseCrosscoder
     from crosscode.schema import load_config
     from crosscode.trainers.run_directory import open_run
+    from crosscode.trainers.warm_start import find_model, load_folded
 
     n_tokens = _positive("--n-tokens", options.n_tokens)
     _quiet_libraries()
     run = open_run(options.run_dir)
     config = load_config(run.config_file)
-    model = BaseCrosscoder.load(run.final, backend=config.backend)
+    folder = find_model(str(run.path), "run")
+    if folder != run.final:
+        print(f"crosscode: training is not over: these are figures of {folder}", file=sys.stderr)
     experiment = open_experiment(config, to_train=False)
-    model.to(experiment.harvester.device)
+    model = load_folded(folder, config.backend, experiment.harvester.device)
     result = experiment.evaluate(model, n_tokens=n_tokens)
     run.write_evaluation(result.to_json())
     shown = {name: value for name, value in result.to_json().items() if name != "density_L"}

@@ -56,6 +56,8 @@ class ResumePoint:
             InputError: no run there, all checkpoints damaged, or a config that was changed too much.
         """
         run = open_run(path)
+        with run.held():
+            pass
         config = load_config(run.config_file)
         step = Checkpoints(run).newest_whole()
         if step is not None:

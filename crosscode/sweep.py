@@ -171,8 +171,9 @@ def _train_side_by_side(
     running = trainers
     n_steps = next(iter(running.values())).settings.n_steps
     position = min(trainer.step for trainer in running.values())
-    with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar:
+    with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
         for trainer in running.values():
+            runs.enter_context(trainer.run.held())
             trainer.start()
         bar.start(position)
         batches = iter(data)

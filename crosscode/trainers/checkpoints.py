@@ -75,7 +75,7 @@ class Checkpoints:
             damages.append(damage)
             log.warning("checkpoint %s is damaged (%s): falling back to the one before", step, damage)
         if damages:
-            raise InputError(f"resume: all checkpoints of {str(self.run.path)!r} are damaged: {'; '.join(damages)}")
+            raise InputError(f"run: all checkpoints of {str(self.run.path)!r} are damaged: {'; '.join(damages)}")
         return None
 
     def _rotate(self) -> None:

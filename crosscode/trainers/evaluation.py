@@ -5,6 +5,7 @@ Axes: B tokens · M models · P hookpoints · D width · Xo output crosscoding d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -111,9 +112,17 @@ def evaluate(
         fvu=fvu.fvu(),
         fvu_by_position=dict(zip(position_names, fvu_X, strict=True)),
         l0=float(l0_N.mean()),
-        l0_p5=float(l0_N.quantile(0.05)),
-        l0_p95=float(l0_N.quantile(0.95)),
+        l0_p5=_quantile(l0_N, 0.05),
+        l0_p95=_quantile(l0_N, 0.95),
         dead_fraction=float((counts_L == 0).double().mean()),
         density_L=(counts_L.double() / fvu.n_tokens).tolist(),
         l0_train_mode=float(n_active_train_mode) / fvu.n_tokens if selects_over_batch else None,
     )
+
+
+def _quantile(values_N: Tensor, q: float) -> float:
+    """With linear interpolation, for any number of values (`torch.quantile` stops at 2**24)."""
+    place = q * (values_N.shape[0] - 1)
+    low = values_N.kthvalue(math.floor(place) + 1).values
+    high = values_N.kthvalue(math.ceil(place) + 1).values
+    return float(low + (high - low) * (place - math.floor(place)))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from crosscode.errors import InputError
 from crosscode.files import write_json, write_text
+
+LOCK_FILE = "lock"
 
 
 class RunDirectory:
@@ -56,12 +61,33 @@ class RunDirectory:
         """Make the folder and write `config.yaml`, replacing an older run only if `overwrite`."""
         self.check_free(overwrite)
         if self.path.is_dir():
-            shutil.rmtree(self.path)
+            with self.held():
+                shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         write_text(self.config_file, config_yaml)
 
-    def reopen(self) -> None:
-        """Clear away what a killed process left half written."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block no other process may train here, or replace what is here. Ends with the process, if killed.
+
+        Raises:
+            InputError: another one does.
+        """
+        with (self.path / LOCK_FILE).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"run_dir: another process is training in {str(self.path)!r}") from error
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def reopen(self, step: int | None) -> None:
+        """Clear away what a killed process left half written, and set aside damaged checkpoints behind `step`: they
+        must not count among those that are kept."""
+        for later in self.steps():
+            if later > (step or 0):
+                _move_over(self.checkpoint(later), self.checkpoints / f"damaged_step_{later}")
         for folder in (self.path, self.checkpoints):
             for left in folder.glob(".*") if folder.is_dir() else []:
                 if left.is_dir():
@@ -77,6 +103,12 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+
+def _move_over(old: Path, new: Path) -> None:
+    if new.exists():
+        shutil.rmtree(new)
+    old.rename(new)
 
 
 def open_run(path: str | Path) -> RunDirectory:

@@ -89,7 +89,8 @@ class Trainer:
             Interrupted: a signal came; the run is saved.
             NonFiniteLoss, OutOfMemory, CheckpointNotSaved: with what to do about it.
         """
-        with StopSignals() as stop, self.settings.precision.matmuls(), self.progress, closing(self.data):
+        matmuls = self.settings.precision.matmuls()
+        with StopSignals() as stop, self.run.held(), matmuls, self.progress, closing(self.data):
             batches = iter(self.data)
             self.start()
             while self.step < self.settings.n_steps:

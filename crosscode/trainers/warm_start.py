@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from crosscode_kernels.opset import BackendName
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -18,6 +19,7 @@ from crosscode.models.activations.topk import AnnealedK
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.models.initialization.base import SampleBatches
+from crosscode.trainers.checkpoints import Checkpoints
 from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.state import read_state
 
@@ -40,11 +42,8 @@ def warm_start(
     Raises:
         InputError: no model there, another architecture or size, or activations that cannot be converted.
     """
-    folder = find_model(source)
-    old = BaseCrosscoder.load(folder, backend=model.backend, device=model.device)
+    old = load_folded(find_model(source), backend=model.backend, device=model.device)
     _check_fits(source, old, model)
-    if not old.is_folded:
-        _fold(old, folder)
     params = dict(old.named_parameters())
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -57,18 +56,19 @@ def warm_start(
             _convert_activation(source, old_part, part_model, model, part, samples)
 
 
-def find_model(source: str) -> Path:
-    """The folder of the saved model that `source` names: itself, a run's `final/`, or its newest checkpoint."""
+def find_model(source: str, field: str = "finetune_from") -> Path:
+    """The folder of the saved model that `source` names: itself, a run's `final/`, or its newest whole checkpoint.
+    `field` is where it was named, for messages."""
     path = Path(source).expanduser()
     if (path / "model.safetensors").is_file():
         return path
     run = RunDirectory(path)
     if (run.final / "model.safetensors").is_file():
         return run.final
-    steps = run.steps()
-    if steps:
-        return run.checkpoint(steps[-1])
-    raise InputError(f"finetune_from = {source!r}: holds neither a saved model nor a run with one")
+    step = Checkpoints(run).newest_whole()
+    if step is not None:
+        return run.checkpoint(step)
+    raise InputError(f"{field} = {source!r}: holds neither a saved model nor a run with one")
 
 
 def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
@@ -84,19 +84,24 @@ def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
         raise InputError(f"finetune_from = {source!r}: the saved model does not fit this config: {reason}")
 
 
-def _fold(old: BaseCrosscoder, folder: Path) -> None:
-    """A checkpoint of training is unfolded; its scaling stands in the state of its data."""
+def load_folded(folder: Path, backend: BackendName, device: torch.device) -> BaseCrosscoder:
+    """A saved model that takes raw activations. A checkpoint of training is unfolded; its scaling stands in the state
+    of its data."""
+    model = BaseCrosscoder.load(folder, backend=backend, device=device)
+    if model.is_folded:
+        return model
     try:
         scaling_MP = read_state(folder)["data"]["scaling_MP"]
     except (FileNotFoundError, KeyError) as error:
         raise InputError(
-            f"finetune_from: {str(folder)!r} is a model without folded scaling and without a trainer state that says "
+            f"{str(folder)!r} is a model without folded scaling and without a trainer state that says "
             "what the scaling was; take the run's final/ instead"
         ) from error
     from crosscode.trainers.split import split_for
 
     split = split_for(read_config(folder)["metadata"]["architecture"])
-    old.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
+    model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
+    return model
 
 
 def _convert_activation(

@@ -14,10 +14,7 @@ from unittest import mock
 import torch
 
 from crosscode import cli
-from crosscode.build import build_token_loader, open_experiment
-from crosscode.build_run import build_trainer
-from crosscode.data import ActivationsDataloader, HarvestThroughStore
-from crosscode.resume import ResumePoint
+from crosscode.build import open_experiment
 from crosscode.schema import load_config
 from crosscode.trainers import trainer as trainer_module
 from crosscode.trainers.loggers import JsonlLogger
@@ -63,24 +60,7 @@ def strike(scenario):
 
 
 def train(scenario):
-    resume = scenario.get("resume")
-    if resume and scenario.get("store") is None:
-        return cli.main(["train", "--resume", resume])
-    if scenario.get("store") is None:
-        return cli._guarded(lambda: cli.run_training(load_config(scenario["config"])))
-    point = ResumePoint.find(scenario["resume"]) if scenario.get("resume") else None
-    config = point.config if point else load_config(scenario["config"])
-    experiment = open_experiment(config)
-    rows = HarvestThroughStore(build_token_loader(experiment, heldout=False), experiment.harvester, scenario["store"])
-    data = ActivationsDataloader(
-        rows,
-        batch_size=config.train.batch_size,
-        shuffle_buffer_size=config.data.shuffle_buffer_size,
-        seed=config.seed,
-        n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
-        drop_last=True,
-    )
-    return cli._guarded(lambda: cli._run_to_the_end(build_trainer(experiment, resume=point, data=data)))
+    return cli.main(["train", *(["--resume", scenario["resume"]] if "resume" in scenario else [scenario["config"]])])
 
 
 def main(scenarios_file, results_file):

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from crosscode.cli import main
+from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.trainer import Trainer
 
 
@@ -155,6 +159,60 @@ def test_a_run_that_nobody_changed_is_resumed_from_another_folder_without_a_word
     with caplog.at_level(logging.INFO, logger="crosscode"):
         assert main(["train", "--resume", "."]) == 0
     assert "resume:" not in caplog.text
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_so_that_it_does_not_push_out_a_whole_one(
+    half_run, tmp_path, caplog, monkeypatch
+):
+    half_run("train.checkpoint_every", 4)
+    half_run("train.keep_last", 1)
+    run = tmp_path / "run"
+    shutil.copytree(run / "checkpoints/step_5", run / "checkpoints/step_9")
+    (run / "checkpoints/step_9/model.safetensors").write_bytes(b"")
+    train_step = Trainer.train_step
+
+    def signalled(self, acts_BMPD):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(self, acts_BMPD)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        assert main(["train", "--resume", str(run)]) == 75
+    assert "checkpoint 9 is damaged" in caplog.text
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["damaged_step_9", "step_7"]
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_a_run_that_is_being_trained_is_left_alone(half_run, write, tmp_path, capfd):
+    run = tmp_path / "run"
+    before = sorted(run.rglob("*"))
+    config = write(overwrite=True)
+    with RunDirectory(run).held():
+        for arguments in (["--resume", str(run)], [config]):
+            assert main(["train", *arguments]) == 2
+            assert "another process is training in" in capfd.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_a_run_that_is_not_over_is_evaluated_at_its_newest_checkpoint(half_run, tmp_path, capfd):
+    run = tmp_path / "run"
+    assert main(["evaluate", str(run)]) == 0
+    shown = capfd.readouterr()
+    assert "training is not over: these are figures of" in shown.err and "step_5" in shown.err
+    half = json.loads(shown.out)
+    assert main(["train", "--resume", str(run)]) == 0
+    capfd.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    whole = json.loads(capfd.readouterr().out)
+    assert whole["fvu"] == json.loads((run / "evaluation.json").read_text())["fvu"] < half["fvu"]
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(half_run, tmp_path, capfd):
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "holds neither a saved model nor a run with one" in capfd.readouterr().err
 
 
 def test_other_weights_of_a_language_model_are_noticed(write, tmp_path, capfd, save_tiny_lm):
