@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,12 +24,15 @@ from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field
 
+log = logging.getLogger("crosscode")
+
 # ---- language models
 
 
 def load_model(config: LanguageModelConfig, field: str, default_device: str) -> LanguageModel:
     """A language model; `field` is its place in the config, for messages."""
     with at_field(f"{field}.path = {config.path!r}"):
+        log.info("loading language model %s", config.path)
         return load_language_model(
             _locate(config.path),
             revision=config.revision,

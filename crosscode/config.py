@@ -63,7 +63,8 @@ class TrainConfig(ConfigModel):
     """activations of one optimizer step"""
     grad_accumulation: PositiveInt = 1
     """parts into which a batch is cut to save memory; the update is the same, but BatchTopK and AuxK, which must know
-    of the whole batch, encode and decode each part once more; must divide batch_size"""
+    of the whole batch, encode and decode each part once more (and BatchTopK waits for a GPU once a part, for the number of
+    its latents); must divide batch_size"""
     optimizer: Component = Component(type="adam")
     """optimizer and its learning rate over the run"""
     clip_grad_norm: PositiveFloat | None = 1.0

@@ -5,6 +5,7 @@ R rows that arrive together · B batch · M models · P hookpoints · D model di
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -18,6 +19,8 @@ from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import ShuffleBuffer
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
+
+log = logging.getLogger("crosscode")
 
 _DEFAULT_BUFFER = 65_536
 
@@ -92,6 +95,7 @@ class ActivationsDataloader:
         if self._scaling_MP is None:
             self._scaling_MP = self._check_scaling(self.rows.scaling_MP())
         if self._scaling_MP is None:
+            log.info("estimating the scale of activations on %d tokens", self._n_tokens_for_norm_estimate)
             with closing(self.rows.open_sample()) as sample:
                 acts = (rows.acts_RMPD for rows in sample)
                 self._scaling_MP = estimate_scaling(acts, self._n_tokens_for_norm_estimate)

@@ -41,6 +41,8 @@ class Progress:
             self._bar = tqdm(total=self.n_steps, initial=step, unit="step", desc="train", dynamic_ncols=True)
             self._stack.callback(self._bar.close)
             self._stack.enter_context(logging_redirect_tqdm())
+        elif self.enabled and step < self.n_steps:
+            _print(f"step {step}/{self.n_steps}  waiting for the first batch")
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
