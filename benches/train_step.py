@@ -2,12 +2,13 @@
 
     python benches/train_step.py [--cases topk jumprelu_trained ...] [--repeats 9] [--threads 2] [--out FILE]
 
-A step is forward, loss, backward, gradient clip and optimizer. The reference runs with stock `torch.optim.Adam` and stock memory
-settings; the fast backend with `fused=True` or, for beta1 = 0, row-sparse Adam, and with `prepare_host_memory()` as the command
-line does (`--stock-memory` leaves that out). Each variant has its own process; they take turns within each repeat, so that a
-noisy machine hits all of them. Reported are medians, and medians of the ratios within a repeat, of wall and of CPU time.
-Peak memory counts everything that is allocated during a step except gradients; "saved" counts what autograd keeps for
-backward, parameters excluded.
+A step is forward, loss, backward, gradient clip and optimizer. The reference runs with stock `torch.optim.Adam`, the fast backend
+with `fused=True` or, for beta1 = 0, row-sparse Adam. All run with `prepare_host_memory()`, as `crosscode train` does in every
+backend; `--stock-memory` leaves that out for all. Each variant has its own process; they take turns within each repeat, so
+that a noisy machine hits all of them. Reported are medians, and medians of the ratios within a repeat, of wall and of CPU
+time. `encode` is the wall time of encoder product and selection, `rest` all else; `rows` counts the latents that are active
+in the batch. Peak memory counts everything that is allocated during a step except gradients; "saved" counts what autograd
+keeps for backward, parameters excluded. `--out` renews the rows of the cases that ran and keeps the others.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -31,6 +32,7 @@ from crosscode_kernels import OpSet, resolve_backend
 from crosscode_kernels.backends.torch import TorchOpSet
 from crosscode_kernels.host_memory import prepare_host_memory
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
+from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 
@@ -54,14 +56,12 @@ CASES = {
     "batch_topk": Case("batch_topk"),
     "groupmax": Case("groupmax"),
     "cross_layer_topk": Case("topk", I=512, O=6 * 512, L=8192, segments=6),
-    "topk_65536": Case("topk", B=256, L=65536, beta1=0.0),
     "jumprelu_trained": Case("jumprelu", l0=60),
     "jumprelu_init": Case("jumprelu", l0=0.6 * 16384),
     "l1_trained": Case("l1", l0=60),
     "l1_init": Case("l1", l0=0.5 * 16384),
-    **{f"topk_L{n}": Case("topk", B=256, L=n, beta1=0.0) for n in (4096, 8192, 16384, 32768)},
+    **{f"topk_L{n}": Case("topk", B=256, L=n, beta1=0.0) for n in (4096, 8192, 16384, 32768, 65536)},
 }
-DEFAULT_CASES = [name for name in CASES if not name.startswith("topk_L")]
 HERE = Path(__file__).parent
 WARM_UP = 2
 
@@ -74,27 +74,33 @@ class Step:
     ops: OpSet
     params: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    encode_s: float = 0.0
 
     def forward(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         case, ops, p = self.case, self.ops, self.params
-        encode = (x_BI, p["W_enc_LI"], p["b_enc_L"])
-        penalty: Tensor | float = 0.0
+        widths = [case.O // case.segments] * case.segments
+        latents, penalty = self.encode(x_BI), 0.0
         if case.scheme in ("l1", "jumprelu"):
-            widths = [case.O // case.segments] * case.segments
             n_L = ops.decoder_norms(p["W_dec_LO"], widths, "sum").n_L
             ones_L = torch.ones_like(n_L)
         if case.scheme == "l1":
-            latents = ops.encode_relu(*encode)
             penalty = ops.weighted_l1(latents, n_L, 2.0 * ones_L)
         elif case.scheme == "jumprelu":
-            latents = ops.encode_jumprelu(*encode, p["t_L"], 2.0, "anthropic")
             penalty = ops.weighted_tanh(latents, n_L, 10.0 * ones_L, 4.0)
             penalty = penalty + ops.pre_act_penalty(latents, p["t_L"], n_L, 3e-6 * ones_L)
+        return ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths).loss + penalty
+
+    def encode(self, x_BI: Tensor) -> Latents:
+        case, ops, p = self.case, self.ops, self.params
+        start, encoder = time.perf_counter(), (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        if case.scheme == "l1":
+            latents = ops.encode_relu(*encoder)
+        elif case.scheme == "jumprelu":
+            latents = ops.encode_jumprelu(*encoder, p["t_L"], 2.0, "anthropic")
         else:
-            latents = getattr(ops, f"encode_{case.scheme}")(*encode, case.k)
-        y_BO = ops.decode(latents, p["W_dec_LO"], p["b_dec_O"])
-        widths = [case.O // case.segments] * case.segments
-        return ops.recon_loss(y_BO, target_BO, widths).loss + penalty
+            latents = getattr(ops, f"encode_{case.scheme}")(*encoder, case.k)
+        self.encode_s = time.perf_counter() - start
+        return latents
 
     def run(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,8 +201,8 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def work(pipe: Connection, variant: str, threads: int, stock_memory: bool) -> None:
-    """The process of one variant: takes a case, then steps as it is told; answers with wall and CPU seconds."""
-    if variant != "reference" and not stock_memory:
+    """The process of one variant: takes a case, then steps as it is told; answers with seconds: wall, CPU, encode."""
+    if not stock_memory:
         prepare_host_memory()
     torch.set_num_threads(threads)
     while (name := pipe.recv()) is not None:
@@ -206,12 +212,14 @@ def work(pipe: Connection, variant: str, threads: int, stock_memory: bool) -> No
         while pipe.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             step.run(x_BI, target_BO)
-            pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
-        pipe.send((saved_bytes(step, x_BI, target_BO), peak_bytes(step, x_BI, target_BO)))
+            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, step.encode_s))
+        with torch.no_grad():
+            rows = int((step.encode(x_BI).firing_counts_L() > 0).sum())
+        pipe.send((saved_bytes(step, x_BI, target_BO), peak_bytes(step, x_BI, target_BO), rows))
 
 
 def measure(name: str, repeats: int, pipes: dict[str, Connection]) -> dict[str, Any]:
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in pipes}
+    times: dict[str, list[tuple[float, float, float]]] = {variant: [] for variant in pipes}
     for pipe in pipes.values():
         pipe.send(name)
     for repeat in range(repeats + WARM_UP):
@@ -223,9 +231,11 @@ def measure(name: str, repeats: int, pipes: dict[str, Connection]) -> dict[str, 
     row: dict[str, Any] = {"case": name, **asdict(CASES[name])}
     for variant, pipe in pipes.items():
         pipe.send(False)
-        saved, peak = pipe.recv()
-        wall, cpu = ([pair[i] for pair in times[variant]] for i in (0, 1))
+        saved, peak, row["rows"] = pipe.recv()
+        wall, cpu, encode = ([seconds[i] for seconds in times[variant]] for i in (0, 1, 2))
         row |= {f"{variant}_ms": 1e3 * statistics.median(wall), f"{variant}_cpu_ms": 1e3 * statistics.median(cpu)}
+        row[f"{variant}_encode_ms"] = 1e3 * statistics.median(encode)
+        row[f"{variant}_rest_ms"] = 1e3 * statistics.median(w - e for w, e in zip(wall, encode, strict=True))
         row |= {f"{variant}_saved_mb": saved / 2**20, f"{variant}_peak_mb": peak / 2**20}
         if len(wall) > 1:
             first, _, third = statistics.quantiles(wall, n=4)
@@ -243,18 +253,19 @@ def print_row(row: dict[str, Any], variants: list[str]) -> None:
         ratio = " ".join("      " if value is None else f"{value:5.2f}x" for value in ratios)
         print(
             f"{row['case']:>18} {variant:>15} {row[f'{variant}_ms']:8.1f} ms ({row[f'{variant}_cpu_ms']:7.0f} CPU) {ratio}"
-            f"  saved {row[f'{variant}_saved_mb']:7.1f} MiB  peak {row[f'{variant}_peak_mb']:7.1f} MiB",
+            f" = encode {row[f'{variant}_encode_ms']:7.1f} + rest {row[f'{variant}_rest_ms']:7.1f}, {row['rows']} rows,"
+            f" saved {row[f'{variant}_saved_mb']:7.1f} MiB  peak {row[f'{variant}_peak_mb']:7.1f} MiB",
             flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=DEFAULT_CASES)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--variants", nargs="+", default=["reference", "torch", "torch-screened"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stock-memory", action="store_true", help="no prepare_host_memory() for the fast backend")
+    parser.add_argument("--stock-memory", action="store_true", help="no prepare_host_memory() in any variant")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -272,7 +283,10 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         run = {"threads": arguments.threads, "stock_memory": arguments.stock_memory, **provenance()}
-        arguments.out.write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n")
+        kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+        found = {row["case"]: row for row in kept} | {row["case"]: {**row, "run": run} for row in rows}
+        ordered = [found[name] for name in CASES if name in found]
+        arguments.out.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 
 def provenance() -> dict[str, str]:

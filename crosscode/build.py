@@ -53,9 +53,20 @@ def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCross
         use_decoder_bias=cc.use_decoder_bias,
         linear_skip=cc.linear_skip,
         decoder_norm=cc.decoder_norm,
-        backend=config.backend,
+        backend=backend_of(config),
         **options,
     )
+
+
+def backend_of(config: ExperimentConfig) -> BackendName:
+    """The backend with the options that the optimizer asks of it."""
+    if not getattr(build_component(OPTIMIZERS, config.train.optimizer), "row_sparse", False):
+        return config.backend
+    if config.backend in ("triton", "reference"):
+        raise InputError(
+            f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
+        )
+    return "torch:screened+rows" if config.backend == "torch:screened" else "torch:rows"
 
 
 def build_objective(config: ExperimentConfig) -> Objective:

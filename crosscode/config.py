@@ -129,8 +129,9 @@ class ExperimentConfig(HarvestConfig):
     """folder of the run"""
     overwrite: bool = False
     """replace a run that is there already"""
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """kernels: changes speed and memory, never results"""
+    backend: Literal["auto", "triton", "torch", "torch:screened", "reference"] = "auto"
+    """kernels: changes speed and memory, never results. `torch:screened`: on a CPU with fast bfloat16 products, TopK's encode
+    computes all pre-activations in bfloat16 and only those in full that may be among the k largest, proven row by row"""
     crosscoder: CrosscoderConfig
     """the model that is trained"""
     objective: dict[str, dict[str, Any]] = Field(min_length=1)

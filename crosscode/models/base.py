@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode, OpSet
+from crosscode_kernels.registry import has_option
 from crosscode_kernels.resolve import resolve_backend
 from crosscode_kernels.sparse import DenseLatents, Latents
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from crosscode.models import folding
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.forward import ForwardResult as ForwardResult
 from crosscode.models.lifecycle import Lifecycle
+from crosscode.models.row_view import row_view
 
 
 class BaseCrosscoder(Lifecycle):
@@ -74,6 +76,10 @@ class BaseCrosscoder(Lifecycle):
         super().__init__()
         if activation_fn.n_latents != n_latents:
             raise InputError(f"n_latents = {n_latents}: the activation was made for {activation_fn.n_latents} latents")
+        if has_option(backend, "screened") and not activation_fn.is_screened:
+            raise InputError(
+                f"backend = {backend!r}: screens the encode of activation.type 'topk', got {activation_fn.type_name()!r}"
+            )
         self._set_dims(in_dims, d_in, out_dims, d_out, n_latents, decoder_norm, backend)
         self.activation_fn = activation_fn.to_param_dtype(dtype)
         self.use_pre_bias = use_pre_bias
@@ -118,11 +124,11 @@ class BaseCrosscoder(Lifecycle):
 
     @property
     def W_enc_LI(self) -> Tensor:
-        return self.W_enc_LXiDi.flatten(1)
+        return row_view(self.W_enc_LXiDi, has_option(self.backend, "rows"))
 
     @property
     def W_dec_LO(self) -> Tensor:
-        return self.W_dec_LXoDo.flatten(1)
+        return row_view(self.W_dec_LXoDo, has_option(self.backend, "rows"))
 
     @property
     def W_enc_XiDiL(self) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from crosscode_kernels.sparse import Latents
 
-BackendName = Literal["auto", "triton", "torch", "reference"]
+BackendName = Literal["auto", "triton", "torch", "reference", "torch:screened", "torch:rows", "torch:screened+rows"]
+"""What follows a colon are options of the torch backend: "screened", see `encode_topk.screened`; "rows": weight gradients of
+sparse latents are sparse over rows, for `RowSparseAdam`."""
 NormMode = Literal["sum", "joint"]
 
 

@@ -29,6 +29,9 @@ def _unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> 
     """Why backend `name` cannot serve this device and dtype; "" where it can."""
     if dtype not in FLOATS:
         return f"dtype {dtype} is not float16, bfloat16, float32 or float64"
+    name, _, options = name.partition(":")
+    if "screened" in options and (device.type != "cpu" or dtype != torch.float32):
+        return "screened encoding is for float32 on the CPU"
     if name != "triton":
         return ""
     try:
@@ -39,8 +42,9 @@ def _unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _op_set(name: str) -> OpSet:
-    module = importlib.import_module(f"crosscode_kernels.backends.{name}")
-    return getattr(module, _CLASSES[name])()
+    name, _, options = name.partition(":")
+    cls = getattr(importlib.import_module(f"crosscode_kernels.backends.{name}"), _CLASSES[name])
+    return cls(screened_encode="screened" in options, row_sparse_grads="rows" in options) if options else cls()
 
 
 def available_backends(

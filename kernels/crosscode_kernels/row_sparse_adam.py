@@ -38,6 +38,16 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise ValueError(f"RowSparseAdam: eps is {eps}; must not be negative")
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """As PyTorch's, which would make step counts numbers of the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            if "last_step_R" in state_dict["state"].get(index, {}):
+                last_step_R = state_dict["state"][index]["last_step_R"]
+                self.state[param]["last_step_R"] = last_step_R.to(param.device, torch.int32, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None

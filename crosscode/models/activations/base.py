@@ -28,6 +28,8 @@ class ActivationFunction(nn.Module, ABC):
     """Whether `encode` wants `n_L`, the decoder norms, to rank latents."""
     selects_over_batch: bool = False
     """Whether in train mode the latents of one token depend on the other tokens of the batch."""
+    is_screened: bool = False
+    """Whether the torch backend can screen its encode (backend "torch:screened")."""
     k_factor: int = 1
     """By what `k` is multiplied for the moment; see `BaseCrosscoder.k_multiplied`."""
 

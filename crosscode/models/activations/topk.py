@@ -71,6 +71,8 @@ class TopkActivation(AnnealedK):
     class Config(AnnealedKConfig):
         type: Literal["topk"] = "topk"
 
+    is_screened = True
+
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:

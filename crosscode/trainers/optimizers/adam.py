@@ -6,7 +6,8 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from crosscode_kernels.row_sparse_adam import RowSparseAdam
+from pydantic import Field, PositiveFloat, model_validator
 from torch import nn
 
 from crosscode.registry import ConfigModel
@@ -31,6 +32,14 @@ class Adam(OptimizerRecipe):
         """share of the run, at its end, over which the learning rate falls to 0"""
         threshold_lr_factor: PositiveFloat = 1.0
         """factor on the learning rate of activation parameters (JumpReLU thresholds)"""
+        row_sparse: bool = False
+        """update only the rows of weights that a batch touches: the same numbers for a sparse activation, a third less
+        memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend"""
+
+        @model_validator(mode="after")
+        def _momentum_moves_every_row(self) -> Adam.Config:
+            _check_row_sparse(self.row_sparse, self.betas)
+            return self
 
     def __init__(
         self,
@@ -40,7 +49,10 @@ class Adam(OptimizerRecipe):
         warmup_fraction: float = 0.05,
         decay_fraction: float = 0.2,
         threshold_lr_factor: float = 1.0,
+        row_sparse: bool = False,
     ):
+        _check_row_sparse(row_sparse, betas)
+        self.row_sparse = row_sparse
         self.lr, self.betas, self.eps = lr, betas, eps
         self.warmup_fraction, self.decay_fraction = warmup_fraction, decay_fraction
         self.threshold_lr_factor = threshold_lr_factor
@@ -50,11 +62,20 @@ class Adam(OptimizerRecipe):
         if lr is None:
             lr = 2e-4 / math.sqrt(model.n_latents / 2**14)  # pyright: ignore[reportOperatorIssue]
         groups = lr_groups(model, lr, self.threshold_lr_factor)
+        if self.row_sparse:
+            return RowSparseAdam(groups, lr=lr, beta2=self.betas[1], eps=self.eps)
         fused = all(param.device.type in ("cpu", "cuda", "mps") for param in model.parameters())
         return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         return warmup_and_decay(step, n_steps, self.warmup_fraction, self.decay_fraction)
+
+
+def _check_row_sparse(row_sparse: bool, betas: tuple[float, float]) -> None:
+    if row_sparse and betas[0] != 0:
+        raise ValueError(
+            f"row_sparse needs betas[0] = 0, got betas = {list(betas)}: momentum moves rows that have no gradient"
+        )
 
 
 def lr_groups(model: nn.Module, lr: float, threshold_lr_factor: float) -> list[dict[str, object]]:

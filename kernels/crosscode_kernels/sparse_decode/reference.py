@@ -11,7 +11,7 @@ from einops import einsum
 from torch import Tensor
 
 from crosscode_kernels.opset import DecodeReconLoss
-from crosscode_kernels.recon_loss.reference import recon_loss
+from crosscode_kernels.recon_loss.reference import recon_loss_and_residual
 from crosscode_kernels.sparse import Latents
 from crosscode_kernels.sparse_decode import spec
 
@@ -27,5 +27,4 @@ def decode_recon_loss(
     latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None, target_BO: Tensor, segments: Sequence[int]
 ) -> DecodeReconLoss:
     """`recon_loss` of the decoded output."""
-    y_BO = decode(latents, W_dec_LO, b_dec_O)
-    return DecodeReconLoss(*recon_loss(y_BO, target_BO, segments), (y_BO - target_BO).detach())
+    return recon_loss_and_residual(decode(latents, W_dec_LO, b_dec_O), target_BO, segments)
