@@ -30,7 +30,7 @@ from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.split import split_for
 from crosscode.trainers.trainer import Trainer, TrainerSettings
 
-MATCHED_WITHIN = 0.02
+MATCHED_WITHIN = 0.05
 """An L0 this close to the wanted one, as a share of it, is not improved further."""
 
 
@@ -48,7 +48,7 @@ class SyntheticConfig(ConfigModel):
     penalty: PositiveFloat = 1.0
     """factor on the sparsity penalties of the L1 and JumpReLU schemes"""
     max_runs: PositiveInt = 1
-    """L1 and JumpReLU schemes: how often one may be trained to find the penalty with which its L0 is as wanted (within 2 %)"""
+    """L1 and JumpReLU schemes: how often one may be trained to find the penalty with which its L0 is as wanted (within 5 %)"""
     shared_fraction: float = Field(default=0.75, ge=0, le=1)
     """share of latents that the model-diffing schemes tie between the models"""
     n_steps: PositiveInt = 1200

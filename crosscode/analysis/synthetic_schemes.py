@@ -70,7 +70,7 @@ def _scheme(activation: Any, objective: Any, init: Any = _TRANSPOSE, optimizer: 
 
 
 def _l1(k: int, n_latents: int, penalty: float) -> dict[str, Any]:
-    return _scheme({"type": "relu"}, {"l1": {"weight": _ramp(3.0 * penalty)}})
+    return _scheme({"type": "relu"}, {"l1": {"weight": _ramp(3.5 * penalty)}})
 
 
 def _topk(kind: str, k: int, n_latents: int, **options: Any) -> dict[str, Any]:
@@ -90,6 +90,6 @@ SCHEMES: dict[str, Callable[[int, int, float], dict[str, Any]]] = {
     "groupmax_crosscoder": lambda k, n_latents, penalty: _scheme({"type": "groupmax", "k": k}, _AUXK),
     "jan_update_crosscoder": lambda k, n_latents, penalty: _jumprelu(penalty),
     "feb_update_diffing_topk": lambda k, n_latents, penalty: _topk("topk", k, n_latents),
-    "feb_update_diffing_jumprelu": lambda k, n_latents, penalty: _jumprelu(2.0 * penalty, shared_ratio=0.2),
+    "feb_update_diffing_jumprelu": lambda k, n_latents, penalty: _jumprelu(penalty, shared_ratio=0.2),
 }
 """By recipe: `(k, n_latents, penalty) -> activation, objective, init, optimizer`."""
