@@ -22,7 +22,7 @@ from crosscode.analysis.synthetic_schemes import SCHEMES, SyntheticScheme
 from crosscode.build import check_backend
 from crosscode.build_data import available_device
 from crosscode.data.synthetic import PlantedConfig, PlantedDictionary, SyntheticActivations
-from crosscode.errors import InputError
+from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.registry import ConfigModel
 from crosscode.trainers.constraints import constraints_for
 from crosscode.trainers.evaluation import EvaluationResult, evaluate
@@ -163,7 +163,10 @@ def _run_scheme(
         run.create("", overwrite=False)
         trainer = build_synthetic_trainer(scheme, config, dictionary, run, progress=progress)
         started = time.perf_counter()
-        evaluation = trainer.train()
+        try:
+            evaluation = trainer.train()
+        except Interrupted as error:  # the run lies in a temporary folder: there is nothing to go on from
+            raise CrosscodeError(f"synthetic: {scheme.name} was interrupted; nothing of it is kept") from error
         seconds = time.perf_counter() - started
     assert isinstance(evaluation, EvaluationResult)
     decoder_LMPD = trainer.model.W_dec_LXoDo.detach().cpu()

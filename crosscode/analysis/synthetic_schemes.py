@@ -18,6 +18,8 @@ from crosscode.registry import Component, build_component
 from crosscode.trainers.optimizers import OPTIMIZERS, OptimizerRecipe
 
 _AUXK = {"auxk": {"k_aux": 32, "dead_after_tokens": 10_000}}
+# Over the whole batch weak latents lose more often, so that more of them must be brought back.
+_STRONG_AUXK = {"auxk": {"k_aux": 64, "dead_after_tokens": 5_000, "weight": 1.0}}
 _TRANSPOSE = {"type": "anthropic_transpose"}
 _JAN = {"type": "jan_update", "initial_approx_firing_pct": 0.05, "n_calibration_tokens": 4096}
 _ADAM = {"type": "adam", "lr": 4e-3}
@@ -73,9 +75,13 @@ def _l1(k: int, n_latents: int, penalty: float) -> dict[str, Any]:
     return _scheme({"type": "relu"}, {"l1": {"weight": _ramp(3.5 * penalty)}})
 
 
-def _topk(kind: str, k: int, n_latents: int, **options: Any) -> dict[str, Any]:
+def _topk(kind: str, k: int, n_latents: int, auxk: Any = _AUXK, **options: Any) -> dict[str, Any]:
     annealed = {"k_start": min(4 * k, n_latents), "k_anneal_fraction": 0.5}
-    return _scheme({"type": kind, "k": k, **annealed, **options}, _AUXK)
+    return _scheme({"type": kind, "k": k, **annealed, **options}, auxk)
+
+
+def _batch_topk(k: int, n_latents: int, penalty: float) -> dict[str, Any]:
+    return _topk("batch_topk", k, n_latents, _STRONG_AUXK, threshold_ema_decay=0.99)
 
 
 def _jumprelu(penalty: float, **options: Any) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _jumprelu(penalty: float, **options: Any) -> dict[str, Any]:
 SCHEMES: dict[str, Callable[[int, int, float], dict[str, Any]]] = {
     "l1_crosscoder": _l1,
     "topk_crosscoder": lambda k, n_latents, penalty: _topk("topk", k, n_latents),
-    "batch_topk_crosscoder": lambda k, n_latents, penalty: _topk("batch_topk", k, n_latents, threshold_ema_decay=0.99),
+    "batch_topk_crosscoder": _batch_topk,
     "groupmax_crosscoder": lambda k, n_latents, penalty: _scheme({"type": "groupmax", "k": k}, _AUXK),
     "jan_update_crosscoder": lambda k, n_latents, penalty: _jumprelu(penalty),
     "feb_update_diffing_topk": lambda k, n_latents, penalty: _topk("topk", k, n_latents),

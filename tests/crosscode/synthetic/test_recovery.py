@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from crosscode.analysis.synthetic_schemes import SCHEMES
 from crosscode.cli import main
 from crosscode.data.synthetic import PlantedConfig
 from crosscode.errors import InputError
+from crosscode.models import BaseCrosscoder
 
 SMALL = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2)
 SMALL_OPTIONS = [
@@ -115,6 +117,17 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
     assert figures["config"]["planted"]["n_features"] == 24 and len(figures["schemes"]) == 2
     truth = figures["schemes"][0]["ground_truth"]
     assert truth["all"]["n_features"] == 24 and truth["recall"] is None and truth["exclusive"] is None
+
+
+def test_an_interrupted_scheme_does_not_promise_that_it_can_go_on(monkeypatch, capfd):
+    def interrupt(model, step, n_steps):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(BaseCrosscoder, "before_step", interrupt)
+    assert main(["synthetic", "topk_crosscoder", *SMALL_OPTIONS]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "topk_crosscoder was interrupted" in last and "resume" not in last
 
 
 @pytest.mark.parametrize(
