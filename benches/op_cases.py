@@ -89,6 +89,10 @@ OPS: dict[str, Op] = {
         lambda ops, t: ops.encode_jumprelu(t.x_BI, t.W_enc_LI, t.b_enc_L, t.t_L, 2.0, "anthropic"), (*_ENCODER, "t_L")
     ),
     "decode": Op(lambda ops, t: ops.decode(t.sparse, t.W_dec_LO, t.b_dec_O), ("value", "W_dec_LO", "b_dec_O")),
+    "decode_recon_loss": Op(
+        lambda ops, t: ops.decode_recon_loss(t.sparse, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments).loss,
+        ("value", "W_dec_LO", "b_dec_O"),
+    ),
     "decoder_norms": Op(lambda ops, t: ops.decoder_norms(t.W_dec_LO, t.segments, "sum").n_L, ("W_dec_LO",)),
     "recon_loss": Op(lambda ops, t: ops.recon_loss(t.y_BO, t.target_BO, t.segments).loss, ("y_BO",)),
     "jumprelu": Op(lambda ops, t: ops.jumprelu(t.h_BL, t.t_L, 2.0, "anthropic"), ("h_BL", "t_L")),
