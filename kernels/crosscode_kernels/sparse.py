@@ -131,6 +131,12 @@ class SparseLatents:
         bounds_L1 = torch.arange(self.n_latents + 1, device=sorted_N.device)
         return LatentOrder(order_N.int(), torch.searchsorted(sorted_N, bounds_L1, out_int32=True))
 
+    def with_int32(self) -> SparseLatents:
+        """The same latents with int32 indices, for those that were made by hand with int64 ones."""
+        if self.row_ptr_B1.dtype == self.latent_idx_N.dtype == torch.int32:
+            return self
+        return replace(self, row_ptr_B1=self.row_ptr_B1.int(), latent_idx_N=self.latent_idx_N.int())
+
     def with_transpose(self) -> SparseLatents:
         """The same latents, their transpose at hand."""
         return self if self.by_latent is not None else replace(self, by_latent=self.transpose())

@@ -6,6 +6,7 @@ Axes: B tokens · I flattened input dims · O flattened output dims · L latents
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ from crosscode_kernels.pre_act import autograd as pre_act_op
 from crosscode_kernels.pre_act import spec as pre_act_spec
 from crosscode_kernels.recon_loss import autograd as recon_loss_op
 from crosscode_kernels.recon_loss import spec as recon_loss_spec
-from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
+from crosscode_kernels.sparse import DenseLatents, Latents
 from crosscode_kernels.sparse_decode import autograd as sparse_decode_op
 from crosscode_kernels.sparse_decode import decode_recon as decode_recon_op
 from crosscode_kernels.sparse_decode import spec as sparse_decode_spec
@@ -134,7 +135,7 @@ class FusedOpSet:
             sparse_decode_spec.check(DenseLatents(value_BL), W_dec_LO, b_dec_O)
             return torch.nn.functional.linear(value_BL, W_dec_LO.T, b_dec_O)
         value_N, W_dec_LO, b_dec_O = autocast(latents.value_N, W_dec_LO, b_dec_O)
-        latents = SparseLatents(latents.row_ptr_B1, latents.latent_idx_N, value_N, latents.n_latents, latents.by_latent)
+        latents = replace(latents.with_int32(), value_N=value_N)
         sparse_decode_spec.check(latents, W_dec_LO, b_dec_O)
         return sparse_decode_op.sparse_decode(latents, W_dec_LO, b_dec_O, self.backend)
 
@@ -152,10 +153,12 @@ class FusedOpSet:
         return decoder_norms_op.decoder_norms(W_dec_LO, segments, mode, self.backend)
 
     def weighted_l1(self, latents: Latents, n_L: Tensor, lambda_L: Tensor) -> Tensor:
+        latents = latents if isinstance(latents, DenseLatents) else latents.with_int32()
         weighted_l1_spec.check(latents, n_L, lambda_L)
         return weighted_l1_op.weighted_l1(latents, n_L, lambda_L, None, self.backend)
 
     def weighted_tanh(self, latents: Latents, n_L: Tensor, lambda_L: Tensor, c: float) -> Tensor:
+        latents = latents if isinstance(latents, DenseLatents) else latents.with_int32()
         weighted_tanh_spec.check(latents, n_L, lambda_L, c)
         return weighted_tanh_op.weighted_tanh(latents, n_L, lambda_L, float(c), self.backend)
 
@@ -196,6 +199,7 @@ class FusedOpSet:
         autocasts = torch.is_autocast_enabled(target_BO.device.type)
         if isinstance(latents, DenseLatents) or autocasts or latents.value_N.shape[0] == 0:
             return self._recon_loss(self.decode(latents, W_dec_LO, b_dec_O), target_BO, segments)
+        latents = latents.with_int32()
         sparse_decode_spec.check(latents, W_dec_LO, b_dec_O)
         recon_loss_spec.check_target(latents.batch_size, W_dec_LO, target_BO, segments)
         return decode_recon_op.decode_recon_loss(latents, W_dec_LO, b_dec_O, target_BO, segments, self.backend)

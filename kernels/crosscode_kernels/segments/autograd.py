@@ -77,6 +77,9 @@ def _segment_rows_body(
     if order_N.shape[0] == 0:
         return rows_BI.new_zeros(n_latents, rows_BI.shape[1]), rows_BI.new_zeros(n_latents)
     kernel = get_kernel("segment_rows", backend)
+    if rows_BI.shape[1] == 0:  # the sums of weights are still there
+        out_LI, sum_L = kernel(order_N, latent_ptr_L1, row_ptr_B1, weight_N, rows_BI.new_zeros(rows_BI.shape[0], 1))
+        return out_LI[:, :0].contiguous(), sum_L
     return kernel(*contiguous(order_N, latent_ptr_L1, row_ptr_B1, weight_N, rows_BI))
 
 

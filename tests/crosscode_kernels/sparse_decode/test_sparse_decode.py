@@ -100,3 +100,32 @@ def test_errors(backend, W_shape, b_shape, message, make_problem):
         backend.ops.decode(
             latents, torch.ones(W_shape, device=backend.device), torch.ones(b_shape, device=backend.device)
         )
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_indices_made_by_hand(backend, index_dtype, make_problem):
+    p = make_problem(2, 2, 4, 3, device=backend.device)
+    row_ptr_B1 = torch.tensor([0, 2, 4], dtype=index_dtype, device=backend.device)
+    latent_idx_N = torch.tensor([3, 0, 1, 2], dtype=index_dtype, device=backend.device)
+    value_N = torch.tensor([1.0, 0.5, 2.0, 2.0], device=backend.device, requires_grad=True)
+    latents, ops = SparseLatents(row_ptr_B1, latent_idx_N, value_N, 4), backend.ops
+    dense = DenseLatents(latents.to_dense().detach().requires_grad_())
+    n_L = torch.rand(4, device=backend.device, requires_grad=True)
+    losses = []
+    for form in (latents, dense):
+        y_BO = ops.decode(form, p.W_dec_LO, p.b_dec_O)
+        recon = ops.decode_recon_loss(form, p.W_dec_LO, p.b_dec_O, p.target_BO, (3,)).loss
+        penalty = ops.weighted_l1(form, n_L, p.lambda_L) + ops.weighted_tanh(form, n_L, p.lambda_L, 2.0)
+        losses.append(y_BO.sum() + recon + penalty)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    dense_grad_N = dense.value_BL.grad[latents.token_idx_N(), latent_idx_N.long()]
+    torch.testing.assert_close(value_N.grad, dense_grad_N)
+
+
+def test_an_input_without_width_still_trains_the_bias(backend, make_problem):
+    p = make_problem(4, 0, 8, 5, device=backend.device)
+    latents = backend.ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 2)
+    latents.to_dense().sum().backward()
+    assert p.W_enc_LI.grad.shape == (8, 0)
+    assert p.b_enc_L.grad.sum() == 4 * min(2, int((p.b_enc_L > 0).sum()))
