@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from crosscode.data.store_manifest import Manifest, check_same_content, layout_o
 _MAX_OPEN_SHARDS = 128
 _ROWS_PER_CHECK = 8192
 _ROWS_AT_ONCE = 256
-_BYTES_PER_FAULT = 64 << 10
+_CALLS_PER_TRIAL = 64
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ class ActivationCache:
     `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other content is refused
     by the field that differs. Rows are read at random, checked against their checksums each time, and handed out as
     float32 (bfloat16 for a bfloat16 store). Shards are mapped into memory, and their pages are let go whenever about
-    `resident_bytes` of them count as this process's memory, so that this does not depend on the store's size.
+    `resident_bytes` of them count as this process's memory, so that this does not depend on the store's size. A larger
+    store is read through the mapping or by position, whichever is faster: that depends on how its pages lie in memory.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
     """
 
-    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 128 << 20) -> None:
+    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 256 << 20) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
@@ -79,8 +81,9 @@ class ActivationCache:
         self.layout = layout_of(manifest)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        self._bytes_touched = 0
+        self._mapped_before = _mapped_bytes()
         self._resident_bytes = resident_bytes
+        self._pace = _Pace()
         self._scratch_RE = np.empty((_ROWS_AT_ONCE, self.layout.acts_bytes), dtype=np.uint8)
         self.refresh()
 
@@ -124,16 +127,19 @@ class ActivationCache:
         out_BMPD = torch.empty((len(index), *self.dims), dtype=self.dtype)
         out_BE = out_BMPD.flatten(1).view(torch.uint8).numpy()
         shard_B = np.searchsorted(self._ends, index, side="right")
+        mapped = self.n_bytes <= self._resident_bytes or self._pace.choose()
+        began = time.perf_counter()
         with self._lock:
             for shard in np.unique(shard_B).tolist():
                 places = np.flatnonzero(shard_B == shard)
                 local = index[places] - (self._ends[shard] - self.shards[shard].n_rows)
                 for first in range(0, len(places), _ROWS_AT_ONCE):
                     part = slice(first, first + _ROWS_AT_ONCE)
-                    rows = self._gather(shard, local[part])
+                    rows = self._gather(shard, local[part], mapped)
                     acts_RE = rows.acts_RE if rows.scales_RMP is None else unpack(rows, self.layout).flatten(1)
                     out_BE[places[part]] = acts_RE.view(torch.uint8).numpy()
-            self._limit_resident(len(index))
+                    self._limit_resident()
+        self._pace.note(mapped, time.perf_counter() - began, len(index))
         return out_BMPD
 
     def verify(self) -> None:
@@ -148,9 +154,9 @@ class ActivationCache:
                 shard.close()
             self._open.clear()
 
-    def _gather(self, shard: int, local: np.ndarray) -> PackedRows:
+    def _gather(self, shard: int, local: np.ndarray, mapped: bool) -> PackedRows:
         """Rows of one shard, checked; they are valid until the next call."""
-        rows, sums_B = self._open_shard(shard).gather(local, self._scratch_RE)
+        rows, sums_B = self._open_shard(shard).gather(local, self._scratch_RE, mapped)
         wrong = np.flatnonzero(row_sums(rows) != sums_B)
         if wrong.size:
             path = self.shards[shard].path
@@ -166,13 +172,42 @@ class ActivationCache:
                 self._open.popitem(last=False)[1].close()
         return self._open[index]
 
-    def _limit_resident(self, n_rows: int) -> None:
+    def _limit_resident(self) -> None:
         """Pages stay in the system's cache, but no longer count as this process's memory once they are let go."""
-        self._bytes_touched += n_rows * (_BYTES_PER_FAULT + self.layout.acts_bytes)
-        if self._bytes_touched > self._resident_bytes:
-            self._bytes_touched = 0
+        if _mapped_bytes() - self._mapped_before > self._resident_bytes:
             for shard in self._open.values():
                 shard.release_pages()
+            self._mapped_before = _mapped_bytes()
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that count as this process's memory. One touch may map a page or two megabytes of them.
+
+    Where the system does not tell, 0: its own judgement of what stays in memory has to do.
+    """
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+class _Pace:
+    """Which of two ways has read a row faster of late. The other one is tried now and then; it changes no value."""
+
+    def __init__(self) -> None:
+        self._n_calls = 0
+        self._seconds_a_row = {True: 0.0, False: 0.0}
+
+    def choose(self) -> bool:
+        self._n_calls += 1
+        best = self._seconds_a_row[True] <= self._seconds_a_row[False]
+        return not best if self._n_calls % _CALLS_PER_TRIAL == 0 else best
+
+    def note(self, way: bool, seconds: float, n_rows: int) -> None:
+        if n_rows:
+            last = self._seconds_a_row[way]
+            self._seconds_a_row[way] = seconds / n_rows if last == 0 else 0.7 * last + 0.3 * seconds / n_rows
 
 
 class _OpenShard:
@@ -191,19 +226,38 @@ class _OpenShard:
         self._scales_RMP: Any = None
         if n_scales:
             self._scales_RMP = data[4 * n_rows : scales_end].view(np.float32).reshape(n_rows, *layout.dims[:2])
+        self._acts_at = shard.offset + scales_end
         self._acts_RE = data[scales_end:].reshape(n_rows, layout.acts_bytes)
 
-    def gather(self, local: np.ndarray, scratch_RE: np.ndarray) -> tuple[PackedRows, np.ndarray]:
+    def gather(self, local: np.ndarray, scratch_RE: np.ndarray, mapped: bool) -> tuple[PackedRows, np.ndarray]:
         self._check_size()
         scales = None if self._scales_RMP is None else torch.from_numpy(self._scales_RMP[local])
         acts_BE = scratch_RE[: len(local)]
-        np.take(self._acts_RE, local, axis=0, out=acts_BE, mode="clip")
+        if mapped:
+            np.take(self._acts_RE, local, axis=0, out=acts_BE, mode="clip")
+        else:
+            self._read_runs(local, acts_BE)
         return PackedRows(torch.from_numpy(acts_BE), scales), self._sums_R[local]
+
+    def _read_runs(self, local: np.ndarray, acts_BE: np.ndarray) -> None:
+        """One read from the file for each run of consecutive rows."""
+        row_bytes = acts_BE.shape[1]
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(local) != 1) + 1])
+        ends = [*starts[1:].tolist(), len(local)]
+        view: Any = memoryview(acts_BE.reshape(-1))  # pyright: ignore[reportArgumentType]
+        descriptor = self._file.fileno()
+        for start, end, row in zip(starts.tolist(), ends, local[starts].tolist(), strict=True):
+            part = view[start * row_bytes : end * row_bytes]
+            if os.preadv(descriptor, [part], self._acts_at + row * row_bytes) != len(part):
+                raise self._shorter()
 
     def _check_size(self) -> None:
         """Touching mapped pages beyond the end of a file would end the process."""
         if os.fstat(self._file.fileno()).st_size < self._size:
-            raise StoreError(f"store: shard {str(self._path)!r} became shorter while it was read; it is damaged")
+            raise self._shorter()
+
+    def _shorter(self) -> StoreError:
+        return StoreError(f"store: shard {str(self._path)!r} became shorter while it was read; it is damaged")
 
     def release_pages(self) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):

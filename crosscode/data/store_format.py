@@ -25,6 +25,7 @@ STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 _CHECKSUM_OF_ZEROS = 0x5BD1E995
 _MAX_HEADER_BYTES = 1 << 20
+_VIEWS_PER_WRITE = 512
 
 
 class StoreError(InputError):
@@ -117,10 +118,8 @@ def write_atomically(path: Path, parts: list[Any]) -> None:
     """A file that is whole or not there, whatever happens. Raises OSError, leaving no partial file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
+        with open(temporary, "wb", buffering=0) as file:
+            _write_all(file.fileno(), [memoryview(part).cast("B") for part in parts if len(part)])
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -131,6 +130,16 @@ def write_atomically(path: Path, parts: list[Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _write_all(descriptor: int, views: list[memoryview]) -> None:
+    """Few and large writes: the system then keeps the file in large pieces, which are read back much faster."""
+    while views:
+        n_written = os.writev(descriptor, views[:_VIEWS_PER_WRITE])
+        while views and n_written >= len(views[0]):
+            n_written -= len(views.pop(0))
+        if views:
+            views[0] = views[0][n_written:]
 
 
 def read_shard_header(path: Path, index: int, layout: Layout) -> tuple[int, int, dict[str, Any]]:
