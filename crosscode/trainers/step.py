@@ -6,6 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · Xi/Xo input/output cros
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from crosscode_kernels.sparse import Latents
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.objectives.base import Loss, LossContext, Objective
+from crosscode.trainers.compiled import compile_errors_in_one_line
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.precision import Precision
 from crosscode.trainers.split import Split
@@ -51,6 +53,7 @@ class TrainingStep:
         self.model, self.split, self.objective, self.firing = model, split, objective, firing
         self.precision, self.n_parts = precision, n_parts
         self._forward = torch.compile(self._eager_forward) if compiled else self._eager_forward
+        self._compile_errors = compile_errors_in_one_line if compiled else nullcontext
         for part in {model, *model.parts}:  # the choice of a backend cannot be traced
             _ = part.ops
 
@@ -58,13 +61,19 @@ class TrainingStep:
         """Forward, loss and backward. The result holds the means over the batch, on the device."""
         pairs = [self.split.activations(part_BMPD) for part_BMPD in acts_BMPD.chunk(self.n_parts)]
         self.model.before_step(step, n_steps)
+        with self._compile_errors():
+            return self._whole_or_in_parts(pairs, step, n_steps, observe)
+
+    def _whole_or_in_parts(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], step: int, n_steps: int, observe: Observer | None
+    ) -> Loss:
         if len(pairs) == 1 or not needs_whole_batch(self.model, self.objective):
             return self._run(pairs, step, n_steps, None, observe)
         inputs, targets = [input_ for input_, _ in pairs], [target for _, target in pairs]
         with batch_thresholds(self.model, self.objective, inputs, self._autocast):
             with self._autocast():
                 whole = look_at_whole_batch(self.model, inputs, targets)
-            self.firing.update_counts(whole.firing_counts_L, acts_BMPD.shape[0])
+            self.firing.update_counts(whole.firing_counts_L, sum(input_.shape[0] for input_ in inputs))
             return self._run(pairs, step, n_steps, whole, observe)
 
     def _run(

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
+
+from crosscode.errors import InputError
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 SCHEMES = {
@@ -30,3 +33,19 @@ def test_a_compiled_run_gives_the_eager_losses(scheme, make_trainer, rows_of):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert row["l0"] == pytest.approx(expected["l0"], rel=1e-2)
     assert torch.equal(runs[0].firing.tokens_since_fired_L, runs[1].firing.tokens_since_fired_L)
+
+
+def test_a_machine_that_cannot_compile_says_so_in_one_line(make_trainer, monkeypatch):
+    def cannot(function):
+        def fail(*args):
+            raise Unsupported("no compiler found\nand a long story")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", cannot)
+    trainer = make_trainer(compile=True)
+    with pytest.raises(
+        InputError, match=r"train.compile = true: .*no compiler found.*; set train.compile: false"
+    ) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
