@@ -19,7 +19,8 @@ EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
 EXIT_CODES = f"""exit codes: 0 done; {EXIT_FAILED} failed; {EXIT_BAD_INPUT} bad input, nothing written;
 {EXIT_INTERRUPTED} stopped by Ctrl-C or SIGTERM with everything saved, `crosscode train --resume RUN` goes on (a
-second signal ends at once, by that signal; what is lost then is what came after the last checkpoint)"""
+second signal ends at once, by that signal; what is lost then is what came after the last checkpoint);
+{EXIT_CTRL_C} stopped by Ctrl-C outside of training"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

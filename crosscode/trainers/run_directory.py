@@ -55,7 +55,10 @@ class RunDirectory:
         if not self.config_file.is_file():
             raise InputError(f"run_dir: {str(self.path)!r} is not empty and holds no run; choose another name")
         if not overwrite:
-            raise InputError(f"run_dir: {str(self.path)!r} holds a run; choose another name, or set overwrite: true")
+            raise InputError(
+                f"run_dir: {str(self.path)!r} holds a run; go on with it by `crosscode train --resume {self.path}`, "
+                "choose another name, or set overwrite: true"
+            )
 
     def create(self, config_yaml: str, overwrite: bool) -> None:
         """Make the folder and write `config.yaml`, replacing an older run only if `overwrite`."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.exc import Unsupported
 
 from crosscode.errors import InputError
 
@@ -36,6 +35,8 @@ def test_a_compiled_run_gives_the_eager_losses(scheme, make_trainer, rows_of):
 
 
 def test_a_machine_that_cannot_compile_says_so_in_one_line(make_trainer, monkeypatch):
+    from torch._dynamo.exc import Unsupported
+
     def cannot(function):
         def fail(*args):
             raise Unsupported("no compiler found\nand a long story")
