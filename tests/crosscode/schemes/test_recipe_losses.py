@@ -43,7 +43,8 @@ def expected_loss(formula, values, step, idle_L):
     total = formula.recon(a_S)
     for name, fields in objective.items():
         if name == "auxk":
-            total = total + formula.auxk(a_S, idle_L >= fields["dead_after_tokens"], fields["k_aux"]) / 32
+            term = formula.auxk(a_S, idle_L >= fields["dead_after_tokens"], fields["k_aux"])
+            total = total + fields.get("weight", 1 / 32) * term
         elif name == "multi_topk":
             total = total + formula.recon(formula.latents(min(fields["factor"] * k, L))) / 8
         else:
