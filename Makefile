@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo test lint types tests bench bench-static clean
+.PHONY: help demo test lint types tests bench bench-schemes bench-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,10 @@ bench: $(VENV)/installed-dev  ## time ops and training steps per backend, the da
 	$(BIN)/python benches/train_step.py --out benches/results/train_step.json
 	$(BIN)/python benches/data_shuffle.py
 	$(BIN)/python benches/trainer_overhead.py
+
+bench-schemes: $(VENV)/installed-dev  ## train every recipe in full, and every scheme on planted dictionaries
+	$(BIN)/python benches/recipes.py run
+	$(BIN)/python benches/synthetic.py run
 
 bench-static: $(VENV)/installed-dev  ## compile matrix and traffic model of the Triton kernels, no GPU needed
 	$(BIN)/python benches/static_compile.py
