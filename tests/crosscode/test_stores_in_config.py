@@ -319,3 +319,48 @@ def test_every_kind_of_text_reaches_a_store_through_the_config(kind, with_data, 
     assert store.n_rows == n_separators * (n_of_document + 1)
     assert 10 <= n_separators < 20
     assert store.manifest["tokens"]["template_tokens"] == template_tokens
+
+
+@pytest.mark.parametrize("kind", ["harvested", "cache", "stores", "blocks of stores"])
+def test_a_position_continues_exactly_through_everything_at_once(kind, with_data, harvest, tiny_corpus, tmp_path):
+    """A mixture, two epochs, workers that tokenize, prefetch, and where the activations come from."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2} w{i + 3}"}) for i in range(25)))
+    parts = [
+        {"source": {"type": "local", "path": path}, "weight": i + 1} for i, path in enumerate((tiny_corpus, str(other)))
+    ]
+    options = {
+        "source": {"type": "mixture", "parts": parts, "stop": "all"},
+        "epochs": 2,
+        "prefetch": 2,
+        "token_workers": 2,
+    }
+    options["shuffle_buffer_size"] = 128
+    if kind == "cache":
+        options["cache"] = {"path": str(tmp_path / "cache"), "dtype": "int8", "shard_mb": 1}
+    if "stores" in kind:
+        paths = [harvest(f"part{i}", source=part["source"]) for i, part in enumerate(parts)]
+        options["stores"] = [{"path": path, "weight": 2 - i} for i, path in enumerate(paths)]
+        options["store_read_block"] = 5 if "blocks" in kind else 1
+    experiment = open_experiment(check_config(with_data(**options)))
+
+    def batches_from(state=None, n=None):
+        data = build_dataloader(experiment)
+        if state is not None:
+            data.load_state_dict(state)
+        batches, states = [], []
+        for batch in data:
+            batches.append(batch)
+            states.append(data.state_dict())
+            if len(batches) == n:
+                break
+        data.close()
+        return batches, states
+
+    whole, states = batches_from()
+    assert len(whole) >= 10
+    for n_done in (1, len(whole) // 2, len(whole) - 1):
+        assert all(torch.equal(one, two) for one, two in zip(batches_from(n=n_done)[0], whole, strict=False))
+        rest, _ = batches_from(states[n_done - 1])
+        assert len(rest) == len(whole) - n_done
+        assert all(torch.equal(one, two) for one, two in zip(rest, whole[n_done:], strict=True))
