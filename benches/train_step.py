@@ -8,7 +8,8 @@ backend; `--stock-memory` leaves that out for all. Each variant has its own proc
 that a noisy machine hits all of them. Reported are medians, and medians of the ratios within a repeat, of wall and of CPU
 time. `encode` is the wall time of encoder product and selection, `rest` all else; `rows` counts the latents that are active
 in the batch. Peak memory counts everything that is allocated during a step except gradients; "saved" counts what autograd
-keeps for backward, parameters excluded. `--out` renews the rows of the cases that ran and keeps the others.
+keeps for backward, parameters excluded. `--out` renews the rows of the cases that ran, with that memory setting,
+and keeps the others.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -284,8 +285,10 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         run = {"threads": arguments.threads, "stock_memory": arguments.stock_memory, **provenance()}
         kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-        found = {row["case"]: row for row in kept} | {row["case"]: {**row, "run": run} for row in rows}
-        ordered = [found[name] for name in CASES if name in found]
+        found = {
+            (row["case"], row["run"]["stock_memory"]): row for row in [*kept, *({**row, "run": run} for row in rows)]
+        }
+        ordered = [found[name, stock] for stock in (False, True) for name in CASES if (name, stock) in found]
         arguments.out.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 
