@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from crosscode_kernels.opset import BackendName
+from crosscode_kernels.registry import has_option
 from crosscode_kernels.resolve import resolve_backend
 from torch import Tensor
 
@@ -76,7 +77,12 @@ def build_objective(config: ExperimentConfig) -> Objective:
 def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[Constraint]:
     """The configured constraints and those that the model implies, in the order in which they act."""
     configured = given_components(config.constraints).values()
-    return constraints_for(model, [build_component(CONSTRAINTS, constraint) for constraint in configured])
+    constraints = constraints_for(model, [build_component(CONSTRAINTS, constraint) for constraint in configured])
+    if constraints and has_option(model.backend, "rows"):
+        raise InputError(
+            f"train.optimizer.row_sparse = True: {type(constraints[0]).__name__} needs the whole gradient; leave it False"
+        )
+    return constraints
 
 
 # ---- a whole run

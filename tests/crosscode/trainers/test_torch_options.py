@@ -109,6 +109,10 @@ def test_both_together(train):
             "row_sparse = True: needs backend 'torch', .* 'reference'",
         ),
         ({"train": {"optimizer": ROWS}, "backend": "triton"}, "triton"),
+        (
+            {"train": {"optimizer": ROWS}, "constraints": {"unit_norm_decoder": {}}},
+            "row_sparse = True: UnitNormDecoder needs the whole gradient",
+        ),
         ({"backend": "reference:screened"}, "backend"),
         ({"backend": "torch:fast"}, "backend"),
         (
@@ -120,7 +124,7 @@ def test_both_together(train):
 def test_refused(tiny_config, changes, message):
     values = {**tiny_config}
     for name, value in changes.items():
-        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
     with pytest.raises(InputError, match=message) as error:
         open_experiment(check_config(values))
     assert "\n" not in str(error.value)
