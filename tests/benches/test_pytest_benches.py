@@ -18,7 +18,10 @@ BACKENDS = ["reference", "torch", *(["triton"] if INTERPRETED else [])]
 
 
 def run(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    # pytest-benchmark switches itself off where this variable of pytest-xdist is set.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
