@@ -70,7 +70,7 @@ class ActivationCache:
     notice. Several threads may read from one object; they take turns.
     """
 
-    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 256 << 20) -> None:
+    def __init__(self, path: str | Path, *, expected: Manifest | None = None, resident_bytes: int = 512 << 20) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
