@@ -128,7 +128,7 @@ def clip_grad_norm_(
     # The fused optimizer reads its scale as float32, which is not enough for float64 gradients.
     if optimizer is not None and optimizer.defaults.get("fused") and norm.dtype == torch.float32:
         optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
-    elif norm.device.type != "cpu" or bool(scale < 1):
+    elif norm.device.type != "cpu" or scale.reshape(1).tolist()[0] < 1:
         torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
