@@ -174,6 +174,8 @@ class ActivationCache:
 
     def _limit_resident(self) -> None:
         """Pages stay in the system's cache, but no longer count as this process's memory once they are let go."""
+        if self.n_bytes <= self._resident_bytes:
+            return
         if _mapped_bytes() - self._mapped_before > self._resident_bytes:
             for shard in self._open.values():
                 shard.release_pages()
