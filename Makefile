@@ -26,8 +26,8 @@ lint: $(VENV)/installed-dev  ## ruff: rules and formatting
 types: $(VENV)/installed-dev  ## pyright
 	$(BIN)/pyright
 
-# What Triton's interpreter runs: the kernels themselves, and what holds for every backend.
-INTERPRETED := tests/crosscode_kernels/triton tests/crosscode/recipes/test_backends_agree.py
+# What Triton's interpreter runs: the kernels themselves, and what every backend must do.
+INTERPRETED := -k triton tests/crosscode_kernels tests/crosscode/recipes/test_backends_agree.py tests/benches
 
 tests: $(VENV)/installed-dev  ## pytest; Triton kernels run in the interpreter in a process of their own
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/crosscode_kernels/triton
@@ -51,6 +51,7 @@ bench-schemes: $(VENV)/installed-dev  ## train every recipe in full, and every s
 bench-static: $(VENV)/installed-dev  ## compile matrix and traffic model of the Triton kernels, no GPU needed
 	$(BIN)/python benches/static_compile.py
 	$(BIN)/python benches/static_traffic.py
+	$(BIN)/python benches/counted_bytes.py
 
 clean:  ## remove the virtual environment and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -84,7 +84,7 @@ def _settings(meta: dict[str, Any], dtype: torch.dtype) -> list[dict[str, Any]]:
     return [meta]
 
 
-def _can_choose(job: Job, target: str) -> bool:
+def can_choose(job: Job, target: str) -> bool:
     """AMD has no such setting."""
     return target != "gfx942" or dict(job.constants).get("PRECISION") != "tf32"
 
@@ -120,21 +120,27 @@ def _occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
     return min(by_registers, by_shared, BLOCKS_PER_UNIT[target], most_warps // num_warps) * num_warps
 
 
+def described(job: Job, target_name: str) -> dict[str, Any]:
+    """The columns of the table that say what was compiled."""
+    return {
+        "kernel": job.kernel, "target": target_name,
+        "constants": {name: str(value) for name, value in job.constants},
+        "dtypes": sorted({kind for _, kind in job.signature if kind.startswith("*")}), "aligned": len(job.aligned),
+        "num_warps": warps_on(job.num_warps, TARGETS[target_name].warp_size),
+    }  # fmt: skip
+
+
 def compile_job(job: Job, target_name: str) -> dict[str, Any]:
     """Compile one job for one target and read what came out. `error` is set where it failed."""
     target = TARGETS[target_name]
     kernel = getattr(sys.modules[job.module], job.kernel)
     order = {name: i for i, (name, _) in enumerate(job.signature)}
-    row: dict[str, Any] = {
-        "kernel": job.kernel, "target": target_name,
-        "constants": {name: str(value) for name, value in job.constants},
-        "dtypes": sorted({kind for _, kind in job.signature if kind.startswith("*")}), "aligned": len(job.aligned),
-    }  # fmt: skip
+    row = described(job, target_name)
     source = ASTSource(
         kernel, dict(job.signature), {(order[name],): value for name, value in job.constants},
         {(order[name],): [["tt.divisibility", 16]] for name in job.aligned},
     )  # fmt: skip
-    num_warps = row["num_warps"] = warps_on(job.num_warps, target.warp_size)
+    num_warps = row["num_warps"]
     try:
         compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": job.num_stages})
     except Exception as error:  # whatever the compiler raises is a row of the table
@@ -254,7 +260,7 @@ def main() -> int:
         jobs = [job for job in jobs if job.kernel in arguments.kernels]
     if arguments.one_per_kernel:
         jobs = list({job.kernel: job for job in jobs}.values())
-    work = [(job, target) for job in jobs for target in arguments.targets if _can_choose(job, target)]
+    work = [(job, target) for job in jobs for target in arguments.targets if can_choose(job, target)]
     print(f"{len(jobs)} kernels at their configurations, {len(work)} compilations", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     partial = arguments.out / "compile_matrix.partial.jsonl"

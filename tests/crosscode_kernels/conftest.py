@@ -18,6 +18,7 @@ import torch
 from crosscode_kernels import OpSet, resolve_backend
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 _BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
@@ -25,7 +26,7 @@ _BACKENDS = [
     pytest.param(("torch", "cuda"), id="torch-gpu", marks=_gpu),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=_gpu),
 ]
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     _BACKENDS.append(pytest.param(("triton", "cpu"), id="triton-interpreted"))
 
 
@@ -80,6 +81,18 @@ def _one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _repaired_interpreter() -> Iterator[None]:
+    """The Triton kernels in an interpreter that rounds as GPUs do and looks at every address."""
+    if not INTERPRETED:
+        yield
+        return
+    from crosscode_kernels.triton_common.interpreter import checked_bounds, repaired_interpreter
+
+    with repaired_interpreter(), checked_bounds():
+        yield
 
 
 @pytest.fixture(params=_BACKENDS)

@@ -5,11 +5,21 @@ Axes: B tokens · I flattened input dims · O flattened output dims · L latents
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from crosscode_kernels import DenseLatents, SparseLatents, resolve_backend
 
 B, I, L, O, K = 5, 6, 24, 8, 3  # noqa: E741
+NAME = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+"""Whose kernels registered ops are told to take: Triton's run here in the interpreter only."""
+named = pytest.mark.parametrize("name", [pytest.param(NAME, id=f"{NAME}-interpreted" if NAME == "triton" else NAME)])
+OF_ONE_BACKEND = {
+    "torch": {"encode_jumprelu", "encode_jumprelu_backward"},
+    "triton": {"sparse_decode_norms", "sparse_decode_norms_backward"},
+}
+"""Ops that are registered where that backend has been imported, in whatever process."""
 ENCODERS = ["encode_topk", "encode_batch_topk", "encode_groupmax", "aux_topk"]
 
 
@@ -25,7 +35,7 @@ def tensors():
 def sparse_batch():
     with torch.no_grad():
         x_BI, W_LI, *_ = tensors()
-        return resolve_backend("torch", "cpu").encode_topk(x_BI, W_LI, None, K).with_transpose()
+        return resolve_backend(NAME, "cpu").encode_topk(x_BI, W_LI, None, K).with_transpose()
 
 
 def op_calls():
@@ -43,55 +53,67 @@ def op_calls():
     by_latent = (order_N, ptr_L1)
     penalty = (s.latent_idx_N, value_N, *by_latent, n_L, lam_L, B)
     plain_penalty = (s.latent_idx_N, s.value_N, *by_latent, n_L.detach(), lam_L, B)
-    return {
-        "encode_topk": (x_BI, W_LI, b_L, None, K, True, "torch"),
-        "encode_groupmax": (x_BI, W_LI, b_L, None, K, True, "torch"),
-        "aux_topk": (x_BI, W_LI, b_L, dead_L, K, True, "torch"),
-        "encode_batch_topk": (x_BI, W_LI, b_L, K, torch.rand(L), True, "torch"),
-        "encode_jumprelu": (x_BI, W_LI, b_L, plain_BL, t_L, 2.0, False, "torch"),
-        "encode_jumprelu_backward": (plain_BL, torch.rand(L), plain_BL, t_L.detach(), 2.0, True, "torch"),
-        "latent_order": (s.latent_idx_N, L, "torch"),
-        "gather_dot": (*csr, plain_BO, plain_LO, "torch"),
-        "segment_rows": (*by_latent, s.row_ptr_B1, s.value_N, plain_BO, "torch"),
-        "sparse_decode": (*csr, value_N, W_LO, b_O, *by_latent, "torch"),
-        "sparse_decode_backward": (*by_latent, *csr, s.value_N, plain_BO, plain_LO, "torch"),
-        "decode_recon": (*csr, value_N, W_LO, b_O, *by_latent, torch.randn(B, O), [3, 5], "torch"),
-        "decoder_norms": (W_LO, [3, 5], False, "torch"),
-        "decoder_norms_backward": (*norms, plain_LO, *norms, [3, 5], True, "torch"),
-        "recon_loss": (y_BO, torch.randn(B, O), [3, 5], "torch"),
-        "recon_loss_backward": (torch.ones(2), plain_BO, [3, 5], "torch"),
-        "jumprelu": (h_BL, t_L, 2.0, True, "torch"),
-        "jumprelu_backward": (plain_BL, plain_BL, t_L.detach(), 2.0, False, "torch"),
-        "dense_l1": (a_BL, n_L, lam_L, None, "torch"),
-        "dense_l1_backward": (g, a_BL.detach(), n_L.detach(), lam_L, None, "torch"),
-        "dense_tanh": (a_BL, n_L, lam_L, 4.0, "torch"),
-        "dense_tanh_backward": (g, a_BL.detach(), n_L.detach(), lam_L, 4.0, "torch"),
-        "sparse_l1": (*penalty, None, "torch"),
-        "sparse_l1_backward": (g, *plain_penalty, None, "torch"),
-        "sparse_tanh": (*penalty, 4.0, "torch"),
-        "sparse_tanh_backward": (g, *plain_penalty, 4.0, "torch"),
-        "pre_act": (h_BL, t_L, n_L, lam_L, "torch"),
-        "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L, "torch"),
-        "jumprelu_penalties": (h_BL, t_L, n_L, lam_L, lam_L, 2.0, False, 4.0, "torch"),
+    calls = {
+        "encode_topk": (x_BI, W_LI, b_L, None, K, True, NAME),
+        "encode_groupmax": (x_BI, W_LI, b_L, None, K, True, NAME),
+        "aux_topk": (x_BI, W_LI, b_L, dead_L, K, True, NAME),
+        "encode_batch_topk": (x_BI, W_LI, b_L, K, torch.rand(L), True, NAME),
+        "encode_jumprelu": (x_BI, W_LI, b_L, plain_BL, t_L, 2.0, False, NAME),
+        "encode_jumprelu_backward": (plain_BL, torch.rand(L), plain_BL, t_L.detach(), 2.0, True, NAME),
+        "latent_order": (s.latent_idx_N, L, NAME),
+        "gather_dot": (*csr, plain_BO, plain_LO, NAME),
+        "segment_rows": (*by_latent, s.row_ptr_B1, s.value_N, plain_BO, NAME),
+        "sparse_decode": (*csr, value_N, W_LO, b_O, *by_latent, NAME),
+        "sparse_decode_backward": (*by_latent, *csr, s.value_N, plain_BO, plain_LO, NAME),
+        "decode_recon": (*csr, value_N, W_LO, b_O, *by_latent, torch.randn(B, O), [3, 5], NAME),
+        "decoder_norms": (W_LO, [3, 5], False, NAME),
+        "decoder_norms_backward": (*norms, plain_LO, *norms, [3, 5], True, NAME),
+        "recon_loss": (y_BO, torch.randn(B, O), [3, 5], NAME),
+        "recon_loss_backward": (torch.ones(2), plain_BO, [3, 5], NAME),
+        "jumprelu": (h_BL, t_L, 2.0, True, NAME),
+        "jumprelu_backward": (plain_BL, plain_BL, t_L.detach(), 2.0, False, NAME),
+        "dense_l1": (a_BL, n_L, lam_L, None, NAME),
+        "dense_l1_backward": (g, a_BL.detach(), n_L.detach(), lam_L, None, NAME),
+        "dense_tanh": (a_BL, n_L, lam_L, 4.0, NAME),
+        "dense_tanh_backward": (g, a_BL.detach(), n_L.detach(), lam_L, 4.0, NAME),
+        "sparse_l1": (*penalty, None, NAME),
+        "sparse_l1_backward": (g, *plain_penalty, None, NAME),
+        "sparse_tanh": (*penalty, 4.0, NAME),
+        "sparse_tanh_backward": (g, *plain_penalty, 4.0, NAME),
+        "pre_act": (h_BL, t_L, n_L, lam_L, NAME),
+        "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L, NAME),
+        "jumprelu_penalties": (h_BL, t_L, n_L, lam_L, lam_L, 2.0, False, 4.0, NAME),
         "jumprelu_penalties_backward": (
             *(plain_BL, g, g, plain_BL, t_L.detach(), n_L.detach(), lam_L, lam_L),
-            *(2.0, False, 4.0, "torch"),
+            *(2.0, False, 4.0, NAME),
         ),
     }
+    if NAME == "triton":
+        fused = (*by_latent, *csr, value_N, W_LO, b_O, [3, 5], False, NAME)
+        calls = {name: call for name, call in calls.items() if name not in OF_ONE_BACKEND["torch"]}
+        calls |= {
+            "sparse_decode_norms": fused,
+            "sparse_decode_norms_backward": (
+                *by_latent, *csr, s.value_N, plain_BO, plain_LO, torch.rand(L, 2), [3, 5], NAME,
+            ),
+        }  # fmt: skip
+    return calls
 
 
-def test_every_registered_op_is_checked():
+@named
+def test_every_registered_op_is_checked(name):
+    resolve_backend(name, "cpu")
     registered = {
-        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "crosscode::" in name
+        op.split("::")[1].split(".")[0] for op in torch._C._dispatch_get_all_op_names() if "crosscode::" in op
     }
-    # Once imported, the Triton backend has registered ops of its own; its tests check those.
-    optional = {name for name in registered if name.startswith("sparse_decode_norms")}
-    assert registered - optional == set(op_calls())
+    elsewhere = OF_ONE_BACKEND["torch" if name == "triton" else "triton"]
+    assert registered - elsewhere == set(op_calls())
 
 
-@pytest.mark.parametrize("name", list(op_calls()))
-def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.crosscode, name).default, op_calls()[name])
+@named
+@pytest.mark.parametrize("op", list(op_calls()))
+def test_opcheck(op, name):
+    torch.library.opcheck(getattr(torch.ops.crosscode, op).default, op_calls()[op])
 
 
 def encode(ops, encoder, x_BI, W_LI, b_L):
@@ -123,9 +145,10 @@ def train_loss(ops, scheme, x_BI, W_LI, b_L, W_LO, b_O, t_L, target_BO):
     return ops.recon_loss(y_BO, target_BO, (3, 5)).loss + penalty
 
 
+@named
 @pytest.mark.parametrize("scheme", [*ENCODERS, "l1", "jumprelu", "jumprelu_fused"])
-def test_a_compiled_training_step_gives_the_eager_loss_and_gradients(scheme):
-    ops = resolve_backend("torch", "cpu")
+def test_a_compiled_training_step_gives_the_eager_loss_and_gradients(scheme, name):
+    ops = resolve_backend(name, "cpu")
     losses, grads = [], []
     for compiled in (False, True):
         leaves = (*tensors(), torch.zeros(L, requires_grad=True))
@@ -179,7 +202,7 @@ def test_two_runs_give_the_same_bits(backend, scheme):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["torch"])
+@named
 @pytest.mark.parametrize("scheme", [*ENCODERS, "l1", "jumprelu"])
 def test_autocast_runs_products_in_half_precision_and_losses_in_float32(name, scheme):
     ops = resolve_backend(name, "cpu")

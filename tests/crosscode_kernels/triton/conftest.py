@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,14 +28,6 @@ def pytest_report_header() -> str:
     return "triton: interpreted" if interpreted else "triton: kernel tests need TRITON_INTERPRET=1, not collected"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _repaired() -> Iterator[None]:
-    from crosscode_kernels.triton_common.interpreter import checked_bounds, repaired_interpreter
-
-    with repaired_interpreter(), checked_bounds():
-        yield
-
-
 def _bench_module(name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, BENCHES / f"{name}.py")
@@ -51,8 +43,18 @@ def static_cases() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def static_traffic(static_cases: ModuleType) -> ModuleType:
+def traffic_model(static_cases: ModuleType) -> ModuleType:
+    return _bench_module("traffic_model")
+
+
+@pytest.fixture(scope="session")
+def static_traffic(traffic_model: ModuleType) -> ModuleType:
     return _bench_module("static_traffic")
+
+
+@pytest.fixture(scope="session")
+def counted_bytes(traffic_model: ModuleType) -> ModuleType:
+    return _bench_module("counted_bytes")
 
 
 def tensors_in(result: Any) -> list[Tensor]:

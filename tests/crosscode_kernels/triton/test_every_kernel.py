@@ -7,9 +7,12 @@ The calls are those of the static checks, with numbers in them. Widths are odd, 
 
 from __future__ import annotations
 
+import ast
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +188,31 @@ def test_a_shuffled_grid_is_really_shuffled():
     assert out.item() == 0
     _last_writer_kernel[(5,)](out)
     assert out.item() == 4
+
+
+def test_every_kernel_is_explained():
+    root = Path(__file__).parents[3] / "kernels"
+    sources = "\n".join(path.read_text() for path in (root / "crosscode_kernels").rglob("*.py"))
+    kernels = set(re.findall(r"@triton\.jit\ndef (_\w+_kernel)\(", sources)) - {"_probe_kernel"}
+    assert len(kernels) > 20
+    assert not [name for name in kernels if f"`{name}`" not in (root / "README.md").read_text()]
+
+
+def masked_loads_without_other(source: str) -> list[int]:
+    """Lines of `tl.load(..., mask=...)` that do not say what a masked lane yields."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "tl.load"]
+    words = [(call.lineno, {word.arg for word in call.keywords}) for call in loads]
+    return [line for line, given in words if "mask" in given and "other" not in given]
+
+
+def test_masked_loads_say_what_a_masked_lane_yields():
+    assert masked_loads_without_other("tl.load(p, mask=m)\ntl.load(p)\ntl.load(p, mask=m, other=0)") == [1]
+    root = Path(__file__).parents[3] / "kernels" / "crosscode_kernels"
+    wrong = {path.name: masked_loads_without_other(path.read_text()) for path in root.rglob("*.py")}
+    assert not {name: lines for name, lines in wrong.items() if lines}
+
+
+def test_nothing_is_tuned_at_run_time():
+    root = Path(__file__).parents[3] / "kernels" / "crosscode_kernels"
+    assert not [path.name for path in root.rglob("*.py") if "autotune" in path.read_text()]

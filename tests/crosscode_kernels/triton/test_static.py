@@ -39,19 +39,37 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target, kernels, tmp
     assert sum(row["hot_widths"] == [128] for row in rows) >= (len(kernels) or 12)
 
 
-def test_every_configuration_in_the_stored_matrix_is_clean():
-    path = BENCHES / "results" / "compile_matrix.json"
-    if not path.exists():
-        pytest.skip("no stored compile matrix: `make bench-static` writes it")
-    rows = json.loads(path.read_text())
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+def _plain_python(program: str) -> str:
+    """Output of a program that imports the benches, in a process in which Triton does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHES)!r})\n{program}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_stored_matrix_is_clean_and_has_every_configuration_that_the_heuristics_choose():
+    rows = json.loads((BENCHES / "results" / "compile_matrix.json").read_text())
     assert not [(row["kernel"], row["target"], row["complaints"]) for row in rows if row["complaints"]]
+    program = (
+        "import json, static_compile as c\n"
+        "work = [(job, target) for job in c.jobs_of() for target in c.TARGETS if c.can_choose(job, target)]\n"
+        "print(json.dumps([c.described(job, target) for job, target in work]))\n"
+    )
+    wanted = json.loads(_plain_python(program))
+    assert {row["target"] for row in wanted} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    compiled = {_identity(row, wanted[0].keys()) for row in rows}
+    missing = [one for one in wanted if _identity(one, wanted[0].keys()) not in compiled]
+    assert not missing, f"{len(missing)} configurations are not in the table, run make bench-static: {missing[:3]}"
+
+
+def _identity(row, columns):
+    return json.dumps([row[column] for column in columns])
 
 
 def test_the_compile_report_sees_a_narrow_load_and_a_spill():
     # The check itself, on a made-up row: it must be able to fail.
     program = (
-        f"import sys; sys.path.insert(0, {str(BENCHES)!r})\n"
         "import static_compile as c, torch\n"
         "jobs = c.jobs_of(['cpu-bench'], (torch.bfloat16,))\n"
         "job = next(j for j in jobs if j.kernel == '_decoder_norms_fwd_kernel')\n"
@@ -61,19 +79,92 @@ def test_the_compile_report_sees_a_narrow_load_and_a_spill():
         "for bad in ({'spills': 8}, {'shared': 10**6}, narrow, lost, {'error': 'x'}):\n"
         "    assert len(c.complaints(row | bad, job)) == 1, bad\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    _plain_python(program)
+
+
+WAITS = ("encode_threshold", "encode_threshold scaled")
+"""For inference: the number of entries is not known beforehand."""
+
+
+def test_no_kernel_reads_from_the_device(static_cases):
+    # Tensors on the meta device have no values: `.item()`, `nonzero` or a shape that depends on data would raise.
+    from crosscode_kernels.triton_common.launch import recorded_launches
+
+    case = static_cases.CASES[0]
+    for name, call in static_cases.op_calls(case, static_cases.Tensors(case, torch.bfloat16)).items():
+        if name not in WAITS:
+            with recorded_launches() as launches:
+                call()
+            assert launches, name
+
+
+def test_float32_products_are_exact_unless_the_user_says_otherwise(static_cases):
+    case = static_cases.CASES[2]
+    precisions = {
+        launch.meta["PRECISION"]
+        for recorded in static_cases.launches(case, torch.float32).values()
+        for launch in recorded
+        if "PRECISION" in launch.meta
+    }
+    assert precisions == {"ieee"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_ops_move_at_most_a_third_more_than_the_fewest_bytes(static_traffic, dtype):
-    for case in static_traffic.CASES:
+def test_ops_move_at_most_a_third_more_than_the_fewest_bytes(traffic_model, static_cases, dtype):
+    for case in static_cases.CASES:
         if case.name == "tiny":
             continue
-        for device in static_traffic.DEVICES:
-            for term in static_traffic.judged(case, dtype, device):
-                excess = term.excess(device, dtype.itemsize)
-                assert 1 <= excess <= static_traffic.LIMIT, (case.name, device.name, term)
+        for device in traffic_model.DEVICES:
+            for term in traffic_model.judged(case, dtype, device):
+                where = (case.name, device.name, term)
+                if term.name in traffic_model.GEMMS and term.ratio > 1.3:
+                    # A GEMM reads x again where that hides behind its arithmetic.
+                    assert term.bound(device, dtype.itemsize) == "arithmetic", where
+                    assert term.excess(device, dtype.itemsize) == 1, where
+                else:
+                    assert 1 <= term.ratio <= 1.3, where
+                assert term.within_limit(device, dtype.itemsize), where
+
+
+def test_an_op_that_moves_too_much_is_noticed(traffic_model):
+    device = traffic_model.DEVICES[0]
+    Term = traffic_model.Term
+    assert Term("decode", 0, 100, 130).within_limit(device, 2)
+    assert not Term("decode", 0, 100, 131).within_limit(device, 2)
+    assert not Term("decode", 1e15, 100, 131).within_limit(device, 2)
+    assert Term("encode GEMM", 1e15, 100, 131).within_limit(device, 2)
+    assert not Term("encode GEMM", 1, 100, 131).within_limit(device, 2)
+
+
+def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_cases):
+    case = static_cases.Case("small", 128, 192, (96, 96), 2048, 8)
+    found = counted_bytes.counted(case)
+    # What stock ops need at most: the bias of the decode is a pass of its own, the residual is read again for its
+    # norms, dense penalties are some twenty elementwise passes.
+    most = {"encode GEMM": 1.0, "recon loss backward": 1.001, "decoder norms": 1.05, "decoder norms backward": 1.05}
+    most |= {"decode": 1.3, "decode backward": 1.15, "encode weight gradient": 1.1, "recon loss": 1.4}
+    most |= {"GEMM and row top-k": 1.5, "sparse penalty": 3, "JumpReLU + penalties": 12}
+    most |= {"JumpReLU + penalties backward": 24}
+    assert found.keys() == most.keys()
+    for name, (fewest, moved) in found.items():
+        # The model knows how many latents are touched on average only.
+        assert 0.99 * fewest <= moved <= most[name] * fewest, (name, moved / fewest)
+
+
+def test_counting_leaves_views_out_and_gathered_rows_in(counted_bytes):
+    x_BD, idx_N = torch.zeros(10, 4), torch.tensor([1, 1, 3])
+    cases = {
+        "view": (lambda: x_BD.view(4, 10).T, 0),
+        "add": (lambda: x_BD + x_BD, 3 * 160),
+        "in place": (lambda: x_BD.add_(1), 2 * 160),
+        "out": (lambda: torch.mul(x_BD, 2, out=x_BD), 2 * 160),
+        "gather": (lambda: x_BD.index_select(0, idx_N), 2 * 16 + 3 * 8 + 3 * 16),
+        "broadcast": (lambda: x_BD[:1].expand(10, 4) + x_BD, 16 + 2 * 160),
+    }
+    for name, (run, expected) in cases.items():
+        with counted_bytes.CountedBytes() as count:
+            run()
+        assert count.moved == expected, name
 
 
 def nbytes(value):
@@ -84,10 +175,10 @@ def nbytes(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_fewest_bytes_are_those_of_the_tensors(static_cases, static_traffic, dtype):
+def test_the_fewest_bytes_are_those_of_the_tensors(static_cases, traffic_model, dtype):
     # Dense ops touch whatever they are given: the model's count must be that of their arguments and results.
-    case = static_traffic.CASES[2]
-    model = static_traffic.Model(case, dtype, static_traffic.DEVICES[0])
+    case = static_cases.CASES[2]
+    model = traffic_model.Model(case, dtype, traffic_model.DEVICES[0])
     t = static_cases.Tensors(case, dtype)
     vectors = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
     pairs = [
@@ -104,14 +195,14 @@ def test_the_fewest_bytes_are_those_of_the_tensors(static_cases, static_traffic,
         assert abs(term.fewest - nbytes(tensors)) <= 16, term.name
 
 
-def test_the_gemm_counts_the_flops_that_pytorch_counts(static_cases, static_traffic):
+def test_the_gemm_counts_the_flops_that_pytorch_counts(static_cases, traffic_model):
     from torch.utils.flop_counter import FlopCounterMode
 
-    case = static_traffic.CASES[2]
+    case = static_cases.CASES[2]
     t = static_cases.Tensors(case, torch.float32)
     with FlopCounterMode(display=False) as counter:
         torch.addmm(t.b_enc_L, t.x_BI, t.W_enc_LI.T)
-    model = static_traffic.Model(case, torch.float32, static_traffic.DEVICES[0])
+    model = traffic_model.Model(case, torch.float32, traffic_model.DEVICES[0])
     assert counter.get_total_flops() == model.preacts().flops
 
 

@@ -1,0 +1,154 @@
+"""Bytes that the torch backend's kernels really move, counted op by op, beside the traffic model's fewest.
+
+    python benches/counted_bytes.py [--out benches/results]
+
+No implementation moves less than the fewest bytes of its inputs and outputs: counts below the model's would show a
+mistake in its arithmetic. Counts far above it are passes that stock ops make and fused kernels do not.
+
+Axes: B tokens · I flattened input dims · L latents · N stored entries · k entries per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosscode_kernels.backends import torch as _torch_backend  # noqa: F401  registers the kernels
+from crosscode_kernels.registry import get_kernel
+from static_cases import CASES, Case, Tensors
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from traffic_model import DEVICES, Model
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided}
+GATHERS: dict[Any, dict[int, int]] = {
+    aten._embedding_bag_forward_only: {0: 1},
+    aten._embedding_bag_per_sample_weights_backward: {0: 4, 1: 2},
+    aten.index_select: {0: 2},
+}
+"""Of ops that read rows of a matrix by index: the argument that is the matrix, and the argument that holds the indices."""
+
+
+class CountedBytes(TorchDispatchMode):
+    """Within this mode `moved` grows by what each op reads and writes. Views are free; of a matrix that is gathered from,
+    the rows that are named count, once each; an `out` argument is written, not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in ALLOCATIONS:
+            return out
+        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        if not func._schema.is_mutable and all(one.untyped_storage().data_ptr() in storages for one in written):
+            return out
+        gathered = GATHERS.get(func.overloadpacket, {})
+        for place, value in enumerate(args):
+            if place in gathered:
+                rows = args[gathered[place]].unique().numel()
+                self.moved += rows * _bytes(value) // max(value.shape[0], 1)
+            else:
+                self.moved += sum(_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        self.moved += sum(map(_bytes, written))
+        return out
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the elements that are there: a broadcast dimension is one."""
+    n = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        n *= size if stride else min(size, 1)
+    return n * tensor.element_size()
+
+
+def counted(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, tuple[float, int]]:
+    """By op: the model's fewest bytes, and the counted ones. Latents uniformly popular, as in the model."""
+    t = Tensors(case, dtype, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    t.idx_N = torch.rand(case.n_tokens, case.n_latents, generator=generator).topk(case.k).indices.int().view(-1)
+    t.order = get_kernel("latent_order", "torch")(t.idx_N, case.n_latents)
+    model = Model(case, dtype, DEVICES[0])
+    sparse = (t.row_ptr_B1, t.idx_N, t.value_N)
+    penalties = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
+    norms = (t.norms_LX, t.n_L)
+    calls: dict[str, tuple[float, Callable[[], Any]]] = {
+        "encode GEMM": (model.preacts().fewest, lambda: torch.nn.functional.linear(t.x_BI, t.W_enc_LI, t.b_enc_L)),
+        "GEMM and row top-k": (
+            model.preacts().fewest + model.row_select().fewest,
+            lambda: get_kernel("encode_topk", "torch")(t.x_BI, t.W_enc_LI, t.b_enc_L, case.k),
+        ),
+    }
+
+    def add(name: str, fewest: float, op: str, *arguments: Any) -> None:
+        calls[name] = fewest, lambda: get_kernel(op, "torch")(*arguments)
+
+    add("decode", model.decode(False).fewest, "sparse_decode", *sparse, t.W_dec_LO, t.b_dec_O)
+    add(
+        "decode backward", model.decode_backward().fewest, "sparse_decode_backward",
+        *t.order, *sparse, t.y_BO, t.W_dec_LO,
+    )  # fmt: skip
+    add(
+        "encode weight gradient", model.encode_backward().fewest, "segment_rows",
+        *t.order, t.row_ptr_B1, t.value_N, t.x_BI,
+    )  # fmt: skip
+    add("decoder norms", model.norms().fewest, "decoder_norms", t.W_dec_LO, t.segments, False)
+    add(
+        "decoder norms backward", model.norms_backward().fewest, "decoder_norms_backward",
+        t.norms_LX, t.lambda_L, t.W_dec_LO, *norms, t.segments, False,
+    )  # fmt: skip
+    add("recon loss", model.recon().fewest, "recon_loss", t.y_BO, t.target_BO, t.segments)
+    add("recon loss backward", model.recon_backward().fewest, "recon_loss_backward", t.g_X, t.y_BO, t.segments)
+    add("JumpReLU + penalties", model.penalties().fewest, "jumprelu_penalties", t.h_BL, *penalties, 4.0)
+    add(
+        "JumpReLU + penalties backward", model.penalties_backward().fewest, "jumprelu_penalties_backward",
+        t.da_BL, t.g, t.g, t.h_BL, *penalties, 2.0, False, 4.0,
+    )  # fmt: skip
+    add(
+        "sparse penalty", model.sparse_penalty().fewest, "sparse_l1",
+        t.idx_N, t.value_N, t.n_L, t.lambda_L, case.n_tokens,
+    )  # fmt: skip
+    found = {}
+    for name, (fewest, run) in calls.items():
+        with CountedBytes() as count:
+            run()
+        found[name] = fewest, count.moved
+    return found
+
+
+def table(case: Case) -> str:
+    """Markdown."""
+    lines = [
+        "# Bytes of the torch backend, counted", "",
+        f"B={case.n_tokens}, I={case.input_width}, O={case.output_width}, L={case.n_latents}, k={case.k}, float32, CPU. A "
+        "count, not a prediction: a dispatch mode adds up what each stock op reads and writes. Caches are left out, so "
+        "that elementwise passes over blocks that stay in them count in full.", "",
+        "| op | fewest MB (model) | counted MB | ratio |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, (fewest, moved) in counted(case).items():
+        lines.append(f"| {name} | {fewest / 1e6:.1f} | {moved / 1e6:.1f} | {moved / fewest:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(next(case for case in CASES if case.name == "cpu-bench"))
+    print(text)
+    (out / "counted_bytes.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
