@@ -122,3 +122,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for argument, values in (("architecture", ARCHITECTURES), ("activation", ACTIVATION_CONFIGS)):
         if argument in metafunc.fixturenames and argument not in parametrised:
             metafunc.parametrize(argument, list(values))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests wait for a machine with a GPU."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests marked gpu were skipped: they need a CUDA or ROCm device")
