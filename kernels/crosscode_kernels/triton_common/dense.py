@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crosscode_kernels.triton_common.heuristics import dense_config
 from crosscode_kernels.triton_common.launch import launch
-from crosscode_kernels.triton_common.primitives import relu_nan, tanh
+from crosscode_kernels.triton_common.primitives import relu_nan, tanh, tanh_slope
 
 
 @triton.jit
@@ -92,8 +92,7 @@ def _dense_bwd_kernel(
             dh += weight * n
             dn += a
         if TANH:
-            tanh_a = tanh(c * a * n)
-            slope = (1.0 - tanh_a) * (1.0 + tanh_a)
+            slope = tanh_slope(c * a * n)
             dh += weight * c * n * slope
             dn += c * a * slope
         if JUMP:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscode_kernels.triton_common.heuristics import elementwise_config, latent_sum_config
 from crosscode_kernels.triton_common.launch import launch
-from crosscode_kernels.triton_common.primitives import tanh
+from crosscode_kernels.triton_common.primitives import tanh, tanh_slope
 
 
 @triton.jit
@@ -48,8 +48,7 @@ def _sparse_penalty_bwd_kernel(
         entry = tl.load(order_ptr + offs_e, mask=mask, other=0)  # [BLOCK_L, BLOCK_E]
         a = tl.load(value_ptr + entry, mask=mask, other=0.0).to(tl.float32)
         if TANH:
-            tanh_a = tanh(c * a * n[:, None])
-            slope = c * (1.0 - tanh_a) * (1.0 + tanh_a)
+            slope = c * tanh_slope(c * a * n[:, None])
             dn += tl.where(mask, a * slope, 0.0)
             dvalue = weight[:, None] * n[:, None] * slope
         else:
