@@ -43,7 +43,6 @@ CASES = (
     Case("sae-24k", 8192, 768, (768,), 24576, 32),
     Case("sae-65k-1M", 2048, 2304, (2304,), 1048576, 128),
     Case("ragged", 1000, 1001, (333, 668), 5003, 17),
-    Case("tiny", 7, 24, (8, 16), 48, 1),
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -112,8 +112,6 @@ def test_float32_products_are_exact_unless_the_user_says_otherwise(static_cases)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_ops_move_at_most_a_third_more_than_the_fewest_bytes(traffic_model, static_cases, dtype):
     for case in static_cases.CASES:
-        if case.name == "tiny":
-            continue
         for device in traffic_model.DEVICES:
             for term in traffic_model.judged(case, dtype, device):
                 where = (case.name, device.name, term)
