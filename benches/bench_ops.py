@@ -44,6 +44,6 @@ def test_op(target: tuple[str, str, str], name: str, direction: str, quick: bool
     ops = resolve_backend(backend, device, DTYPES[dtype])  # type: ignore[arg-type]
     case = SIZES[size]
     facts = {"op": name, "direction": direction, "B": case.B, "I": case.I, "O": case.O, "L": case.L, "k": case.k}
-    measure(lambda: call(op, ops, next(batches), backward), **facts)
+    measure(lambda: call(op, ops, next(batches), backward), n_rounds=3, **facts)
     if device == "cuda":
         torch.cuda.synchronize()
