@@ -203,5 +203,7 @@ def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
     with shared.changed:
         shared.stopped = True
         shared.changed.notify_all()
-    for thread in threads:
-        thread.join()
+    # Garbage may be collected in a worker, which can wait neither for itself nor for one that waits for its lock.
+    if threading.current_thread() not in threads:
+        for thread in threads:
+            thread.join()

@@ -85,10 +85,46 @@ def test_a_source_that_fails_ends_the_workers(tokenizer, documents):
 
 
 def test_threads_end_with_the_iterator(tokenizer, documents):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     loader = loader_of(wrap_documents(documents), tokenizer, n_workers=2, epochs=None)
     next(iter(loader))
-    assert threading.active_count() == before + 2
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 2
     del loader
     gc.collect()
-    assert threading.active_count() == before
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_end_where_one_of_them_collects_the_iterator(tokenizer, documents):
+    class Collecting:
+        """A tokenizer in whose calls garbage is collected, once there is some."""
+
+        def __init__(self):
+            self.dropped = threading.Event()
+            self.collected = threading.Event()
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args, **options):
+            if threading.current_thread() is not threading.main_thread() and self.dropped.wait(timeout=0.5):
+                gc.collect()
+                self.collected.set()
+            return tokenizer(*args, **options)
+
+    collecting, before = Collecting(), set(threading.enumerate())
+    loader = loader_of(wrap_documents(documents), collecting, n_workers=2, epochs=None)
+    iterator = iter(loader)
+    next(iterator)
+    workers = set(threading.enumerate()) - before
+    gc.disable()
+    try:
+        iterator.cycle = iterator
+        del loader, iterator
+        collecting.dropped.set()
+        assert collecting.collected.wait(timeout=30)
+        for worker in workers:
+            worker.join(timeout=30)
+            assert not worker.is_alive()
+    finally:
+        gc.enable()
