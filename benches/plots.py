@@ -141,8 +141,12 @@ def _bars(axes: Axes, ratios: dict[str, dict[str, float]]) -> None:
 
 
 def step_ratio(rows: list[Row], title: str) -> Figure:
-    base = _sweep(_sweep(rows, "L"), "k")[0]
-    at_base = [row for row in rows if all(row[axis] == base[axis] for axis in AXES)]
+    schemes: dict[tuple[Any, ...], set[str]] = {}
+    for row in rows:
+        schemes.setdefault(tuple(row[axis] for axis in AXES), set()).add(row["scheme"])
+    shared = max(schemes, key=lambda sizes: len(schemes[sizes]))
+    at_base = [row for row in rows if tuple(row[axis] for axis in AXES) == shared]
+    base = at_base[0]
     ratios = {str(key[0]): found for key, found in _ratios(at_base, ("scheme",)).items()}
     figure, (axes,) = _panels(1, f"Training step: reference's time over ours · {title}", 6.4, 2.6)
     _bars(axes, ratios)
