@@ -15,7 +15,7 @@ from crosscode_kernels.registry import has_option
 from crosscode_kernels.resolve import resolve_backend
 from torch import Tensor
 
-from crosscode.build_data import Activations, build_token_loader, crosscoder_device, open_activations
+from crosscode.build_data import Activations, available_device, build_token_loader, open_activations
 from crosscode.config import ExperimentConfig
 from crosscode.data.language_models import LanguageModel
 from crosscode.errors import InputError
@@ -157,7 +157,7 @@ def open_experiment(
     """
     split = split_for(config.crosscoder.type)
     split.check(len(config.language_models), len(config.hookpoints))
-    device = crosscoder_device(config)
+    device = available_device(config.device)
     if config.finetune_from is not None:
         find_model(config.finetune_from)
     if config.backend != "auto":

@@ -59,10 +59,6 @@ def _locate(path: str) -> str:
     return str(Path(spec.origin).parent / file)
 
 
-def crosscoder_device(config: HarvestConfig) -> torch.device:
-    return available_device(config.device)
-
-
 def available_device(name: str) -> torch.device:
     """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
     if name == "auto":
@@ -165,7 +161,7 @@ def open_activations(
     """
     if models is not None and len(models) != len(config.language_models):
         raise InputError(f"models: {len(models)} were given, but language_models names {len(config.language_models)}")
-    device = crosscoder_device(config)
+    device = available_device(config.device)
     options = token_options(config, heldout=False)
     if to_train:
         check_token_arguments({**options, "worker": (0, 1)})

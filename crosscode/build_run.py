@@ -14,7 +14,7 @@ from crosscode.build import (
     build_model,
     build_objective,
 )
-from crosscode.build_data import build_rows, crosscoder_device
+from crosscode.build_data import available_device, build_rows
 from crosscode.config import ExperimentConfig
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
@@ -57,7 +57,7 @@ def build_trainer(
     if resume is None:
         run.check_free(config.overwrite)
     data = data or build_dataloader(experiment)
-    model = build_model(config, split, width=experiment.harvester.dims[2]).to(crosscoder_device(config))
+    model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
     metadata = model_metadata(experiment)

@@ -125,7 +125,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _prepare_memory() -> None:
-    """Before the first tensor is made."""
+    """For every command that trains: buffers stay with the process from step to step."""
     from crosscode_kernels.host_memory import prepare_host_memory
 
     prepare_host_memory()

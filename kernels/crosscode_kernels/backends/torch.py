@@ -57,7 +57,7 @@ class TorchOpSet(FusedOpSet):
     def encode_relu(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Latents:
         if not _may_measure(x_BI):
             return super().encode_relu(x_BI, W_enc_LI, b_enc_L)
-        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)  # type: ignore[assignment]
+        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)
         h_BL = self.preacts(x_BI, W_enc_LI, b_enc_L)
         latents = measured.encode_relu(x_BI, W_enc_LI, b_enc_L, h_BL.detach(), self.backend, self._log)
         return DenseLatents(self.relu(h_BL)) if latents is None else latents
@@ -71,7 +71,7 @@ class TorchOpSet(FusedOpSet):
         eps: float,
         ste: Literal["anthropic", "gdm"],
     ) -> Latents:
-        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)  # type: ignore[assignment]
+        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)
         encode_jumprelu_spec.check(x_BI, W_enc_LI, b_enc_L, t_L, eps, ste)
         with torch.no_grad():
             h_BL = self.preacts(x_BI, W_enc_LI, b_enc_L)

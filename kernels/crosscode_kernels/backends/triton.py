@@ -51,7 +51,7 @@ class TritonOpSet(FusedOpSet):
         )
         if wants_grad or torch.compiler.is_compiling() or x_BI.shape[0] == 0:
             return super().encode_threshold(x_BI, W_enc_LI, b_enc_L, threshold, rank_scale_L)
-        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)  # type: ignore[assignment]
+        x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)
         encode_threshold_spec.check(x_BI, W_enc_LI, b_enc_L, threshold, rank_scale_L)
         return encode_threshold(x_BI, W_enc_LI, b_enc_L, threshold, rank_scale_L)
 

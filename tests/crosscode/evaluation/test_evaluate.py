@@ -22,13 +22,18 @@ from crosscode.trainers.split import split_for
 NAMES = ["a", "b"]
 
 
-def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_gives():
+def random_batch_topk():
     torch.manual_seed(0)
     model = ModelHookpointAcausalCrosscoder(2, 1, 5, 12, BatchTopkActivation(3, 12), backend="torch")
     with torch.no_grad():
         for param in model.parameters():
             param.normal_()
         model.activation_fn.threshold.fill_(3.0)
+    return model
+
+
+def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_gives():
+    model = random_batch_topk()
     batches = [torch.randn(30, 2, 1, 5), torch.randn(20, 2, 1, 5)]
     scaling_MP = torch.tensor([[0.5], [2.0]])
     result = evaluate(model.train(), batches, split_for("model_hookpoint_acausal"), NAMES, scaling_MP)
@@ -137,12 +142,7 @@ def test_every_architecture_is_evaluated_like_a_loop_over_tokens(kind, dims, fol
 
 
 def test_figures_do_not_depend_on_the_precision_of_training():
-    torch.manual_seed(0)
-    model = ModelHookpointAcausalCrosscoder(2, 1, 5, 12, BatchTopkActivation(3, 12), backend="torch")
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_()
-        model.activation_fn.threshold.fill_(3.0)
+    model = random_batch_topk()
     acts_BMPD, scaling_MP, split = torch.randn(30, 2, 1, 5), torch.ones(2, 1), split_for("model_hookpoint_acausal")
     seen = []
 
