@@ -49,6 +49,10 @@ class CountedBytes(TorchDispatchMode):
             return out
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if any(leaf.layout != torch.strided for leaf in (*written, *inputs)):
+            if func.overloadpacket == aten.addmm:
+                self.moved += _sparse_product_bytes(*args[:3], kwargs["beta"], out)
+            return out  # everything else puts a sparse tensor together, or takes it apart
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         if not func._schema.is_mutable and all(one.untyped_storage().data_ptr() in storages for one in written):
             return out
@@ -61,6 +65,13 @@ class CountedBytes(TorchDispatchMode):
                 self.moved += sum(_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         self.moved += sum(map(_bytes, written))
         return out
+
+
+def _sparse_product_bytes(added: Tensor, sparse: Tensor, rows: Tensor, beta: float, out: Tensor) -> int:
+    """Of `out = beta * added + sparse @ rows`: the entries, the rows that they name, and what is added unless beta is 0."""
+    entries = (sparse.crow_indices(), sparse.col_indices(), sparse.values())
+    named = entries[1].unique().numel() * _bytes(rows) // max(rows.shape[0], 1)
+    return sum(map(_bytes, entries)) + named + _bytes(out) + (_bytes(added) if beta else 0)
 
 
 def _bytes(tensor: Tensor) -> int:

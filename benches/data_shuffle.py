@@ -1,4 +1,4 @@
-"""Shuffle buffer: one tensor against a Python list of tensors, both with the memory settings of `crosscode train`.
+"""Shuffle buffer: one tensor against a Python list of tensors.
 
 B batch · N rows of the buffer · D model dimension.
 
@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from crosscode_kernels.host_memory import prepare_host_memory
 from data_common import interleaved, report
 
 from crosscode.data.shuffle import ShuffleBuffer
@@ -56,7 +55,6 @@ def run(buffer: ListBuffer | TensorBuffer, rows_BD: torch.Tensor) -> None:
 
 
 def main(rounds: int) -> None:
-    prepare_host_memory()
     table: list[dict[str, Any]] = []
     for N in (16_384, 65_536, 262_144):
         rows_ND = torch.randn(N, D)

@@ -3,13 +3,12 @@
     python benches/train_step.py [--cases topk jumprelu_trained ...] [--repeats 9] [--threads 2] [--out FILE]
 
 A step is forward, loss, backward, gradient clip and optimizer. The reference runs with stock `torch.optim.Adam`, the fast backend
-with `fused=True` or, for beta1 = 0, row-sparse Adam. All run with `prepare_host_memory()`, as `crosscode train` does in every
-backend; `--stock-memory` leaves that out for all. Each variant has its own process; they take turns within each repeat, so
+with `fused=True` or, for beta1 = 0, row-sparse Adam. Each variant has its own process; they take turns within each repeat, so
 that a noisy machine hits all of them. Reported are medians, and medians of the ratios within a repeat, of wall and of CPU
 time. `encode` is the wall time of encoder product and selection, `rest` all else; `rows` counts the latents that are active
-in the batch. Peak memory counts everything that is allocated during a step except gradients; "saved" counts what autograd
-keeps for backward, parameters excluded. `--out` renews the rows of the cases that ran, with that memory setting,
-and keeps the others.
+in the batch. Peak memory counts everything that is allocated during a step except gradients, buffers that the fast backend
+keeps from step to step among it; "saved" counts what autograd keeps for backward, parameters excluded. `--out` renews
+the rows of the cases that ran and keeps the others.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -29,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscode_kernels import OpSet, resolve_backend
+from crosscode_kernels import OpSet, host_buffers, resolve_backend
 from crosscode_kernels.backends.torch import TorchOpSet
-from crosscode_kernels.host_memory import prepare_host_memory
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -167,6 +165,7 @@ def peak_bytes(step: Step, x_BI: Tensor, target_BO: Tensor) -> int:
     from torch._C._profiler import _EventType
 
     step.optimizer.zero_grad(set_to_none=True)
+    host_buffers.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step.run(x_BI, target_BO)
     grads = set()
@@ -201,10 +200,8 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
     return torch.randn(case.B, case.I, generator=generator), torch.randn(case.B, case.O, generator=generator)
 
 
-def work(pipe: Connection, variant: str, threads: int, stock_memory: bool) -> None:
+def work(pipe: Connection, variant: str, threads: int) -> None:
     """The process of one variant: takes a case, then steps as it is told; answers with seconds: wall, CPU, encode."""
-    if not stock_memory:
-        prepare_host_memory()
     torch.set_num_threads(threads)
     while (name := pipe.recv()) is not None:
         case = CASES[name]
@@ -266,15 +263,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["reference", "torch", "torch-screened"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stock-memory", action="store_true", help="no prepare_host_memory() in any variant")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for variant in arguments.variants:
         pipes[variant], theirs = context.Pipe()
-        arguments_of_work = (theirs, variant, arguments.threads, arguments.stock_memory)
-        context.Process(target=work, args=arguments_of_work, daemon=True).start()
+        context.Process(target=work, args=(theirs, variant, arguments.threads), daemon=True).start()
     rows = []
     for name in arguments.cases:
         rows.append(measure(name, arguments.repeats, pipes))
@@ -283,12 +278,10 @@ def main() -> None:
         pipe.send(None)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        run = {"threads": arguments.threads, "stock_memory": arguments.stock_memory, **provenance()}
+        run = {"threads": arguments.threads, **provenance()}
         kept = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-        found = {
-            (row["case"], row["run"]["stock_memory"]): row for row in [*kept, *({**row, "run": run} for row in rows)]
-        }
-        ordered = [found[name, stock] for stock in (False, True) for name in CASES if (name, stock) in found]
+        found = {row["case"]: row for row in [*kept, *({**row, "run": run} for row in rows)]}
+        ordered = [found[name] for name in CASES if name in found]
         arguments.out.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 

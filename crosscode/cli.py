@@ -124,13 +124,6 @@ def _train(arguments: list[str]) -> None:
     run_training(config)
 
 
-def _prepare_memory() -> None:
-    """For every command that trains: buffers stay with the process from step to step."""
-    from crosscode_kernels.host_memory import prepare_host_memory
-
-    prepare_host_memory()
-
-
 def _quiet_libraries() -> None:
     """Keep the libraries' own bars for loading off the screen; ours say what takes time."""
     import datasets
@@ -149,7 +142,6 @@ def _train_config(arguments: list[str]) -> Any:
 
 def run_training(config: Any) -> None:
     """Train, evaluate and write the summary of one experiment."""
-    _prepare_memory()
     from crosscode.build import open_experiment
     from crosscode.build_run import build_trainer
 
@@ -159,7 +151,6 @@ def run_training(config: Any) -> None:
 
 def resume_training(run_dir: Path) -> None:
     """Continue a run from its newest whole checkpoint."""
-    _prepare_memory()
     from crosscode.build import open_experiment
     from crosscode.build_run import build_trainer
     from crosscode.resume import ResumePoint
@@ -254,7 +245,6 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    _prepare_memory()
     from crosscode.schema import read_yaml
     from crosscode.sweep import resume_sweep, run_sweep
     from crosscode.sweep_grid import grid_points, parse_grid

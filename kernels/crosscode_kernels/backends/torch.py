@@ -21,6 +21,7 @@ from crosscode_kernels.encode_jumprelu import spec as encode_jumprelu_spec
 from crosscode_kernels.encode_jumprelu.support import ModeLog
 from crosscode_kernels.encode_topk import screened as _screened  # noqa: F401
 from crosscode_kernels.encode_topk import torch_impl as _encode_topk  # noqa: F401
+from crosscode_kernels.encode_topk.torch_impl import dense_preacts
 from crosscode_kernels.jumprelu import torch_impl as _jumprelu  # noqa: F401
 from crosscode_kernels.jumprelu_penalties import torch_impl as _jumprelu_penalties  # noqa: F401
 from crosscode_kernels.pre_act import torch_impl as _pre_act  # noqa: F401
@@ -73,11 +74,13 @@ class TorchOpSet(FusedOpSet):
     ) -> Latents:
         x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)
         encode_jumprelu_spec.check(x_BI, W_enc_LI, b_enc_L, t_L, eps, ste)
-        with torch.no_grad():
-            h_BL = self.preacts(x_BI, W_enc_LI, b_enc_L)
         encoder, options = (x_BI, W_enc_LI, b_enc_L), (float(eps), ste == "gdm", self.backend)
         if not _may_measure(x_BI):
+            with torch.no_grad():
+                h_BL = self.preacts(*encoder)
             return measured.encode_jumprelu_dense(*encoder, h_BL, t_L, *options)
+        with torch.no_grad():
+            h_BL = dense_preacts(*encoder)
         return measured.encode_jumprelu(*encoder, h_BL, t_L, *options, self._log)
 
     def decode(self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None = None) -> Tensor:

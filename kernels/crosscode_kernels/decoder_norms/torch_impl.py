@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
 
@@ -36,7 +37,7 @@ def decoder_norms_backward(
     coef_LX = _ratio(d_norms_LX if joint else d_norms_LX + d_n_L.unsqueeze(1), norms_LX)
     if joint:
         coef_LX = coef_LX + _ratio(d_n_L, n_L).unsqueeze(1)
-    dW_LO = torch.empty_like(W_dec_LO)
+    dW_LO = host_buffers.empty_like(W_dec_LO)
     parts = zip(dW_LO.split(segments, dim=1), W_dec_LO.split(segments, dim=1), coef_LX.unbind(1), strict=True)
     for out, part, coef_L in parts:
         torch.mul(part, coef_L.unsqueeze(1), out=out)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.encode_topk.torch_impl import encode_topk
 from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.segments.torch_impl import sorted_gather_dot
@@ -69,7 +70,7 @@ def _upper_bounds(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> tup
     x_BA[:, width] = (dx_norm_B + slack * x_norm_B) * _ROUND_UP
     x_BA[:, width + 1] = (x_norm_B + dx_norm_B) * _ROUND_UP
     x_BA[:, width + 2 : width + 4] = 1
-    bound_BL = x_BA.new_empty(n_tokens, n_latents)
+    bound_BL = host_buffers.empty((n_tokens, n_latents), x_BA)
     largest = x_BI.new_zeros(())
     chunk = min(max(_CHUNK_ELEMENTS // width, 64), n_latents)
     W_chunk = x_BA.new_zeros(chunk, width + _EXTRA_COLUMNS)

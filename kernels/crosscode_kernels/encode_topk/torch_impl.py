@@ -8,15 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.selection.torch_impl import row_topk
 
 
 def dense_preacts(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Tensor:
-    """`h_BL`, in one pass."""
+    """`h_BL`, in one pass, without gradient."""
+    h_BL = host_buffers.empty((x_BI.shape[0], W_enc_LI.shape[0]), x_BI)
     if b_enc_L is None:
-        return x_BI @ W_enc_LI.T
-    return torch.addmm(b_enc_L, x_BI, W_enc_LI.T)
+        return torch.mm(x_BI, W_enc_LI.T, out=h_BL)
+    return torch.addmm(b_enc_L, x_BI, W_enc_LI.T, out=h_BL)
 
 
 @register_kernel("encode_topk", "torch")

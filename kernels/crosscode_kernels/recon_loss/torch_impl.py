@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
-from crosscode_kernels.segments.torch_impl import sparse_decode
+from crosscode_kernels.segments.torch_impl import row_sums
 
 
 @register_kernel("recon_loss", "torch")
@@ -28,9 +29,9 @@ def decode_recon(
     target_BO: Tensor,
     segments: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """The residual takes the place of the output."""
-    y_BO = sparse_decode(row_ptr_B1, latent_idx_N, value_N, W_LO, b_O)
-    return _errors(y_BO.sub_(target_BO), segments)
+    """The output is never there without the target taken off."""
+    residual_BO = row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO, minus=target_BO)
+    return _errors(residual_BO if b_O is None else residual_BO.add_(b_O), segments)
 
 
 def _errors(residual_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def _errors(residual_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
 @register_kernel("recon_loss_backward", "torch")
 def recon_loss_backward(g_X: Tensor, residual_BO: Tensor, segments: list[int]) -> Tensor:
     scale_X = g_X * (2 / residual_BO.shape[0])
-    dy_BO = torch.empty_like(residual_BO)
+    dy_BO = host_buffers.empty_like(residual_BO)
     for x, (out, part) in enumerate(zip(dy_BO.split(segments, dim=1), residual_BO.split(segments, dim=1), strict=True)):
         torch.mul(part, scale_X[x], out=out)
     return dy_BO

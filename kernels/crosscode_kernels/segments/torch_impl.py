@@ -1,17 +1,22 @@
-"""Sums over the entries of a sparse batch, by token and by latent, as embedding bags.
+"""Sums over the entries of a sparse batch, by token and by latent.
 
-Axes: B tokens · I flattened input dims · O flattened output dims · L latents · N stored entries.
+Axes: B tokens · I flattened input dims · O flattened output dims · L latents · N stored entries · G sums.
 
-An embedding bag reads each needed row once, sums in float32 or wider, in a fixed order, and writes a bag's sum once; bags
-without entries are written as zeros. By token the rows are decoder rows; by latent, over entries sorted by latent, they
-are the tokens' vectors, and the sum is a weight gradient.
+By token the rows that are summed are decoder rows; by latent, over entries sorted by latent, they are the tokens' vectors,
+and the sum is a weight gradient. On a CPU with MKL this is a product with a sparse matrix, which writes into memory that is
+there already; elsewhere it is an embedding bag. Both read the rows that an entry names, sum in float32 or wider, in a fixed
+order, and write a sum once; sums without entries are written as zeros.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
 
@@ -24,9 +29,36 @@ def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
     return torch.repeat_interleave(tokens_B, row_ptr_B1.diff(), output_size=n_entries)
 
 
-def bag_sum(rows: Tensor, row_idx_N: Tensor, bag_start: Tensor, weight_N: Tensor) -> Tensor:
-    """For each bag the sum of `weight[n] * rows[row_idx[n]]` over its entries, which start at `bag_start`."""
-    return torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, bag_start, False, _SUM_MODE, False, weight_N)[0]
+def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, minus: Tensor | None = None) -> Tensor:
+    """For each sum g over its entries `ptr[g]` to `ptr[g + 1]`: `weight[n] * rows[row_idx[n]]`, less `minus[g]`."""
+    if not _by_sparse_product(rows):
+        out = _bag_sums(ptr_G1, row_idx_N, weight_N, rows)
+        return out if minus is None else out.sub_(minus)
+    size = (ptr_G1.shape[0] - 1, rows.shape[0])
+    entries_GR = torch.sparse_csr_tensor(ptr_G1, row_idx_N, weight_N, size, check_invariants=False)
+    out = host_buffers.empty((size[0], rows.shape[1]), rows)
+    if minus is None:
+        return torch.addmm(out, entries_GR, rows, beta=0, out=out)
+    return torch.addmm(minus, entries_GR, rows, beta=-1, out=out)
+
+
+def _bag_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor) -> Tensor:
+    starts_G = ptr_G1[:-1].contiguous()
+    return torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, starts_G, False, _SUM_MODE, False, weight_N)[0]
+
+
+def _by_sparse_product(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64) and _has_sparse_product()
+
+
+@functools.cache
+def _has_sparse_product() -> bool:
+    if not torch.backends.mkl.is_available():
+        return False
+    with warnings.catch_warnings():  # PyTorch says once a process that its sparse CSR tensors are in beta state
+        warnings.simplefilter("ignore")
+        torch.eye(2).to_sparse_csr()
+    return True
 
 
 @register_kernel("latent_order", "torch")
@@ -40,7 +72,7 @@ def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 def sparse_decode(
     row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, W_LO: Tensor, b_O: Tensor | None
 ) -> Tensor:
-    y_BO = bag_sum(W_LO, latent_idx_N, row_ptr_B1[:-1].contiguous(), value_N)
+    y_BO = row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO)
     return y_BO if b_O is None else y_BO.add_(b_O)
 
 
@@ -66,9 +98,8 @@ def segment_rows(
 ) -> tuple[Tensor, Tensor]:
     token_idx_N = entry_tokens(row_ptr_B1, order_N.shape[0])
     weight_sorted_N = weight_N.index_select(0, order_N)
-    starts_L = latent_ptr_L1[:-1].contiguous()
-    out_LI = bag_sum(rows_BI, token_idx_N.index_select(0, order_N), starts_L, weight_sorted_N)
-    return out_LI, _bag_weights(starts_L, weight_sorted_N)
+    out_LI = row_sums(latent_ptr_L1, token_idx_N.index_select(0, order_N), weight_sorted_N, rows_BI)
+    return out_LI, _weight_sums(latent_ptr_L1, weight_sorted_N)
 
 
 @register_kernel("sparse_decode_backward", "torch")
@@ -84,39 +115,38 @@ def sparse_decode_backward(
     """Both gradients over entries sorted by latent: a row of W is read once for all its entries, and the rows that are read
     many times are those of dy, the smaller matrix."""
     token_N = entry_tokens(row_ptr_B1, order_N.shape[0]).index_select(0, order_N)
-    starts_L = latent_ptr_L1[:-1].contiguous()
     dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        W_LO, dy_BO, token_N, starts_L, latent_idx_N.index_select(0, order_N), _SUM_MODE
+        W_LO, dy_BO, token_N, latent_ptr_L1[:-1].contiguous(), latent_idx_N.index_select(0, order_N), _SUM_MODE
     )
     dvalue_N = torch.empty_like(dot_N).index_copy_(0, order_N.long(), dot_N)
-    return dvalue_N, bag_sum(dy_BO, token_N, starts_L, value_N.index_select(0, order_N))
+    return dvalue_N, row_sums(latent_ptr_L1, token_N, value_N.index_select(0, order_N), dy_BO)
 
 
 def segment_rows_and_common(
     order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, weight_N: Tensor, rows_BI: Tensor, common_L: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`segment_rows` plus `common[l]` times the sum of all rows: one more entry in each latent's bag, no further pass."""
+    """`segment_rows` plus `common[l]` times the sum of all rows: one more entry in each latent's sum, no further pass."""
     n_entries, n_latents = order_N.shape[0], common_L.shape[0]
     rows_B1I = torch.cat([rows_BI, rows_BI.sum(0, keepdim=True, dtype=acc_dtype(rows_BI.dtype)).to(rows_BI.dtype)])
     counts_L = latent_ptr_L1.diff()
-    bags_L = torch.arange(n_latents, dtype=torch.int32, device=order_N.device)
-    bag_N = torch.repeat_interleave(bags_L, counts_L, output_size=n_entries)
-    entry_M = (torch.arange(n_entries, device=order_N.device) + bag_N).long()
-    last_L = (latent_ptr_L1[1:] + bags_L).long()
+    latents_L1 = torch.arange(n_latents + 1, dtype=torch.int32, device=order_N.device)
+    latent_N = torch.repeat_interleave(latents_L1[:-1], counts_L, output_size=n_entries)
+    entry_M = (torch.arange(n_entries, device=order_N.device) + latent_N).long()
+    last_L = (latent_ptr_L1[1:] + latents_L1[:-1]).long()
     row_M = torch.full((n_entries + n_latents,), rows_BI.shape[0], dtype=torch.int32, device=order_N.device)
     row_M[entry_M] = entry_tokens(row_ptr_B1, n_entries).index_select(0, order_N)
     weight_M = weight_N.new_empty(n_entries + n_latents)
     weight_M[entry_M] = weight_N.index_select(0, order_N)
     weight_M[last_L] = common_L
-    out_LI = bag_sum(rows_B1I, row_M, latent_ptr_L1[:-1] + bags_L, weight_M)
+    out_LI = row_sums(latent_ptr_L1 + latents_L1, row_M, weight_M, rows_B1I)
     return out_LI, latent_sum(order_N, latent_ptr_L1, weight_N) + common_L * rows_BI.shape[0]
 
 
 def latent_sum(order_N: Tensor, latent_ptr_L1: Tensor, weight_N: Tensor) -> Tensor:
     """For each latent the sum of its entries' weights."""
-    return _bag_weights(latent_ptr_L1[:-1].contiguous(), weight_N.index_select(0, order_N))
+    return _weight_sums(latent_ptr_L1, weight_N.index_select(0, order_N))
 
 
-def _bag_weights(bag_start: Tensor, weight_N: Tensor) -> Tensor:
+def _weight_sums(ptr_G1: Tensor, weight_N: Tensor) -> Tensor:
     no_row_N = torch.zeros(weight_N.shape[0], dtype=torch.int32, device=weight_N.device)
-    return bag_sum(weight_N.new_ones(1, 1), no_row_N, bag_start, weight_N).squeeze(1)
+    return _bag_sums(ptr_G1, no_row_N, weight_N, weight_N.new_ones(1, 1)).squeeze(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels import resolve_backend
+from crosscode_kernels import host_buffers, resolve_backend
 
 B, I, L, K = 256, 96, 4096, 8  # noqa: E741
 
@@ -66,6 +66,7 @@ def test_no_dense_matrix_beside_the_preactivations_is_made(make_problem):
     """One step's allocations of the size of B x L: the pre-activations, once."""
     p = make_problem(B, I, L, I)
     ops, x_BI = resolve_backend("torch", "cpu"), p.x_BI.detach()
+    host_buffers.clear()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         latents = ops.encode_topk(x_BI, p.W_enc_LI, p.b_enc_L, K)
         ops.recon_loss(ops.decode(latents, p.W_dec_LO, p.b_dec_O), x_BI, (I,)).loss.backward()
