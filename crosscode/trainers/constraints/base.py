@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from crosscode.models.base import BaseCrosscoder
@@ -40,15 +39,3 @@ class Constraint(ABC):
 
 
 CONSTRAINTS: Registry[Any] = Registry("constraint", __package__ or "")
-
-
-def constraints_for(model: BaseCrosscoder, configured: Sequence[Constraint] = ()) -> list[Constraint]:
-    """All constraints of a run in the order in which they act: tying, which shared latents imply, comes first."""
-    from crosscode.trainers.constraints.tie_shared_decoders import TieSharedDecoders
-
-    constraints = list(configured)
-    if model.n_shared_latents and not any(isinstance(constraint, TieSharedDecoders) for constraint in constraints):
-        constraints.insert(0, TieSharedDecoders())
-    for constraint in constraints:
-        constraint.check_model(model)
-    return constraints
