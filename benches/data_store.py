@@ -5,7 +5,8 @@ R rows · B batch · M models · P hookpoints · D model dimension.
     python benches/data_store.py [rounds] [folder]
 
 Real activations of SmolLM2-135M (blocks.14.hook_resid_post) are harvested once and written several times over, so
-that the store is larger than any processor cache; everything is read from the page cache.
+that the store is larger than any processor cache; everything is read from the page cache, in one thread, with the
+memory settings of `crosscode train`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crosscode_kernels.host_memory import prepare_host_memory
 from data_common import interleaved, report, smollm2_path
 
 from crosscode.data import (
@@ -36,7 +38,7 @@ from crosscode.data.rows import HarvestedRows
 from crosscode.data.store_format import Layout, pack, unpack
 
 HOOKPOINT = "blocks.14.hook_resid_post"
-B, N_BATCHES = 2048, 8
+B = 2048
 MEMORY_PROBE = """
 import sys, torch
 torch.set_num_threads(1)
@@ -88,16 +90,17 @@ def write(
 
 
 def speed(stores: dict[str, ActivationCache], source: HarvestedRows, rounds: int) -> list[dict[str, Any]]:
-    """Batches as training gets them: shuffled, checked, scaled, float32."""
-    loaders = {name: ActivationsDataloader(StoredRows(store), batch_size=B) for name, store in stores.items()}
+    """Batches as training gets them: shuffled, checked, scaled, float32. An epoch a round, every window in it."""
+    loaders = {}
     for name, store in stores.items():
-        blocks = StoredRows(store, read_block=64)
-        loaders[f"{name}, blocks of 64"] = ActivationsDataloader(blocks, batch_size=B, shuffle_buffer_size=32_768)
-    actions: dict[str, Any] = {name: partial(take, iter(loader)) for name, loader in loaders.items()}
+        loaders[name] = ActivationsDataloader(StoredRows(store), batch_size=B)
+        loaders[f"{name}, blocks of 1"] = ActivationsDataloader(StoredRows(store, read_block=1), batch_size=B)
+    n_batches = {name: loader.rows.n_rows // B for name, loader in loaders.items()}
+    actions: dict[str, Any] = {name: partial(take, iter(loader), n_batches[name]) for name, loader in loaders.items()}
     live, harvested = source.open(), []
     actions["harvest again"] = lambda: harvested.append(next(live).acts_RMPD.shape[0])
     times = interleaved(actions, rounds)
-    n_rows = dict.fromkeys(loaders, B * N_BATCHES) | {"harvest again": sum(harvested) / len(harvested)}
+    n_rows = {name: n * B for name, n in n_batches.items()} | {"harvest again": sum(harvested) / len(harvested)}
     gigabytes = {name: n * source.dims[2] * 4 / 1e9 for name, n in n_rows.items()}
     harvest_rate = n_rows["harvest again"] / times["harvest again"].wall
     return [
@@ -113,8 +116,8 @@ def speed(stores: dict[str, ActivationCache], source: HarvestedRows, rounds: int
     ]
 
 
-def take(iterator: Iterator[torch.Tensor]) -> None:
-    for _ in range(N_BATCHES):
+def take(iterator: Iterator[torch.Tensor], n_batches: int) -> None:
+    for _ in range(n_batches):
         next(iterator)
 
 
@@ -163,6 +166,7 @@ def fraction(error_RD: torch.Tensor, acts_RD: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    prepare_host_memory()
     n_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as temporary:
         main(n_rounds, Path(temporary))

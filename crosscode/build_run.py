@@ -91,11 +91,11 @@ def build_trainer(
 
 def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
     """Scaled, shuffled training activations."""
-    config = experiment.config
+    config, rows = experiment.config, build_rows(experiment)
     return ActivationsDataloader(
-        build_rows(experiment),
+        rows,
         batch_size=config.train.batch_size,
-        shuffle_buffer_size=config.data.shuffle_buffer_size,
+        shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
         seed=config.seed,
         scale=config.data.scale,
         n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,

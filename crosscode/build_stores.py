@@ -12,7 +12,7 @@ from crosscode.data.mixture import MixedDocuments
 from crosscode.data.sources import DocumentSource
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_manifest import Manifest, check_same_content, dtype_name, make_manifest
-from crosscode.data.store_rows import StoredRows
+from crosscode.data.store_rows import DEFAULT_WINDOW, StoredRows
 from crosscode.data.store_writer import check_can_write
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
@@ -63,7 +63,12 @@ def stored_rows(config: HarvestConfig, tokens: TokenSequenceLoader, harvester: A
             check_same_content(opened[-1].path, opened[-1].manifest, same_text, to_append=False)
     weights = [store.weight for store in data.stores if store.weight is not None]
     return StoredRows(
-        opened, weights=weights or None, epochs=data.epochs, seed=config.seed, read_block=data.store_read_block
+        opened,
+        weights=weights or None,
+        epochs=data.epochs,
+        seed=config.seed,
+        read_block=data.store_read_block,
+        window=data.shuffle_buffer_size or DEFAULT_WINDOW,
     )
 
 

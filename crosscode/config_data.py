@@ -173,16 +173,17 @@ class DataConfig(ConfigModel):
     stores: list[StoreConfig] = Field(default=[])
     """read activations from these stores instead of harvesting: [FOLDER, ...] or [{path: FOLDER, weight: 2}, ...]. A
     store of something else than this config describes is refused; with a mixture each may hold a part of it"""
-    store_read_block: PositiveInt = 1
-    """consecutive activations of a store that are read together: 1 shuffles fully and suits a store that fits into
-    memory; a few hundred read a larger one at the speed of the disk, and the shuffle buffer parts them"""
+    store_read_block: PositiveInt | None = None
+    """consecutive activations of a store that are read together; they end up apart, in one window of
+    shuffle_buffer_size. null: as many as 32 KiB hold, at most 16. A few hundred read a disk at its full speed; 1
+    shuffles without any such tie, slower"""
     token_workers: NonNegativeInt = 0
     """threads that tokenize ahead of the harvest; 0: none. Batches are the same for any number"""
     prefetch: NonNegativeInt = 0
     """harvests (or reads) that a thread may run ahead of training; changes no batch"""
     shuffle_buffer_size: NonNegativeInt | None = None
-    """activations to draw batches from; 0: no shuffling; null: 65,536, or 0 for stores that are read fully shuffled.
-    Checkpoints hold the buffer"""
+    """activations to draw batches from; 0: no shuffling; null: 65,536. Checkpoints hold the buffer. Stores are read
+    through a window of this size (0: of 65,536) that no checkpoint holds"""
     scale: bool = True
     """scale each (model, hookpoint) to a mean norm of sqrt(D); folded into the weights at the end"""
     n_tokens_for_norm_estimate: PositiveInt = 32_768

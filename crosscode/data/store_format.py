@@ -64,6 +64,19 @@ class PackedRows:
     acts_RE: torch.Tensor
     scales_RMP: torch.Tensor | None
 
+    @classmethod
+    def empty(cls, n_rows: int, layout: Layout) -> PackedRows:
+        acts_RE = torch.empty((n_rows, layout.acts_bytes), dtype=torch.uint8)
+        return cls(acts_RE, torch.empty((n_rows, *layout.dims[:2])) if layout.n_scales else None)
+
+    def __getitem__(self, part: slice) -> PackedRows:
+        return PackedRows(self.acts_RE[part], None if self.scales_RMP is None else self.scales_RMP[part])
+
+    def sections(self) -> list[torch.Tensor]:
+        """The tensors in their order on disk, each as `section_RE` in bytes."""
+        scales = [] if self.scales_RMP is None else [self.scales_RMP.flatten(1).view(torch.uint8)]
+        return [*scales, self.acts_RE]
+
 
 def pack(acts_RMPD: torch.Tensor, dtype: str) -> PackedRows:
     """Rows in the store's dtype. int8: `round(x / scale)` with `scale = max |x| / 127` of each vector of D.
@@ -83,10 +96,13 @@ def pack(acts_RMPD: torch.Tensor, dtype: str) -> PackedRows:
     return PackedRows(acts_RE, scales_RMP)
 
 
-def unpack(rows: PackedRows, layout: Layout) -> torch.Tensor:
-    """`acts_RMPD`: float32, or bfloat16 for a bfloat16 store."""
+def unpack(rows: PackedRows, layout: Layout, out_RMPD: torch.Tensor | None = None) -> torch.Tensor:
+    """`acts_RMPD`: float32, or bfloat16 for a bfloat16 store; in `out_RMPD`, or else in the rows' memory if it can be."""
     stored_RMPD = rows.acts_RE.view(STORE_DTYPES[layout.dtype]).view(-1, *layout.dims)
-    return stored_RMPD if rows.scales_RMP is None else stored_RMPD * rows.scales_RMP[..., None]
+    if rows.scales_RMP is None:
+        return stored_RMPD if out_RMPD is None else out_RMPD.copy_(stored_RMPD)
+    out_RMPD = torch.empty(stored_RMPD.shape) if out_RMPD is None else out_RMPD
+    return out_RMPD.copy_(stored_RMPD).mul_(rows.scales_RMP[..., None])
 
 
 def row_sums(rows: PackedRows) -> np.ndarray:

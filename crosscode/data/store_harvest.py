@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from crosscode.data.harvester import ActivationHarvester
+from crosscode.data.permutation import permuted
 from crosscode.data.rows import HarvestedRows, Rows, RowStream
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_format import StoreError, StoreNotWritten
 from crosscode.data.store_manifest import make_manifest
-from crosscode.data.store_rows import shuffled_rows
 from crosscode.data.store_writer import ActivationCacheWriter
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
@@ -169,10 +169,11 @@ class _ThroughStream:
             self._cache = ActivationCache(self._source.path)
         n_rows = self._cache.n_rows
         n = min(_ROWS_PER_READ, n_rows - self._row)
+        place_B = torch.arange(self._row, self._row + n)
         if self._shuffled:
             seed = self._source.seed * 1_000_003 + self._epoch
-            return self._cache.read_rows(shuffled_rows(n_rows, self._row, n, seed=seed, block=1))
-        return self._cache.read_rows(torch.arange(self._row, self._row + n))
+            return self._cache.read_rows(permuted(place_B, n_rows, seed))
+        return self._cache.read_rows(place_B)
 
     def _harvest(self) -> torch.Tensor | None:
         """Harvested rows from the first on that was not handed out; None at the end of the epoch."""

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
-from crosscode.data.permutation import permuted
 from crosscode.data.rows import Rows, RowStream
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_manifest import check_same_content, content_id
+from crosscode.data.store_window import StoreWindow
 from crosscode.errors import InputError
+
+DEFAULT_WINDOW = 65_536
+_BYTES_PER_READ = 32 << 10
+_LONGEST_DEFAULT_BLOCK = 16
 
 
 class StoredRows:
@@ -22,11 +26,12 @@ class StoredRows:
 
     `weights`: how often a row comes from each store (None: in proportion to their sizes). `epochs`: None reads for
     ever; with several stores an epoch is as many rows as all of them hold. `rows_per_read`: rows handed out together.
-    `read_block`: so many consecutive rows stay together: 1 is a perfect shuffle out of the page cache; a few hundred
-    reads a disk at its sequential speed, and the dataloader's shuffle buffer then parts what lies together.
     `shuffle=False` keeps the stored order.
 
-    Position and order take no memory that grows with the store.
+    Rows are drawn from a `window` of rows in memory, which several stores share by their weights, and which is filled
+    with random blocks of `read_block` consecutive rows (`store_window` says what that gives up; None: as many as
+    32 KiB hold, at most 16). Longer blocks suit a disk; 1 makes any order of all rows possible, at the price of a read
+    a row. Memory grows with the window alone; a position holds no rows.
     """
 
     def __init__(
@@ -37,14 +42,16 @@ class StoredRows:
         epochs: int | None = None,
         seed: int = 0,
         rows_per_read: int = 2048,
-        read_block: int = 1,
+        read_block: int | None = None,
+        window: int = DEFAULT_WINDOW,
         shuffle: bool = True,
     ) -> None:
         self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)
         if not self.stores:
             raise InputError("stores: at least one is needed")
-        for name, value in {"rows_per_read": rows_per_read, "read_block": read_block, "epochs": epochs or 1}.items():
-            if value < 1:
+        sizes = {"rows_per_read": rows_per_read, "read_block": read_block, "window": window, "epochs": epochs}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
                 raise InputError(f"{name}: {value} is below 1")
         for store in self.stores:
             if store.n_rows == 0:
@@ -55,9 +62,10 @@ class StoredRows:
         self.epochs = epochs
         self.seed = seed
         self.rows_per_read = rows_per_read
-        self.read_block = read_block
+        self.read_block = _default_block(self.stores) if read_block is None else read_block
+        self.window = window
         self.shuffle = shuffle
-        self.shuffled = shuffle and read_block == 1
+        self.shuffled = shuffle
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -90,6 +98,7 @@ class StoredRows:
             else "sizes",
             "store.seed": self.seed,
             "store.read_block": self.read_block,
+            "store.window": self.window,
             "store.shuffle": int(self.shuffle),
         }
 
@@ -118,6 +127,10 @@ class _StoreStream:
             self._sizes = _check_not_shrunk(source.stores, state["sizes_W"].tolist())
             self._weights_W = state["weights_W"].clone()
         self._n_rows = sum(self._sizes)
+        self._windows = [
+            StoreWindow(store, block=source.read_block, window=max(1, round(source.window * weight)))
+            for store, weight in zip(source.stores, self._weights_W.tolist(), strict=True)
+        ]
         self._limit = None if epochs is None else epochs * self._n_rows
 
     def __iter__(self) -> Iterator[Rows]:
@@ -149,17 +162,15 @@ class _StoreStream:
         while n_rows:
             epoch, position = divmod(taken, size)
             n_part = min(n_rows, size - position)
-            parts.append(store.read_rows(self._order(size, position, n_part, seed=self._seed(w, epoch))))
+            if self._source.shuffle:
+                parts.append(self._windows[w].read(position, n_part, n_rows=size, seed=self._seed(w, epoch)))
+            else:
+                parts.append(store.read_rows(torch.arange(position, position + n_part)))
             taken, n_rows = taken + n_part, n_rows - n_part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _seed(self, w: int, epoch: int) -> int:
         return (self._source.seed * 1_000_003 + w) * 1_000_003 + epoch
-
-    def _order(self, n_rows: int, position: int, n: int, *, seed: int) -> torch.Tensor:
-        if not self._source.shuffle:
-            return torch.arange(position, position + n)
-        return shuffled_rows(n_rows, position, n, seed=seed, block=self._source.read_block)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -174,16 +185,10 @@ class _StoreStream:
             store.close()
 
 
-def shuffled_rows(n_rows: int, position: int, n: int, *, seed: int, block: int) -> torch.Tensor:
-    """Rows at places `position` to `position + n` of an order in which blocks of consecutive rows are shuffled.
-
-    The rows that do not fill a block come at the end of the order.
-    """
-    place_B = torch.arange(position, position + n)
-    n_blocks = n_rows // block
-    whole_B = place_B[place_B < n_blocks * block]
-    row_B = permuted(whole_B // block, n_blocks, seed) * block + whole_B % block if whole_B.numel() else whole_B
-    return torch.cat([row_B, place_B[place_B >= n_blocks * block]])
+def _default_block(stores: Sequence[ActivationCache]) -> int:
+    """Rows that make a read worth its overhead."""
+    row_bytes = max(store.layout.row_bytes for store in stores)
+    return min(_LONGEST_DEFAULT_BLOCK, max(1, _BYTES_PER_READ // row_bytes))
 
 
 def _check_not_shrunk(stores: Sequence[ActivationCache], sizes: list[int]) -> list[int]:

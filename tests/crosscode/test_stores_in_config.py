@@ -72,6 +72,14 @@ def test_a_run_reads_a_store_that_was_written_ahead(harvest, with_data, harvests
     torch.testing.assert_close(data.scaling_MP, ActivationCache(path).scaling_MP())
 
 
+def test_the_shuffle_buffer_of_a_store_is_its_window(harvest, with_data):
+    """Rows of a store wait once, in the dtype on disk, and no checkpoint holds them."""
+    data = build_dataloader(open_experiment(check_config(with_data(stores=[harvest()], shuffle_buffer_size=128))))
+    assert (data.rows.window, data.shuffle_buffer_size) == (128, 0)
+    next(iter(data))
+    assert data.state_dict()["buffer"]["rows_NE"].shape[0] == 0
+
+
 def test_training_text_of_a_store_is_what_a_harvest_trains_on_and_never_held_out(harvest, with_data):
     stored = ActivationCache(harvest())
     experiment = open_experiment(check_config(with_data()))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from crosscode.data import ActivationCache, ActivationCacheWriter
 from crosscode.data.permutation import permuted
 from crosscode.data.store_format import Layout, StoreError, pack, row_sums, unpack
-from crosscode.data.store_rows import StoredRows, shuffled_rows
+from crosscode.data.store_rows import StoredRows
+from crosscode.data.store_window import WindowedOrder
 from crosscode.errors import InputError
 
 DIMS = (2, 1, 12)
@@ -60,21 +61,27 @@ def test_rows_come_back(tmp_path, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("order", ["random", "runs"])
-def test_large_stores_are_read_by_position_with_the_same_result(tmp_path, dtype, order):
-    mapped = write(tmp_path, rows_of(95), dtype=dtype)
-    by_position = ActivationCache(tmp_path, resident_bytes=1)
-    index = torch.randint(95, (300,)) if order == "random" else torch.arange(95)
-    assert torch.equal(by_position.read_rows(index), mapped.read_rows(index))
+def test_any_order_of_rows_gives_the_same_rows(tmp_path, dtype, monkeypatch):
+    """Runs that end with a part, runs that end with a shard, repeated rows, more shards than stay open."""
+    monkeypatch.setattr("crosscode.data.store._BYTES_AT_ONCE", 1)
+    monkeypatch.setattr("crosscode.data.store._MAX_OPEN_SHARDS", 2)
+    cache = write(tmp_path, rows_of(195), dtype=dtype)
+    whole = torch.cat([cache.read_rows(torch.tensor([i])) for i in range(195)])
+    assert torch.equal(cache.read_rows(torch.arange(195)), whole)
+    index = torch.randint(195, (500,))
+    assert torch.equal(cache.read_rows(index), whole[index])
+    assert cache.read_rows(index[:0]).shape == (0, *DIMS)
+    for wrong in (-1, 195):
+        with pytest.raises(StoreError, match=f"row {wrong} asked for, but it has 195"):
+            cache.read_rows(torch.tensor([3, wrong]))
 
 
-@pytest.mark.parametrize("resident_bytes", [1, 1 << 30])
-def test_threads_that_read_from_one_object_do_not_disturb_each_other(tmp_path, resident_bytes):
+def test_threads_that_read_from_one_object_do_not_disturb_each_other(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     rows = rows_of(95)
     write(tmp_path, rows, dtype="float32")
-    cache = ActivationCache(tmp_path, resident_bytes=resident_bytes)
+    cache = ActivationCache(tmp_path)
     indices = [torch.randint(95, (60,)) for _ in range(200)]
     with ThreadPoolExecutor(4) as pool:
         for index, got in zip(indices, pool.map(cache.read_rows, indices), strict=True):
@@ -82,23 +89,23 @@ def test_threads_that_read_from_one_object_do_not_disturb_each_other(tmp_path, r
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):
-    """Every row is read; what the process maps or holds stays below the limit that it was given."""
+    """Every row is read; what the process maps or holds is the window and little else."""
 
     def grown(times):
         def mapped_and_held():
             lines = Path("/proc/self/status").read_text().splitlines()
             return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssAnon"))) << 10
 
-        dims, limit = (1, 1, 1024), 4 << 20
+        dims = (1, 1, 1024)
         rows = torch.randn(512, *dims)
         path = tmp_path / str(times)
         with ActivationCacheWriter(path, manifest_of(dims=list(dims)), shard_bytes=8 << 20) as writer:
             for i in range(times):
                 writer.append(rows, {"next": i})
-        cache = ActivationCache(path, resident_bytes=limit)
+        cache = ActivationCache(path)
         cache.read_rows(torch.arange(256))
         before = mapped_and_held()
-        for item in StoredRows(cache, epochs=1, rows_per_read=256).open():
+        for item in StoredRows(cache, epochs=1, rows_per_read=256, window=512).open():
             del item
         return mapped_and_held() - before, cache.n_bytes
 
@@ -283,7 +290,6 @@ def test_a_truncated_or_missing_shard_is_noticed(tmp_path, n_lost):
 
 def test_a_shard_that_is_cut_while_it_is_read_is_noticed(tmp_path):
     cache = write(tmp_path, rows_of(40), shard_rows=100)
-    cache = ActivationCache(tmp_path, resident_bytes=1)
     cache.read_rows(torch.arange(5))
     with open(cache.shards[0].path, "r+b") as file:
         file.truncate(cache.shards[0].path.stat().st_size - 500)
@@ -352,23 +358,60 @@ def test_permuted_looks_random():
     assert not torch.equal(order, permuted(torch.arange(n), n, 2))
 
 
-@given(st.integers(1, 400), st.integers(1, 50), st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
-def test_shuffled_blocks_hold_every_row_once(n_rows, block, step):
-    parts = [
-        shuffled_rows(n_rows, first, min(step, n_rows - first), seed=3, block=block) for first in range(0, n_rows, step)
-    ]
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(n_rows))
+@given(st.integers(1, 400), st.integers(1, 50), st.integers(1, 500))
+@settings(max_examples=150, deadline=None)
+def test_windows_hold_every_row_once(n_rows, block, window):
+    order = WindowedOrder(n_rows, block, window, seed=3)
+    rows, place = [], 0
+    while place < n_rows:
+        first, end = order.bounds(place)
+        assert first == place
+        assert end - first < max(window, block) + block
+        assert {order.bounds(inside) for inside in range(first, end)} == {(first, end)}
+        held_R = order.rows_R(first, end)
+        assert torch.equal(held_R.sort().values, held_R)
+        picks = torch.cat([order.picks_B(first, end, torch.tensor([i])) for i in range(first, end)])
+        assert torch.equal(picks, order.picks_B(first, end, torch.arange(first, end)))
+        rows.append(held_R[picks])
+        place = end
+    assert torch.equal(torch.cat(rows).sort().values, torch.arange(n_rows))
+
+
+@pytest.mark.parametrize(("block", "window"), [(1, 1000), (16, 1000), (16, 100_000)])
+def test_rows_of_a_window_come_from_everywhere_and_are_parted(block, window):
+    n_rows = 20_000
+    order = WindowedOrder(n_rows, block, window, seed=1)
+    rows = []
+    while len(rows) < n_rows:
+        first, end = order.bounds(len(rows))
+        held_R = order.rows_R(first, end)
+        assert abs(float(held_R.double().mean()) / n_rows - 0.5) < 0.12
+        rows += held_R[order.picks_B(first, end, torch.arange(first, end))].tolist()
+    step = torch.tensor(rows).diff().abs()
+    side_by_side = float((step == 1).double().mean())
+    expected = 2 / n_rows if block == 1 or window > n_rows else 2 * (block - 1) / block / window
+    assert side_by_side < 2 * expected + 0.001
+    assert abs(float(step.double().mean()) / n_rows - 1 / 3) < 0.02
+
+
+@pytest.mark.parametrize(("width", "block"), [(12, 16), (576, 14), (1536, 5), (16_384, 1)])
+def test_a_read_is_some_kilobytes_by_default(tmp_path, width, block):
+    with ActivationCacheWriter(tmp_path, manifest_of(dims=[1, 1, width])) as writer:
+        writer.append(torch.randn(4, 1, 1, width), {"next": 4})
+    assert StoredRows(ActivationCache(tmp_path)).read_block == block
+    with pytest.raises(InputError, match="window: 0 is below 1"):
+        StoredRows(ActivationCache(tmp_path), window=0)
 
 
 def take(stream, n):
     return torch.cat([next(stream).acts_RMPD for _ in range(n)])
 
 
-@pytest.mark.parametrize("read_block", [1, 7])
-def test_stored_rows_read_every_row_once_an_epoch(tmp_path, read_block):
+@pytest.mark.parametrize("window", [1, 20, 1000])
+@pytest.mark.parametrize("read_block", [1, 7, 200])
+def test_stored_rows_read_every_row_once_an_epoch(tmp_path, read_block, window):
     rows = rows_of(95)
-    source = StoredRows(write(tmp_path, rows), epochs=2, rows_per_read=10, read_block=read_block)
+    source = StoredRows(write(tmp_path, rows), epochs=2, rows_per_read=10, read_block=read_block, window=window)
     items = list(source.open())
     assert [item.epoch for item in items][:1] + [item.epoch for item in items][-1:] == [0, 1]
     acts = torch.cat([item.acts_RMPD for item in items])
@@ -377,10 +420,12 @@ def test_stored_rows_read_every_row_once_an_epoch(tmp_path, read_block):
     assert not torch.equal(acts[:95], acts[95:])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("window", [24, 1000])
 @pytest.mark.parametrize("n_stores", [1, 3])
-def test_stored_rows_continue_exactly(tmp_path, n_stores):
-    stores = [write(tmp_path / str(i), rows_of(50 + i, i)) for i in range(n_stores)]
-    make = lambda: StoredRows(stores, rows_per_read=16, seed=2)  # noqa: E731
+def test_stored_rows_continue_exactly(tmp_path, n_stores, window, dtype):
+    stores = [write(tmp_path / str(i), rows_of(50 + i, i), dtype=dtype) for i in range(n_stores)]
+    make = lambda: StoredRows(stores, rows_per_read=16, seed=2, read_block=4, window=window)  # noqa: E731
     expected = make().open()
     interrupted = make().open()
     assert torch.equal(take(expected, 9), take(interrupted, 9))
