@@ -5,8 +5,7 @@ R rows · B batch · M models · P hookpoints · D model dimension.
     python benches/data_store.py [rounds] [folder]
 
 Real activations of SmolLM2-135M (blocks.14.hook_resid_post) are harvested once and written several times over, so
-that the store is larger than any processor cache; everything is read from the page cache, in one thread, with the
-memory settings of `crosscode train`.
+that the store is larger than any processor cache; everything is read from the page cache, in one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscode_kernels.host_memory import prepare_host_memory
 from data_common import interleaved, report, smollm2_path
 
 from crosscode.data import (
@@ -166,7 +164,6 @@ def fraction(error_RD: torch.Tensor, acts_RD: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    prepare_host_memory()
     n_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as temporary:
         main(n_rounds, Path(temporary))
