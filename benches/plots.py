@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 COLOURS = {"reference": "#808b96", "torch": "#0072b2", "triton": "#d55e00"}
 """From Okabe and Ito's set, told apart by colour-blind readers."""
@@ -46,7 +48,9 @@ def backends(rows: list[Row]) -> list[str]:
 
 def _panels(n: int, title: str, width: float = 3.4, height: float = 3.1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * n, height), layout="constrained", dpi=130)
-    figure.suptitle(title, fontsize=8, color="#656d76")
+    unbroken = " · ".join(part.replace(" ", "\xa0") for part in title.split(" · "))
+    lines = textwrap.wrap(unbroken, int(19 * width * n))
+    figure.suptitle("\n".join(lines), fontsize=8, color="#656d76")
     axes = list(figure.subplots(1, n, squeeze=False)[0])
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
@@ -135,8 +139,12 @@ def _bars(axes: Axes, ratios: dict[str, dict[str, float]]) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="#24292f", linewidth=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     axes.set_xlim(low / 2, high * 2)
+    if axes.get_xlim()[1] < 20:
+        axes.set_xticks([value for value in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16) if low / 2 <= value <= high * 2])
     axes.grid(False, axis="y")
 
 
