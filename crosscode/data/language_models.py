@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from crosscode.errors import InputError
 
@@ -77,8 +78,8 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """16 hex digits of the weights: names, shapes, dtypes and an exact integer checksum of every tensor's bits.
 
-        Two models that differ in one weight differ in it. It reads every weight once, at memory speed, on the
-        model's own device, and does not depend on the device.
+        Two models that differ in one weight differ in it, and two in which weights changed places. It reads every
+        weight, at memory speed, on the model's own device, and does not depend on the device.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -88,15 +89,18 @@ class LanguageModel:
 
 
 def _bit_sums(tensor: torch.Tensor) -> bytes:
-    """Sums of the bit patterns over consecutive blocks: integer arithmetic, so the order of addition is no matter."""
+    """Sums of the bit patterns over consecutive blocks and across them: weights that change places are seen as well.
+
+    Integer arithmetic, so the order of addition is no matter.
+    """
     flat = tensor.detach().contiguous().reshape(-1)
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()]
     flat = flat.view(bits) if flat.dtype != torch.bool else flat.to(torch.uint8)
     block = -(-flat.numel() // _FINGERPRINT_BLOCKS) or 1
     whole = flat.numel() // block * block
-    sums = flat[:whole].view(-1, block).sum(dim=1, dtype=torch.int64)
-    rest = flat[whole:].sum(dtype=torch.int64).reshape(1)
-    return torch.cat([sums, rest]).cpu().numpy().tobytes()
+    blocks = flat[:whole].view(-1, block)
+    sums = [blocks.sum(dim=dim, dtype=torch.int64) for dim in (1, 0)]
+    return torch.cat([*sums, flat[whole:].long()]).cpu().numpy().tobytes()
 
 
 def load_language_model(
@@ -125,10 +129,30 @@ def load_language_model(
         common["gguf_file"] = gguf_file
     dense = _dense_gguf_options() if gguf_file is not None else {}
     with _one_line_errors(name_or_path, revision):
+        place = _usable_device(device)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **common, **dense)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
+        )
+        _check_nothing_is_missing(model, info["missing_keys"])
     name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
-    return _freeze(model.to(device), tokenizer, name, revision)
+    return _freeze(model.to(place), tokenizer, name, revision)
+
+
+def _usable_device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(name)!r} is not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _check_nothing_is_missing(model: Any, missing: Collection[str]) -> None:
+    """`transformers` fills weights that a checkpoint lacks with random numbers, and says so in a warning alone."""
+    if missing:
+        n_all = sum(1 for _ in model.parameters())
+        raise InputError(f"{len(missing)} of its {n_all} weights are not in the files ({min(missing)}, ...)")
 
 
 def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
@@ -169,8 +193,12 @@ def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | N
 def _one_line_errors(name_or_path: str, revision: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its files hold weights of other shapes than its config.json describes"
+        elif reason.endswith(":"):
+            reason = " ".join(str(error).split())[:200]
         raise InputError(f"language model {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
 
 

@@ -1,6 +1,9 @@
 """Every way to a language model ends in the same frozen object, and every wrong way in one clear line."""
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
 
 from crosscode.data import (
@@ -44,7 +47,11 @@ def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
     weight = loaded.model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
-    assert loaded.fingerprint() != print_of_file
+    print_of_change = loaded.fingerprint()
+    assert print_of_change != print_of_file
+    with torch.no_grad():
+        weight[3, [4, 5]] = weight[3, [5, 4]]
+    assert loaded.fingerprint() not in (print_of_change, print_of_file)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,7 @@ def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
         ("FOLDER", {"dtype": "float8"}, "dtype: 'float8' is not one of float32, bfloat16, float16"),
         ("FOLDER", {"gguf_file": "x.gguf"}, "gguf_file: 'x.gguf' is not in folder"),
         ("FOLDER/..", {}, "holds no config.json"),
+        ("FOLDER", {"device": "gpu"}, "device 'gpu' is not available here"),
     ],
 )
 def test_wrong_names_are_refused(name, options, message, folder):
@@ -67,6 +75,39 @@ def test_wrong_names_are_refused(name, options, message, folder):
 def test_a_broken_folder_is_refused_in_one_line(folder):
     (folder / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be loaded") as error:
+        load_language_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def _change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _drop_a_weight(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_a_weight, r"1 of its 30 weights are not in the files \(model.layers.1.mlp.down_proj.weight"),
+        (lambda folder: _change_config(folder, num_hidden_layers=5), "18 of its 48 weights are not in the files"),
+        (lambda folder: _change_config(folder, hidden_size=32), "other shapes than its config.json describes"),
+        (_cut, "deserializing header"),
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], "tokenizer from one of: .*tokenizers"),
+    ],
+)
+def test_weights_that_are_missing_or_wrong_are_never_random(damage, message, folder):
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
         load_language_model(str(folder))
     assert "\n" not in str(error.value)
 
