@@ -13,11 +13,12 @@ import torch
 
 from crosscode.build_stores import check_stores, stored_rows
 from crosscode.config_data import DemoCorpus, HarvestConfig, HubDataset, LanguageModelConfig, LocalDataset, Mixture
+from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel, load_language_model
 from crosscode.data.mixture import MixedDocuments
 from crosscode.data.rows import HarvestedRows, RowSource
-from crosscode.data.sources import DocumentSource, load_documents, wrap_documents
+from crosscode.data.sources import load_documents, wrap_documents
 from crosscode.data.store_harvest import HarvestThroughStore
 from crosscode.data.token_arguments import check_token_arguments
 from crosscode.data.tokens import TokenSequenceLoader

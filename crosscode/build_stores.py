@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from crosscode.config_data import HarvestConfig, StoreConfig
+from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel
 from crosscode.data.mixture import MixedDocuments
-from crosscode.data.sources import DocumentSource
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_manifest import Manifest, check_same_content, dtype_name, make_manifest
 from crosscode.data.store_rows import DEFAULT_WINDOW, StoredRows

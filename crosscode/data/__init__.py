@@ -1,6 +1,7 @@
 """Text to batches of activations: models, sources, tokens, harvest, store, shuffled and scaled batches."""
 
 from crosscode.data.dataloader import ActivationsDataloader
+from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester, check_hookpoints
 from crosscode.data.language_models import (
     LanguageModel,
@@ -10,7 +11,7 @@ from crosscode.data.language_models import (
     wrap_language_model,
 )
 from crosscode.data.mixture import MixedDocuments
-from crosscode.data.sources import DocumentSource, load_documents, wrap_documents
+from crosscode.data.sources import load_documents, wrap_documents
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_format import StoreError
 from crosscode.data.store_harvest import HarvestThroughStore, harvest_to_store

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from crosscode.data.sources import Document, DocumentSource, DocumentStream
+from crosscode.data.documents import Document, DocumentSource, DocumentStream
 from crosscode.errors import InputError
 
 Stop = Literal["first", "all"]

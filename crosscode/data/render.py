@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from crosscode.data.sources import Document
+from crosscode.data.chats import render_chat
+from crosscode.data.documents import Document
 from crosscode.errors import InputError
 
 MASKED = 1
@@ -52,37 +53,41 @@ class DocumentRenderer:
                 rendered.append(self._finish(ids, masked, pad_to, pad_id))
         return rendered
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
         if not texts:
             return []
         if self._tokenizer is None:
             raise InputError("tokenizer: none given, but the dataset holds text")
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        try:
+            encoded = self._tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+            )
+        except (TypeError, UnicodeEncodeError) as error:
+            bad = next((text for text in texts if not _is_unicode(text)), None)
+            if bad is None:
+                raise
+            raise InputError(f"dataset: a document holds half a surrogate pair: {bad[:60]!a}") from error
+        return encoded if options else encoded["input_ids"]
 
     def _check_ids(self, document: Any) -> list[int]:
-        ids = document.tolist() if isinstance(document, torch.Tensor) else list(document)
-        if not all(isinstance(token, int) for token in ids):
+        ids = list(document)
+        if not all(type(token) is int for token in ids):
             raise InputError(f"dataset: a document is {str(ids)[:60]!r}; text, token ids or chat messages are needed")
+        if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"dataset: a document holds {wrong} where a token id is needed")
         return ids
 
     def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise InputError("dataset: it holds chats, but the tokenizer has no chat template")
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        text, spans = render_chat(self._tokenizer, messages)
         if self._template_tokens == "keep":
             return self._tokenize([text])[0], None
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans, end = [], 0
-        for message in messages:
-            content = (message.get("content") or "").strip()
-            begin = text.find(content, end)
-            if content and begin >= 0:
-                end = begin + len(content)
-                spans.append((begin, end))
+        encoded = self._tokenize([text], return_offsets_mapping=True)
         masked = [
-            not any(begin < last and first < end for begin, end in spans) for first, last in encoded["offset_mapping"]
+            not any(begin < last and first < end for begin, end in spans)
+            for first, last in encoded["offset_mapping"][0]
         ]
-        return encoded["input_ids"], masked
+        return encoded["input_ids"][0], masked
 
     def _finish(self, ids: list[int], masked: list[bool] | None, pad_to: int | None, pad_id: int) -> Rendered:
         tokens_T = torch.tensor(ids, dtype=torch.long)
@@ -101,3 +106,11 @@ class DocumentRenderer:
             tokens_T = torch.nn.functional.pad(tokens_T, (0, n_missing), value=pad_id)
             flags_T = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING)
         return tokens_T, flags_T
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

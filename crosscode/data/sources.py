@@ -1,55 +1,24 @@
-"""Documents in a fixed order that can be opened at any position.
+"""Documents of data sets: lists, files, folders, the hub.
 
-A document is a text, a list of token ids, or a chat (a list of messages with "role" and "content"). A source may be
-opened many times, each time from the start or from a saved position; a shuffled order is a permutation that depends
-on the seed alone.
+A source may be opened many times, each time from the start or from a saved position; a shuffled order is a permutation
+that depends on the seed alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crosscode.data.documents import Document, DocumentSource, DocumentStream, document_of, hash_documents
+from crosscode.data.streams import StreamedDocuments, fresh_stream, one_line_errors
 from crosscode.errors import InputError
-
-Document = str | list[int] | list[dict[str, str]]
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 _FINGERPRINT_DOCUMENTS = 256
-_FINGERPRINT_STREAMED = 8
-
-
-class DocumentStream(ABC, Iterator[Document]):
-    """One pass over a source. `state()` is the position after the last document that was handed out."""
-
-    @abstractmethod
-    def state(self) -> str: ...
-
-
-class DocumentSource(ABC):
-    """Documents that can be opened many times.
-
-    `name` is for messages. `fingerprint` depends on the content alone, not on where it lies: a hash of documents spread
-    over the whole and their number, or of the first documents of a stream.
-    """
-
-    name: str
-    fingerprint: str
-
-    @abstractmethod
-    def open(self, *, order_seed: int | None = None, state: str | None = None) -> DocumentStream:
-        """A new pass, from the start or from `state`. `order_seed` None keeps the stored order.
-
-        A source that cannot be read at random (a stream) keeps its order in any case.
-        """
 
 
 class IndexedDocuments(DocumentSource):
@@ -63,13 +32,13 @@ class IndexedDocuments(DocumentSource):
         self.name = name
         n = len(rows)
         sample = sorted({i * (n - 1) // max(_FINGERPRINT_DOCUMENTS - 1, 1) for i in range(_FINGERPRINT_DOCUMENTS)})
-        self.fingerprint = f"{_hash_documents(self.document(i) for i in sample)}:{n}"
+        self.fingerprint = f"{hash_documents(self.document(i) for i in sample)}:{n}"
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def document(self, index: int) -> Document:
-        return _document_of(self._rows[index], self._column)
+        return document_of(self._rows[index], self._column, self.name)
 
     def open(self, *, order_seed: int | None = None, state: str | None = None) -> DocumentStream:
         order_N = None
@@ -93,45 +62,6 @@ class _IndexedStream(DocumentStream):
 
     def state(self) -> str:
         return str(self._position)
-
-
-class StreamedDocuments(DocumentSource):
-    """A `datasets` stream, or any function that opens a fresh iterable: read in order, one after another."""
-
-    def __init__(self, open_rows: Callable[[], Any], column: str | None, *, name: str) -> None:
-        self._open_rows = open_rows
-        self._column = column
-        self.name = name
-        beginning = itertools.islice(self.open(), _FINGERPRINT_STREAMED)
-        self.fingerprint = f"{_hash_documents(beginning)}:stream"
-
-    def open(self, *, order_seed: int | None = None, state: str | None = None) -> DocumentStream:
-        return _RowStream(self._open_rows(), self._column, state)
-
-
-class _RowStream(DocumentStream):
-    """Saves the position as the dataset's own state where it has one, else as the number of rows to skip."""
-
-    def __init__(self, rows: Any, column: str | None, state: str | None) -> None:
-        self._rows = rows
-        self._column = column
-        self._has_state = hasattr(rows, "load_state_dict")
-        self._count = 0
-        if state and self._has_state:
-            rows.load_state_dict(json.loads(state))
-        self._iterator = iter(rows)
-        if state and not self._has_state:
-            self._count = int(state)
-            for _ in range(self._count):
-                next(self._iterator, None)
-
-    def __next__(self) -> Document:
-        row = next(self._iterator)
-        self._count += 1
-        return _document_of(row, self._column)
-
-    def state(self) -> str:
-        return json.dumps(self._rows.state_dict()) if self._has_state else str(self._count)
 
 
 def load_documents(
@@ -169,13 +99,16 @@ def load_documents(
     except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # `datasets` says only that it failed, and gives the reason as the cause.
+        told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        reason = (str(told).strip() or type(told).__name__).splitlines()[0]
         raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {reason}") from error
     return wrap_documents(data, column=column, name=path_or_name)
 
 
 def wrap_documents(data: Any, *, column: str | None = None, name: str = "in-memory") -> DocumentSource:
-    """Documents of a `datasets` Dataset or IterableDataset, a list, or a function that returns a fresh iterable.
+    """Documents of a `datasets` Dataset or IterableDataset, a list, a matrix of token ids, or a function that returns a
+    fresh iterable.
 
     `column` names the field of each row; None takes the rows themselves as documents. A plain iterator is refused: it
     could be read once only.
@@ -193,6 +126,8 @@ def wrap_documents(data: Any, *, column: str | None = None, name: str = "in-memo
         for row in data[:1]:
             _check_column(column, list(row) if isinstance(row, Mapping) else None, name)
         return IndexedDocuments(data, column, name=name)
+    if getattr(data, "ndim", 0) == 2 and column is None:
+        return IndexedDocuments(data, None, name=name)
     if callable(data):
         return StreamedDocuments(data, column, name=name)
     raise InputError(
@@ -203,22 +138,12 @@ def wrap_documents(data: Any, *, column: str | None = None, name: str = "in-memo
 def _wrap_stream(data: Any, column: str | None, name: str) -> DocumentSource:
     columns = data.column_names
     if columns is None:
-        first = next(iter(data), None)
+        first = next(one_line_errors(fresh_stream(data), name), None)
         if first is None:
             raise InputError(f"dataset {name!r} is empty")
         columns = list(first)
     _check_column(column, columns, name)
-    return StreamedDocuments(lambda: _fresh_stream(data), column, name=name)
-
-
-def _fresh_stream(data: Any) -> Any:
-    """An IterableDataset keeps its position in itself; a shallow copy has its own."""
-    import copy
-
-    fresh = copy.copy(data)
-    fresh._state_dict = None
-    fresh._starting_state_dict = None
-    return fresh
+    return StreamedDocuments(lambda: fresh_stream(data), column, name=name)
 
 
 def _load_local(path: Path, *, split: str, streaming: bool, text_unit: str) -> Any:
@@ -253,18 +178,3 @@ def _kind_of(file: Path) -> str | None:
 def _check_column(column: str | None, columns: Iterable[str] | None, name: str) -> None:
     if column is not None and columns is not None and column not in columns:
         raise InputError(f"column: {column!r} is not a column of dataset {name!r}; it has {', '.join(columns)}")
-
-
-def _document_of(row: Any, column: str | None) -> Document:
-    """A missing value is an empty document; arrays and tensors become lists."""
-    value = row if column is None else row[column]
-    if value is None:
-        return ""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _hash_documents(documents: Iterable[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()[:16]

@@ -20,8 +20,8 @@ from typing import Literal
 
 import torch
 
+from crosscode.data.documents import Document, DocumentStream
 from crosscode.data.render import Rendered
-from crosscode.data.sources import Document, DocumentStream
 
 Split = Literal["all", "train", "validation"]
 
@@ -43,7 +43,9 @@ class Selection:
         if self.split == "all":
             return True
         content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-        number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+        number = int.from_bytes(
+            hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
+        )
         return (number < self.validation_fraction * 2**64) == (self.split == "validation")
 
     def __call__(self, number: int, document: Document) -> bool:

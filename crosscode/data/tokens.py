@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import torch
 
+from crosscode.data.documents import Document, DocumentSource
 from crosscode.data.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, TemplateTokens
-from crosscode.data.sources import Document, DocumentSource
 from crosscode.data.token_arguments import check_token_arguments
 from crosscode.data.token_chunks import Chunk, ChunkReader, Selection, Split, Start, WorkerChunks
 from crosscode.errors import InputError

@@ -209,12 +209,27 @@ def test_bad_arguments_are_refused(changes, message, tokenizer, documents):
     [
         (["", " "], "its 2 documents hold no usable position"),
         ([[1.5, 2.5]], "a document is"),
+        ([3, 4], r"a document is '3' \(int\)"),
+        ([b"w0 w1"], r"\(bytes\)"),
+        ([{"text": "w0"}], r"a row of fields \(text\); name the column"),
+        ([[7, -100, 8]], "holds -100 where a token id is needed"),
+        ([[7, 1 << 40]], "where a token id is needed"),
+        (["w0 \ud800 w1"], "half a surrogate pair"),
         ([[{"role": "user", "content": "w0"}]], "no chat template"),
     ],
 )
 def test_bad_documents_are_refused(documents, message, tokenizer):
     with pytest.raises(InputError, match=message):
         drain(loader_of(documents, tokenizer))
+
+
+def test_a_matrix_of_token_ids_is_a_dataset(tokenizer):
+    ids = torch.tensor([[7, 8, 9], [10, 11, 12]])
+    for data in (ids, ids.numpy()):
+        assert drain(loader_of(data, tokenizer))[0].tokens_HS.tolist() == [
+            [1, 7, 8, 9, 2, 10, 11, 12],
+            [1, 2] + [3] * 6,
+        ]
 
 
 def test_an_empty_validation_split_says_so(tokenizer):
