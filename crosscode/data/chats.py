@@ -45,8 +45,8 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
 
     None where a content is no text, or where the template does more with contents than trim them.
     """
-    contents = [message.get("content") for message in messages]
-    if not all(isinstance(content, str) for content in contents):
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    if len(contents) != len(messages):
         return None
     marks = [_MARK.format(i) for i in range(len(messages))]
     try:

@@ -48,7 +48,7 @@ def document_of(row: Any, column: str | None, name: str) -> Document:
     """
     if column is not None and isinstance(row, Mapping) and column not in row:
         raise InputError(f"column: {column!r} is not in a row of dataset {name!r}; it has {', '.join(map(str, row))}")
-    value = row if column is None else row[column]
+    value: Any = row if column is None else row[column]
     if value is None:
         return ""
     if hasattr(value, "tolist"):

@@ -131,9 +131,10 @@ def load_language_model(
     with _one_line_errors(name_or_path, revision):
         place = _usable_device(device)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
         )
+        model, info = loaded
         _check_nothing_is_missing(model, info["missing_keys"])
     name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
     return _freeze(model.to(place), tokenizer, name, revision)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel
-from crosscode.data.store_format import STORE_DTYPES, Layout, StoreError, write_atomically
+from crosscode.data.store_format import STORE_DTYPES, Layout, StoreError, read_shard_header, write_atomically
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
@@ -23,6 +23,9 @@ _FORMAT = "crosscode-activations"
 _VERSION = 1
 _ONLY_NAMES = (".name", ".revision")
 _ORDER_OF_ROWS = ("tokens.seed", "tokens.shuffle", "tokens.batch_size", "tokens.worker")
+_ROUNDING = ("dtype", "activation_dtype")
+_DEFAULTS = {"activation_dtype": "float32"}
+"""Of manifests that do not say: earlier ones."""
 
 Manifest = dict[str, Any]
 
@@ -48,6 +51,7 @@ def make_manifest(token_loader: TokenSequenceLoader, harvester: ActivationHarves
         "hookpoints": harvester.hookpoints,
         "dims": list(harvester.dims),
         "dtype": dtype,
+        "activation_dtype": str(harvester.dtype).removeprefix("torch."),
         "tokens": json.loads(token_loader.describe()),
     }
 
@@ -70,6 +74,21 @@ def content_id(manifest: Manifest) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
+def check_shards_belong(folder: Path, manifest: Manifest, shards: Sequence[Path]) -> None:
+    """Raise StoreError for a shard that was written for another manifest: copied here, or the manifest was.
+
+    Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
+    """
+    layout, mine = layout_of(manifest), content_id(manifest)
+    for index, path in enumerate(shards):
+        theirs = read_shard_header(path, index, layout)[2].get("content", mine)
+        if theirs != mine:
+            raise StoreError(
+                f"store {str(folder)!r}: shard {path.name} was written for another manifest ({theirs}) than the one in "
+                f"this folder ({mine}); one of the two was copied here"
+            )
+
+
 def layout_of(manifest: Manifest) -> Layout:
     M, P, D = manifest["dims"]
     return Layout((M, P, D), manifest["dtype"])
@@ -88,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = json.loads(path.read_text())
         checksum = manifest.pop("checksum", None)
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, OSError) as error:
         raise StoreError(f"store: {str(path)!r} is not readable ({type(error).__name__})") from error
     if manifest.get("format") != _FORMAT:
         raise StoreError(f"store: {str(path)!r} is not the manifest of an activation store")
@@ -104,16 +123,16 @@ def check_same_content(
 ) -> None:
     """Raise StoreError naming the first field in which a store differs from what a run wants.
 
-    To read, the order of the rows and their dtype on disk are no matter; to append, they are. `partly`: fields that
-    `wanted` does not have are no matter either.
+    To read, the order of the rows and their rounding (on disk and before) are no matter; to append, they are.
+    `partly`: fields that `wanted` does not have are no matter either.
     """
-    ignored = () if to_append else ("dtype", *_ORDER_OF_ROWS)
+    ignored = () if to_append else (*_ROUNDING, *_ORDER_OF_ROWS)
     names_stored, names_wanted = ([model["name"] for model in manifest["models"]] for manifest in (stored, wanted))
     if len(names_stored) != len(names_wanted):
         raise StoreError(
             f"store {str(folder)!r} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
         )
-    flat_stored, flat_wanted = dict(_flatten(stored)), dict(_flatten(wanted))
+    flat_stored, flat_wanted = ({**_DEFAULTS, **dict(_flatten(manifest))} for manifest in (stored, wanted))
     for field in flat_wanted if partly else dict.fromkeys([*flat_wanted, *flat_stored]):
         mine, theirs = flat_wanted.get(field), flat_stored.get(field)
         if mine != theirs and field not in ignored and not field.endswith(_ONLY_NAMES):

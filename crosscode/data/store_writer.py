@@ -33,7 +33,15 @@ from crosscode.data.store_format import (
     write_atomically,
     write_shard,
 )
-from crosscode.data.store_manifest import Manifest, check_same_content, layout_of, read_manifest, write_manifest
+from crosscode.data.store_manifest import (
+    Manifest,
+    check_same_content,
+    check_shards_belong,
+    content_id,
+    layout_of,
+    read_manifest,
+    write_manifest,
+)
 from crosscode.errors import InputError
 
 
@@ -58,6 +66,7 @@ class ActivationCacheWriter:
             raise InputError(f"max_bytes: {max_bytes} is below 1")
         self.path = Path(path)
         self.layout = layout_of(manifest)
+        self._content = content_id(manifest)
         self._shard_bytes = shard_bytes
         self._max_bytes = max_bytes
         self._waiting: list[PackedRows] = []
@@ -81,12 +90,14 @@ class ActivationCacheWriter:
                 write_manifest(self.path, manifest)
             else:
                 check_same_content(self.path, stored, manifest, to_append=True)
+                self._content = content_id(stored)
             shards = list_shards(self.path, self.layout)
+            check_shards_belong(self.path, stored or manifest, [shard.path for shard in shards])
             self.n_shards = len(shards)
             self.n_rows = sum(shard.n_rows for shard in shards)
             self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
             self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
-            for leftover in _unfinished(self.path):
+            for leftover in [*_unfinished(self.path), *_other_positions(self.path, self.n_shards)]:
                 leftover.unlink()
             if self.finished:
                 self._release()
@@ -155,7 +166,7 @@ class ActivationCacheWriter:
 
     def _write_shard(self, finished: bool) -> None:
         assert self._state is not None
-        info = {"norm_sums": self._norm_sum_MP.tolist()}
+        info = {"norm_sums": self._norm_sum_MP.tolist(), "content": self._content}
         _write_resume(self.path, self.n_shards + 1, self._state, finished)
         self.n_bytes += write_shard(self.path, self.n_shards, self.layout, self._waiting, info)
         self.n_rows += sum(rows.acts_RE.shape[0] for rows in self._waiting)
@@ -163,9 +174,8 @@ class ActivationCacheWriter:
         self.resume_state = self._state
         self._waiting, self._waiting_bytes, self._state = [], 0, None
         self._norm_sum_MP = torch.zeros_like(self._norm_sum_MP)
-        for old in self.path.glob("resume-*"):
-            if _resume_count(old) < self.n_shards:
-                old.unlink()
+        for old in _other_positions(self.path, self.n_shards):
+            old.unlink()
 
     def _guarded(self, action: Any, *args: Any) -> None:
         """Turn an error of the system into one line that says what is kept."""
@@ -241,6 +251,14 @@ def _take_lock(folder: Path) -> Any:
     lock.write(f"process {os.getpid()}")
     lock.flush()
     return lock
+
+
+def _other_positions(folder: Path, n_shards: int) -> list[Path]:
+    """Positions after another number of shards: of a shard that was never finished, or that others came after.
+
+    The next shard may end elsewhere than the unfinished one would have; its position must not be mistaken for that.
+    """
+    return [path for path in folder.glob("resume-*.safetensors") if _resume_count(path) != n_shards]
 
 
 def _resume_count(path: Path) -> int:

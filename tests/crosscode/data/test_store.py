@@ -265,11 +265,56 @@ def test_a_damaged_manifest_or_position_is_noticed(tmp_path):
     manifest.write_text(json.dumps({"format": "something"}))
     with pytest.raises(StoreError, match="is not the manifest of an activation store"):
         ActivationCache(tmp_path)
+    manifest.write_text("[]")
+    with pytest.raises(StoreError, match="is not readable"):
+        ActivationCache(tmp_path)
     manifest.unlink()
     with pytest.raises(StoreError, match="no such store"):
         ActivationCache(tmp_path)
     with pytest.raises(StoreError, match="holds shards but no manifest"):
         ActivationCacheWriter(tmp_path, manifest_of())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_position_of_a_shard_that_was_never_finished_is_forgotten(tmp_path, finished, monkeypatch):
+    """A process dies between the position and its shard; the next one closes that shard elsewhere."""
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("crosscode.data.store_writer.write_shard", die)
+        writer = ActivationCacheWriter(tmp_path, manifest_of(), shard_bytes=1 << 20)
+        writer.append(rows_of(60), {"next": 60})
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish() if finished else writer.flush()
+        writer._release()
+    with ActivationCacheWriter(tmp_path, manifest_of()) as writer:
+        assert (writer.n_rows, writer.resume_state) == (0, None)
+        writer.append(rows_of(20), {"next": 20})
+    writer = ActivationCacheWriter(tmp_path, manifest_of())
+    assert (writer.n_rows, writer.resume_state, writer.finished) == (20, {"next": 20}, False)
+    writer.close()
+
+
+@pytest.mark.parametrize("copied", ["manifest.json", "shard-000001.safetensors"])
+def test_files_of_another_store_are_noticed(tmp_path, copied):
+    other = manifest_of(models=[{**MODELS[0], "weights": "33"}, MODELS[1]])
+    write(tmp_path / "one", rows_of(95))
+    write(tmp_path / "two", rows_of(95, seed=1), models=other["models"])
+    (tmp_path / "one" / copied).write_bytes((tmp_path / "two" / copied).read_bytes())
+    before = snapshot(tmp_path / "one")
+    with pytest.raises(StoreError, match=r"shard-00000\d.safetensors was written for another manifest"):
+        ActivationCacheWriter(tmp_path / "one", other if copied == "manifest.json" else manifest_of())
+    assert snapshot(tmp_path / "one") == before
+
+
+def test_rounding_before_the_store_matters_to_append(tmp_path):
+    write(tmp_path, rows_of(40))  # a manifest of before this was written down: float32
+    ActivationCacheWriter(tmp_path, manifest_of(activation_dtype="float32")).close()
+    with pytest.raises(StoreError, match="activation_dtype is 'float32' in the store and 'bfloat16' in this run"):
+        ActivationCacheWriter(tmp_path, manifest_of(activation_dtype="bfloat16"))
+    ActivationCache(tmp_path, expected=manifest_of(activation_dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("n_lost", [1, 100, 10_000])
