@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.sources import load_documents, wrap_documents
 from crosscode.data.store_harvest import HarvestThroughStore
 from crosscode.data.token_arguments import check_token_arguments
+from crosscode.data.token_chunks import Selection
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field
 
 log = logging.getLogger("crosscode")
+
+_ENOUGH_FOR_VALIDATION = 20
+"""Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
 
 # ---- language models
 
@@ -175,12 +180,37 @@ def open_activations(
             f"data.heldout: the same text as data.source ({documents.name}); leave it null, and a share of "
             "data.source that training never sees is kept for evaluation"
         )
+    parts = documents.sources if isinstance(documents, MixedDocuments) else []
+    for part in parts if heldout is not None else ():
+        if part.fingerprint == heldout_documents.fingerprint:
+            raise InputError(
+                f"data.heldout: the same text as a part of data.source ({part.name}); training would see it"
+            )
     if to_train:
+        check_validation_split(config, documents)
         check_stores(config, options, documents, models)
     if models is None:
         models = [load_model(lm, f"language_models.{i}", str(device)) for i, lm in enumerate(config.language_models)]
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {"documents": documents, "heldout_documents": heldout_documents, "harvester": harvester}
+
+
+def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> None:
+    """Raise InputError where no document is left for evaluation, before training rather than at its end."""
+    if config.data.heldout is not None:
+        return
+    fraction = config.data.validation_fraction
+    side = Selection("validation", fraction, (0, 1))
+    n_enough, n_read = int(_ENOUGH_FOR_VALIDATION / fraction), 0
+    for document in islice(documents.open(), n_enough):
+        if side.has(document):
+            return
+        n_read += 1
+    if n_read < n_enough:
+        raise InputError(
+            f"data.validation_fraction = {fraction}: no document of the {n_read} in data.source is left for evaluation; "
+            "raise it, name other text as data.heldout, or cut the text into more documents (text_unit: paragraph)"
+        )
 
 
 def build_token_loader(activations: Activations, *, heldout: bool) -> TokenSequenceLoader:

@@ -15,6 +15,7 @@ from crosscode.build import (
     build_objective,
 )
 from crosscode.build_data import available_device, build_rows
+from crosscode.build_stores import check_stores_outside
 from crosscode.config import ExperimentConfig
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
@@ -56,6 +57,7 @@ def build_trainer(
     settings = build_settings(config)
     if resume is None:
         run.check_free(config.overwrite)
+        check_stores_outside(config)
     data = data or build_dataloader(experiment)
     model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from crosscode.config import ExperimentConfig
 from crosscode.config_data import HarvestConfig, StoreConfig
 from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester
@@ -57,6 +59,20 @@ def check_stores(
             opened = _open(store)
             same_text = wanted if documents is None else _with_text_of(opened, wanted, documents)
             check_same_content(opened.path, opened.manifest, same_text, to_append=False, partly=True)
+
+
+def check_stores_outside(config: ExperimentConfig) -> None:
+    """Refuse a store inside a run directory that is about to be replaced: it would be deleted with it."""
+    run = config.run_path().resolve()
+    cache = config.data.cache
+    paths = {f"data.stores.{i}": store.path for i, store in enumerate(config.data.stores)}
+    paths |= {} if cache is None else {"data.cache.path": cache.path}
+    for field, path in paths.items():
+        if config.overwrite and Path(path).resolve().is_relative_to(run):
+            raise InputError(
+                f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}, which overwrite: true "
+                "replaces, store and all; put the store beside it"
+            )
 
 
 def stored_rows(config: HarvestConfig, tokens: TokenSequenceLoader, harvester: ActivationHarvester) -> StoredRows:

@@ -172,7 +172,10 @@ def _harvest(arguments: list[str]) -> None:
     from crosscode.harvest import HARVEST, harvest_config, run_harvest
     from crosscode.overrides import values_from_arguments
 
-    options, rest = _harvest_options().parse_known_args(arguments)
+    try:
+        options, rest = _harvest_options().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(f"harvest: {error}") from error
     n_tokens = _positive("--n-tokens", options.n_tokens)
     store = [] if options.store is None else ["--data.cache.path", options.store]
     config = harvest_config(values_from_arguments([*rest, *store], HARVEST))
@@ -188,7 +191,7 @@ def _harvest(arguments: list[str]) -> None:
 
 
 def _harvest_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--store")
     parser.add_argument("--n-tokens", type=int)
     return parser

@@ -65,7 +65,7 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
             if stop.received:
                 raise Interrupted(f"stopped by {stop.received} at {n_rows} activations; the same command goes on")
 
-        return harvest_to_store(
+        store = harvest_to_store(
             build_token_loader(activations, heldout=False),
             activations.harvester,
             cache.path,
@@ -75,6 +75,9 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
             max_rows=n_tokens,
             on_progress=on_progress,
         )
+    if store.n_rows == 0:
+        raise InputError(f"data.cache.max_gb = {cache.max_gb}: too small for the activations of one harvest")
+    return store
 
 
 class _Progress:

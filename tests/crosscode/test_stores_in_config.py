@@ -251,6 +251,8 @@ def test_harvest_takes_options_alone_and_names_what_is_missing(tiny_lms, tiny_co
     assert "data.cache: no store to write is given; name its folder with --store DIR" in capsys.readouterr().err
     assert cli.main(["harvest", "--store", store, *options]) == 0
     assert ActivationCache(store).dims == (1, 1, 16)
+    assert cli.main(["harvest", "--store", store, "--n-tokens", "many"]) == cli.EXIT_BAD_INPUT
+    assert "harvest: argument --n-tokens: invalid int value: 'many'" in capsys.readouterr().err
     assert cli.main(["harvest", "--store", store]) == cli.EXIT_BAD_INPUT
     assert "language_models: required, but not given" in capsys.readouterr().err
 
@@ -281,6 +283,58 @@ def test_the_same_text_to_train_and_to_evaluate_on_is_refused(with_data, tiny_co
     same = {"type": "local", "path": tiny_corpus}
     with pytest.raises(InputError, match=r"data.heldout: the same text as data.source"):
         open_experiment(check_config(with_data(heldout=same)))
+    mixture = {"type": "mixture", "parts": [{"source": same}, {"source": {"type": "demo"}}]}
+    with pytest.raises(InputError, match=r"data.heldout: the same text as a part of data.source"):
+        open_experiment(check_config(with_data(source=mixture, heldout=same)))
+
+
+def test_text_that_leaves_nothing_to_evaluate_on_is_refused_at_once(with_data, tiny_corpus, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    one = {"type": "local", "path": str(tmp_path / "one.jsonl")}
+    with pytest.raises(InputError, match=r"validation_fraction = 0.2: no document of the 1 in data.source is left"):
+        open_experiment(check_config(with_data(source=one)))
+    open_experiment(check_config(with_data(source=one, heldout={"type": "local", "path": tiny_corpus})))
+
+
+@pytest.mark.parametrize("field", ["stores", "cache"])
+def test_a_store_inside_a_run_that_is_replaced_is_not_deleted(field, harvest, with_data):
+    train(with_data())
+    path = harvest("run/store")
+    given = {"stores": [path]} if field == "stores" else {"cache": {"path": path}}
+    with pytest.raises(InputError, match=r"is inside the run directory .* which overwrite: true replaces"):
+        train({**with_data(**given), "overwrite": True})
+    assert ActivationCache(path).n_rows > 0
+
+
+def test_a_store_with_no_room_for_a_harvest_says_so(harvest):
+    with pytest.raises(InputError, match=r"data.cache.max_gb = 1e-06: too small for the activations of one harvest"):
+        harvest(cache={"max_gb": 1e-6})
+
+
+def test_a_manifest_of_another_store_is_noticed_before_training(harvest, with_data):
+    path, other = harvest(), harvest("other", keep_first_position=True)
+    shutil.copy(f"{other}/manifest.json", f"{path}/manifest.json")
+    with pytest.raises(InputError, match=r"data.stores.0: .* was written for another manifest"):
+        open_experiment(check_config(with_data(stores=[path], keep_first_position=True)))
+
+
+def test_a_streaming_run_that_evaluates_continues_exactly(with_data, tmp_path):
+    """Evaluation reads the same stream as training in between, and must not move its position."""
+    lines = [json.dumps({"text": f"w{i % 50} w{i % 47} w{i % 43} w{i % 41} w{i // 40}"}) for i in range(1200)]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    source = {"type": "local", "path": str(tmp_path / "long.jsonl"), "streaming": True}
+    values = with_data(source=source, n_tokens_for_norm_estimate=32)
+    values["train"] = {**values["train"], "n_tokens": 3200, "checkpoint_every": 10, "keep_last": 10, "log_every": 1}
+    values["evaluation"] = {"n_tokens": 100, "every": 4}
+    whole = train(values)
+    config = check_config(values)
+    for step in (20, 30, 40, 50):
+        if step > 20:
+            shutil.rmtree(config.run_path() / "checkpoints" / f"step_{step}", ignore_errors=True)
+    point = ResumePoint.find(config.run_path())
+    assert point.step == 20
+    build_trainer(open_experiment(point.config), resume=point, progress=False).train()
+    assert metrics_of(config) == whole
 
 
 @pytest.fixture(scope="module")

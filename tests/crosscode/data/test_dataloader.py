@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from crosscode.data import ActivationHarvester, ActivationsDataloader, TokenSequenceLoader, wrap_documents
+from crosscode.data import (
+    ActivationHarvester,
+    ActivationsDataloader,
+    TokenSequenceLoader,
+    wrap_documents,
+    wrap_language_model,
+)
+from crosscode.data.rows import check_isolation
 from crosscode.errors import InputError
 
 NAMES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -215,6 +222,30 @@ def test_isolation_is_refused_where_it_cannot_be_had(model_pair, tokenizer, docu
     tokens = TokenSequenceLoader(wrap_documents(documents), tokenizer, sequence_length=8, isolate_documents=True)
     with pytest.raises(InputError, match="isolate_documents"):
         ActivationsDataloader(tokens, harvester, batch_size=10)
+
+
+@pytest.mark.parametrize("architecture", ["OPT", "Mamba"])
+def test_isolation_is_refused_for_models_that_would_ignore_it(architecture, tokenizer, documents):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=46, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+        state_size=4, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    model = wrap_language_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer, "ignorant")
+    harvester = ActivationHarvester([model], ["blocks.1.hook_resid_post"])
+    tokens = TokenSequenceLoader(wrap_documents(documents), tokenizer, sequence_length=8, isolate_documents=True)
+    with pytest.raises(InputError, match=r"'ignorant' .* cannot keep attention inside a document"):
+        ActivationsDataloader(tokens, harvester, batch_size=10)
+    ActivationsDataloader(tokens.fresh(isolate_documents=False), harvester, batch_size=10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma", "gemma2", "gemma3_text", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_isolation_is_found_where_it_is(family, dtype, build_model, tokenizer):
+    model = wrap_language_model(build_model(family).to(dtype), tokenizer)
+    check_isolation(ActivationHarvester([model], ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"]))
 
 
 def test_isolated_documents_do_not_see_each_other(model_pair, tokenizer):
