@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from crosscode.data.store_format import (
-    Layout,
     PackedRows,
     StoreError,
     read_shard_header,
@@ -26,7 +25,7 @@ from crosscode.data.store_format import (
     shard_name,
     unpack,
 )
-from crosscode.data.store_manifest import Manifest, check_same_content, layout_of, read_manifest
+from crosscode.data.store_manifest import Manifest, check_same_content, content_id, layout_of, read_manifest
 
 _MAX_OPEN_SHARDS = 128
 _ROWS_PER_CHECK = 8192
@@ -44,8 +43,12 @@ class Shard:
     norm_sum_MP: torch.Tensor
 
 
-def list_shards(folder: Path, layout: Layout) -> list[Shard]:
-    """Every whole shard, in order. Raises StoreError for a missing, truncated or foreign one."""
+def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
+    """Every whole shard, in order. Raises StoreError for a missing or truncated one, and for one of another manifest.
+
+    Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
+    """
+    layout, content = layout_of(manifest), content_id(manifest)
     names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
     shards = []
     for index, name in enumerate(names):
@@ -53,8 +56,23 @@ def list_shards(folder: Path, layout: Layout) -> list[Shard]:
         if name != path.name:
             raise StoreError(f"store: shard {str(path)!r} is missing, though {name} is there")
         n_rows, offset, info = read_shard_header(path, index, layout)
+        theirs = info.get("content", content)
+        if theirs != content:
+            raise StoreError(
+                f"store {str(folder)!r}: shard {name} was written for another manifest ({theirs}) than the one in "
+                f"this folder ({content}); one of the two was copied here"
+            )
         shards.append(Shard(path, n_rows, offset, torch.tensor(info["norm_sums"], dtype=torch.float64)))
+    written = max(positions(folder).values(), default=0)
+    # A position is written just before its shard: the last one may be ahead by one.
+    if written > len(shards) + 1:
+        raise StoreError(f"store {str(folder)!r}: {len(shards)} shards are there, but at least {written - 1} were written")
     return shards
+
+
+def positions(folder: Path) -> dict[Path, int]:
+    """The files that hold positions of the data, and the number of shards before each."""
+    return {path: int(path.name.split("-")[1]) for path in folder.glob("resume-*.safetensors")}
 
 
 class ActivationCache:
@@ -84,7 +102,7 @@ class ActivationCache:
 
     def refresh(self) -> None:
         """Take notice of shards that were written since."""
-        self.shards = list_shards(self.path, self.layout)
+        self.shards = list_shards(self.path, self.manifest)
         self._sizes = np.array([shard.n_rows for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
         self._offsets = np.array([shard.offset for shard in self.shards], dtype=np.int64)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel
-from crosscode.data.store_format import STORE_DTYPES, Layout, StoreError, read_shard_header, write_atomically
+from crosscode.data.store_format import STORE_DTYPES, Layout, StoreError, write_atomically
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
@@ -72,21 +72,6 @@ def content_id(manifest: Manifest) -> str:
     """8 hex digits of what a store holds, wherever it lies and whatever its models are called."""
     content = {name: value for name, value in _flatten(manifest) if not name.endswith(_ONLY_NAMES)}
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
-def check_shards_belong(folder: Path, manifest: Manifest, shards: Sequence[Path]) -> None:
-    """Raise StoreError for a shard that was written for another manifest: copied here, or the manifest was.
-
-    Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
-    """
-    layout, mine = layout_of(manifest), content_id(manifest)
-    for index, path in enumerate(shards):
-        theirs = read_shard_header(path, index, layout)[2].get("content", mine)
-        if theirs != mine:
-            raise StoreError(
-                f"store {str(folder)!r}: shard {path.name} was written for another manifest ({theirs}) than the one in "
-                f"this folder ({mine}); one of the two was copied here"
-            )
 
 
 def layout_of(manifest: Manifest) -> Layout:

@@ -23,7 +23,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from crosscode.data.store import list_shards
+from crosscode.data.store import list_shards, positions
 from crosscode.data.store_format import (
     PackedRows,
     StoreError,
@@ -36,7 +36,6 @@ from crosscode.data.store_format import (
 from crosscode.data.store_manifest import (
     Manifest,
     check_same_content,
-    check_shards_belong,
     content_id,
     layout_of,
     read_manifest,
@@ -91,8 +90,7 @@ class ActivationCacheWriter:
             else:
                 check_same_content(self.path, stored, manifest, to_append=True)
                 self._content = content_id(stored)
-            shards = list_shards(self.path, self.layout)
-            check_shards_belong(self.path, stored or manifest, [shard.path for shard in shards])
+            shards = list_shards(self.path, stored or manifest)
             self.n_shards = len(shards)
             self.n_rows = sum(shard.n_rows for shard in shards)
             self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
@@ -211,7 +209,7 @@ def check_can_write(path: str | Path, wanted: Manifest) -> None:
         _check_free(folder)
         return
     check_same_content(folder, stored, wanted, to_append=True, partly=True)
-    list_shards(folder, layout_of(stored))
+    list_shards(folder, stored)
     if (folder / "lock").exists():
         _take_lock(folder).close()
 
@@ -258,11 +256,7 @@ def _other_positions(folder: Path, n_shards: int) -> list[Path]:
 
     The next shard may end elsewhere than the unfinished one would have; its position must not be mistaken for that.
     """
-    return [path for path in folder.glob("resume-*.safetensors") if _resume_count(path) != n_shards]
-
-
-def _resume_count(path: Path) -> int:
-    return int(path.name.split("-")[1])
+    return [path for path, n_before in positions(folder).items() if n_before != n_shards]
 
 
 def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: bool) -> None:

@@ -306,6 +306,8 @@ def test_files_of_another_store_are_noticed(tmp_path, copied):
     before = snapshot(tmp_path / "one")
     with pytest.raises(StoreError, match=r"shard-00000\d.safetensors was written for another manifest"):
         ActivationCacheWriter(tmp_path / "one", other if copied == "manifest.json" else manifest_of())
+    with pytest.raises(StoreError, match=r"shard-00000\d.safetensors was written for another manifest"):
+        ActivationCache(tmp_path / "one")
     assert snapshot(tmp_path / "one") == before
 
 
@@ -331,6 +333,17 @@ def test_a_truncated_or_missing_shard_is_noticed(tmp_path, n_lost):
     path.unlink()
     with pytest.raises(StoreError, match=r"shard-000001.* is missing, though shard-000002.safetensors is there"):
         ActivationCache(tmp_path)
+
+
+def test_shards_that_were_taken_from_the_end_are_noticed(tmp_path):
+    cache = write(tmp_path, rows_of(95))
+    for shard in cache.shards[2:]:
+        shard.path.unlink()
+    before = snapshot(tmp_path)
+    for attempt in (lambda: ActivationCache(tmp_path), lambda: ActivationCacheWriter(tmp_path, manifest_of())):
+        with pytest.raises(StoreError, match="2 shards are there, but at least 3 were written"):
+            attempt()
+    assert snapshot(tmp_path) == before
 
 
 def test_a_shard_that_is_cut_while_it_is_read_is_noticed(tmp_path):
