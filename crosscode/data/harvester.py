@@ -19,6 +19,7 @@ from crosscode.errors import InputError
 
 HarvestPath = Literal["auto", "modules", "bridge"]
 Keep = Callable[[int, torch.Tensor], None]
+_RESIDUAL_NUMBERS_PER_THREAD = 3 << 17
 
 
 class _EnoughComputed(Exception):
@@ -101,11 +102,14 @@ class ActivationHarvester:
         positions_HS = None if segments_HS is None else positions_within_segments(segments_HS)
         out_HSMPD = torch.empty((H, S, *self.dims), dtype=self.dtype, device=self.device)
         for m, run in enumerate(self._runs):
+            n_at_once = _sequences_at_once(run.model, H, S)
+            for first in range(0, H, n_at_once):
+                part = slice(first, first + n_at_once)
 
-            def keep(p: int, act: torch.Tensor, m: int = m) -> None:
-                out_HSMPD[:, :, m, p] = act.reshape(H, S, -1)
+                def keep(p: int, act: torch.Tensor, out_HSMPD: torch.Tensor = out_HSMPD[part], m: int = m) -> None:
+                    out_HSMPD[:, :, m, p] = act.reshape(*out_HSMPD.shape[:2], -1)
 
-            run(tokens_HS, positions_HS, keep)
+                run(tokens_HS[part], None if positions_HS is None else positions_HS[part], keep)
         return out_HSMPD
 
     def _check_tokens(self, tokens_HS: torch.Tensor) -> None:
@@ -145,6 +149,14 @@ class ActivationHarvester:
 def check_hookpoints(model: LanguageModel, hookpoints: Sequence[str]) -> None:
     """Raise InputError for a name that `model` does not have, with near matches. A skeleton is enough."""
     _make_run(model, hookpoints, "auto")
+
+
+def _sequences_at_once(model: LanguageModel, H: int, S: int) -> int:
+    """On a CPU, so few that what a block of the model computes stays in memory that the process holds already: larger
+    tensors are new to the operating system each time, which costs about a seventh of a harvest."""
+    if model.device.type != "cpu":
+        return max(1, H)
+    return max(1, _RESIDUAL_NUMBERS_PER_THREAD * torch.get_num_threads() // (model.d_model * S))
 
 
 def positions_within_segments(segments_HS: torch.Tensor) -> torch.Tensor:

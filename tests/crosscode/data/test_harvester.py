@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, wrap_language_model
+from crosscode.data.harvester import _RESIDUAL_NUMBERS_PER_THREAD, _sequences_at_once
 from crosscode.data.hookpoints import find_taps
 from crosscode.errors import InputError
 
@@ -70,6 +71,32 @@ def test_the_run_stops_after_the_last_wanted_module(model_pair):
     for handle in handles:
         handle.remove()
     assert ran == [0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_run_apart_give_what_they_give_together(family, build_model, tokenizer, monkeypatch):
+    model = wrap_language_model(build_model(family), tokenizer, "tiny")
+    harvester = ActivationHarvester([model], ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"])
+    tokens_HS = torch.randint(0, harvester.vocab_size, (7, 9))
+    segments_HS = torch.arange(9).div(4, rounding_mode="floor").expand(7, 9) + torch.arange(7)[:, None].ge(5)
+    n_runs = []
+    model.model.register_forward_pre_hook(lambda *_: n_runs.append(1))
+    for segments in (None, segments_HS):
+        together = harvester.harvest(tokens_HS, segments)
+        n_runs.clear()
+        monkeypatch.setattr("crosscode.data.harvester._sequences_at_once", lambda *_: 3)
+        apart = harvester.harvest(tokens_HS, segments)
+        monkeypatch.undo()
+        assert len(n_runs) == 3
+        torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_runs_few_long_sequences_and_many_short_ones_at_once(build_model, tokenizer, monkeypatch):
+    model = wrap_language_model(build_model("llama"), tokenizer, "tiny")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    n_numbers = 2 * _RESIDUAL_NUMBERS_PER_THREAD // model.d_model
+    assert [_sequences_at_once(model, 16, n_numbers // n) for n in (1, 4)] == [1, 4]
+    assert _sequences_at_once(model, 16, 10 * n_numbers) == 1
 
 
 def test_no_hook_stays_behind(model_pair):
