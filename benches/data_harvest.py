@@ -1,7 +1,7 @@
 """Harvest speed on SmolLM2-135M: the plain model with a forward hook against TransformerBridge's run_with_cache.
 
 Each way keeps one tensor. The bare matrix products and attention kernels of the float32 run, on the tensors that it gives
-them and with nothing in between, are what no float32 way can go below.
+them and with nothing in between, are what no float32 way on these kernels can go below.
 H harvest batch (sequences) · S sequence · M models · P hookpoints · D model dimension.
 
     python benches/data_harvest.py [rounds] [HOOKPOINT@HxS ...]
