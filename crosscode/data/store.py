@@ -66,7 +66,9 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
     written = max(positions(folder).values(), default=0)
     # A position is written just before its shard: the last one may be ahead by one.
     if written > len(shards) + 1:
-        raise StoreError(f"store {str(folder)!r}: {len(shards)} shards are there, but at least {written - 1} were written")
+        raise StoreError(
+            f"store {str(folder)!r}: {len(shards)} shards are there, but at least {written - 1} were written"
+        )
     return shards
 
 
