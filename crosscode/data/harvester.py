@@ -20,6 +20,8 @@ from crosscode.errors import InputError
 HarvestPath = Literal["auto", "modules", "bridge"]
 Keep = Callable[[int, torch.Tensor], None]
 _RESIDUAL_NUMBERS_PER_THREAD = 3 << 17
+_PROBE_TOKENS = 11
+"""No model has as many attention heads, so that a tensor of (1, heads, ...) is not taken for one of (1, tokens, ...)."""
 
 
 class _EnoughComputed(Exception):
@@ -116,19 +118,24 @@ class ActivationHarvester:
         limit = self.max_sequence_length
         if limit is not None and tokens_HS.shape[1] > limit:
             raise InputError(f"sequence_length: {tokens_HS.shape[1]} is above the models' limit of {limit} positions")
-        if not tokens_HS.is_cuda and tokens_HS.numel() and int(tokens_HS.max()) >= self.vocab_size:
-            raise InputError(f"tokens: id {int(tokens_HS.max())} is outside the vocabulary of {self.vocab_size}")
+        if tokens_HS.is_cuda or not tokens_HS.numel():
+            return
+        least, largest = (int(end) for end in tokens_HS.aminmax())
+        if least < 0 or largest >= self.vocab_size:
+            wrong = least if least < 0 else largest
+            raise InputError(f"tokens: id {wrong} is outside the vocabulary of {self.vocab_size}")
 
     def _probe_widths(self, m: int) -> list[int]:
         """Widths come from the activations themselves: a name does not tell whether it is d_model or d_mlp wide."""
         widths_P = [0] * len(self.hookpoints)
-        tokens_HS = torch.zeros((1, 2), dtype=torch.long)
+        S = min(_PROBE_TOKENS, self.models[m].max_sequence_length or _PROBE_TOKENS)
+        tokens_HS = torch.zeros((1, S), dtype=torch.long)
 
         def keep(p: int, act: torch.Tensor) -> None:
-            if act.ndim < 3 or act.shape[:2] != (1, 2):
+            if act.ndim < 3 or act.shape[:2] != tokens_HS.shape:
                 raise InputError(
                     f"hookpoints: {self.hookpoints[p]!r} of {self.models[m].name!r} gives a tensor of shape "
-                    f"{tuple(act.shape)} for 1 x 2 tokens; (1, 2, width) is needed"
+                    f"{tuple(act.shape)} for 1 x {S} tokens; (1, {S}, width) is needed"
                 )
             widths_P[p] = act[0, 0].numel()
 

@@ -166,6 +166,8 @@ def test_bad_tokens_are_refused(model_pair):
     harvester = ActivationHarvester(model_pair, ["blocks.1.hook_resid_post"])
     with pytest.raises(InputError, match="sequence_length: 65 is above"):
         harvester.harvest(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(InputError, match="id -100 is outside the vocabulary of 46"):
+        harvester.harvest(torch.tensor([[7, -100, 9]]))
     with pytest.raises(InputError, match="id 46 is outside the vocabulary of 46"):
         harvester.harvest(torch.full((1, 4), 46))
 
@@ -193,3 +195,9 @@ def test_two_threads_may_harvest_from_one_model(model_pair):
         for one, two in pairs:
             torch.testing.assert_close(one.result(), expected[0], atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(two.result(), expected[1], atol=1e-6, rtol=1e-6)
+
+
+def test_attention_patterns_are_no_activations(model_pair):
+    """(sequences, heads, positions, positions): not one vector a position, however many heads there are."""
+    with pytest.raises(InputError, match=r"'blocks.1.attn.hook_pattern' of 'tiny-0' .* \(1, 11, width\) is needed"):
+        ActivationHarvester(model_pair, ["blocks.1.attn.hook_pattern"])
