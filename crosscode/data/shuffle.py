@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from crosscode_kernels import host_buffers
 
 
 class ShuffleBuffer:
@@ -107,7 +108,7 @@ def _take_rows(rows_NE: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:
     does not wait for a core that another process has taken."""
     if rows_NE.device.type != "cpu":
         return rows_NE.index_select(0, places_B)
-    batch_BE = torch.empty((places_B.numel(), *rows_NE.shape[1:]), dtype=rows_NE.dtype)
+    batch_BE = host_buffers.empty((places_B.numel(), *rows_NE.shape[1:]), rows_NE)
     np.take(_row_bytes(rows_NE), places_B.numpy(), axis=0, out=_row_bytes(batch_BE), mode="clip")
     return batch_BE
 

@@ -73,7 +73,7 @@ class FiniteGuard:
             return
         for param in model.parameters():
             if param.grad is not None:
-                grad = param.grad.coalesce().values() if param.grad.is_sparse else param.grad
+                grad = param.grad._values() if param.grad.is_sparse else param.grad
                 grad.masked_fill_(is_bad, 0)
 
     def check(self, last_checkpoint: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.encode_jumprelu.autograd import encode_jumprelu as encode_jumprelu_dense
 from crosscode_kernels.encode_jumprelu.support import SPARSE_BELOW, Counts, ModeLog, Support, locate, measure
@@ -204,7 +203,7 @@ class _MixedJumpReLU(torch.autograd.Function):
         ctx.save_for_backward(x_BI, W_enc_LI, t_L, h_BL, value_N, *support, *order)
         ctx.eps, ctx.gdm, ctx.backend = eps, gdm, backend
         ctx.set_materialize_grads(False)
-        a_BL = host_buffers.empty_like(h_BL).zero_()
+        a_BL = torch.zeros_like(h_BL)
         a_BL.view(-1).index_copy_(0, support.flat_N, value_N)
         return a_BL, deficit_L
 

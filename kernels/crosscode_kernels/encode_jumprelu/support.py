@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 
 _logger = logging.getLogger("crosscode_kernels")
@@ -45,7 +44,7 @@ def measure(h_BL: Tensor, theta_L: Tensor | None, margin: float, include_edge: b
     """One pass over `h_BL`. Without theta: ReLU, no margin, no deficit. `include_edge` marks `h = theta - margin` as well.
     NaN is marked, and counts as active."""
     below = torch.lt if include_edge else torch.le
-    mask_BL = host_buffers.empty(h_BL.shape, h_BL, torch.bool)
+    mask_BL = torch.empty(h_BL.shape, dtype=torch.bool, device=h_BL.device)
     deficit_L = None if theta_L is None else torch.zeros_like(theta_L)
     n_masked = n_active = 0
     for rows in row_blocks(h_BL):

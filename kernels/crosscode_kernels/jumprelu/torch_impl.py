@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
@@ -25,7 +24,7 @@ def threshold(t_L: Tensor, h_dtype: torch.dtype) -> Tensor:
 @register_kernel("jumprelu", "torch")
 def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
     theta_L = threshold(t_L, h_BL.dtype)
-    a_BL = host_buffers.empty_like(h_BL)
+    a_BL = torch.empty_like(h_BL)
     for rows in row_blocks(h_BL):
         # relu first, for -inf * 0 would be NaN.
         a_BL[rows] = (h_BL[rows] - theta_L).sign_().relu_().mul_(h_BL[rows].relu())
@@ -35,7 +34,7 @@ def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
 @register_kernel("jumprelu_deficit", "torch")
 def jumprelu_deficit(h_BL: Tensor, t_L: Tensor) -> tuple[Tensor, Tensor]:
     theta_L = threshold(t_L, h_BL.dtype)
-    a_BL, deficit_L = host_buffers.empty_like(h_BL), torch.zeros_like(theta_L)
+    a_BL, deficit_L = torch.empty_like(h_BL), torch.zeros_like(theta_L)
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L
         deficit_L -= above_RL.clamp(max=0).sum(0)
@@ -53,7 +52,7 @@ def jumprelu_deficit_backward(
     da_BL: Tensor, d_deficit_L: Tensor | None, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool
 ) -> tuple[Tensor, Tensor]:
     theta_L = threshold(t_L, h_BL.dtype)
-    dh_BL = host_buffers.empty_like(h_BL)
+    dh_BL = torch.empty_like(h_BL)
     into_window_L, n_silent_L = torch.zeros_like(theta_L), torch.zeros_like(theta_L)
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.jumprelu.torch_impl import straight_through, threshold, window
@@ -21,7 +20,7 @@ def jumprelu_penalties(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, n_tokens = acc_dtype(h_BL.dtype), h_BL.shape[0]
     n_L, theta_L = n_L.to(dtype), threshold(t_L, h_BL.dtype)
-    a_BL, slope_L = host_buffers.empty_like(h_BL), c * n_L
+    a_BL, slope_L = torch.empty_like(h_BL), c * n_L
     tanh_L, deficit_L = torch.zeros_like(theta_L), torch.zeros_like(theta_L)
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L
@@ -52,7 +51,7 @@ def jumprelu_penalties_backward(
     tanh_coef_L = g_tanh * (c / n_tokens) * lambda_tanh_L.to(dtype)
     pre_coef_L = g_pre / n_tokens * lambda_pre_L.to(dtype)
     into_tanh_L, into_pre_L = tanh_coef_L * n_acc_L, pre_coef_L * n_acc_L
-    dh_BL = host_buffers.empty_like(h_BL)
+    dh_BL = torch.empty_like(h_BL)
     slope_sum_L, deficit_L, into_window_L, n_silent_L = (torch.zeros_like(theta_L) for _ in range(4))
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L

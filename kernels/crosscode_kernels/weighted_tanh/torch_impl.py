@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
@@ -33,7 +32,7 @@ def dense_tanh(a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float) -> Tensor:
 def dense_tanh_backward(g: Tensor, a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float) -> tuple[Tensor, Tensor]:
     n_acc_L, lambda_L = _coefficients(a_BL, n_L, lambda_L, a_BL.shape[0])
     coef_L = g * c * lambda_L
-    da_BL, slope_sum_L = host_buffers.empty_like(a_BL), torch.zeros_like(n_acc_L)
+    da_BL, slope_sum_L = torch.empty_like(a_BL), torch.zeros_like(n_acc_L)
     for rows in row_blocks(a_BL):
         slope_RL = (a_BL[rows] * (c * n_acc_L)).tanh_().square_().neg_().add_(1)
         slope_sum_L += (slope_RL * a_BL[rows]).sum(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from crosscode_kernels.backends.torch import TorchOpSet
-from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, grad_norm
+from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, coalesced, grad_norm
 
 
 def sparse_grad(touched_R, R, D, generator):
@@ -142,3 +142,15 @@ def test_training_with_row_sparse_gradients_is_training_with_dense_ones(make_pro
             optimizer.step()
             losses[-1].append(loss.item())
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_ascending_rows_are_coalesced_without_a_copy_and_others_are_added_up():
+    values_QD = torch.randn(3, 4)
+    ascending = torch.sparse_coo_tensor([[1, 4, 7]], values_QD, (9, 4), check_invariants=True)
+    assert not ascending.is_coalesced()
+    assert coalesced(ascending).is_coalesced()
+    assert coalesced(ascending).values().data_ptr() == ascending._values().data_ptr()
+    for rows_Q in ([4, 1, 7], [1, 4, 4]):
+        grad = torch.sparse_coo_tensor([rows_Q], values_QD, (9, 4), check_invariants=True)
+        assert torch.equal(coalesced(grad).to_dense(), grad.to_dense())
+        assert coalesced(grad).indices()[0].tolist() == sorted(set(rows_Q))
