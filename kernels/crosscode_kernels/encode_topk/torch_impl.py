@@ -1,6 +1,6 @@
 """encode_topk in stock ops.
 
-Axes: B tokens · I flattened input dims · L latents · K kept per token.
+Axes: B tokens · I flattened input dims · L latents · K kept per token · R rows at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from torch import Tensor
 from crosscode_kernels import host_buffers
 from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.selection.torch_impl import row_topk
+
+_SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE = 1 << 22, 256
+"""Pre-activations, and rows, to select from at a time: what selection makes on its way then stays small and in cache."""
 
 
 def dense_preacts(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Tensor:
@@ -23,5 +26,11 @@ def dense_preacts(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Ten
 
 @register_kernel("encode_topk", "torch")
 def encode_topk(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    value_BK, latent_idx_BK = row_topk(dense_preacts(x_BI, W_enc_LI, b_enc_L), k)
-    return latent_idx_BK.contiguous(), value_BK.contiguous()
+    h_BL = dense_preacts(x_BI, W_enc_LI, b_enc_L)
+    if h_BL.device.type != "cpu":
+        value_BK, latent_idx_BK = row_topk(h_BL, k)
+        return latent_idx_BK.contiguous(), value_BK.contiguous()
+    n_rows = max(_SELECTED_AT_ONCE // max(h_BL.shape[1], 1), _FEWEST_ROWS_AT_ONCE)
+    parts = [row_topk(h_RL, k) for h_RL in h_BL.split(n_rows)]
+    value_BK, latent_idx_BK = (torch.cat(part) for part in zip(*parts, strict=True))
+    return latent_idx_BK, value_BK
