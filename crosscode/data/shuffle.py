@@ -5,11 +5,16 @@ N rows of the buffer · R rows that arrive · B rows of a batch · E what a row 
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from typing import Any
 
 import numpy as np
 import torch
 from crosscode_kernels import host_buffers
+
+_HUGE_FROM_BYTES = 64 << 20
 
 
 class ShuffleBuffer:
@@ -28,7 +33,7 @@ class ShuffleBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._rows_NE = torch.empty((capacity, *row_shape), dtype=dtype, device=device)
+        self._rows_NE = _new_rows((capacity, *row_shape), dtype, torch.device(device))
         self._index_at_N = np.zeros(capacity, dtype=np.int64)
         self._generator = generator
         self._extent = 0
@@ -101,6 +106,18 @@ class ShuffleBuffer:
         self._rows_NE[: self._extent].copy_(state["rows_NE"])
         self._holes_B = state["holes_B"].to(self._rows_NE.device)
         self._generator.set_state(state["generator"])
+
+
+def _new_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On Linux's CPUs in huge pages, where the system grants them: rows are drawn from all over a large buffer, and with
+    small pages finding each costs as much as copying it."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or n_bytes < _HUGE_FROM_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _take_rows(rows_NE: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:

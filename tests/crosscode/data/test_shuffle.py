@@ -1,9 +1,11 @@
 """The shuffle buffer hands out every row once, at random."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosscode.data import shuffle
 from crosscode.data.shuffle import ShuffleBuffer
 
 
@@ -66,3 +68,19 @@ def test_saving_changes_nothing_and_restores_everything():
         saved.state_dict()
         assert torch.equal(batches[0], batches[1])
         assert torch.equal(batches[0], batches[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_buffer_deals_like_a_small_one(monkeypatch, dtype):
+    """From 64 MiB on the rows lie in memory of another kind."""
+    dealt = []
+    for huge_from in (1, 1 << 60):
+        monkeypatch.setattr(shuffle, "_HUGE_FROM_BYTES", huge_from)
+        buffer = ShuffleBuffer(500, (2, 3), generator=torch.Generator().manual_seed(0), dtype=dtype)
+        rows = torch.randn(800, 2, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+        buffer.put(rows[:500])
+        first = buffer.take(100)
+        buffer.put(rows[500:600])
+        dealt.append(torch.cat([first, buffer.take(500)]))
+    assert torch.equal(*dealt)
+    assert torch.equal(dealt[0].flatten(1).sort(dim=0).values, rows[:600].flatten(1).sort(dim=0).values)
