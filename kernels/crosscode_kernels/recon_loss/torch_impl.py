@@ -11,7 +11,7 @@ from torch import Tensor
 from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.registry import register_kernel
-from crosscode_kernels.segments.torch_impl import row_sums
+from crosscode_kernels.segments.torch_impl import sparse_decode
 
 
 @register_kernel("recon_loss", "torch")
@@ -29,9 +29,9 @@ def decode_recon(
     target_BO: Tensor,
     segments: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """The output is never there without the target taken off."""
-    residual_BO = row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO, minus=target_BO)
-    return _errors(residual_BO if b_O is None else residual_BO.add_(b_O), segments)
+    """The residual takes the place of the output, whose bits are those of `sparse_decode`: 0 where that equals the target."""
+    y_BO = sparse_decode(row_ptr_B1, latent_idx_N, value_N, W_LO, b_O)
+    return _errors(y_BO.sub_(target_BO), segments)
 
 
 def _errors(residual_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:

@@ -29,17 +29,17 @@ def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
     return torch.repeat_interleave(tokens_B, row_ptr_B1.diff(), output_size=n_entries)
 
 
-def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, minus: Tensor | None = None) -> Tensor:
-    """For each sum g over its entries `ptr[g]` to `ptr[g + 1]`: `weight[n] * rows[row_idx[n]]`, less `minus[g]`."""
+def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
+    """For each sum g over its entries `ptr[g]` to `ptr[g + 1]`: `weight[n] * rows[row_idx[n]]`, and one row `plus`."""
     if not _by_sparse_product(rows):
         out = _bag_sums(ptr_G1, row_idx_N, weight_N, rows)
-        return out if minus is None else out.sub_(minus)
+        return out if plus is None else out.add_(plus)
     size = (ptr_G1.shape[0] - 1, rows.shape[0])
     entries_GR = torch.sparse_csr_tensor(ptr_G1, row_idx_N, weight_N, size, check_invariants=False)
     out = host_buffers.empty((size[0], rows.shape[1]), rows)
-    if minus is None:
+    if plus is None:
         return torch.addmm(out, entries_GR, rows, beta=0, out=out)
-    return torch.addmm(minus, entries_GR, rows, beta=-1, out=out)
+    return torch.addmm(plus, entries_GR, rows, out=out)
 
 
 def _bag_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor) -> Tensor:
@@ -72,8 +72,7 @@ def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
 def sparse_decode(
     row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, W_LO: Tensor, b_O: Tensor | None
 ) -> Tensor:
-    y_BO = row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO)
-    return y_BO if b_O is None else y_BO.add_(b_O)
+    return row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO, plus=b_O)
 
 
 @register_kernel("gather_dot", "torch")

@@ -138,20 +138,20 @@ def test_sparse_products_and_embedding_bags_give_the_same_sums(monkeypatch, dtyp
     ptr_G1 = torch.cat([ptr_G1, torch.tensor([n_entries], dtype=torch.int32)])
     row_idx_N = torch.randint(0, n_rows, (n_entries,), dtype=torch.int32)
     weight_N, rows = torch.randn(n_entries, dtype=dtype), torch.randn(n_rows, 24, dtype=dtype)
-    minus = torch.randn(n_sums, 24, dtype=dtype)
+    plus = torch.randn(24, dtype=dtype)
     found = {}
     for by_product in (True, False):
         monkeypatch.setattr(torch_impl, "_has_sparse_product", lambda on=by_product: on)
         found[by_product] = [
             torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows),
-            torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows, minus=minus),
+            torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows, plus=plus),
         ]
     oracle = torch.zeros(n_sums, 24, dtype=torch.float64)
     sum_N = torch.repeat_interleave(torch.arange(n_sums), ptr_G1.diff().long())
     oracle.index_add_(0, sum_N, weight_N.double().unsqueeze(1) * rows.double()[row_idx_N.long()])
-    for sums, differences in found.values():
+    for sums, with_row in found.values():
         torch.testing.assert_close(sums.double(), oracle, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(differences.double(), oracle - minus.double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(with_row.double(), oracle + plus.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_nan_reaches_only_the_sums_that_read_it():
