@@ -51,7 +51,7 @@ class CountedBytes(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if any(leaf.layout != torch.strided for leaf in (*written, *inputs)):
             if func.overloadpacket == aten.addmm:
-                self.moved += _sparse_product_bytes(*args[:3], kwargs["beta"], out)
+                self.moved += _sparse_product_bytes(*args[:3], kwargs.get("beta", 1), out)
             return out  # everything else puts a sparse tensor together, or takes it apart
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         if not func._schema.is_mutable and all(one.untyped_storage().data_ptr() in storages for one in written):
