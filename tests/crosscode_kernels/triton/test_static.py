@@ -137,16 +137,16 @@ def test_an_op_that_moves_too_much_is_noticed(traffic_model):
 def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_cases):
     case = static_cases.Case("small", 128, 192, (96, 96), 2048, 8)
     found = counted_bytes.counted(case)
-    # What stock ops need at most: the bias of the decode is a pass of its own, the residual is read again for its
-    # norms, dense penalties are some twenty elementwise passes.
+    # What stock ops need at most: the residual is read again for its norms, dense penalties are some twenty
+    # elementwise passes.
     most = {"encode GEMM": 1.0, "recon loss backward": 1.001, "decoder norms": 1.05, "decoder norms backward": 1.05}
-    most |= {"decode": 1.3, "decode backward": 1.15, "encode weight gradient": 1.1, "recon loss": 1.4}
+    most |= {"decode": 1.1, "decode backward": 1.15, "encode weight gradient": 1.1, "recon loss": 1.4}
     most |= {"GEMM and row top-k": 1.5, "sparse penalty": 3, "JumpReLU + penalties": 12}
     most |= {"JumpReLU + penalties backward": 24}
     assert found.keys() == most.keys()
     for name, (fewest, moved) in found.items():
-        # The model knows how many latents are touched on average only.
-        assert 0.99 * fewest <= moved <= most[name] * fewest, (name, moved / fewest)
+        # The model knows how many latents are touched on average only: here that may be two in a hundred off.
+        assert 0.98 * fewest <= moved <= most[name] * fewest, (name, moved / fewest)
 
 
 def test_counting_leaves_views_out_and_gathered_rows_in(counted_bytes):
