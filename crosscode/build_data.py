@@ -17,7 +17,7 @@ from crosscode.config_data import DemoCorpus, HarvestConfig, HubDataset, Languag
 from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel, load_language_model
-from crosscode.data.mixture import MixedDocuments
+from crosscode.data.mixture import MixedDocuments, parts_of
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.sources import load_documents, wrap_documents
 from crosscode.data.store_harvest import HarvestThroughStore
@@ -180,8 +180,7 @@ def open_activations(
             f"data.heldout: the same text as data.source ({documents.name}); leave it null, and a share of "
             "data.source that training never sees is kept for evaluation"
         )
-    parts = documents.sources if isinstance(documents, MixedDocuments) else []
-    for part in parts if heldout is not None else ():
+    for part in parts_of(documents) if heldout is not None else ():
         if part.fingerprint == heldout_documents.fingerprint:
             raise InputError(
                 f"data.heldout: the same text as a part of data.source ({part.name}); training would see it"

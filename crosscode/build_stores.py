@@ -11,10 +11,11 @@ from crosscode.config_data import HarvestConfig, StoreConfig
 from crosscode.data.documents import DocumentSource
 from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.language_models import LanguageModel
-from crosscode.data.mixture import MixedDocuments
+from crosscode.data.mixture import parts_of
+from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_manifest import Manifest, check_same_content, dtype_name, make_manifest
-from crosscode.data.store_rows import DEFAULT_WINDOW, StoredRows
+from crosscode.data.store_rows import StoredRows
 from crosscode.data.store_writer import check_can_write
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
@@ -63,12 +64,14 @@ def check_stores(
 
 def check_stores_outside(config: ExperimentConfig) -> None:
     """Refuse a store inside a run directory that is about to be replaced: it would be deleted with it."""
+    if not config.overwrite:
+        return
     run = config.run_path().resolve()
     cache = config.data.cache
     paths = {f"data.stores.{i}": store.path for i, store in enumerate(config.data.stores)}
     paths |= {} if cache is None else {"data.cache.path": cache.path}
     for field, path in paths.items():
-        if config.overwrite and Path(path).resolve().is_relative_to(run):
+        if Path(path).resolve().is_relative_to(run):
             raise InputError(
                 f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}, which overwrite: true "
                 "replaces, store and all; put the store beside it"
@@ -92,7 +95,7 @@ def stored_rows(config: HarvestConfig, tokens: TokenSequenceLoader, harvester: A
         epochs=data.epochs,
         seed=config.seed,
         read_block=data.store_read_block,
-        window=data.shuffle_buffer_size or DEFAULT_WINDOW,
+        window=data.shuffle_buffer_size or DEFAULT_CAPACITY,
     )
 
 
@@ -105,8 +108,7 @@ def _open(store: StoreConfig) -> ActivationCache:
 
 def _with_text_of(store: ActivationCache, wanted: Manifest, documents: DocumentSource) -> Manifest:
     """`wanted` of the part of a mixture that the store holds, or of the whole text."""
-    parts = documents.sources if isinstance(documents, MixedDocuments) else []
-    texts = {source.fingerprint for source in parts}
+    texts = {part.fingerprint for part in parts_of(documents)}
     held = store.manifest["tokens"]["dataset"]
     text = held if held in texts else documents.fingerprint
     return {**wanted, "tokens": {**wanted["tokens"], "dataset": text}}

@@ -16,13 +16,11 @@ from crosscode.data.harvester import ActivationHarvester
 from crosscode.data.prefetch import PrefetchedRows
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.scaling import estimate_scaling
-from crosscode.data.shuffle import ShuffleBuffer
+from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
 from crosscode.data.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
 log = logging.getLogger("crosscode")
-
-_DEFAULT_BUFFER = 65_536
 
 
 class ActivationsDataloader:
@@ -59,7 +57,7 @@ class ActivationsDataloader:
     ) -> None:
         rows = _as_rows(source, harvester)
         if shuffle_buffer_size is None:
-            shuffle_buffer_size = 0 if rows.shuffled else _DEFAULT_BUFFER
+            shuffle_buffer_size = 0 if rows.shuffled else DEFAULT_CAPACITY
         if batch_size < 1:
             raise InputError(f"batch_size: {batch_size} is below 1")
         if shuffle_buffer_size < 0 or 0 < shuffle_buffer_size < batch_size:

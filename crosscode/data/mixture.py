@@ -86,3 +86,8 @@ class _MixedStream(DocumentStream):
     def state(self) -> str:
         states = [stream.state() for stream in self._streams]
         return json.dumps({"count": self._count, "passes": self._passes, "states": states})
+
+
+def parts_of(documents: DocumentSource) -> Sequence[DocumentSource]:
+    """The texts of a mixture; none where it is one text."""
+    return documents.sources if isinstance(documents, MixedDocuments) else ()

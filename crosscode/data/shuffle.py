@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from crosscode_kernels import host_buffers
 
+DEFAULT_CAPACITY = 65_536
 _HUGE_FROM_BYTES = 64 << 20
 
 

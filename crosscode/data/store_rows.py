@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from crosscode.data.rows import Rows, RowStream
+from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store import ActivationCache
 from crosscode.data.store_manifest import check_same_content, content_id
 from crosscode.data.store_window import StoreWindow
 from crosscode.errors import InputError
 
-DEFAULT_WINDOW = 65_536
 _BYTES_PER_READ = 32 << 10
 _LONGEST_DEFAULT_BLOCK = 16
 
@@ -43,7 +43,7 @@ class StoredRows:
         seed: int = 0,
         rows_per_read: int = 2048,
         read_block: int | None = None,
-        window: int = DEFAULT_WINDOW,
+        window: int = DEFAULT_CAPACITY,
         shuffle: bool = True,
     ) -> None:
         self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)

@@ -75,12 +75,11 @@ class TorchOpSet(FusedOpSet):
         x_BI, W_enc_LI, b_enc_L = autocast(x_BI, W_enc_LI, b_enc_L)
         encode_jumprelu_spec.check(x_BI, W_enc_LI, b_enc_L, t_L, eps, ste)
         encoder, options = (x_BI, W_enc_LI, b_enc_L), (float(eps), ste == "gdm", self.backend)
-        if not _may_measure(x_BI):
-            with torch.no_grad():
-                h_BL = self.preacts(*encoder)
-            return measured.encode_jumprelu_dense(*encoder, h_BL, t_L, *options)
+        may_measure = _may_measure(x_BI)
         with torch.no_grad():
-            h_BL = dense_preacts(*encoder)
+            h_BL = dense_preacts(*encoder) if may_measure else self.preacts(*encoder)
+        if not may_measure:
+            return measured.encode_jumprelu_dense(*encoder, h_BL, t_L, *options)
         return measured.encode_jumprelu(*encoder, h_BL, t_L, *options, self._log)
 
     def decode(self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """encode_topk in stock ops.
 
-Axes: B tokens · I flattened input dims · L latents · K kept per token · R rows at a time.
+Axes: B tokens · I flattened input dims · L latents · K kept per token.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels import host_buffers
+from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.selection.torch_impl import row_topk
 
@@ -27,10 +28,7 @@ def dense_preacts(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Ten
 @register_kernel("encode_topk", "torch")
 def encode_topk(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     h_BL = dense_preacts(x_BI, W_enc_LI, b_enc_L)
-    if h_BL.device.type != "cpu":
-        value_BK, latent_idx_BK = row_topk(h_BL, k)
-        return latent_idx_BK.contiguous(), value_BK.contiguous()
-    n_rows = max(_SELECTED_AT_ONCE // max(h_BL.shape[1], 1), _FEWEST_ROWS_AT_ONCE)
-    parts = [row_topk(h_RL, k) for h_RL in h_BL.split(n_rows)]
+    blocks = row_blocks(h_BL, _SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE)
+    parts = [row_topk(h_BL[rows], k) for rows in blocks]
     value_BK, latent_idx_BK = (torch.cat(part) for part in zip(*parts, strict=True))
     return latent_idx_BK, value_BK
