@@ -63,7 +63,7 @@ def make_objective():
 
 def make_trainer(folder: Path, log_every: int) -> Trainer:
     run = RunDirectory(folder)
-    run.create("name: bench\n", overwrite=False)
+    run.create("name: bench\n")
     settings = TrainerSettings(n_steps=10**9, log_every=log_every)
     split = split_for("model_hookpoint_acausal")
     loggers = [JsonlLogger(run.metrics_file)]

@@ -6,15 +6,15 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
-from crosscode.errors import Interrupted
+from crosscode.errors import InputError, Interrupted
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import write_model
 from crosscode.objectives.base import Objective
@@ -79,6 +79,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.seconds_before = 0.0
         self._saved_step = -1
+        self._resumed = False
 
     # ---- the loop
 
@@ -90,12 +91,12 @@ class Trainer:
             NonFiniteLoss, OutOfMemory, CheckpointNotSaved: with what to do about it.
         """
         matmuls = self.settings.precision.matmuls()
-        with StopSignals() as stop, self.run.held(), matmuls, self.progress, closing(self.data):
+        with StopSignals() as stop, matmuls, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
+            acts_BMPD = self._next_batch(batches)
+            open_runs([self], opened)
             self.start()
             while self.step < self.settings.n_steps:
-                with self.phases("harvest"):
-                    acts_BMPD = next(batches, None)
                 if acts_BMPD is None:
                     log.warning("the data ended at step %d of %d: training stops", self.step, self.settings.n_steps)
                     self.save_checkpoint()
@@ -103,7 +104,28 @@ class Trainer:
                 self.train_step(acts_BMPD)
                 if stop.received:
                     self.leave(stop.received)
+                acts_BMPD = self._next_batch(batches)
             return self.finish()
+
+    def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
+        """None at the end of the data, or of training.
+
+        Raises:
+            InputError: there is not even a first batch.
+        """
+        if self.step >= self.settings.n_steps:
+            return None
+        with self.phases("harvest"):
+            acts_BMPD = next(batches, None)
+        check_has_begun(acts_BMPD, self.step)
+        return acts_BMPD
+
+    def open(self) -> None:
+        """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
+        self.run.begin()
+        self.metrics.open()
+        if self._resumed:
+            self.metrics.rewind(self.step)
 
     def start(self) -> None:
         """Before the first step, and before the first after a resume."""
@@ -163,6 +185,7 @@ class Trainer:
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
             self.model.save(self.run.final, self.metadata)
+        self.run.drop_put_by()
         evaluation = self._evaluate(None)
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
@@ -272,7 +295,7 @@ class Trainer:
         """Continue from `checkpoints/step_N/`, which must be whole (`Checkpoints.newest_whole`); None: from step 0."""
         if step is not None:
             self._load_checkpoint(step)
-        self.metrics.rewind(self.step)
+        self._resumed = True
 
     def _load_checkpoint(self, step: int) -> None:
         folder = self.run.checkpoint(step)
@@ -287,3 +310,23 @@ class Trainer:
         self.data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self._saved_step = step
+
+
+def open_runs(trainers: Sequence[Trainer], stack: ExitStack) -> None:
+    """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was."""
+    try:
+        for trainer in trainers:
+            stack.enter_context(trainer.run.held())
+            trainer.open()
+    except Exception:
+        for trainer in trainers:
+            trainer.run.undo()
+        raise
+
+
+def check_has_begun(acts_BMPD: Tensor | None, step: int) -> None:
+    """Raise `InputError` where the data are at their end before the first step."""
+    if acts_BMPD is None and step == 0:
+        raise InputError(
+            "data: the text does not give the activations of one batch; give more, or lower train.batch_size"
+        )

@@ -94,7 +94,7 @@ def make_trainer(tmp_path):
         recipe = OPTIMIZERS[optimizer.pop("type")](**optimizer)
         run = RunDirectory(tmp_path / name)
         if not run.config_file.is_file():
-            run.create("name: test\n", overwrite=False)
+            run.create("name: test\n")
         names = [f"x{i}" for i in range(len(model.segments))]
         defaults = {"n_steps": 10, "log_every": 1}
         return Trainer(
