@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
-from crosscode.errors import InputError, Interrupted
+from crosscode.errors import Interrupted
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import write_model
 from crosscode.objectives.base import Objective
@@ -28,6 +28,7 @@ from crosscode.trainers.histograms import latent_histograms
 from crosscode.trainers.interruption import StopSignals
 from crosscode.trainers.loggers import Logger
 from crosscode.trainers.metrics import Metrics
+from crosscode.trainers.opening import next_batch, open_runs
 from crosscode.trainers.optimizers.base import OptimizerRecipe
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
@@ -93,7 +94,7 @@ class Trainer:
         matmuls = self.settings.precision.matmuls()
         with StopSignals() as stop, matmuls, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
-            acts_BMPD = self._next_batch(batches)
+            acts_BMPD = next_batch([self], batches, self.step)
             open_runs([self], opened)
             self.start()
             while self.step < self.settings.n_steps:
@@ -104,21 +105,8 @@ class Trainer:
                 self.train_step(acts_BMPD)
                 if stop.received:
                     self.leave(stop.received)
-                acts_BMPD = self._next_batch(batches)
+                acts_BMPD = next_batch([self], batches, self.step)
             return self.finish()
-
-    def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
-        """None at the end of the data, or of training.
-
-        Raises:
-            InputError: there is not even a first batch.
-        """
-        if self.step >= self.settings.n_steps:
-            return None
-        with self.phases("harvest"):
-            acts_BMPD = next(batches, None)
-        check_has_begun(acts_BMPD, self.step)
-        return acts_BMPD
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
@@ -310,23 +298,3 @@ class Trainer:
         self.data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self._saved_step = step
-
-
-def open_runs(trainers: Sequence[Trainer], stack: ExitStack) -> None:
-    """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was."""
-    try:
-        for trainer in trainers:
-            stack.enter_context(trainer.run.held())
-            trainer.open()
-    except Exception:
-        for trainer in trainers:
-            trainer.run.undo()
-        raise
-
-
-def check_has_begun(acts_BMPD: Tensor | None, step: int) -> None:
-    """Raise `InputError` where the data are at their end before the first step."""
-    if acts_BMPD is None and step == 0:
-        raise InputError(
-            "data: the text does not give the activations of one batch; give more, or lower train.batch_size"
-        )
