@@ -85,6 +85,6 @@ def resolve_backend(name: BackendName, device: torch.device | str, dtype: torch.
         raise ValueError(f"no backend serves {device} with {dtype}: {'; '.join(refused)}")
     if (candidate, str(device), dtype) not in _announced:
         _announced.add((candidate, str(device), dtype))
-        why = f" ({'; '.join(refused)})" if refused else ""
-        _logger.info("backend auto: %s on %s with %s%s", candidate, device, dtype, why)
+        why = "; ".join(refused) or f"the fastest, and its kernels serve {torch.cuda.get_device_name(device)}"
+        _logger.info("backend auto: %s on %s with %s (%s)", candidate, device, dtype, why)
     return _op_set(candidate)

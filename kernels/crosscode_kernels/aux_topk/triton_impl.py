@@ -64,7 +64,12 @@ def _compact(mask_L: Tensor) -> tuple[Tensor, Tensor]:
 
 def _precision(x_BI: Tensor) -> str:
     """fp32 products follow the user's setting for fp32 matrix products."""
-    tf32 = x_BI.is_cuda and torch.version.hip is None and torch.backends.cuda.matmul.allow_tf32
+    if not x_BI.is_cuda or torch.version.hip is not None:
+        return "ieee"
+    # Where PyTorch has the newer of its two settings, that one holds what was said in either; reading the older one raises
+    # once the newer was written.
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 

@@ -188,8 +188,6 @@ def test_the_matrix_covers_every_registered_architecture():
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_an_accelerator_gives_what_the_cpu_gives(architecture, activation, backend, make_case):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA or ROCm device")
     case = train_a_little(make_case(architecture, activation, dtype=torch.float32, backend=backend))
     on_device = case.model.clone().to("cuda")
     for training in (True, False):

@@ -28,13 +28,12 @@ from crosscode.schema import check_config, dump_config, read_yaml
 from crosscode.trainers.split import split_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BACKENDS = [
     pytest.param(("triton", "cpu"), id="triton-interpreted")
     if INTERPRETED
     else pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(("torch", "cuda"), id="torch-gpu", marks=_gpu),
-    pytest.param(("triton", "cuda"), id="triton-gpu", marks=_gpu),
+    pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
 ]
 N_STEPS, BATCH, WIDTH, N_LATENTS, K = 3, 8, 10, 24, 3
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from crosscode_kernels import OpSet, available_backends, resolve_backend
+from crosscode_kernels import OpSet, available_backends, resolve, resolve_backend
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
@@ -39,8 +40,6 @@ def test_an_unsupported_dtype_is_refused_with_the_reason():
 
 
 def test_auto_takes_the_fastest_and_says_so_once(caplog):
-    from crosscode_kernels import resolve
-
     resolve._announced.clear()
     with caplog.at_level(logging.INFO, logger="crosscode_kernels"):
         assert resolve_backend("auto", "cpu").name == "torch"
@@ -67,3 +66,65 @@ def test_importing_the_package_starts_nothing():
 
 def test_dtype_is_part_of_the_request():
     assert resolve_backend("torch", "cpu", torch.bfloat16).name == "torch"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(capability, gcn="")`: a device of that compute capability, or, by its `gcn` name, one on ROCm."""
+    triton_backend = pytest.importorskip("crosscode_kernels.backends.triton")
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(resolve, "_announced", set())
+
+    def fake(capability=(9, 0), gcn=""):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a fake")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=gcn))
+        monkeypatch.setattr(torch.version, "hip", "7.0" if gcn else None)
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    "device",
+    [{"capability": (8, 0)}, {"capability": (8, 9)}, {"capability": (12, 0)}, {"gcn": "gfx942:sramecc+:xnack-"}],
+)
+def test_auto_takes_triton_where_its_kernels_run(device, gpu, caplog):
+    gpu(**device)
+    with caplog.at_level(logging.INFO, logger="crosscode_kernels"):
+        assert [resolve_backend("auto", "cuda:0").name for _ in range(2)] == ["triton", "triton"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend auto: triton on cuda:0 with torch.float32 (the fastest, and its kernels serve a fake)"
+    ]
+    assert resolve_backend("triton", "cuda").name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ({"capability": (7, 5)}, "compute capability 7.5 is below 8.0"),
+        ({"capability": (7, 0)}, "compute capability 7.0 is below 8.0"),
+        # Compute capability of a ROCm device says nothing: 9.0 is its architecture's first digit.
+        ({"gcn": "gfx906"}, "architecture gfx906 is not among those it is compiled for: gfx942"),
+        (
+            {"gcn": "gfx1100", "capability": (11, 0)},
+            "architecture gfx1100 is not among those it is compiled for: gfx942",
+        ),
+    ],
+)
+def test_a_gpu_that_kernels_do_not_support_is_served_by_torch_and_refused_to_triton(device, reason, gpu, caplog):
+    gpu(**device)
+    with caplog.at_level(logging.INFO, logger="crosscode_kernels"):
+        assert resolve_backend("auto", "cuda").name == "torch"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend auto: torch on cuda with torch.float32 (triton: {reason})"
+    ]
+    with pytest.raises(ValueError, match=f"backend 'triton' is not available on cuda with torch.float32: {reason}$"):
+        resolve_backend("triton", "cuda")
+
+
+def test_a_missing_gpu_is_a_reason(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"backend 'triton' is not available on cuda .*sees no CUDA or ROCm device"):
+        resolve_backend("triton", "cuda")
