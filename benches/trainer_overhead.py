@@ -19,12 +19,12 @@ import torch
 from data_common import report
 
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
+from crosscode.models.split import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.objectives.base import LossContext
-from crosscode.trainers.loggers import JsonlLogger
+from crosscode.runs.directory import RunDirectory
+from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers.optimizers.adam import Adam
-from crosscode.trainers.run_directory import RunDirectory
-from crosscode.trainers.split import split_for
 from crosscode.trainers.trainer import Trainer, TrainerSettings
 
 ROUNDS = 5

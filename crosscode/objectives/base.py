@@ -14,10 +14,10 @@ from crosscode_kernels.opset import DecodeReconLoss, DecoderNorms
 from pydantic import BaseModel
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel, Registry, params_of, type_of
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.objectives.schedules import as_schedule
-from crosscode.registry import ConfigModel, Registry, params_of, type_of
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from crosscode.evaluation.evaluation import EvaluationResult
+from crosscode.evaluation.precision import Precision
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.evaluation import EvaluationResult
-from crosscode.trainers.precision import Precision
 
 
 class ActivationSource(Protocol):
@@ -33,7 +33,7 @@ Evaluate = Callable[[BaseCrosscoder, Tensor | None], EvaluationResult]
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Numbers of the loop; meanings as in `crosscode.config.TrainConfig`."""
+    """Numbers of the loop; meanings as in `crosscode.config.experiment.TrainConfig`."""
 
     n_steps: int
     grad_accumulation: int = 1

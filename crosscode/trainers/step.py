@@ -12,12 +12,12 @@ import torch
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
+from crosscode.evaluation.precision import Precision
 from crosscode.models.base import BaseCrosscoder, ForwardResult
+from crosscode.models.split import Split
 from crosscode.objectives.base import Loss, LossContext, Objective
 from crosscode.trainers.compiled import compile_errors_in_one_line
 from crosscode.trainers.firing import FiringTracker
-from crosscode.trainers.precision import Precision
-from crosscode.trainers.split import Split
 from crosscode.trainers.whole_batch import (
     WholeBatch,
     batch_thresholds,

@@ -15,27 +15,27 @@ from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
 from crosscode.errors import Interrupted
+from crosscode.evaluation.evaluation import EvaluationResult
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import write_model
+from crosscode.models.split import Split
 from crosscode.objectives.base import Objective
-from crosscode.trainers.checkpoints import CheckpointNotSaved, Checkpoints, saving
+from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints, saving
+from crosscode.runs.directory import RunDirectory
+from crosscode.runs.histograms import latent_histograms
+from crosscode.runs.loggers import Logger
+from crosscode.runs.metrics import Metrics
+from crosscode.runs.random_state import random_state, set_random_state
+from crosscode.runs.state import read_state, write_state
 from crosscode.trainers.constraints import Constraint
-from crosscode.trainers.evaluation import EvaluationResult
 from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
-from crosscode.trainers.histograms import latent_histograms
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.loggers import Logger
-from crosscode.trainers.metrics import Metrics
 from crosscode.trainers.optimizers.base import OptimizerRecipe
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.random_state import random_state, set_random_state
-from crosscode.trainers.run_directory import RunDirectory
 from crosscode.trainers.settings import ActivationSource, Evaluate, TrainerSettings
-from crosscode.trainers.split import Split
-from crosscode.trainers.state import read_state, write_state
 from crosscode.trainers.step import TrainingStep
 
 log = logging.getLogger("crosscode")

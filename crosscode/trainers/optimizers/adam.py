@@ -10,7 +10,7 @@ from crosscode_kernels.row_sparse_adam import RowSparseAdam
 from pydantic import Field, PositiveFloat, model_validator
 from torch import nn
 
-from crosscode.registry import ConfigModel
+from crosscode.config.registry import ConfigModel
 from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
 
 

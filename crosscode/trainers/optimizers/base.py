@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from crosscode.registry import ConfigModel, Registry
+from crosscode.config.registry import ConfigModel, Registry
 
 
 class OptimizerRecipe(ABC):

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field, PositiveFloat
 from schedulefree import SGDScheduleFree
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
-from crosscode.registry import ConfigModel
 from crosscode.trainers.optimizers.adam import lr_groups
 from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
 

@@ -9,15 +9,15 @@ import copy
 import pytest
 import torch
 
+from crosscode.evaluation.evaluation import evaluate
+from crosscode.evaluation.precision import Precision
 from crosscode.models import (
     MODELS,
     AnthropicSTEJumpReLUActivation,
     BatchTopkActivation,
     ModelHookpointAcausalCrosscoder,
 )
-from crosscode.trainers.evaluation import evaluate
-from crosscode.trainers.precision import Precision
-from crosscode.trainers.split import split_for
+from crosscode.models.split import split_for
 
 NAMES = ["a", "b"]
 

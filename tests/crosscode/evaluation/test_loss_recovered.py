@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, TokenBatch, load_language_model
+from crosscode.evaluation.loss_recovered import _SequenceSums, measure_loss_recovered, reconstruct
+from crosscode.evaluation.splicing import logits_with
 from crosscode.models import (
     CompoundCrossLayerTranscoder,
     CrossLayerTranscoder,
@@ -17,9 +19,7 @@ from crosscode.models import (
     ReLUActivation,
     SAEOrTranscoder,
 )
-from crosscode.trainers.loss_recovered import _SequenceSums, measure_loss_recovered, reconstruct
-from crosscode.trainers.splicing import logits_with
-from crosscode.trainers.split import split_for
+from crosscode.models.split import split_for
 
 WIDTH = 16
 RESID, IN, OUT = "blocks.{}.hook_resid_post", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"

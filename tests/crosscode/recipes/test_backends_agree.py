@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosscode.build import Experiment
-from crosscode.build_run import build_trainer
+from crosscode.build.experiment import Experiment
+from crosscode.build.resume import ResumePoint
+from crosscode.build.run import build_trainer
+from crosscode.build.schema import check_config, dump_config, read_yaml
+from crosscode.models.split import split_for
 from crosscode.recipes import recipe_names
-from crosscode.resume import ResumePoint
-from crosscode.schema import check_config, dump_config, read_yaml
-from crosscode.trainers.split import split_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

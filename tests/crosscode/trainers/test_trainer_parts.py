@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosscode.errors import InputError
+from crosscode.evaluation.evaluation import evaluate
+from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.files import new_folder, write_text
 from crosscode.models import AnthropicTransposeInit, ModelHookpointAcausalCrosscoder, TopkActivation
-from crosscode.trainers.evaluation import evaluate
+from crosscode.models.split import split_for
+from crosscode.runs.directory import RunDirectory, open_run
+from crosscode.runs.state import read_state, write_state
 from crosscode.trainers.firing import FiringTracker
-from crosscode.trainers.fvu import FvuAccumulator
 from crosscode.trainers.optimizers.base import warmup_and_decay
-from crosscode.trainers.run_directory import RunDirectory, open_run
-from crosscode.trainers.split import split_for
-from crosscode.trainers.state import read_state, write_state
 
 
 def make_model(n_models=2, n_hookpoints=1, width=5, n_latents=12, k=3):
