@@ -22,7 +22,6 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.registry import build_component
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
-from crosscode.evaluation.precision import Precision
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.checkpoint import read_config
@@ -30,8 +29,7 @@ from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
 from crosscode.trainers.constraints import Constraint
-from crosscode.trainers.optimizers import OPTIMIZERS
-from crosscode.trainers.settings import ActivationSource, TrainerSettings
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
 from crosscode.trainers.warm_start import warm_start
 
@@ -54,7 +52,6 @@ def build_trainer(
     """
     config, split = experiment.config, experiment.split
     run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
-    settings = build_settings(config)
     if resume is None:
         run.check_free(config.overwrite)
         check_stores_outside(config)
@@ -76,13 +73,13 @@ def build_trainer(
         data,
         split,
         build_objective(config),
-        build_component(OPTIMIZERS, config.train.optimizer),
-        settings,
+        config.train,
         run,
         build_loggers(config, run),
         position_names=experiment.output_names(),
         constraints=constraints,
         evaluate=experiment.evaluate,
+        evaluate_every=config.evaluation.every,
         metadata=metadata,
         progress=progress,
     )
@@ -123,25 +120,6 @@ def initialise(
         model.init_weights(init, config.seed, samples=samples)
     for constraint in constraints:
         constraint.start(model)
-
-
-def build_settings(config: ExperimentConfig) -> TrainerSettings:
-    train = config.train
-    return TrainerSettings(
-        n_steps=train.n_steps,
-        grad_accumulation=train.grad_accumulation,
-        clip_grad_norm=train.clip_grad_norm,
-        dead_after_tokens=train.dead_after_tokens,
-        log_every=train.log_every,
-        histogram_every=train.histogram_every,
-        evaluate_every=config.evaluation.every,
-        checkpoint_every=train.checkpoint_every,
-        keep_last=train.keep_last,
-        keep_every=train.keep_every,
-        max_skipped_steps=train.max_skipped_steps,
-        precision=Precision(train.precision, train.tf32),
-        compile=train.compile,
-    )
 
 
 def build_loggers(config: ExperimentConfig, run: RunDirectory) -> list[Logger]:

@@ -161,11 +161,10 @@ def resume_training(run_dir: Path) -> None:
 
 
 def _run_to_the_end(trainer: Any) -> None:
-    from crosscode.commands.summary import print_figures, write_summary
+    from crosscode.commands.summary import print_figures
 
-    evaluation = trainer.train()
-    summary = write_summary(trainer, evaluation)
-    print_figures(trainer.run.path, summary)
+    trainer.train()
+    print_figures(trainer.run.path, trainer.run.read_summary())
 
 
 def _harvest(arguments: list[str]) -> None:

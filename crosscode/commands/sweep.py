@@ -17,17 +17,17 @@ from torch import Tensor
 from crosscode.build.experiment import Experiment, open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
-from crosscode.commands.summary import write_summary
 from crosscode.commands.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
+from crosscode.evaluation.precision import float32_products
 from crosscode.files import write_json
 from crosscode.models.split import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.settings import ActivationSource
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
@@ -169,7 +169,7 @@ def _train_side_by_side(
     trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool
 ) -> list[dict[str, Any]]:
     running = trainers
-    n_steps = next(iter(running.values())).settings.n_steps
+    n_steps = next(iter(running.values())).n_steps
     position = min(trainer.step for trainer in running.values())
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
         for trainer in running.values():
@@ -205,7 +205,8 @@ def _train_side_by_side(
 
 
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:
-    file.note(label, **write_summary(trainer, trainer.finish()))
+    trainer.finish()
+    file.note(label, **trainer.run.read_summary())
 
 
 def _each(
@@ -217,7 +218,7 @@ def _each(
     """Let trainers act in turn. One that fails leaves the sweep; the others go on."""
     for label, trainer in list((running if chosen is None else chosen).items()):
         try:
-            with trainer.settings.precision.matmuls():
+            with float32_products(tf32=trainer.config.tf32):
                 act(trainer)
         except CrosscodeError as error:
             log.error("%s: %s", label, error)
