@@ -65,7 +65,7 @@ def make_objective():
 
 def make_trainer(folder: Path, log_every: int) -> Trainer:
     run = RunDirectory(folder)
-    run.create("name: bench\n", overwrite=False)
+    run.create("name: bench\n")
     config = TrainConfig(n_tokens=4, batch_size=4, log_every=log_every, optimizer=Component(type="adam", lr=1e-3))
     split = split_for("model_hookpoint_acausal")
     loggers = [JsonlLogger(run.metrics_file)]

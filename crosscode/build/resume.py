@@ -18,6 +18,7 @@ from crosscode.errors import InputError
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory, open_run
+from crosscode.runs.run_files import is_half_replaced
 
 log = logging.getLogger("crosscode")
 
@@ -53,11 +54,14 @@ class ResumePoint:
         """Reads every byte of the newest checkpoint, for its checksums, but loads no model.
 
         Raises:
-            InputError: no run there, all checkpoints damaged, or a config that was changed too much.
+            InputError: no run there, links in it, all checkpoints damaged, or a config that was changed too much.
         """
+        run = RunDirectory(path)
+        if is_half_replaced(run.path):
+            run.check_not_held()
+            run.recover()
         run = open_run(path)
-        with run.held():
-            pass
+        run.check_not_held()
         config = load_config(run.config_file)
         step = Checkpoints(run).newest_whole()
         if step is not None:

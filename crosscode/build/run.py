@@ -6,6 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from crosscode.build.data import available_device, build_rows
@@ -15,6 +16,7 @@ from crosscode.build.experiment import (
     build_model,
     build_objective,
 )
+from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
 from crosscode.build.stores import check_stores_outside
@@ -42,19 +44,24 @@ def build_trainer(
     resume: ResumePoint | None = None,
     data: ActivationSource | None = None,
     progress: bool = True,
+    typed_overwrite: bool = False,
+    made_by: str = "train",
 ) -> Trainer:
-    """Everything that `Trainer` is composed of. A new run's directory is created last.
+    """Everything that `Trainer` is composed of. A new run's directory is made by the trainer itself, once it has its
+    first batch: until then nothing is written.
 
     Args:
         resume: continue this run from its newest whole checkpoint (from the start, where it has none yet); `experiment`
             is that of the run's config.
         data: a stream of activations to use in place of the one that the config describes.
+        typed_overwrite: the user typed that the run may be replaced, though it is not over.
+        made_by: the command, which is noted in the run directory.
     """
     config, split = experiment.config, experiment.split
     run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
     if resume is None:
-        run.check_free(config.overwrite)
         check_stores_outside(config)
+        check_may_begin(config, typed_overwrite)
     data = data or build_dataloader(experiment)
     model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
@@ -65,9 +72,9 @@ def build_trainer(
     else:
         check_same_language_models(run, step, metadata)
     if resume is None:
-        run.create(dump_config(config), config.overwrite)
+        run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
     else:
-        run.reopen(step)
+        run.reopen_later(step)
     trainer = Trainer(
         model,
         data,

@@ -113,6 +113,7 @@ def check_config(values: Mapping[str, Any]) -> ExperimentConfig:
 def dump_config(config: ExperimentConfig) -> str:
     """YAML from which the same run can be made again, from any folder."""
     values = config.model_dump(mode="json")
+    values["overwrite"] = False  # a permission for once, and no part of the run
     for section in ("objective", "constraints"):
         values[section] = {name: value for name, value in values[section].items() if value is not None}
     if config.finetune_from is not None and Path(config.finetune_from).expanduser().exists():

@@ -19,6 +19,7 @@ from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
+from crosscode.files import check_may_be_filled
 
 _NOT_IN_THE_MANIFEST = ("epochs", "n_workers", "mask_special_tokens", "mask_token_ids")
 
@@ -44,6 +45,7 @@ def check_stores(
     }
     cache = config.data.cache
     if cache is not None:
+        check_may_be_filled(cache.path, "data.cache.path")
         text = {} if documents is None else {"dataset": documents.fingerprint}
         with at_field("data.cache"):
             check_can_write(
@@ -63,9 +65,7 @@ def check_stores(
 
 
 def check_stores_outside(config: ExperimentConfig) -> None:
-    """Refuse a store inside a run directory that is about to be replaced: it would be deleted with it."""
-    if not config.overwrite:
-        return
+    """Refuse a store inside the new run's own directory, where only the run belongs."""
     run = config.run_path().resolve()
     cache = config.data.cache
     paths = {f"data.stores.{i}": store.path for i, store in enumerate(config.data.stores)}
@@ -73,8 +73,7 @@ def check_stores_outside(config: ExperimentConfig) -> None:
     for field, path in paths.items():
         if Path(path).resolve().is_relative_to(run):
             raise InputError(
-                f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}, which overwrite: true "
-                "replaces, store and all; put the store beside it"
+                f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}; put the store beside it"
             )
 
 

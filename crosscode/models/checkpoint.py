@@ -26,7 +26,7 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 def save_model(model: BaseCrosscoder, path: Path, metadata: dict[str, Any]) -> None:
-    with new_folder(path) as folder:
+    with new_folder(path, CONFIG_FILE) as folder:
         write_model(model, folder, metadata)
 
 

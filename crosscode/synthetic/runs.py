@@ -160,7 +160,7 @@ def _run_scheme(
 ) -> SyntheticResult:
     with tempfile.TemporaryDirectory(prefix="crosscode-synthetic-") as folder:
         run = RunDirectory(Path(folder) / scheme.name)
-        run.create("", overwrite=False)
+        run.create("")
         trainer = build_synthetic_trainer(scheme, config, dictionary, run, progress=progress)
         started = time.perf_counter()
         try:

@@ -6,8 +6,8 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
@@ -35,11 +35,12 @@ from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.opening import open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.saver import Saver
-from crosscode.trainers.source import ActivationSource
+from crosscode.trainers.source import ActivationSource, check_has_begun
 from crosscode.trainers.summary import summary, tokens_per_s
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -95,6 +96,7 @@ class Trainer:
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState()}
         self.saver = Saver(self.checkpoints, model, self.metadata, parts)
+        self._resumed = False
 
     # ---- the loop
 
@@ -106,12 +108,12 @@ class Trainer:
             NonFiniteLoss, OutOfMemory, CheckpointNotSaved: with what to do about it.
         """
         products = float32_products(tf32=self.config.tf32)
-        with StopSignals() as stop, self.run.held(), products, self.progress, closing(self.data):
+        with StopSignals() as stop, products, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
+            acts_BMPD = self._next_batch(batches)
+            open_runs([self], opened)
             self.start()
             while self.step < self.n_steps:
-                with self.phases("harvest"):
-                    acts_BMPD = next(batches, None)
                 if acts_BMPD is None:
                     log.warning("the data ended at step %d of %d: training stops", self.step, self.n_steps)
                     self.save_checkpoint()
@@ -123,7 +125,28 @@ class Trainer:
                         f"stopped by {stop.received} after step {self.step} of {self.n_steps}; "
                         f"continue with: crosscode train --resume {self.run.path}"
                     )
+                acts_BMPD = self._next_batch(batches)
             return self.finish()
+
+    def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
+        """None at the end of the data, or of training.
+
+        Raises:
+            InputError: there is not even a first batch.
+        """
+        if self.step >= self.n_steps:
+            return None
+        with self.phases("harvest"):
+            acts_BMPD = next(batches, None)
+        check_has_begun(acts_BMPD, self.step)
+        return acts_BMPD
+
+    def open(self) -> None:
+        """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
+        self.run.begin()
+        self.metrics.open()
+        if self._resumed:
+            self.metrics.rewind(self.step)
 
     def start(self) -> None:
         """Before the first step, and before the first after a resume."""
@@ -186,6 +209,7 @@ class Trainer:
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
             self.model.save(self.run.final, self.metadata)
+        self.run.drop_put_by()
         evaluation = self._evaluate(None)
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
@@ -268,4 +292,4 @@ class Trainer:
         if step is not None:
             state = self.saver.load(step)
             self.step, self.tokens, self.phases.training_s_before = state["step"], state["tokens"], state["seconds"]
-        self.metrics.rewind(self.step)
+        self._resumed = True

@@ -212,7 +212,7 @@ def make_trainer(tmp_path):
         model.init_weights(INITIALIZATIONS[init](), seed).to(data.device)
         run = RunDirectory(tmp_path / name)
         if not run.config_file.is_file():
-            run.create("name: test\n", overwrite=False)
+            run.create("name: test\n")
         names = [f"x{i}" for i in range(len(model.segments))]
         return Trainer(
             model,

@@ -132,16 +132,16 @@ def test_state_comes_back_as_it_was(tmp_path_factory, value):
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
     target = tmp_path / "step_1"
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, "file") as folder:
         write_text(folder / "half", "x")
         raise RuntimeError("killed")
     assert list(tmp_path.iterdir()) == []
-    with new_folder(target) as folder:
+    with new_folder(target, "file") as folder:
         write_text(folder / "file", "old")
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, "file") as folder:
         raise RuntimeError("killed while replacing")
     assert (target / "file").read_text() == "old"
-    with new_folder(target) as folder:
+    with new_folder(target, "file") as folder:
         write_text(folder / "file", "new")
     assert (target / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
@@ -150,7 +150,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_a_run_directory_never_replaces_what_is_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not empty"):
-        RunDirectory(tmp_path).create("name: x", overwrite=True)
+        RunDirectory(tmp_path).create("name: x")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     with pytest.raises(InputError, match=r"no config\.yaml"):
         open_run(tmp_path)
@@ -158,9 +158,11 @@ def test_a_run_directory_never_replaces_what_is_no_run(tmp_path):
 
 def test_run_directory_lists_whole_checkpoints_only(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.create("name: x", overwrite=False)
-    for name in ("step_20", "step_3", ".step_40.partial", "notes"):
+    run.create("name: x")
+    for name in ("step_20", "step_3", "step_7", ".step_40.partial", "notes"):
         (run.checkpoints / name).mkdir(parents=True)
+    for name in ("step_20", "step_3"):
+        (run.checkpoints / name / "config.json").touch()
     assert run.steps() == [3, 20]
     run.write_summary({"step": 1})
     assert json.loads((run.path / "summary.json").read_text()) == {"step": 1}

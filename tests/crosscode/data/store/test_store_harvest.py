@@ -226,7 +226,7 @@ while kills < 50:
         assert cache.n_rows >= n_rows, "a whole shard was lost"
         n_rows = cache.n_rows
         assert torch.equal(cache.read_rows(torch.arange(n_rows)), expected[:n_rows]), "a wrong value"
-        torn += any(name.endswith(".tmp") for name in os.listdir(f"{folder}/{stores}"))
+        torn += any(name.startswith(".crosscode-tmp-") for name in os.listdir(f"{folder}/{stores}"))
     if os.WIFSIGNALED(status):
         kills += 1
     else:
