@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.recipes import recipe_path
@@ -90,7 +91,7 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
         raise InputError(f"config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
-    return values
+    return today(values, str(path))
 
 
 def load_config(config: str | Path) -> ExperimentConfig:
