@@ -24,13 +24,12 @@ from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.precision import float32_products
 from crosscode.files import check_is_no_link, check_may_be_filled, write_json
 from crosscode.models.split import split_for
-from crosscode.runs.directory import RunDirectory
+from crosscode.runs.directory import RunDirectory, open_together
 from crosscode.runs.run_files import read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.opening import open_runs
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.source import ActivationSource, check_has_begun
+from crosscode.trainers.source import ActivationSource, next_batch
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
@@ -203,7 +202,7 @@ def _train_side_by_side(
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
         batches = iter(data)
         acts_BMPD = _next_batch(running, batches, position)
-        open_runs(list(running.values()), runs)
+        open_together({trainer.run: trainer.open for trainer in running.values()}, runs)
         write_marker(file.folder, "sweep")
         file.save()
         for trainer in running.values():
@@ -236,14 +235,10 @@ def _train_side_by_side(
 
 def _next_batch(running: dict[str, Trainer], batches: Iterator[Tensor], position: int) -> Tensor | None:
     """As of one trainer; its time counts for each."""
-    if position >= next(iter(running.values())).n_steps:
-        return None
     with ExitStack() as harvest:
         for trainer in running.values():
             harvest.enter_context(trainer.phases("harvest"))
-        acts_BMPD = next(batches, None)
-    check_has_begun(acts_BMPD, position)
-    return acts_BMPD
+        return next_batch(batches, position, next(iter(running.values())).n_steps)
 
 
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:

@@ -24,9 +24,15 @@ class ActivationSource(Protocol):
     def close(self) -> None: ...
 
 
-def check_has_begun(acts_BMPD: Tensor | None, step: int) -> None:
-    """Raise `InputError` where the data are at their end before the first step."""
+def next_batch(batches: Iterator[Tensor], step: int, n_steps: int) -> Tensor | None:
+    """`acts_BMPD` of a step, None at the end of the data or of training.
+
+    Raises:
+        InputError: there is not even a first batch.
+    """
+    acts_BMPD = next(batches, None) if step < n_steps else None
     if acts_BMPD is None and step == 0:
         raise InputError(
             "data: the text does not give the activations of one batch; give more, or lower train.batch_size"
         )
+    return acts_BMPD

@@ -22,7 +22,7 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 from crosscode.objectives.base import Loss, Objective
 from crosscode.runs.checkpoints import Checkpoints, saving
-from crosscode.runs.directory import RunDirectory
+from crosscode.runs.directory import RunDirectory, open_together
 from crosscode.runs.histograms import latent_histograms
 from crosscode.runs.loggers import Logger
 from crosscode.runs.metrics import Metrics
@@ -35,12 +35,11 @@ from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.opening import open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.saver import Saver
-from crosscode.trainers.source import ActivationSource, check_has_begun
+from crosscode.trainers.source import ActivationSource, next_batch
 from crosscode.trainers.summary import summary, tokens_per_s
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -111,7 +110,7 @@ class Trainer:
         with StopSignals() as stop, products, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
             acts_BMPD = self._next_batch(batches)
-            open_runs([self], opened)
+            open_together({self.run: self.open}, opened)
             self.start()
             while self.step < self.n_steps:
                 if acts_BMPD is None:
@@ -129,17 +128,8 @@ class Trainer:
             return self.finish()
 
     def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
-        """None at the end of the data, or of training.
-
-        Raises:
-            InputError: there is not even a first batch.
-        """
-        if self.step >= self.n_steps:
-            return None
         with self.phases("harvest"):
-            acts_BMPD = next(batches, None)
-        check_has_begun(acts_BMPD, self.step)
-        return acts_BMPD
+            return next_batch(batches, self.step, self.n_steps)
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""

@@ -29,7 +29,6 @@ from crosscode.data.store.format import (
     StoreNotWritten,
     pack,
     unpack,
-    write_atomically,
     write_shard,
 )
 from crosscode.data.store.manifest import (
@@ -42,7 +41,7 @@ from crosscode.data.store.manifest import (
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.errors import InputError
-from crosscode.files import is_temporary, remove
+from crosscode.files import is_temporary, remove, write_parts
 
 
 class ActivationCacheWriter:
@@ -265,7 +264,7 @@ def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: 
     tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     content = safetensors.torch.save(tensors, {"state": json.dumps(plain), "finished": str(int(finished))})
-    write_atomically(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
+    write_parts(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
 
 
 def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bool]:
