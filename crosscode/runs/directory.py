@@ -6,8 +6,8 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,19 +231,3 @@ def open_run(path: str | Path) -> RunDirectory:
     if not run.config_file.is_file():
         raise InputError(f"run: {str(path)!r} is not a run directory (no config.yaml there)")
     return run
-
-
-def open_together(runs: Mapping[RunDirectory, Callable[[], None]], stack: ExitStack) -> None:
-    """Hold and open the runs until `stack` ends: all of them, or none, which leaves every directory as it was.
-
-    Args:
-        runs: with what opens each once it is held.
-    """
-    try:
-        for run, open_held in runs.items():
-            stack.enter_context(run.held())
-            open_held()
-    except Exception:
-        for run in runs:
-            run.undo()
-        raise

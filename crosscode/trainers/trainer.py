@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -22,7 +22,7 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 from crosscode.objectives.base import Loss, Objective
 from crosscode.runs.checkpoints import Checkpoints, saving
-from crosscode.runs.directory import RunDirectory, open_together
+from crosscode.runs.directory import RunDirectory
 from crosscode.runs.histograms import latent_histograms
 from crosscode.runs.loggers import Logger
 from crosscode.runs.metrics import Metrics
@@ -35,11 +35,12 @@ from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.opening import next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.saver import Saver
-from crosscode.trainers.source import ActivationSource, next_batch
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.summary import summary, tokens_per_s
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -109,8 +110,8 @@ class Trainer:
         products = float32_products(tf32=self.config.tf32)
         with StopSignals() as stop, products, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
-            acts_BMPD = self._next_batch(batches)
-            open_together({self.run: self.open}, opened)
+            acts_BMPD = next_batch([self], batches, self.step)
+            open_runs([self], opened)
             self.start()
             while self.step < self.n_steps:
                 if acts_BMPD is None:
@@ -124,12 +125,8 @@ class Trainer:
                         f"stopped by {stop.received} after step {self.step} of {self.n_steps}; "
                         f"continue with: crosscode train --resume {self.run.path}"
                     )
-                acts_BMPD = self._next_batch(batches)
+                acts_BMPD = next_batch([self], batches, self.step)
             return self.finish()
-
-    def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
-        with self.phases("harvest"):
-            return next_batch(batches, self.step, self.n_steps)
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
