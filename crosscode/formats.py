@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -81,44 +81,45 @@ def today(values: Mapping[str, Any], where: str) -> Content:
     """
     values = copy.deepcopy(dict(values))
     for path, nothing in GONE.items():
-        if _has(values, path) and _get(values, path) == nothing:
-            _pop(values, path)
-    changed = [path for path in RENAMED if _has(values, path)]
-    for path in changed:
-        new = RENAMED[path]
-        if _has(values, new):
-            raise InputError(f"{where}: {path} is the earlier spelling of {new}: give one of the two")
-        _put(values, new, _pop(values, path))
+        holder, name = _holder(values, path)
+        if name in holder and holder[name] == nothing:
+            del holder[name]
+    changed = []
+    for path, new_path in RENAMED.items():
+        holder, name = _holder(values, path)
+        if name not in holder:
+            continue
+        new_holder, new_name = _holder(values, new_path, make=True)
+        if new_name in new_holder:
+            raise InputError(f"{where}: {path} is the earlier spelling of {new_path}: give one of the two")
+        new_holder[new_name] = holder.pop(name)
+        changed.append(f"{path} is {new_path} now")
     if changed:
-        spellings = ", ".join(f"{path} is {RENAMED[path]} now" for path in changed)
-        _warn_once(f"{where}: earlier spellings are read: {spellings}")
+        _warn_once(f"{where}: earlier spellings are read: {', '.join(changed)}")
     return values
 
 
-def _get(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values[name]
-    return values
-
-
-def _has(values: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not isinstance(values, dict) or name not in values:
-            return False
-        values = values[name]
-    return True
-
-
-def _pop(values: Content, path: str) -> Any:
-    *parents, name = path.split(".")
-    return _get(values, ".".join(parents)).pop(name) if parents else values.pop(name)
-
-
-def _put(values: Content, path: str, value: Any) -> None:
+def _holder(values: Any, path: str, *, make: bool = False) -> tuple[Content, str]:
+    """The mapping in which a field would stand (an empty one, where there is none and none is made), and its name."""
     *parents, name = path.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
-    values[name] = value
+        values = values.setdefault(parent, {}) if make else values.get(parent)
+        if not isinstance(values, dict):
+            return {}, name
+    return values, name
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by dotted path, in the order of names; lists of mappings by index."""
+    if isinstance(value, Mapping):
+        items = sorted(value.items(), key=lambda item: str(item[0]))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        items = enumerate(value)
+    else:
+        yield path, value
+        return
+    for name, item in items:
+        yield from flatten(item, f"{path}.{name}" if path else str(name))
 
 
 @cache
