@@ -33,7 +33,7 @@ from crosscode.data import (
     wrap_documents,
 )
 from crosscode.data.rows import HarvestedRows
-from crosscode.data.store_format import Layout, pack, unpack
+from crosscode.data.store.format import Layout, pack, unpack
 
 HOOKPOINT = "blocks.14.hook_resid_post"
 B = 2048

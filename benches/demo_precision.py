@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from crosscode.cli import run_training
-from crosscode.schema import check_config, read_yaml
+from crosscode.build.schema import check_config, read_yaml
+from crosscode.commands.cli import run_training
 
 RESULTS = Path(__file__).parent / "results" / "demo_precision.json"
 VARIANTS: dict[str, dict[str, Any]] = {

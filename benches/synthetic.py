@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosscode.analysis.synthetic import SyntheticConfig, run_synthetic
-from crosscode.analysis.synthetic_command import as_json
-from crosscode.data.synthetic import PlantedConfig
+from crosscode.commands.synthetic import as_json
+from crosscode.synthetic.planted import PlantedConfig
+from crosscode.synthetic.runs import SyntheticConfig, run_synthetic
 
 STORED = Path(__file__).parent / "results" / "synthetic.json"
 CORRELATIONS = {"independent": 0.0, "correlated": 0.8}

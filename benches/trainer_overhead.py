@@ -18,14 +18,16 @@ from pathlib import Path
 import torch
 from data_common import report
 
+from crosscode.config.experiment import TrainConfig
+from crosscode.config.registry import Component
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
+from crosscode.models.split import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.objectives.base import LossContext
-from crosscode.trainers.loggers import JsonlLogger
+from crosscode.runs.directory import RunDirectory
+from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers.optimizers.adam import Adam
-from crosscode.trainers.run_directory import RunDirectory
-from crosscode.trainers.split import split_for
-from crosscode.trainers.trainer import Trainer, TrainerSettings
+from crosscode.trainers.trainer import Trainer
 
 ROUNDS = 5
 
@@ -64,12 +66,12 @@ def make_objective():
 def make_trainer(folder: Path, log_every: int) -> Trainer:
     run = RunDirectory(folder)
     run.create("name: bench\n")
-    settings = TrainerSettings(n_steps=10**9, log_every=log_every)
+    config = TrainConfig(n_tokens=4, batch_size=4, log_every=log_every, optimizer=Component(type="adam", lr=1e-3))
     split = split_for("model_hookpoint_acausal")
     loggers = [JsonlLogger(run.metrics_file)]
     return Trainer(
-        make_model(), OneBatch(), split, make_objective(), Adam(lr=1e-3), settings, run, loggers,
-        position_names=["a", "b"], progress=False,
+        make_model(), OneBatch(), split, make_objective(), config, run, loggers,
+        position_names=["a", "b"], n_steps=10**9, progress=False,
     )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crosscode.data.dataloader import ActivationsDataloader as ActivationsDataloader
-    from crosscode.data.harvester import ActivationHarvester as ActivationHarvester
-    from crosscode.data.store import ActivationCache as ActivationCache
-    from crosscode.data.tokens import TokenSequenceLoader as TokenSequenceLoader
+    from crosscode.data.harvest.harvester import ActivationHarvester as ActivationHarvester
+    from crosscode.data.store.reader import ActivationCache as ActivationCache
+    from crosscode.data.text.tokens import TokenSequenceLoader as TokenSequenceLoader
     from crosscode.errors import InputError as InputError
     from crosscode.models import ActivationFunction as ActivationFunction
     from crosscode.models import AnthropicSTEJumpReLUActivation as AnthropicSTEJumpReLUActivation
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from crosscode.trainers import Trainer as Trainer
 
 _HOMES = {
-    "ActivationCache": "crosscode.data.store",
+    "ActivationCache": "crosscode.data.store.reader",
     "ActivationFunction": "crosscode.models",
-    "ActivationHarvester": "crosscode.data.harvester",
+    "ActivationHarvester": "crosscode.data.harvest.harvester",
     "ActivationsDataloader": "crosscode.data.dataloader",
     "AnthropicSTEJumpReLUActivation": "crosscode.models",
     "AnthropicTransposeInit": "crosscode.models",
@@ -61,7 +61,7 @@ _HOMES = {
     "OrthogonalSkipInit": "crosscode.models",
     "ReLUActivation": "crosscode.models",
     "SAEOrTranscoder": "crosscode.models",
-    "TokenSequenceLoader": "crosscode.data.tokens",
+    "TokenSequenceLoader": "crosscode.data.text.tokens",
     "TopkActivation": "crosscode.models",
     "Trainer": "crosscode.trainers",
     "ZeroDecSkipInit": "crosscode.models",

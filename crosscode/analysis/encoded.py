@@ -17,7 +17,7 @@ from torch import Tensor
 from crosscode.analysis.geometry import output_scaling_X
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.split import Split
+from crosscode.models.split import Split
 
 
 class HeldoutBatch(Protocol):

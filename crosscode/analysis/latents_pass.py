@@ -17,7 +17,7 @@ from crosscode.analysis.examples import QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.split import Split
+from crosscode.models.split import Split
 
 MAX_PAIRS = 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from crosscode.analysis.training_curves import training_figures
 from crosscode.errors import CrosscodeError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.split import Split
+from crosscode.models.split import Split
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ def write_report(
     run: str | Path,
     *,
     model: BaseCrosscoder | None = None,
-    heldout: HeldoutText | None = None,
-    n_tokens: int | None = None,
+    heldout: Callable[[], HeldoutText] | None = None,
     output: Path | None = None,
     latents_csv: Path | None = None,
 ) -> Path:
@@ -45,8 +44,7 @@ def write_report(
     Args:
         run: the run directory.
         model: the trained model, scaling folded in; default: `final/`.
-        heldout: held-out text with activations; default: what the run's config says, built by `crosscode.build`.
-        n_tokens: held-out tokens to look at where `heldout` is not given; default: as configured.
+        heldout: opens held-out text with activations; called once. Without it the page shows no latents.
         output: the page; default: `report.html` in the run.
         latents_csv: also write the whole diffing table of the first pair of positions there.
 
@@ -63,10 +61,10 @@ def write_report(
     try:
         if model is None:
             model = BaseCrosscoder.load(record.path / "final")
-        if heldout is None:
-            heldout = _heldout_of(record.path, n_tokens)
-        tokenizer = heldout.tokenizer
-        study = study_latents(model, heldout.batches, heldout.split, heldout.position_names)
+        if heldout is not None:
+            text = heldout()
+            tokenizer = text.tokenizer
+            study = study_latents(model, text.batches, text.split, text.position_names)
     except (CrosscodeError, OSError) as error:
         reason = str(error)
     page = render(record, model, study, tokenizer, reason)
@@ -111,13 +109,3 @@ def render(
         "table": None if study is None else cards.latent_table(study),
     }
     return environment.get_template("report.html.j2").render(context)
-
-
-def _heldout_of(run: Path, n_tokens: int | None) -> HeldoutText:
-    from crosscode.build import open_experiment
-    from crosscode.schema import load_config
-
-    experiment = open_experiment(load_config(run / "config.yaml"), to_train=False)
-    return HeldoutText(
-        experiment.heldout_batches(n_tokens), experiment.tokenizer, experiment.split, experiment.output_names()
-    )

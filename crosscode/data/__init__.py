@@ -1,24 +1,24 @@
 """Text to batches of activations: models, sources, tokens, harvest, store, shuffled and scaled batches."""
 
 from crosscode.data.dataloader import ActivationsDataloader
-from crosscode.data.documents import DocumentSource
-from crosscode.data.harvester import ActivationHarvester, check_hookpoints
-from crosscode.data.language_models import (
+from crosscode.data.harvest.harvester import ActivationHarvester, check_hookpoints
+from crosscode.data.harvest.language_models import (
     LanguageModel,
     check_common_tokenizer,
     load_language_model,
     load_skeleton,
     wrap_language_model,
 )
-from crosscode.data.mixture import MixedDocuments
-from crosscode.data.sources import load_documents, wrap_documents
-from crosscode.data.store import ActivationCache
-from crosscode.data.store_format import StoreError
-from crosscode.data.store_harvest import HarvestThroughStore, harvest_to_store
-from crosscode.data.store_manifest import make_manifest
-from crosscode.data.store_rows import StoredRows
-from crosscode.data.store_writer import ActivationCacheWriter
-from crosscode.data.tokens import TokenBatch, TokenSequenceLoader
+from crosscode.data.store.format import StoreError
+from crosscode.data.store.harvest import HarvestThroughStore, harvest_to_store
+from crosscode.data.store.manifest import make_manifest
+from crosscode.data.store.reader import ActivationCache
+from crosscode.data.store.rows import StoredRows
+from crosscode.data.store.writer import ActivationCacheWriter
+from crosscode.data.text.documents import DocumentSource
+from crosscode.data.text.mixture import MixedDocuments
+from crosscode.data.text.sources import load_documents, wrap_documents
+from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
 
 __all__ = [
     "ActivationCache",

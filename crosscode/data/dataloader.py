@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from crosscode.data.harvester import ActivationHarvester
+from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.prefetch import PrefetchedRows
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
-from crosscode.data.tokens import TokenSequenceLoader
+from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
 log = logging.getLogger("crosscode")

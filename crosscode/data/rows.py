@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from crosscode.data.harvester import ActivationHarvester
-from crosscode.data.tokens import TokenBatch, TokenSequenceLoader
+from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
 from crosscode.errors import InputError
 
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-from crosscode.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from crosscode.registry import ConfigModel
+from crosscode.config.registry import ConfigModel
 
 
 class Constant(ConfigModel):

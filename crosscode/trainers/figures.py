@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.models.base import ForwardResult
 from crosscode.objectives.base import Loss
-from crosscode.trainers.fvu import FvuAccumulator
 
 
 class BatchFigures:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from crosscode.errors import InputError
+from crosscode.runs.directory import RunDirectory
+from crosscode.trainers.phases import Phases
 
-if TYPE_CHECKING:
-    from crosscode.trainers.trainer import Trainer
+
+class Beginner(Protocol):
+    """A trainer, as far as it matters here."""
+
+    n_steps: int
+    phases: Phases
+    run: RunDirectory
+
+    def open(self) -> None: ...
 
 
-def next_batch(trainers: Sequence[Trainer], batches: Iterator[Tensor], step: int) -> Tensor | None:
+def next_batch(trainers: Sequence[Beginner], batches: Iterator[Tensor], step: int) -> Tensor | None:
     """`acts_BMPD` for trainers on one stream, each of which counts the time; None at the end of data or of training.
 
     Raises:
         InputError: there is not even a first batch.
     """
-    if step >= trainers[0].settings.n_steps:
+    if step >= trainers[0].n_steps:
         return None
     with ExitStack() as harvest:
         for trainer in trainers:
@@ -33,7 +42,7 @@ def next_batch(trainers: Sequence[Trainer], batches: Iterator[Tensor], step: int
     return acts_BMPD
 
 
-def open_runs(trainers: Sequence[Trainer], stack: ExitStack) -> None:
+def open_runs(trainers: Sequence[Beginner], stack: ExitStack) -> None:
     """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was."""
     try:
         for trainer in trainers:

@@ -19,9 +19,9 @@ from crosscode.models.activations.topk import AnnealedK
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.models.initialization.base import SampleBatches
-from crosscode.trainers.checkpoints import Checkpoints
-from crosscode.trainers.run_directory import RunDirectory
-from crosscode.trainers.state import read_state
+from crosscode.runs.checkpoints import Checkpoints
+from crosscode.runs.directory import RunDirectory
+from crosscode.runs.state import read_state
 
 N_SAMPLE_TOKENS = 8192
 
@@ -97,7 +97,7 @@ def load_folded(folder: Path, backend: BackendName, device: torch.device) -> Bas
             f"{str(folder)!r} is a model without folded scaling and without a trainer state that says "
             "what the scaling was; take the run's final/ instead"
         ) from error
-    from crosscode.trainers.split import split_for
+    from crosscode.models.split import split_for
 
     split = split_for(read_config(folder)["metadata"]["architecture"])
     model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from crosscode.config.registry import Registry, build_component
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, BaseCrosscoder, SAEOrTranscoder, TopkActivation
 from crosscode.objectives import TERMS, LossContext, Objective, as_schedule
-from crosscode.registry import Registry, build_component
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"`(crosscode/\S+?\.py)`:\n\n```python\n(.*?)```", TEXT, re.DOTALL))

@@ -13,8 +13,8 @@ from crosscode_kernels.opset import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
+from crosscode.config.registry import ConfigModel, Registry, type_of
 from crosscode.errors import InputError
-from crosscode.registry import ConfigModel, Registry, type_of
 
 
 class ActivationFunction(nn.Module, ABC):

@@ -13,9 +13,9 @@ from crosscode_kernels.sparse import Latents
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction
-from crosscode.registry import ConfigModel
 
 
 @ACTIVATIONS.register

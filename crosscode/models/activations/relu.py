@@ -11,8 +11,8 @@ from crosscode_kernels.opset import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction
-from crosscode.registry import ConfigModel
 
 
 @ACTIVATIONS.register

@@ -13,9 +13,9 @@ from crosscode_kernels.sparse import Latents
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction
-from crosscode.registry import ConfigModel
 
 
 def topk_mask_BL(rank_BL: Tensor, k: int) -> Tensor:

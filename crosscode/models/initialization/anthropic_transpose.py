@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import PositiveFloat
 
+from crosscode.config.registry import ConfigModel
 from crosscode.models.initialization.base import (
     INITIALIZATIONS,
     DecoderFirstInit,
@@ -18,7 +19,6 @@ from crosscode.models.initialization.base import (
     require_spaces_match,
     zero_,
 )
-from crosscode.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

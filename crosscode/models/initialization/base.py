@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
-from crosscode.registry import ConfigModel, Registry
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from crosscode.config.registry import ConfigModel
 from crosscode.models.initialization.base import INITIALIZATIONS, InitStrategy, SampleBatches, uniform, zero_
-from crosscode.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import BaseModel, ValidationError
 
+from crosscode.config.registry import Component, ConfigModel, build_component
 from crosscode.errors import InputError
 from crosscode.models.initialization.base import INITIALIZATIONS, DecoderFirstInit, InitStrategy, SampleBatches
-from crosscode.registry import Component, ConfigModel, build_component
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

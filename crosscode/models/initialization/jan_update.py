@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.activations.jumprelu import AnthropicSTEJumpReLUActivation
 from crosscode.models.initialization.base import INITIALIZATIONS, DecoderFirstInit, SampleBatches, uniform, zero_
 from crosscode.models.initialization.calibration import collect_inputs, firing_share, upper_quantile_L
-from crosscode.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

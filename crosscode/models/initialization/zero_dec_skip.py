@@ -11,9 +11,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.initialization.base import INITIALIZATIONS, InitStrategy, SampleBatches, random_directions, zero_
-from crosscode.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.models.base import BaseCrosscoder

@@ -11,9 +11,9 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
 from crosscode.objectives.schedules import Weight
-from crosscode.registry import ConfigModel
 
 
 @TERMS.register

@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.activations.topk import AnnealedK
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
 from crosscode.objectives.schedules import Weight
-from crosscode.registry import ConfigModel
 
 
 @TERMS.register

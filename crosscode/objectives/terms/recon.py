@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from crosscode.config.registry import ConfigModel
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
 from crosscode.objectives.schedules import Weight
-from crosscode.registry import ConfigModel
 
 
 @TERMS.register

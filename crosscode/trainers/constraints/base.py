@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from crosscode.config.registry import ConfigModel, Registry, type_of
 from crosscode.models.base import BaseCrosscoder
-from crosscode.registry import ConfigModel, Registry, type_of
 
 
 class Constraint(ABC):

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
-from crosscode.registry import ConfigModel
 from crosscode.trainers.constraints.base import CONSTRAINTS, Constraint
 
 

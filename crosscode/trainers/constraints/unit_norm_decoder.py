@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from crosscode.config.registry import ConfigModel
 from crosscode.models.base import BaseCrosscoder
-from crosscode.registry import ConfigModel
 from crosscode.trainers.constraints.base import CONSTRAINTS, Constraint
 
 

@@ -10,12 +10,12 @@ from crosscode_kernels.row_sparse_adam import RowSparseAdam
 from pydantic import Field, PositiveFloat, model_validator
 from torch import nn
 
-from crosscode.registry import ConfigModel
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.config.registry import ConfigModel
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, warmup_and_decay
 
 
 @OPTIMIZERS.register
-class Adam(OptimizerRecipe):
+class Adam(OptimizerPlan):
     """Adam (Kingma & Ba 2015), fused where the device allows."""
 
     class Config(ConfigModel):

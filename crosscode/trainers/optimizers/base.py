@@ -1,4 +1,4 @@
-"""What an optimizer is: a recipe for a `torch.optim.Optimizer` and its learning rate over the run."""
+"""What an optimizer is: a plan of how to make a `torch.optim.Optimizer`, and its learning rate over the run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from crosscode.registry import ConfigModel, Registry
+from crosscode.config.registry import ConfigModel, Registry
 
 
-class OptimizerRecipe(ABC):
+class OptimizerPlan(ABC):
     """A subclass is one file in this folder."""
 
     Config: ClassVar[type[ConfigModel]]

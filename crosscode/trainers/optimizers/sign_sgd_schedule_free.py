@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, PositiveFloat
 from schedulefree import SGDScheduleFree
 
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
-from crosscode.registry import ConfigModel
 from crosscode.trainers.optimizers.adam import lr_groups
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, warmup_and_decay
 
 
 class _SignSGD(SGDScheduleFree):
@@ -32,7 +32,7 @@ class _SignSGD(SGDScheduleFree):
 
 
 @OPTIMIZERS.register
-class SignSGDScheduleFree(OptimizerRecipe):
+class SignSGDScheduleFree(OptimizerPlan):
     """Schedule-free SignSGD: no decay, no second moment, half of Adam's memory. Gradient clipping has no effect."""
 
     class Config(ConfigModel):

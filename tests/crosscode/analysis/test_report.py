@@ -11,10 +11,10 @@ import torch
 from crosscode.analysis import plots
 from crosscode.analysis.cards import card_groups, latent_table, min_firings
 from crosscode.analysis.latents_pass import pairs_to_compare, short_names, spread_over_density, study_latents
-from crosscode.analysis.report import write_report
+from crosscode.analysis.report import HeldoutText, write_report
 from crosscode.errors import InputError
 from crosscode.models import CompoundCrossLayerTranscoder, CrossLayerTranscoder, SAEOrTranscoder, TopkActivation
-from crosscode.trainers.split import split_for
+from crosscode.models.split import split_for
 
 EVIL = "<img src=x onerror=alert(1)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -53,6 +53,9 @@ class Page(HTMLParser):
 
 
 def page_of(run, **options):
+    if isinstance(options.get("heldout"), HeldoutText):
+        text = options["heldout"]
+        options["heldout"] = lambda: text
     return Page(write_report(run, **options).read_text(encoding="utf-8"))
 
 
@@ -97,7 +100,7 @@ def test_the_report_of_a_model_diff_has_all_its_sections(full_page):
 
 
 def test_the_report_needs_nothing_from_outside(make_run, heldout_text):
-    text = write_report(make_run(), heldout=heldout_text()).read_text(encoding="utf-8")
+    text = write_report(make_run(), heldout=heldout_text).read_text(encoding="utf-8")
     page = Page(text)
     assert not page.has("link") and not page.has("img") and not page.has("iframe") and not page.has("base")
     assert all("src" not in attributes for _, attributes in page.elements)
@@ -135,8 +138,8 @@ def test_html_in_the_text_of_snippets_is_shown_as_text(make_run, heldout_text, b
 
 def test_two_reports_of_a_run_are_equal(make_run, heldout_text):
     run = make_run()
-    first = write_report(run, heldout=heldout_text()).read_bytes()
-    assert write_report(run, heldout=heldout_text()).read_bytes() == first
+    first = write_report(run, heldout=heldout_text).read_bytes()
+    assert write_report(run, heldout=heldout_text).read_bytes() == first
 
 
 def test_the_strongest_token_is_outlined_and_fully_shaded(full_page):
@@ -180,7 +183,7 @@ def test_a_model_that_never_fires(make_run, make_model, heldout_text):
     model = make_model()
     with torch.no_grad():
         model.b_enc_L.fill_(-1e6)
-    page = page_of(make_run(model), heldout=heldout_text())
+    page = page_of(make_run(model), heldout=heldout_text)
     assert page.has("article") == [] and "Table of latents" not in page.headings()
 
 
@@ -248,7 +251,7 @@ def test_a_crosscoder_of_three_models_and_two_hookpoints(make_run, make_model, h
 def test_a_missing_file_leaves_a_section_out(make_run, heldout_text, missing):
     run = make_run()
     (run / missing).unlink()
-    page = page_of(run, heldout=heldout_text())
+    page = page_of(run, heldout=heldout_text)
     assert ("Training" in page.headings()) == (missing != "metrics.jsonl")
     assert "base against tuned at blocks.1.hook_resid_post" in page.headings()
 
@@ -260,7 +263,7 @@ def test_a_run_that_is_still_training_has_curves_and_says_what_is_missing(make_r
         (run / name).unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "lo')
-    page = page_of(run, heldout=heldout_text())
+    page = page_of(run, heldout=heldout_text)
     notes = "".join(page.text_of["li"])
     assert "Latents were not looked at" in notes and "1 line(s) of metrics.jsonl" in notes
     assert page.headings()[:2] == ["Training", "Held-out reconstruction"]
@@ -275,7 +278,7 @@ def test_loss_recovered_is_shown_where_it_was_measured(make_run, heldout_text):
     evaluation["loss_recovered"] = {base: spliced | {"ci95": {"loss_recovered": [0.95, 0.97]}}}
     evaluation["loss_recovered"][tuned] = spliced | {"loss_recovered": None, "ci95": None}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    page = page_of(run, heldout=heldout_text())
+    page = page_of(run, heldout=heldout_text)
     cells = page.text_of["td"]
     assert cells[:8] == [base, "0.200", "80.0 %", "96.0 % (95.0–97.0)", "2.50", "2.75", "9.00", "0.300"]
     assert cells[8:12] == [tuned, "0.220", "78.0 %", "n/a"]
@@ -287,7 +290,7 @@ def test_loss_recovered_is_shown_where_it_was_measured(make_run, heldout_text):
 def test_damaged_json_is_a_note_and_not_the_end(make_run, heldout_text):
     run = make_run()
     (run / "summary.json").write_text("{")
-    assert any("summary.json" in text for text in page_of(run, heldout=heldout_text()).text_of["li"])
+    assert any("summary.json" in text for text in page_of(run, heldout=heldout_text).text_of["li"])
 
 
 @pytest.mark.usefixtures("quick_plots")
@@ -300,7 +303,7 @@ def test_what_is_no_run_is_an_error_and_nothing_is_written(tmp_path):
 @pytest.mark.usefixtures("quick_plots")
 def test_the_page_and_the_table_can_go_elsewhere(make_run, heldout_text, tmp_path):
     run, page, table = make_run(), tmp_path / "page.html", tmp_path / "table.csv"
-    assert write_report(run, heldout=heldout_text(), output=page, latents_csv=table) == page
+    assert write_report(run, heldout=heldout_text, output=page, latents_csv=table) == page
     assert page.is_file() and not (run / "report.html").exists()
     assert len(table.read_text().splitlines()) == 2 + 24
 

@@ -10,11 +10,11 @@ from functools import cache
 import pytest
 import torch
 
-from crosscode.build import open_experiment
-from crosscode.build_run import build_trainer
+from crosscode.build.experiment import open_experiment
+from crosscode.build.run import build_trainer
+from crosscode.build.schema import check_config, load_config, read_yaml
 from crosscode.models import BaseCrosscoder
 from crosscode.recipes import recipe_names, recipe_path
-from crosscode.schema import check_config, load_config, read_yaml
 
 OF_THE_SCHEMES = {
     "l1_crosscoder", "topk_crosscoder", "batch_topk_crosscoder", "groupmax_crosscoder", "jan_update_crosscoder",

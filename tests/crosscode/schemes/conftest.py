@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from crosscode.config.registry import Component
 from crosscode.objectives import LossContext, Objective, objective_from
-from crosscode.registry import Component
 
 
 def _objective(config: dict[str, dict[str, Any]]) -> Objective:

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from crosscode.build import build_model, build_objective
+from crosscode.build.experiment import build_model, build_objective
+from crosscode.build.schema import check_config, read_yaml
+from crosscode.models.split import split_for
 from crosscode.recipes import recipe_names
-from crosscode.schema import check_config, read_yaml
-from crosscode.trainers.split import split_for
 
 N_STEPS, L, WIDTH, N_DEAD = 1000, 288, 5, 40
 

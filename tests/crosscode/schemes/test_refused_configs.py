@@ -8,10 +8,10 @@ import re
 import pytest
 import yaml
 
-from crosscode.build import open_experiment
-from crosscode.cli import main
+from crosscode.build.experiment import open_experiment
+from crosscode.build.schema import check_config, read_yaml
+from crosscode.commands.cli import main
 from crosscode.errors import InputError
-from crosscode.schema import check_config, read_yaml
 
 
 def changed(recipe, **changes):

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
-from crosscode.analysis.ground_truth import called_exclusive_L, compare_with_planted
 from crosscode.errors import InputError
+from crosscode.synthetic.ground_truth import called_exclusive_L, compare_with_planted
 
 
 def planted():

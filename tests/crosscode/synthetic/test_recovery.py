@@ -8,12 +8,12 @@ import signal
 import pytest
 import torch
 
-from crosscode.analysis.synthetic import SyntheticConfig, markdown_table, next_penalty, run_synthetic
-from crosscode.analysis.synthetic_schemes import SCHEMES
-from crosscode.cli import main
-from crosscode.data.synthetic import PlantedConfig
+from crosscode.commands.cli import main
 from crosscode.errors import InputError
 from crosscode.models import BaseCrosscoder
+from crosscode.synthetic.planted import PlantedConfig
+from crosscode.synthetic.runs import SyntheticConfig, markdown_table, next_penalty, run_synthetic
+from crosscode.synthetic.schemes import SCHEMES
 
 SMALL = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2)
 SMALL_OPTIONS = [

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from crosscode.build import open_experiment
-from crosscode.build_run import build_trainer
+from crosscode.build.experiment import open_experiment
+from crosscode.build.resume import ResumePoint
+from crosscode.build.run import build_trainer
+from crosscode.build.schema import check_config
 from crosscode.errors import InputError
 from crosscode.models.activations import TopkActivation
 from crosscode.models.sae_or_transcoder import SAEOrTranscoder
-from crosscode.resume import ResumePoint
-from crosscode.schema import check_config
 
 ROWS = {"type": "adam", "lr": 0.01, "betas": [0.0, 0.99], "row_sparse": True}
 DENSE = {**ROWS, "row_sparse": False}

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosscode.errors import InputError
+from crosscode.evaluation.fvu import FvuAccumulator
+from crosscode.evaluation.heldout import measure_reconstruction
 from crosscode.files import new_folder, write_text
 from crosscode.models import AnthropicTransposeInit, ModelHookpointAcausalCrosscoder, TopkActivation
-from crosscode.trainers.evaluation import evaluate
+from crosscode.models.split import split_for
+from crosscode.runs.directory import RunDirectory, open_run
+from crosscode.runs.state import read_state, write_state
 from crosscode.trainers.firing import FiringTracker
-from crosscode.trainers.fvu import FvuAccumulator
 from crosscode.trainers.optimizers.base import warmup_and_decay
-from crosscode.trainers.run_directory import RunDirectory, open_run
-from crosscode.trainers.split import split_for
-from crosscode.trainers.state import read_state, write_state
 
 
 def make_model(n_models=2, n_hookpoints=1, width=5, n_latents=12, k=3):
@@ -54,23 +54,23 @@ def test_evaluation_of_a_scaled_model_is_in_raw_space():
     split = split_for("model_hookpoint_acausal")
     names = ["a", "b"]
     batches = [acts(17, seed=s) for s in range(3)]
-    training = evaluate(model, batches, split, names, scaling_MP)
+    training = measure_reconstruction(model, batches, split, names, scaling_MP)
     folded = model.with_folded_scaling_factors(scaling_MP, scaling_MP)
-    final = evaluate(folded, batches, split, names)
+    final = measure_reconstruction(folded, batches, split, names)
     assert training.fvu == pytest.approx(final.fvu, rel=1e-5)
     assert training.fvu_by_position == pytest.approx(final.fvu_by_position, rel=1e-5)
     all_acts = torch.cat(batches).double()
     error = (folded(all_acts.float()).double() - all_acts).square().sum().detach()
     assert final.fvu == pytest.approx(float(error / (all_acts - all_acts.mean(0)).square().sum()), rel=1e-5)
     with pytest.raises(InputError, match="scaling_MP"):
-        evaluate(folded, batches, split, names, scaling_MP)
+        measure_reconstruction(folded, batches, split, names, scaling_MP)
 
 
 def test_evaluation_keeps_the_mode_and_does_not_depend_on_the_cut():
     model = make_model().train()
     split = split_for("model_hookpoint_acausal")
-    whole = evaluate(model, [acts(50)], split, ["a", "b"], torch.ones(2, 1))
-    cut = evaluate(model, list(acts(50).split(3)), split, ["a", "b"], torch.ones(2, 1), max_rows=2)
+    whole = measure_reconstruction(model, [acts(50)], split, ["a", "b"], torch.ones(2, 1))
+    cut = measure_reconstruction(model, list(acts(50).split(3)), split, ["a", "b"], torch.ones(2, 1), max_rows=2)
     assert model.training
     assert whole.fvu == pytest.approx(cut.fvu, rel=1e-6)
     assert whole.density_L == cut.density_L
@@ -79,7 +79,7 @@ def test_evaluation_keeps_the_mode_and_does_not_depend_on_the_cut():
 
 def test_evaluation_without_tokens_says_so():
     with pytest.raises(InputError, match="no tokens"):
-        evaluate(make_model(), [], split_for("model_hookpoint_acausal"), ["a", "b"], torch.ones(2, 1))
+        measure_reconstruction(make_model(), [], split_for("model_hookpoint_acausal"), ["a", "b"], torch.ones(2, 1))
 
 
 def test_firing_counts_tokens_since_a_latent_was_active():

@@ -1,0 +1,236 @@
+"""Config -> texts, language models, rows of activations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosscode.build.stores import check_stores, stored_rows
+from crosscode.config.data import DemoCorpus, HarvestConfig, HubDataset, LanguageModelConfig, LocalDataset, Mixture
+from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.harvest.language_models import LanguageModel, load_language_model
+from crosscode.data.rows import HarvestedRows, RowSource
+from crosscode.data.store.harvest import HarvestThroughStore
+from crosscode.data.text.documents import DocumentSource
+from crosscode.data.text.mixture import MixedDocuments, parts_of
+from crosscode.data.text.sources import load_documents, wrap_documents
+from crosscode.data.text.token_arguments import check_token_arguments
+from crosscode.data.text.token_chunks import Selection
+from crosscode.data.text.tokens import TokenSequenceLoader
+from crosscode.demo import demo_model_path
+from crosscode.errors import InputError, at_field
+
+log = logging.getLogger("crosscode")
+
+_ENOUGH_FOR_VALIDATION = 20
+"""Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
+
+# ---- language models
+
+
+def load_model(config: LanguageModelConfig, field: str, default_device: str) -> LanguageModel:
+    """A language model; `field` is its place in the config, for messages."""
+    with at_field(f"{field}.path = {config.path!r}"):
+        log.info("loading language model %s", config.path)
+        return load_language_model(
+            _locate(config.path),
+            revision=config.revision,
+            gguf_file=config.gguf_file,
+            dtype=config.dtype,
+            device=config.device or default_device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def _locate(path: str) -> str:
+    """The folder or file of an embedded model (`demo:NAME`) or of one that a package ships (`package:NAME/FILE`)."""
+    scheme, _, rest = path.partition(":")
+    if scheme == "demo":
+        return str(demo_model_path(rest))
+    if scheme != "package":
+        return path
+    package, _, file = rest.partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise InputError(
+            f"the Python package {package!r} is not installed; try: pip install {package.replace('_', '-')}"
+        )
+    return str(Path(spec.origin).parent / file)
+
+
+def available_device(name: str) -> torch.device:
+    """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device = {name!r}: not available here ({reason})") from error
+    return device
+
+
+# ---- texts
+
+
+def build_documents(source: Any, field: str) -> DocumentSource:
+    """The documents of a configured source. `field` is its place in the config, for messages."""
+    with at_field(field):
+        return _open_documents(source)
+
+
+def _open_documents(source: Any) -> DocumentSource:
+    if isinstance(source, Mixture):
+        parts = [build_documents(part.source, f"parts.{i}.source") for i, part in enumerate(source.parts)]
+        return MixedDocuments(parts, [part.weight for part in source.parts], stop=source.stop)
+    if isinstance(source, DemoCorpus):
+        from crosscode.demo.corpus import demo_corpus
+
+        name = f"demo corpus ({source.split}: {', '.join(source.domains)})"
+        return wrap_documents(demo_corpus(source.split, tuple(source.domains)), column="text", name=name)
+    if isinstance(source, HubDataset):
+        return load_documents(
+            source.name,
+            column=source.column,
+            split=source.split,
+            subset=source.subset,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+    assert isinstance(source, LocalDataset)
+    if not Path(source.path).expanduser().exists():
+        raise InputError(f"path = {source.path!r}: no such file or folder")
+    return load_documents(
+        source.path, column=source.column, split=source.split, streaming=source.streaming, text_unit=source.text_unit
+    )
+
+
+def token_options(config: HarvestConfig, *, heldout: bool) -> dict[str, Any]:
+    """Arguments of the token loader: for training, or for held-out text."""
+    data = config.data
+    separate = data.heldout is not None
+    side = "all" if separate else ("validation" if heldout else "train")
+    return {
+        "sequence_length": data.sequence_length,
+        "batch_size": data.harvest_batch_size,
+        "epochs": 1 if heldout else data.epochs,
+        "shuffle": data.shuffle and not heldout,
+        "seed": config.seed,
+        "bos": data.bos,
+        "separator": data.separator,
+        "pack": data.pack,
+        "isolate_documents": data.isolate_documents,
+        "keep_first_position": data.keep_first_position,
+        "mask_special_tokens": data.mask_special_tokens,
+        "mask_token_ids": data.mask_token_ids,
+        "template_tokens": data.template_tokens,
+        "split": side,
+        "validation_fraction": 0.0 if separate else data.validation_fraction,
+        "n_workers": data.token_workers,
+    }
+
+
+# ---- activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Texts and language models, opened."""
+
+    config: HarvestConfig
+    documents: DocumentSource
+    heldout_documents: DocumentSource
+    harvester: ActivationHarvester
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.harvester.models[0].tokenizer
+
+
+def open_activations(
+    config: HarvestConfig, models: Sequence[LanguageModel] | None = None, *, to_train: bool = True
+) -> dict[str, Any]:
+    """The fields of `Activations`: everything is checked that can be, then the language models are loaded.
+
+    `models` stand in for those that the config names. `to_train=False` leaves stores alone.
+
+    Raises:
+        InputError: naming the field, its value and what would be right.
+    """
+    if models is not None and len(models) != len(config.language_models):
+        raise InputError(f"models: {len(models)} were given, but language_models names {len(config.language_models)}")
+    device = available_device(config.device)
+    options = token_options(config, heldout=False)
+    if to_train:
+        check_token_arguments({**options, "worker": (0, 1)})
+        check_stores(config, options, models=models)
+    documents = build_documents(config.data.source, "data.source")
+    heldout = config.data.heldout
+    heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout")
+    if heldout is not None and heldout_documents.fingerprint == documents.fingerprint:
+        raise InputError(
+            f"data.heldout: the same text as data.source ({documents.name}); leave it null, and a share of "
+            "data.source that training never sees is kept for evaluation"
+        )
+    for part in parts_of(documents) if heldout is not None else ():
+        if part.fingerprint == heldout_documents.fingerprint:
+            raise InputError(
+                f"data.heldout: the same text as a part of data.source ({part.name}); training would see it"
+            )
+    if to_train:
+        check_validation_split(config, documents)
+        check_stores(config, options, documents, models)
+    if models is None:
+        models = [load_model(lm, f"language_models.{i}", str(device)) for i, lm in enumerate(config.language_models)]
+    harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
+    return {"documents": documents, "heldout_documents": heldout_documents, "harvester": harvester}
+
+
+def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> None:
+    """Raise InputError where no document is left for evaluation, before training rather than at its end."""
+    if config.data.heldout is not None:
+        return
+    fraction = config.data.validation_fraction
+    side = Selection("validation", fraction, (0, 1))
+    n_enough, n_read = int(_ENOUGH_FOR_VALIDATION / fraction), 0
+    for document in islice(documents.open(), n_enough):
+        if side.has(document):
+            return
+        n_read += 1
+    if n_read < n_enough:
+        raise InputError(
+            f"data.validation_fraction = {fraction}: no document of the {n_read} in data.source is left for evaluation; "
+            "raise it, name other text as data.heldout, or cut the text into more documents (text_unit: paragraph)"
+        )
+
+
+def build_token_loader(activations: Activations, *, heldout: bool) -> TokenSequenceLoader:
+    documents = activations.heldout_documents if heldout else activations.documents
+    return TokenSequenceLoader(documents, activations.tokenizer, **token_options(activations.config, heldout=heldout))
+
+
+def build_rows(activations: Activations) -> RowSource:
+    """Rows to train on: out of stores, harvested, or harvested into a store."""
+    data = activations.config.data
+    tokens = build_token_loader(activations, heldout=False)
+    if data.stores:
+        return stored_rows(activations.config, tokens, activations.harvester)
+    if data.cache is None:
+        return HarvestedRows(tokens, activations.harvester)
+    with at_field("data.cache"):
+        return HarvestThroughStore(
+            tokens,
+            activations.harvester,
+            data.cache.path,
+            dtype=data.cache.dtype,
+            shard_bytes=data.cache.shard_mb << 20,
+            max_bytes=data.cache.max_bytes,
+        )

@@ -1,0 +1,188 @@
+"""Config -> objects. The only file that knows both sides.
+
+Axes: B tokens · M models · P hookpoints · D width · H sequences of a harvest · S sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from crosscode_kernels.opset import BackendName
+from crosscode_kernels.registry import has_option
+from crosscode_kernels.resolve import resolve_backend
+from torch import Tensor
+
+from crosscode.build.data import Activations, available_device, build_token_loader, open_activations
+from crosscode.build.schema import given_components
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.registry import build_component
+from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.errors import InputError
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.evaluation.loss_recovered import measure_loss_recovered
+from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS, BaseCrosscoder
+from crosscode.models.split import Split, split_for
+from crosscode.objectives import Objective, objective_from
+from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
+from crosscode.trainers.optimizers import OPTIMIZERS
+from crosscode.trainers.warm_start import find_model
+
+# ---- parts of a run
+
+
+def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCrosscoder:
+    """An uninitialised model on the default device."""
+    cc = config.crosscoder
+    n_latents = cc.n_latents or int((cc.expansion_factor or 0) * width)
+    options = dict(cc.options)
+    if cc.shared_fraction is not None:
+        options["n_shared_latents"] = round(cc.shared_fraction * n_latents)
+    cls = MODELS[split.model_kind]
+    known = (
+        inspect.signature(cls.__init__).parameters.keys() | inspect.signature(BaseCrosscoder.__init__).parameters.keys()
+    )
+    for name in options.keys() - known:
+        raise InputError(f"crosscoder.options.{name}: {cls.__name__} has no such option")
+    return cls(
+        **split.model_dims(len(config.language_models), len(config.hookpoints), width),
+        n_latents=n_latents,
+        activation_fn=build_component(ACTIVATIONS, cc.activation, n_latents=n_latents),
+        use_encoder_bias=cc.use_encoder_bias,
+        use_decoder_bias=cc.use_decoder_bias,
+        linear_skip=cc.linear_skip,
+        decoder_norm=cc.decoder_norm,
+        backend=backend_of(config),
+        **options,
+    )
+
+
+def backend_of(config: ExperimentConfig) -> BackendName:
+    """The backend with the options that the optimizer asks of it."""
+    if not getattr(build_component(OPTIMIZERS, config.train.optimizer), "row_sparse", False):
+        return config.backend
+    if config.backend in ("triton", "reference"):
+        raise InputError(
+            f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
+        )
+    return "torch:screened+rows" if config.backend == "torch:screened" else "torch:rows"
+
+
+def build_objective(config: ExperimentConfig) -> Objective:
+    return objective_from(given_components(config.objective))
+
+
+def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[Constraint]:
+    """The configured constraints and those that the model implies, in the order in which they act."""
+    configured = given_components(config.constraints).values()
+    constraints = constraints_for(model, [build_component(CONSTRAINTS, constraint) for constraint in configured])
+    if constraints and has_option(model.backend, "rows"):
+        raise InputError(
+            f"train.optimizer.row_sparse = True: {type(constraints[0]).__name__} needs the whole gradient; leave it False"
+        )
+    return constraints
+
+
+# ---- a whole run
+
+
+@dataclass(frozen=True)
+class HeldoutBatch:
+    """Held-out sequences, where their activations count, and the raw activations (float32)."""
+
+    tokens_HS: Tensor
+    mask_HS: Tensor
+    acts_HSMPD: Tensor
+
+    def usable(self) -> Tensor:
+        """`acts_BMPD` of the usable positions."""
+        return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Activations):
+    """A checked config, and what must be loaded before anything else can be made."""
+
+    config: ExperimentConfig
+    split: Split
+
+    def output_names(self) -> list[str]:
+        """Names of the output's crosscoding positions, flattened."""
+        return self.split.output_names(self.config.position_names())
+
+    def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
+        """Held-out sequences until `n_tokens` usable activations were seen (default: as configured)."""
+        wanted = n_tokens or self.config.evaluation.n_tokens
+        for batch in build_token_loader(self, heldout=True):
+            acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD)
+            wanted -= int(batch.mask_HS.sum())
+            if wanted <= 0:
+                return
+
+    def heldout_activations(self, n_tokens: int | None = None) -> Iterator[Tensor]:
+        """Raw held-out `acts_BMPD` of usable positions."""
+        for batch in self.heldout_batches(n_tokens):
+            yield batch.usable()
+
+    def evaluate(
+        self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
+    ) -> EvaluationResult:
+        """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`."""
+        settings = self.config.evaluation
+        result = measure_reconstruction(
+            model, self.heldout_activations(n_tokens), self.split, self.output_names(), scaling_MP
+        )
+        if settings.loss_recovered == "never" or (settings.loss_recovered == "end" and scaling_MP is not None):
+            return result
+        found = measure_loss_recovered(
+            model,
+            self.harvester,
+            build_token_loader(self, heldout=True),
+            self.split,
+            self.config.position_names(),
+            scaling_MP,
+            settings.loss_recovered_n_tokens,
+        )
+        return replace(result, loss_recovered=found)
+
+
+def open_experiment(
+    config: ExperimentConfig, models: Sequence[LanguageModel] | None = None, *, to_train: bool = True
+) -> Experiment:
+    """Check what can be checked without data, then load the language models.
+
+    `models`: in-memory models (`wrap_language_model`) in place of those that the config names, whose `path` is then
+    only a name. `to_train=False` asks for no training data: stores of activations need not be there.
+    """
+    split = split_for(config.crosscoder.type)
+    split.check(len(config.language_models), len(config.hookpoints))
+    device = available_device(config.device)
+    if config.finetune_from is not None:
+        find_model(config.finetune_from)
+    if config.backend != "auto":
+        check_backend(config.backend, device)
+    # A model made for a width of 1 costs nothing and finds every mistake that does not depend on the width.
+    if config.crosscoder.n_latents is not None:
+        with torch.device("meta"):
+            check_parts(config, split)
+    return Experiment(config=config, split=split, **open_activations(config, models, to_train=to_train))
+
+
+def check_backend(name: BackendName, device: torch.device) -> None:
+    """An explicit backend works here, or `InputError` with the reason."""
+    try:
+        resolve_backend(name, device, torch.float32)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def check_parts(config: ExperimentConfig, split: Split) -> None:
+    """Build everything that needs no language model, to find contradictions early."""
+    build_component(OPTIMIZERS, config.train.optimizer)
+    model = build_model(config, split, width=1)
+    model.check_init(build_component(INITIALIZATIONS, config.crosscoder.init))
+    build_objective(config).check_model(model)
+    build_constraints(config, model)

@@ -1,0 +1,185 @@
+"""A checked experiment -> a trainer: new, resumed or warm-started.
+
+Axes: B tokens · M models · P hookpoints · D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from crosscode.build.data import available_device, build_rows
+from crosscode.build.experiment import (
+    Experiment,
+    build_constraints,
+    build_model,
+    build_objective,
+)
+from crosscode.build.replacing import check_may_begin
+from crosscode.build.resume import ResumePoint, config_values
+from crosscode.build.schema import dump_config
+from crosscode.build.stores import check_stores_outside
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.registry import build_component
+from crosscode.data.dataloader import ActivationsDataloader
+from crosscode.errors import InputError
+from crosscode.models import INITIALIZATIONS, BaseCrosscoder
+from crosscode.models.activations.batch_topk import BatchTopkActivation
+from crosscode.models.checkpoint import read_config
+from crosscode.runs.directory import RunDirectory
+from crosscode.runs.loggers import JsonlLogger, Logger
+from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
+from crosscode.trainers.constraints import Constraint
+from crosscode.trainers.source import ActivationSource
+from crosscode.trainers.trainer import Trainer
+from crosscode.trainers.warm_start import warm_start
+
+log = logging.getLogger("crosscode")
+
+
+def build_trainer(
+    experiment: Experiment,
+    *,
+    resume: ResumePoint | None = None,
+    data: ActivationSource | None = None,
+    progress: bool = True,
+    typed_overwrite: bool = False,
+    made_by: str = "train",
+) -> Trainer:
+    """Everything that `Trainer` is composed of. A new run's directory is made by the trainer itself, once it has its
+    first batch: until then nothing is written.
+
+    Args:
+        resume: continue this run from its newest whole checkpoint (from the start, where it has none yet); `experiment`
+            is that of the run's config.
+        data: a stream of activations to use in place of the one that the config describes.
+        typed_overwrite: the user typed that the run may be replaced, though it is not over.
+        made_by: the command, which is noted in the run directory.
+    """
+    config, split = experiment.config, experiment.split
+    run = _run_directory(config, resume, typed_overwrite, made_by)
+    step = resume.step if resume else None
+    data = data or build_dataloader(experiment)
+    model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
+    check_threshold_in_time(config, model)
+    constraints = build_constraints(config, model)
+    metadata = model_metadata(experiment)
+    if step is None:
+        initialise(experiment, model, constraints, data)
+    else:
+        check_same_language_models(run, step, metadata)
+    trainer = Trainer(
+        model,
+        data,
+        split,
+        build_objective(config),
+        config.train,
+        run,
+        build_loggers(config, run),
+        position_names=experiment.output_names(),
+        constraints=constraints,
+        evaluate=experiment.evaluate,
+        evaluate_every=config.evaluation.every,
+        metadata=metadata,
+        progress=progress,
+    )
+    if resume is not None:
+        trainer.restore(step)
+    return trainer
+
+
+def _run_directory(
+    config: ExperimentConfig, resume: ResumePoint | None, typed_overwrite: bool, made_by: str
+) -> RunDirectory:
+    """Where the run will be, checked; what begins it there waits for the trainer."""
+    if resume is not None:
+        resume.run.reopen_later(resume.step)
+        return resume.run
+    check_stores_outside(config)
+    check_may_begin(config, typed_overwrite)
+    run = RunDirectory(config.run_path())
+    run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
+    return run
+
+
+def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
+    """Scaled, shuffled training activations."""
+    config, rows = experiment.config, build_rows(experiment)
+    return ActivationsDataloader(
+        rows,
+        batch_size=config.train.batch_size,
+        shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
+        seed=config.seed,
+        scale=config.data.scale,
+        n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
+        drop_last=True,
+        prefetch=config.data.prefetch,
+        device=experiment.harvester.device,
+    )
+
+
+def initialise(
+    experiment: Experiment, model: BaseCrosscoder, constraints: list[Constraint], data: ActivationSource
+) -> None:
+    """Fill the weights: from another model, or by the configured initialisation."""
+    config, split = experiment.config, experiment.split
+
+    def samples():
+        return (split.activations(acts_BMPD) for acts_BMPD in data)
+
+    if config.finetune_from is not None:
+        warm_start(model, config.finetune_from, *split.scaling(data.scaling_MP), samples=samples)
+    else:
+        init = build_component(INITIALIZATIONS, config.crosscoder.init)
+        model.init_weights(init, config.seed, samples=samples)
+    for constraint in constraints:
+        constraint.start(model)
+
+
+def build_loggers(config: ExperimentConfig, run: RunDirectory) -> list[Logger]:
+    """The file that is always written, and the extras that were asked for."""
+    loggers: list[Logger] = [JsonlLogger(run.metrics_file)]
+    if config.train.wandb_project is not None:
+        values = config.model_dump(mode="json")
+        loggers.append(WandbLogger(config.train.wandb_project, config.name, run.path, values))
+    if config.train.tensorboard:
+        loggers.append(TensorboardLogger(run.path / "tensorboard"))
+    return loggers
+
+
+def check_threshold_in_time(config: ExperimentConfig, model: BaseCrosscoder) -> None:
+    """A BatchTopK is evaluated by its threshold, so that it must be tracked from before the first evaluation."""
+    first = min(config.evaluation.every or config.train.n_steps, config.train.n_steps)
+    for activation in model.activation_fns:
+        if isinstance(activation, BatchTopkActivation) and activation.threshold_start_step >= first:
+            raise InputError(
+                f"crosscoder.activation.threshold_start_step = {activation.threshold_start_step}: must be below the "
+                f"step of the first evaluation, {first} (evaluation.every, or the end of training)"
+            )
+
+
+def model_metadata(experiment: Experiment) -> dict[str, Any]:
+    """What a checkpoint says about where its activations come from."""
+    config = experiment.config
+    return {
+        "language_models": [
+            {"path": lm.path, "name": lm.short_name(), "revision": lm.revision, "fingerprint": loaded.fingerprint()}
+            for lm, loaded in zip(config.language_models, experiment.harvester.models, strict=True)
+        ],
+        "hookpoints": config.hookpoints,
+        "output_positions": experiment.output_names(),
+        "architecture": config.crosscoder.type,
+        "config": config_values(config),
+    }
+
+
+def check_same_language_models(run: RunDirectory, step: int, metadata: dict[str, Any]) -> None:
+    """A run continues on the weights that it began with."""
+    before = read_config(run.checkpoint(step))["metadata"].get("language_models", [])
+    for old, new in zip(before, metadata["language_models"], strict=False):
+        if old["fingerprint"] != new["fingerprint"]:
+            raise InputError(
+                f"resume: language model {new['path']!r} has other weights than when the run began "
+                f"(fingerprint {new['fingerprint']}, was {old['fingerprint']})"
+            )

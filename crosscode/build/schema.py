@@ -1,0 +1,228 @@
+"""The config with every component's own fields in place: what is checked, shown in the help, and written to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, cast, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
+from crosscode.config.registry import ConfigModel, Registry
+from crosscode.errors import InputError
+from crosscode.formats import today
+from crosscode.models import ACTIVATIONS, INITIALIZATIONS
+from crosscode.objectives import TERMS
+from crosscode.recipes import recipe_path
+from crosscode.trainers.constraints import CONSTRAINTS
+from crosscode.trainers.optimizers import OPTIMIZERS
+
+_FIRST = ("name", "run_dir", "overwrite")
+
+
+@cache
+def experiment_class() -> type[ExperimentConfig]:
+    """`ExperimentConfig` with the fields of all registered components."""
+    crosscoder = create_model(
+        "CrosscoderConfig",
+        __base__=CrosscoderConfig,
+        __doc__=CrosscoderConfig.__doc__,
+        activation=(ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
+        init=(INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    )
+    adam = OPTIMIZERS["adam"].Config()
+    train = create_model(
+        "TrainConfig",
+        __base__=TrainConfig,
+        __doc__=TrainConfig.__doc__,
+        optimizer=(OPTIMIZERS.config_union(), _like(TrainConfig, "optimizer", default=adam)),
+    )
+    constraints = _by_name("ConstraintsConfig", CONSTRAINTS)
+    return create_model(
+        "ExperimentConfig",
+        __base__=ExperimentConfig,
+        __doc__=ExperimentConfig.__doc__,
+        crosscoder=(crosscoder, _like(ExperimentConfig, "crosscoder")),
+        objective=(_by_name("ObjectiveConfig", TERMS), _like(ExperimentConfig, "objective")),
+        constraints=(constraints, _like(ExperimentConfig, "constraints", default=constraints())),
+        train=(train, _like(ExperimentConfig, "train")),
+    )
+
+
+def _by_name(class_name: str, registry: Registry[Any]) -> type[ConfigModel]:
+    """A model with one optional field for each component of a registry."""
+    fields: dict[str, Any] = {}
+    for name, config_class in registry.config_classes().items():
+        doc = " ".join((registry[name].__doc__ or "").split())
+        fields[name] = (config_class | None, Field(default=None, description=doc))
+    return create_model(class_name, __base__=ConfigModel, **fields)
+
+
+def _like(model: type[BaseModel], field: str, **options: Any) -> Any:
+    return Field(description=model.model_fields[field].description, **options)
+
+
+def given_components(components: BaseModel | Mapping[str, Any]) -> dict[str, BaseModel]:
+    """The components of an objective or of constraints that are set, by name."""
+    return {name: config for name, config in dict(components).items() if config is not None}
+
+
+# ---- from and to files
+
+
+def read_yaml(config: str | Path) -> dict[str, Any]:
+    """The values of a config file, or of a recipe by its name.
+
+    Raises:
+        InputError: no such file or recipe, or not a YAML mapping.
+    """
+    path = recipe_path(str(config)) or Path(config)
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"config: {str(config)!r} is neither a file nor a recipe; see `crosscode recipes`")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
+    return today(values, str(path))
+
+
+def load_config(config: str | Path) -> ExperimentConfig:
+    """A checked config from a YAML file, a run directory or a recipe's name."""
+    return check_config(read_yaml(config))
+
+
+def check_config(values: Mapping[str, Any]) -> ExperimentConfig:
+    """A resolved config from plain values.
+
+    Raises:
+        InputError: naming each bad field, its value and what is allowed.
+    """
+    try:
+        return cast(ExperimentConfig, experiment_class().model_validate(values))
+    except ValidationError as error:
+        raise InputError(explain(error, values)) from error
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """YAML from which the same run can be made again, from any folder."""
+    values = config.model_dump(mode="json")
+    values["overwrite"] = False  # a permission for once, and no part of the run
+    for section in ("objective", "constraints"):
+        values[section] = {name: value for name, value in values[section].items() if value is not None}
+    if config.finetune_from is not None and Path(config.finetune_from).expanduser().exists():
+        values["finetune_from"] = str(Path(config.finetune_from).expanduser().resolve())
+    for language_model in values["language_models"]:
+        _make_absolute(language_model)
+    _make_data_absolute(values["data"])
+    return yaml.safe_dump({name: values[name] for name in (*_FIRST, *values)}, sort_keys=False, allow_unicode=True)
+
+
+def _make_data_absolute(data: dict[str, Any]) -> None:
+    """Texts where they are; stores wherever they are going to be."""
+    for source in (data["source"], data["heldout"]):
+        for part in (source or {}).get("parts", [{"source": source}]):
+            if part["source"] is not None and part["source"]["type"] == "local":
+                _make_absolute(part["source"])
+    for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
+        store["path"] = str(Path(store["path"]).expanduser().resolve())
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    path = Path(values["path"]).expanduser()
+    if path.exists():
+        values["path"] = str(path.resolve())
+
+
+# ---- errors
+
+
+def explain(error: ValidationError, values: Any, config_class: type[BaseModel] | None = None) -> str:
+    """One line: each problem with its field, its value and what would be right. `config_class`: if not the whole."""
+    known = config_class or experiment_class()
+    problems = []
+    for problem in error.errors():
+        field = ".".join(_as_written(problem["loc"], values))
+        if problem["type"] == "extra_forbidden":
+            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], known)}"
+        elif problem["type"] == "missing":
+            text = f"{field}: required, but not given"
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            text = f"{field}: {message}" if field else message
+        else:
+            text = f"{field} = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        problems.append(text)
+    return "; ".join(problems)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
+    """A location without the tags that pydantic adds for unions: only what stands in the config."""
+    values: Any = given
+    for i, part in enumerate(loc):
+        is_key = isinstance(values, dict) and part in values
+        is_index = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_key or is_index:
+            values = cast(Any, values)[part]
+            yield str(part)
+        elif i == len(loc) - 1 and isinstance(values, dict):
+            yield str(part)
+
+
+def _near(loc: Sequence[int | str], config_class: type[BaseModel]) -> str:
+    """A hint where an unknown field looks like a known one of the same section."""
+    known = _fields_at(config_class, list(loc[:-1]))
+    near = get_close_matches(str(loc[-1]), known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _fields_at(annotation: Any, loc: list[int | str]) -> list[str]:
+    """Names of the fields of the model that a location leads to."""
+    models = [annotation] if isinstance(annotation, type) else list(_models_in(annotation))
+    for model in models:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        if not loc:
+            return list(model.model_fields)
+        head, *rest = loc
+        if isinstance(head, str) and head in model.model_fields:
+            return _fields_at(model.model_fields[head].annotation, rest)
+        type_field = model.model_fields.get("type")
+        if type_field is not None and head in get_args(type_field.annotation):
+            return _fields_at(model, rest)
+    return _fields_at(annotation, loc[1:]) if loc and isinstance(loc[0], int) else []
+
+
+def field_paths(of: type[BaseModel] | None = None) -> list[str]:
+    """Every field of the config (or of another model) as a dotted path; a list is one field, whatever is in it."""
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
+        for name, field in model.model_fields.items():
+            yield prefix + name
+            if get_origin(field.annotation) is list:
+                continue
+            for inner in {*_models_in(field.annotation), field.annotation}:
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    yield from walk(inner, f"{prefix}{name}.")
+
+    return sorted(set(walk(of or experiment_class(), "")))
+
+
+def _models_in(annotation: Any) -> Iterable[Any]:
+    for argument in get_args(annotation):
+        yield argument
+        yield from _models_in(argument)

@@ -1,0 +1,27 @@
+"""`crosscode report`: the page about a run, on the held-out text that its config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crosscode.analysis.report import HeldoutText, write_report
+from crosscode.build.experiment import open_experiment
+from crosscode.build.schema import load_config
+from crosscode.runs.directory import open_run
+
+
+def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None) -> Path:
+    """Write `report.html` of a run; returns its path.
+
+    Args:
+        n_tokens: held-out tokens to look at; default: as configured.
+        latents_csv: also write the whole diffing table of the first pair of positions there.
+    """
+    run = open_run(run_dir)
+
+    def heldout() -> HeldoutText:
+        experiment = open_experiment(load_config(run.config_file), to_train=False)
+        batches = experiment.heldout_batches(n_tokens)
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
+
+    return write_report(run.path, heldout=heldout, latents_csv=latents_csv)

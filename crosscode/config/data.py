@@ -1,0 +1,231 @@
+"""What a user can set on the way from text to activations, with meanings and defaults. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from crosscode.config.registry import ConfigModel
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class LanguageModelConfig(ConfigModel):
+    """A language model whose activations are harvested."""
+
+    path: str
+    """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`), or `package:NAME/FILE` for a
+    file that an installed Python package ships"""
+    name: str | None = None
+    """short name in metrics and reports; null: the last part of the path"""
+    revision: str | None = None
+    """git revision of a hub model"""
+    gguf_file: str | None = None
+    """file name inside the folder `path`, for GGUF weights"""
+    dtype: DTypeName = "float32"
+    """dtype of the weights and of the run"""
+    device: str | None = None
+    """device of this model; null: that of the crosscoder"""
+    trust_remote_code: bool = False
+    """let a hub model run code of its own"""
+
+    def short_name(self) -> str:
+        return self.name or self.path.rstrip("/").split("/")[-1].split(":")[-1].removesuffix(".gguf")
+
+
+class DemoCorpus(ConfigModel):
+    """The embedded corpus: sources of the standard library, and its reference manual."""
+
+    type: Literal["demo"] = "demo"
+    split: Literal["train", "heldout"] = "train"
+    """which documents; the split depends on the documents' names only"""
+    domains: list[Literal["code", "manual"]] = Field(default=["code", "manual"])
+    """kinds of text"""
+
+
+class HubDataset(ConfigModel):
+    """A data set of the hub, read with `datasets`."""
+
+    type: Literal["hub"]
+    name: str
+    """hub name"""
+    subset: str | None = None
+    """configuration of the data set"""
+    split: str = "train"
+    """split to read"""
+    revision: str | None = None
+    """git revision"""
+    column: str = "text"
+    """column with text, token ids or chat messages"""
+    streaming: bool = True
+    """read while training instead of downloading first"""
+
+
+class LocalDataset(ConfigModel):
+    """A file, a folder of files (.txt, .jsonl, .parquet, .arrow, .csv), or a folder written by `save_to_disk`."""
+
+    type: Literal["local"]
+    path: str
+    """file or folder"""
+    split: str = "train"
+    """split of a saved data set"""
+    column: str = "text"
+    """column with text, token ids or chat messages"""
+    streaming: bool = False
+    """read without converting the whole first"""
+    text_unit: Literal["document", "paragraph", "line"] = "document"
+    """what one document of a text file is"""
+
+
+OneSource = Annotated[DemoCorpus | HubDataset | LocalDataset, Field(discriminator="type")]
+
+
+class MixturePart(ConfigModel):
+    """One of the texts of a mixture."""
+
+    source: OneSource
+    """text"""
+    weight: PositiveFloat = 1.0
+    """how often a document comes from it, relative to the other parts"""
+
+
+class Mixture(ConfigModel):
+    """Several texts, read as one by weight."""
+
+    type: Literal["mixture"]
+    parts: list[MixturePart] = Field(min_length=1)
+    """texts and their weights, such as [{source: {type: local, path: code.jsonl}, weight: 2}, ...]"""
+    stop: Literal["first", "all"] = "first"
+    """an epoch ends with the first text that ends (no document comes twice), or when all were read once (shorter ones
+    start again)"""
+
+
+Source = Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture, Field(discriminator="type")]
+
+
+class CacheConfig(ConfigModel):
+    """A store of activations on disk that a run writes while it trains, or `crosscode harvest` writes ahead."""
+
+    path: str
+    """folder; a store that is there already is read and continued, if it holds the same"""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """dtype on disk; int8 has one scale for each vector. Training sees the stored values, from the first epoch on"""
+    shard_mb: PositiveInt = 256
+    """MiB of a shard: a crash loses at most the shard that was not finished"""
+    max_gb: PositiveFloat | None = None
+    """GiB at which the store stops growing; what does not fit is harvested again each epoch"""
+
+    @property
+    def max_bytes(self) -> int | None:
+        return None if self.max_gb is None else int(self.max_gb * 2**30)
+
+
+class StoreConfig(ConfigModel):
+    """A store to read; its path alone will do."""
+
+    path: str
+    """folder that `crosscode harvest` or a run with `data.cache` has written"""
+    weight: PositiveFloat | None = None
+    """how often an activation comes from it, relative to the other stores; null in all: in proportion to their sizes"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class DataConfig(ConfigModel):
+    """From text to shuffled activations."""
+
+    source: Source
+    """training text"""
+    heldout: Source | None = None
+    """text for evaluation; null: a share of `source` that training never sees"""
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """share of the documents kept for evaluation where `heldout` is null"""
+    sequence_length: PositiveInt = 256
+    """tokens of a sequence"""
+    harvest_batch_size: PositiveInt = 16
+    """sequences that pass through the language models at once"""
+    shuffle: bool = True
+    """read documents in a random order, another one each epoch"""
+    epochs: PositiveInt | None = None
+    """passes over the source; null: as many as training needs"""
+    bos: Literal["sequence", "document", "none"] = "sequence"
+    """where the beginning-of-sequence token goes"""
+    separator: Literal["eos", "none"] = "eos"
+    """what stands between documents of one sequence"""
+    pack: bool = True
+    """whether documents share sequences"""
+    isolate_documents: bool = False
+    """keep attention inside each document of a sequence"""
+    keep_first_position: bool = False
+    """train on position 0 as well (an attention sink: its norm outweighs all others)"""
+    mask_special_tokens: bool = False
+    """leave out activations at the tokenizer's special tokens"""
+    mask_token_ids: list[int] = Field(default=[])
+    """leave out activations at these token ids"""
+    template_tokens: Literal["keep", "mask"] = "keep"
+    """chats: whether activations at tokens that the chat template adds are used"""
+    cache: CacheConfig | None = None
+    """write activations to a store while training, and read them back in later epochs and runs"""
+    stores: list[StoreConfig] = Field(default=[])
+    """read activations from these stores instead of harvesting: [FOLDER, ...] or [{path: FOLDER, weight: 2}, ...]. A
+    store of something else than this config describes is refused; with a mixture each may hold a part of it"""
+    store_read_block: PositiveInt | None = None
+    """consecutive activations of a store that are read together; they end up apart, in one window of
+    shuffle_buffer_size. null: as many as 32 KiB hold, at most 16. A few hundred read a disk at its full speed; 1
+    shuffles without any such tie, slower"""
+    token_workers: NonNegativeInt = 0
+    """threads that tokenize ahead of the harvest; 0: none. Batches are the same for any number"""
+    prefetch: NonNegativeInt = 0
+    """harvests (or reads) that a thread may run ahead of training; changes no batch"""
+    shuffle_buffer_size: NonNegativeInt | None = None
+    """activations to draw batches from; 0: no shuffling; null: 65,536. Checkpoints hold the buffer. Stores are read
+    through a window of this size (0: of 65,536) that no checkpoint holds"""
+    scale: bool = True
+    """scale each (model, hookpoint) to a mean norm of sqrt(D); folded into the weights at the end"""
+    n_tokens_for_norm_estimate: PositiveInt = 32_768
+    """activations on which the scaling is estimated (training sees them too)"""
+    activation_dtype: DTypeName = "float32"
+    """dtype of harvested activations in the shuffle buffer"""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataConfig:
+        if self.cache is not None and self.stores:
+            raise ValueError(
+                f"cache.path = {self.cache.path!r} is written and stores ({self.stores[0].path!r}, ...) are read "
+                "instead of harvesting: give one of the two"
+            )
+        if len({store.weight is None for store in self.stores}) > 1:
+            raise ValueError("stores: give a weight to each of them, or to none")
+        return self
+
+
+class HarvestConfig(ConfigModel):
+    """Everything that decides which activations there are."""
+
+    seed: NonNegativeInt = 0
+    """seed of initialisation, data order and shuffling"""
+    device: str = "auto"
+    """device of the crosscoder, and of language models that name none: auto, cpu, cuda, cuda:1, mps"""
+    language_models: list[LanguageModelConfig] = Field(min_length=1)
+    """models to harvest; several must share one tokenizer"""
+    hookpoints: list[str] = Field(min_length=1)
+    """TransformerLens names, such as blocks.5.hook_resid_post, or module paths, such as model.layers.5.mlp"""
+    data: DataConfig
+    """from text to activations"""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> HarvestConfig:
+        names = [model.short_name() for model in self.language_models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"language_models: two share the name {max(names, key=names.count)!r}; set their `name`")
+        if len(set(self.hookpoints)) != len(self.hookpoints):
+            raise ValueError(f"hookpoints: {max(self.hookpoints, key=self.hookpoints.count)!r} is named twice")
+        return self
+
+    def position_names(self) -> list[list[str]]:
+        """`[M][P]` names such as "base/blocks.2.hook_resid_post"."""
+        return [[f"{model.short_name()}/{hook}" for hook in self.hookpoints] for model in self.language_models]

@@ -1,0 +1,150 @@
+"""What a user can set, with meanings and defaults. No torch here.
+
+Components (activation, init, loss terms, constraints, optimizer) are named by `type` and carry their own config in
+their own file; they appear here unresolved. `crosscode.build.experiment.experiment_class` gives the class in which they are
+resolved, which is what the command line shows and checks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from crosscode.config.data import HarvestConfig
+from crosscode.config.registry import Component, ConfigModel
+
+
+class CrosscoderConfig(ConfigModel):
+    """The model that is trained."""
+
+    type: Literal[
+        "model_hookpoint_acausal", "sae", "transcoder", "cross_layer_transcoder", "compound_cross_layer_transcoder"
+    ] = "model_hookpoint_acausal"
+    """architecture; decides how harvested activations become input and target"""
+    n_latents: PositiveInt | None = None
+    """number of latents; give this or expansion_factor"""
+    expansion_factor: PositiveFloat | None = None
+    """number of latents as a multiple of the width D"""
+    activation: Component
+    """activation function"""
+    init: Component
+    """initialisation"""
+    use_encoder_bias: bool = True
+    """whether the encoder has a bias"""
+    use_decoder_bias: bool = True
+    """whether the decoder has a bias"""
+    linear_skip: bool = False
+    """add a linear map from input to output (transcoders)"""
+    decoder_norm: Literal["sum", "joint"] | None = None
+    """how decoder norms over crosscoding positions combine; null: sum, but joint for cross-layer transcoders"""
+    shared_fraction: float | None = Field(default=None, ge=0, le=1)
+    """model diffing: share of latents whose decoder vectors are one and the same for both models"""
+    options: dict[str, Any] = Field(default={})
+    """further constructor arguments of the architecture"""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> CrosscoderConfig:
+        if (self.n_latents is None) == (self.expansion_factor is None):
+            raise ValueError(
+                f"give exactly one of n_latents and expansion_factor, got n_latents={self.n_latents}, "
+                f"expansion_factor={self.expansion_factor}"
+            )
+        return self
+
+
+class TrainConfig(ConfigModel):
+    """The training loop."""
+
+    n_tokens: PositiveInt
+    """activations to train on"""
+    batch_size: PositiveInt = 4096
+    """activations of one optimizer step"""
+    grad_accumulation: PositiveInt = 1
+    """parts into which a batch is cut to save memory; the update is the same, but BatchTopK and AuxK, which must know
+    of the whole batch, encode and decode each part once more (and BatchTopK waits for a GPU once a part, for the number of
+    its latents); must divide batch_size"""
+    optimizer: Component = Component(type="adam")
+    """optimizer and its learning rate over the run"""
+    clip_grad_norm: PositiveFloat | None = 1.0
+    """largest gradient norm; null: no clipping"""
+    dead_after_tokens: PositiveInt = 1_000_000
+    """a latent counts as dead when it was not active for this many tokens (AuxK has its own number)"""
+    log_every: PositiveInt = 50
+    """steps between rows of metrics.jsonl"""
+    histogram_every: PositiveInt | None = None
+    """steps between rows of histograms.jsonl (firing, decoder norms, thresholds, relative norms); null: none"""
+    checkpoint_every: PositiveInt | None = None
+    """steps between checkpoints; null: only at the end"""
+    keep_last: PositiveInt = 2
+    """how many of the newest checkpoints are kept"""
+    keep_every: PositiveInt | None = None
+    """checkpoints at multiples of this step are kept for ever; null: none is"""
+    max_skipped_steps: NonNegativeInt = 0
+    """steps with a loss or gradient that is not finite are left out; after more than this many training stops"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast with float32 weights; thresholds and statistics stay float32"""
+    tf32: bool = False
+    """let float32 matrix products round their factors (faster on recent GPUs)"""
+    compile: bool = False
+    """run forward and loss through torch.compile"""
+    wandb_project: str | None = None
+    """also log to this wandb project (needs the extra `wandb`)"""
+    tensorboard: bool = False
+    """also log to RUN/tensorboard (needs the extra `tensorboard`)"""
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> TrainConfig:
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(f"grad_accumulation = {self.grad_accumulation} must divide batch_size = {self.batch_size}")
+        if self.n_tokens < self.batch_size:
+            raise ValueError(f"n_tokens = {self.n_tokens} must be at least batch_size = {self.batch_size}")
+        return self
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_tokens // self.batch_size
+
+
+class EvaluationConfig(ConfigModel):
+    """Held-out figures."""
+
+    n_tokens: PositiveInt = 50_000
+    """held-out activations; fewer if there are fewer"""
+    every: PositiveInt | None = None
+    """steps between evaluations during training; null: only at the end"""
+    loss_recovered: Literal["never", "end", "always"] = "end"
+    """when reconstructions are spliced into the language models: never, at the end, or at every evaluation"""
+    loss_recovered_n_tokens: PositiveInt = 4096
+    """held-out tokens for that; each output position costs two further passes through its language model"""
+
+
+class ExperimentConfig(HarvestConfig):
+    """One run: everything that decides its result."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """name of the run"""
+    run_dir: str = "runs/{name}"
+    """folder of the run"""
+    overwrite: bool = False
+    """replace a finished run that is there already; one that is not over is replaced only by `--overwrite` on the command
+    line. What crosscode did not write stays, and the old run stays in RUN/.crosscode-old until the first checkpoint"""
+    backend: Literal["auto", "triton", "torch", "torch:screened", "reference"] = "auto"
+    """kernels: changes speed and memory, never results. `torch:screened`: on a CPU with fast bfloat16 products, TopK's encode
+    computes all pre-activations in bfloat16 and only those in full that may be among the k largest, proven row by row"""
+    crosscoder: CrosscoderConfig
+    """the model that is trained"""
+    objective: dict[str, dict[str, Any]] = Field(min_length=1)
+    """loss terms by name"""
+    constraints: dict[str, dict[str, Any]] = Field(default={})
+    """what acts between backward and the optimizer, by name"""
+    finetune_from: str | None = None
+    """warm start: a run, a checkpoint or a saved model whose weights replace the initialisation"""
+    train: TrainConfig
+    """the training loop"""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """held-out figures"""
+
+    def run_path(self) -> Path:
+        return Path(self.run_dir.replace("{name}", self.name))

@@ -1,0 +1,1 @@
+"""Tokens to activations of language models."""

@@ -1,0 +1,235 @@
+"""The activation store, to read.
+
+B rows asked for at once · R rows, ascending · N runs of consecutive rows · E bytes of a row · M models · P hookpoints ·
+D model dimension.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from crosscode.data.store.format import (
+    PackedRows,
+    StoreError,
+    read_shard_header,
+    row_sums,
+    shard_name,
+    unpack,
+)
+from crosscode.data.store.manifest import Manifest, check_same_content, content_id, layout_of, read_manifest
+
+_POSITION = re.compile(r"resume-(\d{6,})-[0-9a-f]{8}\.safetensors")
+_MAX_OPEN_SHARDS = 128
+_ROWS_PER_CHECK = 8192
+_BYTES_AT_ONCE = 1 << 20
+_FEWEST_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole shard: its rows, where its data begins, and the sums of norms `norm_sum_MP` of its activations."""
+
+    path: Path
+    n_rows: int
+    offset: int
+    norm_sum_MP: torch.Tensor
+
+
+def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
+    """Every whole shard, in order. Raises StoreError for a missing or truncated one, and for one of another manifest.
+
+    Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
+    """
+    layout, content = layout_of(manifest), content_id(manifest)
+    names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
+    shards = []
+    for index, name in enumerate(names):
+        path = folder / shard_name(index)
+        if name != path.name:
+            raise StoreError(f"store: shard {str(path)!r} is missing, though {name} is there")
+        n_rows, offset, info = read_shard_header(path, index, layout)
+        theirs = info.get("content", content)
+        if theirs != content:
+            raise StoreError(
+                f"store {str(folder)!r}: shard {name} was written for another manifest ({theirs}) than the one in "
+                f"this folder ({content}); one of the two was copied here"
+            )
+        shards.append(Shard(path, n_rows, offset, torch.tensor(info["norm_sums"], dtype=torch.float64)))
+    written = max(positions(folder).values(), default=0)
+    # A position is written just before its shard: the last one may be ahead by one.
+    if written > len(shards) + 1:
+        raise StoreError(
+            f"store {str(folder)!r}: {len(shards)} shards are there, but at least {written - 1} were written"
+        )
+    return shards
+
+
+def positions(folder: Path) -> dict[Path, int]:
+    """The files that hold positions of the data, and the number of shards before each."""
+    found = {path: _POSITION.fullmatch(path.name) for path in folder.glob("resume-*.safetensors")}
+    return {path: int(match[1]) for path, match in found.items() if match is not None}
+
+
+def check_no_links(folder: Path) -> None:
+    """Raise StoreError for a link in a store: what is read, written or removed through it would lie elsewhere."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_symlink():
+            raise StoreError(f"store: {str(path)!r} is a link, which is not followed; put what it names here")
+
+
+class ActivationCache:
+    """A store of activations on disk, opened to read; `ActivationCacheWriter` makes one.
+
+    `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other content is refused
+    by the field that differs. Rows may be read in any order, are checked against their checksums each time, and are
+    handed out as float32 (bfloat16 for a bfloat16 store). Files are read by position and never mapped, so that nothing
+    of a store counts as this process's memory but the rows that it asked for.
+
+    Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
+    notice. Several threads may read from one object; they take turns.
+    """
+
+    def __init__(self, path: str | Path, *, expected: Manifest | None = None) -> None:
+        self.path = Path(path)
+        check_no_links(self.path)
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise StoreError(f"store {str(path)!r}: no such store (there is no manifest.json in that folder)")
+        if expected is not None:
+            check_same_content(self.path, manifest, expected, to_append=False)
+        self.manifest = manifest
+        self.layout = layout_of(manifest)
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take notice of shards that were written since."""
+        self.shards = list_shards(self.path, self.manifest)
+        self._sizes = np.array([shard.n_rows for shard in self.shards], dtype=np.int64)
+        self._ends = np.cumsum(self._sizes)
+        self._offsets = np.array([shard.offset for shard in self.shards], dtype=np.int64)
+        self.n_bytes = int((self._offsets + self._sizes * self.layout.row_bytes).sum())
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """(M, P, D)."""
+        return self.layout.dims
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.layout.dtype == "bfloat16" else torch.float32
+
+    @property
+    def n_rows(self) -> int:
+        return int(self._ends[-1]) if self.shards else 0
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def mean_norm_MP(self) -> torch.Tensor:
+        """Mean norm of the activations (float64), over every row, as recorded while they were written."""
+        if not self.shards:
+            raise StoreError(f"store {str(self.path)!r} holds no whole shard yet")
+        return torch.stack([shard.norm_sum_MP for shard in self.shards]).sum(dim=0) / self.n_rows
+
+    def scaling_MP(self) -> torch.Tensor:
+        """`sqrt(D) / mean ||x||` over the whole store (float32)."""
+        return (self.dims[2] ** 0.5 / self.mean_norm_MP()).float()
+
+    def read_rows(self, index_B: torch.Tensor) -> torch.Tensor:
+        """`acts_BMPD` of the rows `index_B` (int64). Raises StoreError if a row does not match its checksum."""
+        ascending_B, order_B = index_B.sort()
+        acts_BMPD = unpack(self.read_ascending(ascending_B.numpy()), self.layout)
+        return torch.empty_like(acts_BMPD).index_copy_(0, order_B, acts_BMPD)
+
+    def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows:
+        """The rows `index_R` (int64, ascending) as they lie on disk, into `out` if it is given; errors as `read_rows`.
+
+        Consecutive rows take one read together.
+        """
+        if index_R.size and (index_R[0] < 0 or index_R[-1] >= self.n_rows):
+            asked = int(index_R[0] if index_R[0] < 0 else index_R[-1])
+            raise StoreError(f"store {str(self.path)!r}: row {asked} asked for, but it has {self.n_rows}")
+        out = PackedRows.empty(len(index_R), self.layout) if out is None else out
+        n_at_once = max(_FEWEST_ROWS_AT_ONCE, _BYTES_AT_ONCE // self.layout.row_bytes)
+        with self._lock:
+            for first in range(0, len(index_R), n_at_once):
+                part = slice(first, first + n_at_once)
+                self._read_checked(index_R[part], out[part])
+        return out
+
+    def verify(self) -> None:
+        """Read every row once. Raises StoreError at the first that does not match its checksum."""
+        for first in range(0, self.n_rows, _ROWS_PER_CHECK):
+            self.read_rows(torch.arange(first, min(first + _ROWS_PER_CHECK, self.n_rows)))
+
+    def close(self) -> None:
+        """Close the files; reading again opens them again."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def _read_checked(self, index_R: np.ndarray, out: PackedRows) -> None:
+        """So few rows that they are still in the processor's cache when their checksums are taken."""
+        shard_R = np.searchsorted(self._ends, index_R, side="right")
+        begins_R = np.ones(len(index_R), dtype=bool)
+        begins_R[1:] = (index_R[1:] != index_R[:-1] + 1) | (shard_R[1:] != shard_R[:-1])
+        first_N = np.flatnonzero(begins_R)
+        shard_N = shard_R[first_N]
+        local_N = self._local(index_R[first_N], shard_N)
+        files_N = self._files(shard_N)
+        sums_R = torch.empty(len(index_R), dtype=torch.int32)
+        section_at_N = self._offsets[shard_N]
+        for section_RE in (sums_R.view(torch.uint8).view(-1, 4), *out.sections()):
+            E = section_RE.shape[1]
+            if not _read_runs(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()):
+                raise self._cut(shard_N)
+            section_at_N = section_at_N + E * self._sizes[shard_N]
+        wrong_R = np.flatnonzero(row_sums(out) != sums_R.numpy())
+        if wrong_R.size:
+            shard, row = shard_R[wrong_R[0]], index_R[wrong_R[0]]
+            path, local = self.shards[shard].path, int(self._local(row, shard))
+            raise StoreError(f"store: row {local} of shard {str(path)!r} does not match its checksum")
+        while len(self._open) > _MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+
+    def _local(self, index: np.ndarray, shard: np.ndarray) -> np.ndarray:
+        """Numbers of rows within their shards."""
+        return index - (self._ends - self._sizes)[shard]
+
+    def _files(self, shard_N: np.ndarray) -> list[int]:
+        """Descriptors of open files."""
+        descriptors = {}
+        for shard in np.unique(shard_N).tolist():
+            if shard not in self._open:
+                self._open[shard] = open(self.shards[shard].path, "rb", buffering=0)  # noqa: SIM115
+            self._open.move_to_end(shard)
+            descriptors[shard] = self._open[shard].fileno()
+        return [descriptors[shard] for shard in shard_N.tolist()]
+
+    def _cut(self, shard_N: np.ndarray) -> StoreError:
+        """The error for a read that ended early."""
+        shards = [self.shards[shard] for shard in np.unique(shard_N).tolist()]
+        row_bytes = self.layout.row_bytes
+        cut = [shard for shard in shards if shard.path.stat().st_size < shard.offset + shard.n_rows * row_bytes]
+        path = (cut or shards)[0].path
+        return StoreError(f"store: shard {str(path)!r} became shorter while it was read; it is damaged")
+
+
+def _read_runs(files_N: list[int], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> bool:
+    """One read a run, from byte `at_N` of its file into the rows from `first_N` on; False where a file ended early."""
+    view: Any = memoryview(out_RE.reshape(-1))  # pyright: ignore[reportArgumentType]
+    edges = [*(first_N * out_RE.shape[1]).tolist(), out_RE.size]
+    parts = [[view[first:end]] for first, end in pairwise(edges)]
+    return sum(map(os.preadv, files_N, parts, at_N.tolist())) == out_RE.size

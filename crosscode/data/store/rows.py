@@ -1,0 +1,217 @@
+"""Rows out of stores: shuffled, over several epochs, mixed, or read through while a harvest fills them.
+
+B indices at once · R rows that arrive together · W stores that are mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from crosscode.data.rows import Rows, RowStream
+from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.data.store.manifest import check_same_content, content_id
+from crosscode.data.store.reader import ActivationCache
+from crosscode.data.store.window import StoreWindow
+from crosscode.errors import InputError
+
+_BYTES_PER_READ = 32 << 10
+_LONGEST_DEFAULT_BLOCK = 16
+
+
+class StoredRows:
+    """Rows of one or several stores in random order; a new order every epoch.
+
+    `weights`: how often a row comes from each store (None: in proportion to their sizes). `epochs`: None reads for
+    ever; with several stores an epoch is as many rows as all of them hold. `rows_per_read`: rows handed out together.
+    `shuffle=False` keeps the stored order.
+
+    Rows are drawn from a `window` of rows in memory, which several stores share by their weights, and which is filled
+    with random blocks of `read_block` consecutive rows (`store_window` says what that gives up; None: as many as
+    32 KiB hold, at most 16). Longer blocks suit a disk; 1 makes any order of all rows possible, at the price of a read
+    a row. Memory grows with the window alone; a position holds no rows.
+    """
+
+    def __init__(
+        self,
+        stores: ActivationCache | Sequence[ActivationCache],
+        *,
+        weights: Sequence[float] | None = None,
+        epochs: int | None = None,
+        seed: int = 0,
+        rows_per_read: int = 2048,
+        read_block: int | None = None,
+        window: int = DEFAULT_CAPACITY,
+        shuffle: bool = True,
+    ) -> None:
+        self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)
+        if not self.stores:
+            raise InputError("stores: at least one is needed")
+        sizes = {"rows_per_read": rows_per_read, "read_block": read_block, "window": window, "epochs": epochs}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name}: {value} is below 1")
+        for store in self.stores:
+            if store.n_rows == 0:
+                raise InputError(f"store {str(store.path)!r} holds no whole shard yet")
+        _check_mixable(self.stores)
+        self.weighted = weights is not None
+        self.weights_W = _check_weights(weights, self.stores)
+        self.epochs = epochs
+        self.seed = seed
+        self.rows_per_read = rows_per_read
+        self.read_block = _default_block(self.stores) if read_block is None else read_block
+        self.window = window
+        self.shuffle = shuffle
+        self.shuffled = shuffle
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        return self.stores[0].dims
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtypes = {store.dtype for store in self.stores}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def n_rows(self) -> int:
+        return sum(store.n_rows for store in self.stores)
+
+    def open(self, state: dict[str, Any] | None = None) -> RowStream:
+        return _StoreStream(self, state, self.epochs)
+
+    def open_sample(self) -> RowStream:
+        return _StoreStream(self, None, 1)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "store.content": ",".join(content_id(store.manifest) for store in self.stores),
+            "store.weights": ",".join(f"{float(weight):.9g}" for weight in self.weights_W)
+            if self.weighted
+            else "sizes",
+            "store.seed": self.seed,
+            "store.read_block": self.read_block,
+            "store.window": self.window,
+            "store.shuffle": int(self.shuffle),
+        }
+
+    def scaling_MP(self) -> torch.Tensor | None:
+        """`sqrt(D) / mean ||x||`, the mean over the mixture."""
+        means_WMP = torch.stack([store.mean_norm_MP() for store in self.stores])
+        mean_MP = torch.einsum("w,wmp->mp", self.weights_W, means_WMP)
+        return (self.dims[2] ** 0.5 / mean_MP).float()
+
+
+class _StoreStream:
+    """Position: rows taken from each store, and the random state that mixes them.
+
+    A store may have grown since the position was saved: the rows that it held then are the ones that are read.
+    """
+
+    def __init__(self, source: StoredRows, state: dict[str, Any] | None, epochs: int | None) -> None:
+        self._source = source
+        self._generator = torch.Generator().manual_seed(source.seed)
+        self._taken_W = torch.zeros(len(source.stores), dtype=torch.long)
+        self._sizes = [store.n_rows for store in source.stores]
+        self._weights_W = source.weights_W
+        if state is not None:
+            self._taken_W = state["taken_W"].clone()
+            self._generator.set_state(state["generator"])
+            self._sizes = _check_not_shrunk(source.stores, state["sizes_W"].tolist())
+            self._weights_W = state["weights_W"].clone()
+        self._n_rows = sum(self._sizes)
+        self._windows = [
+            StoreWindow(store, block=source.read_block, window=max(1, round(source.window * weight)))
+            for store, weight in zip(source.stores, self._weights_W.tolist(), strict=True)
+        ]
+        self._limit = None if epochs is None else epochs * self._n_rows
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        source, n_taken = self._source, int(self._taken_W.sum())
+        n_rows = source.rows_per_read
+        if self._limit is not None:
+            n_rows = min(n_rows, self._limit - n_taken)
+        if n_rows == 0:
+            raise StopIteration
+        epoch = n_taken // self._n_rows
+        if len(source.stores) == 1:
+            acts_RMPD = self._read(0, n_rows)
+        else:
+            chosen_B = torch.multinomial(self._weights_W, n_rows, replacement=True, generator=self._generator)
+            acts_RMPD = torch.empty((n_rows, *source.dims), dtype=source.dtype)
+            for w in chosen_B.unique().tolist():
+                places_B = (chosen_B == w).nonzero()[:, 0]
+                acts_RMPD.index_copy_(0, places_B, self._read(w, len(places_B)).to(source.dtype))
+        return Rows(acts_RMPD, epoch)
+
+    def _read(self, w: int, n_rows: int) -> torch.Tensor:
+        store, size = self._source.stores[w], self._sizes[w]
+        taken = int(self._taken_W[w])
+        self._taken_W[w] += n_rows
+        parts = []
+        while n_rows:
+            epoch, position = divmod(taken, size)
+            n_part = min(n_rows, size - position)
+            if self._source.shuffle:
+                parts.append(self._windows[w].read(position, n_part, n_rows=size, seed=self._seed(w, epoch)))
+            else:
+                parts.append(store.read_rows(torch.arange(position, position + n_part)))
+            taken, n_rows = taken + n_part, n_rows - n_part
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _seed(self, w: int, epoch: int) -> int:
+        return (self._source.seed * 1_000_003 + w) * 1_000_003 + epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "taken_W": self._taken_W.clone(),
+            "generator": self._generator.get_state(),
+            "sizes_W": torch.tensor(self._sizes),
+            "weights_W": self._weights_W.clone(),
+        }
+
+    def close(self) -> None:
+        for store in self._source.stores:
+            store.close()
+
+
+def _default_block(stores: Sequence[ActivationCache]) -> int:
+    """Rows that make a read worth its overhead."""
+    row_bytes = max(store.layout.row_bytes for store in stores)
+    return min(_LONGEST_DEFAULT_BLOCK, max(1, _BYTES_PER_READ // row_bytes))
+
+
+def _check_not_shrunk(stores: Sequence[ActivationCache], sizes: list[int]) -> list[int]:
+    for store, size in zip(stores, sizes, strict=True):
+        if store.n_rows < size:
+            raise InputError(
+                f"store {str(store.path)!r} holds {store.n_rows} rows; it held {size} when the position was saved"
+            )
+    return sizes
+
+
+def _check_mixable(stores: Sequence[ActivationCache]) -> None:
+    """Stores may differ in their texts, not in what their rows are."""
+    first = stores[0]
+    for other in stores[1:]:
+        same_text = {**other.manifest, "tokens": first.manifest["tokens"]}
+        check_same_content(other.path, same_text, first.manifest, to_append=False)
+
+
+def _check_weights(weights: Sequence[float] | None, stores: Sequence[ActivationCache]) -> torch.Tensor:
+    if weights is None:
+        weights = [store.n_rows for store in stores]
+    if len(weights) != len(stores) or min(weights) < 0 or sum(weights) <= 0:
+        raise InputError(f"weights: {list(weights)} should be {len(stores)} numbers, none below 0, not all 0")
+    weights_W = torch.tensor(list(weights), dtype=torch.float64)
+    return weights_W / weights_W.sum()

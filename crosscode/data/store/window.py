@@ -1,0 +1,113 @@
+"""Rows of one store in random order, with no table of them and in few reads.
+
+The store is cut into blocks of `block` consecutive rows; the blocks are dealt at random into windows of equal size, of
+at most `window` rows (the last has up to a block more); one window at a time is in memory and its rows are shuffled.
+Every row comes once an epoch. With `block` = 1, or where one window holds the whole store, any order of all rows may
+come out. Otherwise rows that lie side by side on disk share a window: of a row's neighbours in its block,
+`(block - 1) * B / window` on average are in the same batch of B.
+
+R rows of a window, as they lie on disk · B rows handed out · M models · P hookpoints · D model dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from crosscode.data.permutation import permuted
+from crosscode.data.store.format import PackedRows, unpack
+from crosscode.data.store.reader import ActivationCache
+
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class WindowedOrder:
+    """The order of `n_rows` rows that `seed` names: what stands at a place depends on these numbers alone."""
+
+    n_rows: int
+    block: int
+    window: int
+    seed: int
+
+    def bounds(self, place: int) -> tuple[int, int]:
+        """First place of the window that `place` is in, and the first after it."""
+        n_blocks = self.n_rows // self.block
+        n_windows = max(1, -(-n_blocks // max(1, self.window // self.block)))
+        size = max(1, -(-n_blocks // n_windows)) * self.block
+        last = max(0, (n_blocks * self.block - 1) // size)
+        index = min(place // size, last)
+        return index * size, self.n_rows if index == last else (index + 1) * size
+
+    def rows_R(self, first: int, end: int) -> torch.Tensor:
+        """The rows of a window, ascending. Those that do not fill a block are in the last one."""
+        place_R = torch.arange(first, end)
+        n_blocks = self.n_rows // self.block
+        n_whole = min(end, n_blocks * self.block) - first
+        if n_whole > 0:
+            block_R = permuted(place_R[: n_whole : self.block] // self.block, n_blocks, self.seed)
+            row_R = block_R[:, None] * self.block + torch.arange(self.block)
+            place_R[:n_whole] = row_R.sort(dim=0).values.flatten()
+        return place_R
+
+    def picks_B(self, first: int, end: int, place_B: torch.Tensor) -> torch.Tensor:
+        """Which of the rows of the window from `first` to `end` stand at `place_B`."""
+        return permuted(place_B - first, end - first, (self.seed + 1) * 1_000_003 + first)
+
+
+class StoreWindow:
+    """Reads a store in windowed order and keeps one window in memory, in the dtype on disk.
+
+    A position in the middle of a window reads that window again.
+    """
+
+    def __init__(self, store: ActivationCache, *, block: int, window: int) -> None:
+        self.store = store
+        self.block = block
+        self.window = window
+        self._held: tuple[Any, ...] | None = None
+        self._rows_R = PackedRows.empty(0, store.layout)
+
+    def read(self, place: int, n: int, *, n_rows: int, seed: int) -> torch.Tensor:
+        """`acts_BMPD` at places `place` to `place + n` of the order of the store's first `n_rows` rows that `seed` names.
+
+        Raises StoreError as `ActivationCache.read_rows` does.
+        """
+        order = WindowedOrder(n_rows, self.block, self.window, seed)
+        out_BMPD = torch.empty((n, *self.store.dims), dtype=self.store.dtype)
+        done = 0
+        while done < n:
+            first, end = order.bounds(place + done)
+            self._hold(order, first, end)
+            n_here = min(n - done, end - place - done)
+            places_B = torch.arange(place + done, place + done + n_here)
+            self._take(order.picks_B(first, end, places_B).numpy(), out_BMPD[done : done + n_here])
+            done += n_here
+        return out_BMPD
+
+    def _hold(self, order: WindowedOrder, first: int, end: int) -> None:
+        is_whole = end - first == order.n_rows
+        wanted = (order.n_rows,) if is_whole else (order, first)
+        if self._held == wanted:
+            return
+        self._held = None
+        if self._rows_R.acts_RE.shape[0] < end - first:
+            self._rows_R = PackedRows.empty(0, self.store.layout)
+            self._rows_R = PackedRows.empty(end - first, self.store.layout)
+        self.store.read_ascending(order.rows_R(first, end).numpy(), self._rows_R[: end - first])
+        self._held = wanted
+
+    def _take(self, picks_B: np.ndarray, out_BMPD: torch.Tensor) -> None:
+        """On the CPU by numpy: see `ShuffleBuffer`."""
+        scales_RMP, acts_RE = self._rows_R.scales_RMP, self._rows_R.acts_RE.numpy()
+        if scales_RMP is None:
+            np.take(acts_RE, picks_B, axis=0, out=out_BMPD.flatten(1).view(torch.uint8).numpy(), mode="clip")
+            return
+        scales_BMP = scales_RMP[torch.from_numpy(picks_B)]
+        for first in range(0, len(picks_B), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            acts_BE = torch.from_numpy(acts_RE.take(picks_B[part], axis=0, mode="clip"))
+            unpack(PackedRows(acts_BE, scales_BMP[part]), self.store.layout, out_BMPD[part])

@@ -1,0 +1,287 @@
+"""The activation store, to write: shard by shard, by one process at a time, from the last whole shard on.
+
+R rows · M models · P hookpoints · D model dimension.
+
+    manifest.json                    what the rows are; written once, before the first shard
+    shard-000000.safetensors ...     the rows; each appears whole or not at all
+    resume-000001-<crc>.safetensors  position of the data after that many shards
+    lock                             held by the process that writes
+
+The position is written before the shard that it follows and the older one is removed afterwards, so that the last
+whole shard always has its position.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from crosscode.data.store.format import (
+    PackedRows,
+    StoreError,
+    StoreNotWritten,
+    pack,
+    unpack,
+    write_shard,
+)
+from crosscode.data.store.manifest import (
+    Manifest,
+    check_same_content,
+    content_id,
+    layout_of,
+    read_manifest,
+    write_manifest,
+)
+from crosscode.data.store.reader import check_no_links, list_shards, positions
+from crosscode.errors import InputError
+from crosscode.files import is_temporary, remove, write_parts
+
+
+class ActivationCacheWriter:
+    """Appends rows to a store; makes the store where there is none.
+
+    `manifest`: what the rows are (`make_manifest`). A store that holds something else is refused by the field that
+    differs, and nothing of it is touched. `shard_bytes`: size at which a shard is closed. `max_bytes`: the store stops
+    growing below this size. Raises StoreError where another process writes the store, the folder cannot be written,
+    or the disk is full (whole shards stay as they are, and nothing more is kept). A store whose data is at its end is
+    locked by nobody.
+
+    A context manager: leaving it writes the rows that wait, then releases the store.
+    """
+
+    def __init__(
+        self, path: str | Path, manifest: Manifest, *, shard_bytes: int = 256 << 20, max_bytes: int | None = None
+    ) -> None:
+        if shard_bytes < 1:
+            raise InputError(f"shard_bytes: {shard_bytes} is below 1")
+        if max_bytes is not None and max_bytes < 1:
+            raise InputError(f"max_bytes: {max_bytes} is below 1")
+        self.path = Path(path)
+        self.layout = layout_of(manifest)
+        self._content = content_id(manifest)
+        self._shard_bytes = shard_bytes
+        self._max_bytes = max_bytes
+        self._waiting: list[PackedRows] = []
+        self._waiting_bytes = 0
+        self._norm_sum_MP = torch.zeros(self.layout.dims[:2], dtype=torch.float64)
+        self._state: dict[str, Any] | None = None
+        self.full = False
+        self.finished = False
+        self.n_shards = self.n_rows = self.n_bytes = 0
+        self.resume_state: dict[str, Any] | None = None
+        self._lock: Any = None
+        self._guarded(self._open, manifest)
+
+    def _open(self, manifest: Manifest) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        check_no_links(self.path)
+        self._lock = _take_lock(self.path)
+        try:
+            stored = read_manifest(self.path)
+            if stored is None:
+                _check_free(self.path)
+                write_manifest(self.path, manifest)
+            else:
+                check_same_content(self.path, stored, manifest, to_append=True)
+                self._content = content_id(stored)
+            shards = list_shards(self.path, stored or manifest)
+            self.n_shards = len(shards)
+            self.n_rows = sum(shard.n_rows for shard in shards)
+            self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
+            self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
+            for leftover in [*_unfinished(self.path), *_other_positions(self.path, self.n_shards)]:
+                remove(leftover)
+            if self.finished:
+                self._release()
+        except BaseException:
+            self._release()
+            raise
+
+    def append(self, acts_RMPD: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        """Add rows; `state` is the position of the data after them. Returns them as the store will give them back.
+
+        Rows that no longer fit below `max_bytes` are not kept, and `full` is set.
+        """
+        rows = pack(acts_RMPD, self.layout.dtype)
+        norm_sum_MP = acts_RMPD.detach().float().norm(dim=-1).double().sum(dim=0).cpu()
+        if not bool(torch.isfinite(norm_sum_MP).all()):
+            raise StoreError(f"store {str(self.path)!r}: an activation is not finite; nothing of this batch was stored")
+        n_bytes = rows.acts_RE.shape[0] * self.layout.row_bytes
+        if self._max_bytes is not None and not self.full:
+            self.full = self.n_bytes + self._waiting_bytes + n_bytes > self._max_bytes - self._header_allowance
+            if self.full:
+                self.flush()
+        if not self.full and not self.finished:
+            self._waiting.append(rows)
+            self._waiting_bytes += n_bytes
+            self._norm_sum_MP += norm_sum_MP
+            self._state = state
+            if self._waiting_bytes >= self._shard_bytes:
+                self.flush()
+        return unpack(rows, self.layout)
+
+    @property
+    def _header_allowance(self) -> int:
+        return 1024 + 32 * self.layout.dims[0] * self.layout.dims[1]
+
+    def flush(self) -> None:
+        """Close the current shard with the rows that wait."""
+        if self._waiting:
+            self._guarded(self._write_shard, False)
+
+    def finish(self) -> None:
+        """Write what waits and record that the data is at its end."""
+        if self.full or self.finished:
+            return
+        if self._waiting:
+            self._guarded(self._write_shard, True)
+        elif self.resume_state is not None:
+            self._guarded(_write_resume, self.path, self.n_shards, self.resume_state, True)
+        self.finished = True
+        self._release()
+
+    def close(self) -> None:
+        """Write what waits and let other processes write."""
+        try:
+            self.flush()
+        finally:
+            self._release()
+
+    def __enter__(self) -> ActivationCacheWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, StoreError):
+            self._release()
+        else:
+            self.close()
+
+    def _write_shard(self, finished: bool) -> None:
+        assert self._state is not None
+        info = {"norm_sums": self._norm_sum_MP.tolist(), "content": self._content}
+        _write_resume(self.path, self.n_shards + 1, self._state, finished)
+        self.n_bytes += write_shard(self.path, self.n_shards, self.layout, self._waiting, info)
+        self.n_rows += sum(rows.acts_RE.shape[0] for rows in self._waiting)
+        self.n_shards += 1
+        self.resume_state = self._state
+        self._waiting, self._waiting_bytes, self._state = [], 0, None
+        self._norm_sum_MP = torch.zeros_like(self._norm_sum_MP)
+        for old in _other_positions(self.path, self.n_shards):
+            old.unlink()
+
+    def _guarded(self, action: Any, *args: Any) -> None:
+        """Turn an error of the system into one line that says what is kept."""
+        try:
+            action(*args)
+        except OSError as error:
+            kept = f"; {self.n_shards} whole shards ({self.n_rows} rows) are kept" if self._lock is not None else ""
+            # Rows are lost: whatever came after them must not follow those that are kept.
+            self._waiting, self._waiting_bytes, self.full = [], 0, True
+            raise StoreNotWritten(
+                f"store {str(self.path)!r} cannot be written: {error.strerror or error}{kept}"
+            ) from error
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def check_can_write(path: str | Path, wanted: Manifest) -> None:
+    """Raise StoreError where a writer could not begin: nothing is made, and nothing is read but headers.
+
+    `wanted`: as much of the manifest as is known.
+    """
+    folder = Path(path)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise StoreError(f"store {str(path)!r}: {str(nearest)!r} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StoreError(f"store {str(path)!r} cannot be written: {str(nearest)!r} is read-only")
+    check_no_links(folder)
+    stored = read_manifest(folder)
+    if stored is None:
+        _check_free(folder)
+        return
+    check_same_content(folder, stored, wanted, to_append=True, partly=True)
+    list_shards(folder, stored)
+    if (folder / "lock").exists():
+        _take_lock(folder).close()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """Files of ours that were being written when a process ended."""
+    return [path for path in folder.iterdir() if is_temporary(path)]
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse to begin a store among other files."""
+    if not folder.exists():
+        return
+    if any(folder.glob("shard-*.safetensors")):
+        raise StoreError(f"store {str(folder)!r} holds shards but no manifest.json")
+    foreign = {*folder.iterdir()} - {folder / "lock", *_unfinished(folder)}
+    if foreign:
+        raise StoreError(
+            f"store {str(folder)!r} is not a store, but holds files already ({min(foreign).name}); name an empty "
+            "folder or a new one"
+        )
+
+
+def _take_lock(folder: Path) -> Any:
+    """The system releases the lock when the process ends, however it ends."""
+    lock = open(folder / "lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise StoreError(f"store {str(folder)!r} is being written by another process ({holder})") from error
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
+    return lock
+
+
+def _other_positions(folder: Path, n_shards: int) -> list[Path]:
+    """Positions after another number of shards: of a shard that was never finished, or that others came after.
+
+    The next shard may end elsewhere than the unfinished one would have; its position must not be mistaken for that.
+    """
+    return [path for path, n_before in positions(folder).items() if n_before != n_shards]
+
+
+def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: bool) -> None:
+    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    plain = {key: value for key, value in state.items() if key not in tensors}
+    content = safetensors.torch.save(tensors, {"state": json.dumps(plain), "finished": str(int(finished))})
+    write_parts(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
+
+
+def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bool]:
+    """The position after `n_shards` shards, and whether the data is at its end; (None, False) before the first."""
+    found = [_parse_resume(path) for path in sorted(folder.glob(f"resume-{n_shards:06d}-*.safetensors"))]
+    if found:
+        return max(found, key=lambda item: item[1])
+    if n_shards:
+        raise StoreError(
+            f"store {str(folder)!r}: the position after shard {n_shards - 1} is missing; it can be read only"
+        )
+    return None, False
+
+
+def _parse_resume(path: Path) -> tuple[dict[str, Any], bool]:
+    content = path.read_bytes()
+    if path.name.split("-")[2] != f"{zlib.crc32(content):08x}.safetensors":
+        raise StoreError(f"store: {str(path)!r} does not match the checksum in its name; the store can be read only")
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return {**json.loads(metadata["state"]), **safetensors.torch.load(content)}, metadata["finished"] == "1"

@@ -1,0 +1,116 @@
+"""One document -> its tokens and a flag byte a token.
+
+T the tokens of one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from crosscode.data.text.chats import render_chat
+from crosscode.data.text.documents import Document
+from crosscode.errors import InputError
+
+MASKED = 1
+DOCUMENT_START = 2
+PADDING = 4
+
+TemplateTokens = Literal["keep", "mask"]
+Rendered = tuple[torch.Tensor, torch.Tensor]
+
+
+class DocumentRenderer:
+    """Turns texts, token lists and chats into `(tokens_T, flags_T)`.
+
+    `bos_id` starts every document that does not start with it already, `separator_id` ends every one that does not
+    end with it already (None: neither). `template_tokens="mask"` masks what a chat template adds around the messages.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, bos_id: int | None, separator_id: int | None, template_tokens: TemplateTokens
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._bos_id = bos_id
+        self._separator_id = separator_id
+        self._template_tokens = template_tokens
+
+    def __call__(self, documents: Sequence[Document], *, pad_to: int | None, pad_id: int) -> list[Rendered]:
+        """`pad_to` fills each document up to a multiple of it, so that the next one starts a new sequence."""
+        texts = [document for document in documents if isinstance(document, str)]
+        ids_of_texts = iter(self._tokenize(texts))
+        rendered = []
+        for document in documents:
+            if isinstance(document, str):
+                ids, masked = next(ids_of_texts), None
+            elif len(document) and isinstance(document[0], dict):
+                ids, masked = self._render_chat(document)
+            else:
+                ids, masked = self._check_ids(document), None
+            if len(ids):
+                rendered.append(self._finish(ids, masked, pad_to, pad_id))
+        return rendered
+
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
+        if not texts:
+            return []
+        if self._tokenizer is None:
+            raise InputError("tokenizer: none given, but the dataset holds text")
+        try:
+            encoded = self._tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+            )
+        except (TypeError, UnicodeEncodeError) as error:
+            bad = next((text for text in texts if not _is_unicode(text)), None)
+            if bad is None:
+                raise
+            raise InputError(f"dataset: a document holds half a surrogate pair: {bad[:60]!a}") from error
+        return encoded if options else encoded["input_ids"]
+
+    def _check_ids(self, document: Any) -> list[int]:
+        ids = list(document)
+        if not all(type(token) is int for token in ids):
+            raise InputError(f"dataset: a document is {str(ids)[:60]!r}; text, token ids or chat messages are needed")
+        if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"dataset: a document holds {wrong} where a token id is needed")
+        return ids
+
+    def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
+        text, spans = render_chat(self._tokenizer, messages)
+        if self._template_tokens == "keep":
+            return self._tokenize([text])[0], None
+        encoded = self._tokenize([text], return_offsets_mapping=True)
+        masked = [
+            not any(begin < last and first < end for begin, end in spans)
+            for first, last in encoded["offset_mapping"][0]
+        ]
+        return encoded["input_ids"][0], masked
+
+    def _finish(self, ids: list[int], masked: list[bool] | None, pad_to: int | None, pad_id: int) -> Rendered:
+        tokens_T = torch.tensor(ids, dtype=torch.long)
+        flags_T = torch.zeros(len(ids), dtype=torch.uint8)
+        if masked is not None:
+            flags_T[torch.tensor(masked)] |= MASKED
+        if self._bos_id is not None and ids[0] != self._bos_id:
+            tokens_T = torch.cat([torch.tensor([self._bos_id]), tokens_T])
+            flags_T = torch.nn.functional.pad(flags_T, (1, 0))
+        if self._separator_id is not None and ids[-1] != self._separator_id:
+            tokens_T = torch.cat([tokens_T, torch.tensor([self._separator_id])])
+            flags_T = torch.nn.functional.pad(flags_T, (0, 1))
+        flags_T[0] |= DOCUMENT_START
+        if pad_to is not None:
+            n_missing = -tokens_T.numel() % pad_to
+            tokens_T = torch.nn.functional.pad(tokens_T, (0, n_missing), value=pad_id)
+            flags_T = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING)
+        return tokens_T, flags_T
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,211 @@
+"""Documents of one epoch, read and turned into tokens a chunk at a time, by this thread or by several others.
+
+T the tokens of one chunk.
+
+Tokenizing many documents at once is much cheaper than one by one. A chunk knows where it begins in the source, so that
+a position is saved as the beginning of a chunk and what was used of it: a few bytes, however long the documents are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from crosscode.data.text.documents import Document, DocumentStream
+from crosscode.data.text.render import Rendered
+
+Split = Literal["all", "train", "validation"]
+
+_DOCUMENTS = 64
+_CHARACTERS = 1 << 20
+_CHUNKS_AHEAD_PER_WORKER = 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The documents of a loader: a side of the validation split, and every count-th one of `worker` (index, count)."""
+
+    split: Split
+    validation_fraction: float
+    worker: tuple[int, int]
+
+    def has(self, document: Document) -> bool:
+        """Whether `document` is on this side of the split: decided by its content alone."""
+        if self.split == "all":
+            return True
+        content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+        number = int.from_bytes(
+            hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
+        )
+        return (number < self.validation_fraction * 2**64) == (self.split == "validation")
+
+    def __call__(self, number: int, document: Document) -> bool:
+        """Whether the document with this number in the source is wanted."""
+        index, count = self.worker
+        return number % count == index and self.has(document)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a chunk begins: the position in the source, and documents read before."""
+
+    source: str
+    n_read: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`n_read` counts the documents up to the end of the chunk, those that were not selected included."""
+
+    start: Start
+    tokens_T: torch.Tensor
+    flags_T: torch.Tensor
+    n_read: int
+
+
+class ChunkReader:
+    """The chunks of one epoch from `start` on, in order; `render` makes tokens of the documents that are selected."""
+
+    def __init__(
+        self,
+        stream: DocumentStream,
+        start: Start,
+        selection: Selection,
+        render: Callable[[Sequence[Document]], list[Rendered]],
+    ) -> None:
+        self._stream = stream
+        self._next_start = start
+        self._selection = selection
+        self._render = render
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while (read := self.read()) is not None:
+            yield self.render(*read)
+
+    def read(self) -> tuple[Start, int, list[Document]] | None:
+        """The next documents, where they begin and how many were read then; None at the end of the source."""
+        if self._ended:
+            return None
+        start, n_read, n_characters = self._next_start, self._next_start.n_read, 0
+        documents: list[Document] = []
+        while len(documents) < _DOCUMENTS and n_characters < _CHARACTERS:
+            document = next(self._stream, None)
+            if document is None:
+                self._ended = True
+                break
+            if self._selection(n_read, document):
+                documents.append(document)
+                n_characters += _length(document)
+            n_read += 1
+        self._next_start = Start(self._stream.state(), n_read)
+        return start, n_read, documents
+
+    def render(self, start: Start, n_read: int, documents: Sequence[Document]) -> Chunk:
+        parts = self._render(documents)
+        tokens_T = torch.cat([torch.empty(0, dtype=torch.long), *(tokens_T for tokens_T, _ in parts)])
+        flags_T = torch.cat([torch.empty(0, dtype=torch.uint8), *(flags_T for _, flags_T in parts)])
+        return Chunk(start, tokens_T, flags_T, n_read)
+
+
+def _length(document: Document) -> int:
+    """Characters of a text or of a chat; token ids count as four, about what they stand for."""
+    if isinstance(document, str):
+        return len(document)
+    if len(document) and isinstance(document[0], dict):
+        return len(json.dumps(document))
+    return 4 * len(document)
+
+
+class WorkerChunks(Iterator[Chunk]):
+    """The same chunks in the same order, read one after another and rendered by `n_workers` threads at a time.
+
+    Tokenizers release Python's lock while they work. At most two chunks a worker wait.
+    """
+
+    def __init__(self, reader: ChunkReader, n_workers: int) -> None:
+        shared = _Shared(reader, n_workers * _CHUNKS_AHEAD_PER_WORKER)
+        threads = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(n_workers)]
+        self._shared = shared
+        self._finalize = weakref.finalize(self, _stop, shared, threads)
+        for thread in threads:
+            thread.start()
+
+    def __next__(self) -> Chunk:
+        with self._shared.changed:
+            while not self._shared.chunks and not self._shared.ended:
+                self._shared.changed.wait()
+            if not self._shared.chunks:
+                raise StopIteration
+            future = self._shared.chunks.popleft()
+            self._shared.changed.notify_all()
+        return future.result()
+
+
+class _Shared:
+    """What the reader and its workers hold together; `chunks` is in the order of the source."""
+
+    def __init__(self, reader: ChunkReader, limit: int) -> None:
+        self.reader = reader
+        self.limit = limit
+        self.reading = threading.Lock()
+        self.changed = threading.Condition()
+        self.chunks: deque[Future[Chunk]] = deque()
+        self.ended = self.stopped = False
+
+    def take(self) -> tuple[Future[Chunk], tuple[Start, int, list[Document]]] | None:
+        """Read the next documents and put up a place for their chunk."""
+        with self.reading:
+            with self.changed:
+                while len(self.chunks) >= self.limit and not self.stopped:
+                    self.changed.wait()
+                if self.stopped or self.ended:
+                    return None
+            future: Future[Chunk] = Future()
+            try:
+                read = self.reader.read()
+            except BaseException as error:
+                future.set_exception(error)
+                self._put(future, ended=True)
+                return None
+            if read is None:
+                self._put(None, ended=True)
+                return None
+            self._put(future, ended=False)
+            return future, read
+
+    def _put(self, future: Future[Chunk] | None, *, ended: bool) -> None:
+        with self.changed:
+            if future is not None:
+                self.chunks.append(future)
+            self.ended = ended
+            self.changed.notify_all()
+
+
+def _work(shared: _Shared) -> None:
+    while (taken := shared.take()) is not None:
+        future, read = taken
+        try:
+            future.set_result(shared.reader.render(*read))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _stop(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
+    """Ends the threads and waits for them: one that is still in native code at interpreter exit would crash."""
+    with shared.changed:
+        shared.stopped = True
+        shared.changed.notify_all()
+    # Garbage may be collected in a worker, which can wait neither for itself nor for one that waits for its lock.
+    if threading.current_thread() not in threads:
+        for thread in threads:
+            thread.join()

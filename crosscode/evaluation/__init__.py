@@ -1,0 +1,1 @@
+"""Held-out figures: explained variance, sparsity, the loss that splicing recovers."""

@@ -1,0 +1,140 @@
+"""Held-out figures: FVU by crosscoding position, L0, firing density.
+
+Axes: B tokens · M models · P hookpoints · D width · Xo output crosscoding dims · X = flattened Xo · L latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscode.errors import InputError
+from crosscode.evaluation.fvu import FvuAccumulator
+from crosscode.evaluation.loss_recovered import LossRecovered
+from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.raw_model import RawModel
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Figures over a held-out set. `fvu` is on raw activations; `density_L` is the share of tokens per latent.
+
+    `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK:
+    the mean when it selects over batches. `loss_recovered` by output position, where it was measured.
+    """
+
+    n_tokens: int
+    fvu: float
+    fvu_by_position: dict[str, float]
+    l0: float
+    l0_p5: float
+    l0_p95: float
+    dead_fraction: float
+    density_L: list[float]
+    l0_train_mode: float | None = None
+    loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def loss_recovered_by_position(self) -> dict[str, float | None]:
+        """None where zeros do not hurt the language model."""
+        return {name: found.loss_recovered for name, found in self.loss_recovered.items()}
+
+    def as_metrics(self) -> dict[str, float]:
+        """Scalars as they stand in `metrics.jsonl`."""
+        scalars = {"fvu": self.fvu, "l0": self.l0, "dead_fraction": self.dead_fraction}
+        if self.l0_train_mode is not None:
+            scalars["l0_train_mode"] = self.l0_train_mode
+        scalars |= {f"fvu/{name}": value for name, value in self.fvu_by_position.items()}
+        for name, found in self.loss_recovered.items():
+            if found.loss_recovered is not None:
+                scalars[f"loss_recovered/{name}"] = found.loss_recovered
+            scalars |= {f"ce_spliced/{name}": found.ce_spliced, f"kl_spliced/{name}": found.kl_spliced}
+        return {f"eval/{name}": value for name, value in scalars.items()}
+
+
+Evaluate = Callable[[BaseCrosscoder, Tensor | None], EvaluationResult]
+"""Held-out figures of a model and the `scaling_MP` that is not folded into it (None: it is folded in)."""
+
+
+@full_precision()
+@torch.no_grad()
+def measure_reconstruction(
+    model: BaseCrosscoder,
+    raw_batches: Iterable[Tensor],
+    split: Split,
+    position_names: Sequence[str],
+    scaling_MP: Tensor | None = None,
+    max_rows: int = 4096,
+) -> EvaluationResult:
+    """Figures in eval mode (BatchTopK by threshold) on raw activations, in float32 whatever training computes in.
+
+    Args:
+        model: either folded, or in training, with the scaling in `scaling_MP`.
+        raw_batches: `acts_BMPD`, unscaled.
+        position_names: one name per flattened output position.
+        max_rows: tokens passed to the model at once.
+    """
+    if model.is_folded == (scaling_MP is not None):
+        raise InputError("evaluate: give scaling_MP for a model without folded scaling, and only for such a model")
+    seen = _Seen(model)
+    with RawModel(model, split, scaling_MP) as raw_model:
+        for acts_BMPD in (part for batch in raw_batches for part in batch.split(max_rows)):
+            seen.add(raw_model, acts_BMPD.to(model.device))
+    return seen.result(position_names)
+
+
+class _Seen:
+    """Sums over a held-out set."""
+
+    def __init__(self, model: BaseCrosscoder):
+        self.fvu = FvuAccumulator(model.out_dims)
+        self.l0_parts: list[Tensor] = []
+        self.counts_L: Tensor | int = 0
+        self.n_active_train_mode: Tensor | int | None = None
+        if any(fn.selects_over_batch for fn in model.activation_fns):
+            self.n_active_train_mode = 0
+
+    def add(self, raw_model: RawModel, raw_BMPD: Tensor) -> None:
+        model, input_BXiDi = raw_model.model, raw_model.input(raw_BMPD)
+        result = model.forward_train(input_BXiDi)
+        self.fvu.update(raw_model.split.activations(raw_BMPD)[1], raw_model.raw(result.output_BXoDo))
+        self.l0_parts.append(result.latents.l0_B())
+        self.counts_L = result.latents.firing_counts_L() + self.counts_L
+        if self.n_active_train_mode is not None:
+            model.train()
+            self.n_active_train_mode = model.encode_latents(input_BXiDi).l0_B().sum() + self.n_active_train_mode
+            model.eval()
+
+    def result(self, position_names: Sequence[str]) -> EvaluationResult:
+        """Waits for the device."""
+        fvu_X, n_tokens = self.fvu.fvu_Xo().flatten().tolist(), self.fvu.n_tokens
+        counts_L, l0_N = torch.as_tensor(self.counts_L), torch.cat(self.l0_parts).double()
+        n_active = self.n_active_train_mode
+        return EvaluationResult(
+            n_tokens=n_tokens,
+            fvu=self.fvu.fvu(),
+            fvu_by_position=dict(zip(position_names, fvu_X, strict=True)),
+            l0=float(l0_N.mean()),
+            l0_p5=_quantile(l0_N, 0.05),
+            l0_p95=_quantile(l0_N, 0.95),
+            dead_fraction=float((counts_L == 0).double().mean()),
+            density_L=(counts_L.double() / n_tokens).tolist(),
+            l0_train_mode=None if n_active is None else float(n_active) / n_tokens,
+        )
+
+
+def _quantile(values_N: Tensor, q: float) -> float:
+    """With linear interpolation, for any number of values (`torch.quantile` stops at 2**24)."""
+    place = q * (values_N.shape[0] - 1)
+    low = values_N.kthvalue(math.floor(place) + 1).values
+    high = values_N.kthvalue(math.ceil(place) + 1).values
+    return float(low + (high - low) * (place - math.floor(place)))

@@ -1,0 +1,138 @@
+"""Language models that run with some activations replaced.
+
+H harvest batch (sequences) · S sequence · M models · P hookpoints · D width · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscode.data.harvest.harvester import ActivationHarvester, positions_within_segments
+from crosscode.data.harvest.hookpoints import Tap, resolve_taps
+from crosscode.data.harvest.language_models import LanguageModel
+
+
+class Splicer:
+    """One model of a harvester, run with activations of its hookpoints replaced: in TransformerBridge where the
+    harvester reads it there, as the plain model with forward hooks elsewhere. What can be read can be replaced."""
+
+    def __init__(self, harvester: ActivationHarvester, m: int):
+        self.model, self._hookpoints = harvester.models[m], harvester.hookpoints
+        self._bridge = harvester.bridge(m)
+        self._taps = resolve_taps(self.model, self._hookpoints)
+
+    def logits(
+        self,
+        tokens_HS: Tensor,
+        segments_HS: Tensor | None,
+        replacements: Mapping[int, Tensor] | None = None,
+        mask_HS: Tensor | None = None,
+    ) -> Tensor:
+        """`logits_HSV` (float32), with hookpoint p replaced by `replacements[p]` (`acts_HSD`, in the space in which
+        the model itself has them) where `mask_HS` holds."""
+        replacements = replacements or {}
+        if self._bridge is not None:
+            by_name = {self._hookpoints[p]: acts_HSD for p, acts_HSD in replacements.items()}
+            return _bridge_logits(self.model, self._bridge, tokens_HS, by_name, mask_HS)
+        by_tap: dict[Tap, Tensor] = {}
+        for p, acts_HSD in replacements.items():
+            tap = self._taps[self._hookpoints[p]]
+            assert tap is not None  # else the harvester would have taken a bridge
+            by_tap[tap] = acts_HSD
+        return logits_with(self.model, tokens_HS, segments_HS, by_tap, mask_HS)
+
+
+@torch.no_grad()
+def _bridge_logits(
+    model: LanguageModel, bridge: Any, tokens_HS: Tensor, by_name: Mapping[str, Tensor], mask_HS: Tensor | None
+) -> Tensor:
+    hooks = []
+    for name, acts_HSD in by_name.items():
+        assert mask_HS is not None
+        hooks.append((name, _Replacement(acts_HSD, mask_HS).bridge))
+    # The bridge warns that it computes a norm by its own formula where something inside is replaced: as it should.
+    with model.lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A forward hook edited")
+        return bridge.run_with_hooks(tokens_HS.to(model.device), fwd_hooks=hooks, return_type="logits").float()
+
+
+@torch.no_grad()
+def logits_with(
+    model: LanguageModel,
+    tokens_HS: Tensor,
+    segments_HS: Tensor | None,
+    replacements: Mapping[Tap, Tensor] | None = None,
+    mask_HS: Tensor | None = None,
+) -> Tensor:
+    """`logits_HSV` (float32), with the tensor of each tap replaced where `mask_HS` holds.
+
+    Args:
+        replacements: `acts_HSD` by tap, in the space in which the model itself has them.
+    """
+    kwargs: dict[str, Any] = {"input_ids": tokens_HS.to(model.device), "use_cache": False}
+    if segments_HS is not None:
+        kwargs["position_ids"] = positions_within_segments(segments_HS).to(model.device)
+    with model.lock, _replaced(model, replacements or {}, mask_HS):
+        return model.model(**kwargs).logits.float()
+
+
+@contextmanager
+def _replaced(model: LanguageModel, replacements: Mapping[Tap, Tensor], mask_HS: Tensor | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for tap, acts_HSD in replacements.items():
+            assert mask_HS is not None
+            module = model.model.get_submodule(tap.module_path)
+            hook = _Replacement(acts_HSD, mask_HS)
+            handle = (
+                module.register_forward_pre_hook(hook.input, with_kwargs=True)
+                if tap.side == "in"
+                else module.register_forward_hook(hook.output)
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+class _Replacement:
+    """Hooks that put other activations in place of a module's first input, of its (first) output, or of what
+    TransformerBridge shows."""
+
+    def __init__(self, acts_HSD: Tensor, mask_HS: Tensor):
+        self._acts_HSD, self._mask_HS = acts_HSD, mask_HS
+        self._thread = threading.get_ident()
+
+    def input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
+        place = _first_tensor_place(args)
+        if place is not None:
+            return (*args[:place], self._mixed(args[place]), *args[place + 1 :]), kwargs
+        names = ["hidden_states", *kwargs]
+        name = next(name for name in names if isinstance(kwargs.get(name), Tensor))
+        return args, {**kwargs, name: self._mixed(kwargs[name])}
+
+    def output(self, _module: Any, _args: Any, output: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
+        if isinstance(output, Tensor):
+            return self._mixed(output)
+        place = _first_tensor_place(output)
+        assert place is not None
+        return type(output)((*output[:place], self._mixed(output[place]), *output[place + 1 :]))
+
+    def bridge(self, act: Tensor, hook: Any) -> Tensor:
+        return self._mixed(act)
+
+    def _mixed(self, act: Tensor) -> Tensor:
+        mask = self._mask_HS.to(act.device).reshape(*self._mask_HS.shape, *(1,) * (act.ndim - 2))
+        return torch.where(mask, self._acts_HSD.to(act).reshape(act.shape), act)
+
+
+def _first_tensor_place(values: Sequence[Any]) -> int | None:
+    return next((place for place, value in enumerate(values) if isinstance(value, Tensor)), None)

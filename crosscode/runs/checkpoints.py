@@ -1,0 +1,128 @@
+"""Checkpoints of a run: whole or not there, with checksums, a bounded number of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from crosscode.errors import CrosscodeError, InputError
+from crosscode.files import new_folder, write_json
+from crosscode.runs.directory import RunDirectory
+
+log = logging.getLogger("crosscode")
+
+CHECKSUMS_FILE = "checksums.json"
+
+
+class CheckpointNotSaved(CrosscodeError):
+    """A checkpoint or the trained model could not be written; checkpoints before it are as they were."""
+
+
+class Checkpoints:
+    """`checkpoints/step_N/` of a run.
+
+    Args:
+        keep_last: how many of the newest are kept.
+        keep_every: those at multiples of this step are kept for ever; None: none is.
+    """
+
+    def __init__(self, run: RunDirectory, keep_last: int = 2, keep_every: int | None = None):
+        if keep_last < 1:
+            raise InputError(f"train.keep_last = {keep_last}: must be at least 1")
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill the folder of a step; older checkpoints go only once it is on disk.
+
+        Raises:
+            CheckpointNotSaved: the disk is full, or refuses for another reason. Nothing of the new one is left.
+        """
+        path = self.run.checkpoint(step)
+        advice = f"free some disk space under {str(self.run.path)!r}, or set train.keep_last lower"
+        last = f"the last one is {self.newest_name()}"
+        with saving(f"checkpoint of step {step}", f"{last}; {advice}"), new_folder(path, CHECKSUMS_FILE) as folder:
+            write(folder)
+            write_checksums(folder)
+        self._rotate()
+        self.run.drop_put_by()
+        return path
+
+    def newest_name(self) -> str:
+        """The newest checkpoint, for messages."""
+        steps = self.run.steps()
+        return str(self.run.checkpoint(steps[-1])) if steps else "none"
+
+    def newest_whole(self) -> int | None:
+        """Step of the newest checkpoint whose checksums hold; damaged newer ones are passed over with a warning.
+
+        None where there is no checkpoint at all.
+
+        Raises:
+            InputError: there are some, and all are damaged.
+        """
+        steps = self.run.steps()
+        damages = []
+        for step in reversed(steps):
+            damage = find_damage(self.run.checkpoint(step))
+            if damage is None:
+                return step
+            damages.append(damage)
+            log.warning("checkpoint %s is damaged (%s): falling back to the one before", step, damage)
+        if damages:
+            raise InputError(f"run: all checkpoints of {str(self.run.path)!r} are damaged: {'; '.join(damages)}")
+        return None
+
+    def _rotate(self) -> None:
+        steps = self.run.steps()
+        for step in steps[: -self.keep_last]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                self.run.remove_checkpoint(step)
+
+
+@contextmanager
+def saving(what: str, advice: str) -> Iterator[None]:
+    """Turn what a disk answers into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointNotSaved(f"{what} could not be written ({error}); {advice}") from error
+
+
+def write_checksums(folder: Path) -> None:
+    """`checksums.json`: size and SHA-256 of every file of the folder."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    write_json(folder / CHECKSUMS_FILE, {"files": files})
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has checksums, or None."""
+    try:
+        files = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{CHECKSUMS_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{CHECKSUMS_FILE} cannot be read ({error})"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""Where metrics go: one small protocol, and the file that is always written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from crosscode.files import write_text
+from crosscode.runs.histograms import Histogram
+
+log = logging.getLogger("crosscode")
+
+
+class Logger(Protocol):
+    """Takes one row of metrics at a time. Made before the run directory is, and writes nothing before `open`."""
+
+    def open(self) -> None: ...
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """`metrics` holds at least `step`; values are JSON values."""
+        ...
+
+    def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None: ...
+
+    def rewind(self, step: int, n_rows: int) -> None:
+        """The run goes on from a step at which it had logged `n_rows`: what came after will come again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonlLogger:
+    """One JSON object a line, handed to the system at once, so that a killed run keeps what it logged.
+
+    Histograms go into a file of their own beside it. A number that is not finite is written as null.
+    """
+
+    def __init__(self, path: Path):
+        self._rows, self._histograms = _Lines(path), _Lines(path.with_name("histograms.jsonl"))
+
+    def open(self) -> None:
+        """The files are made with their first lines."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self._rows.append(json.dumps({name: _json_value(value) for name, value in metrics.items()}))
+
+    def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        row = {"step": step, **{name: histogram.to_json() for name, histogram in histograms.items()}}
+        self._histograms.append(json.dumps(row))
+
+    def rewind(self, step: int, n_rows: int) -> None:
+        self._rows.cut(step, n_rows)
+        self._histograms.cut(step)
+
+    def close(self) -> None:
+        self._rows.close()
+        self._histograms.close()
+
+
+class _Lines:
+    """Lines at the end of a file, which is made with the first. What a full disk refuses is kept and tried again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: FileIO | None = None
+        self._unwritten = b""
+
+    def append(self, line: str) -> None:
+        waited = bool(self._unwritten)
+        self._unwritten += line.encode() + b"\n"
+        try:
+            self._file = self._file or FileIO(self.path, "a")
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                log.warning("%s: %s; rows are kept in memory and tried again with the next", self.path, error.strerror)
+
+    def cut(self, last_step: int, n_rows: int | None = None) -> None:
+        self.close()
+        cut_rows(self.path, last_step, n_rows)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._unwritten = None, b""
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cut_rows(path: Path, last_step: int, n_rows: int | None = None) -> None:
+    """Keep the rows up to a step, and at most the first `n_rows`. An unfinished last line goes as well."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= last_step:
+            kept.append(line)
+    kept = kept if n_rows is None else kept[:n_rows]
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,1 @@
+"""Planted dictionaries, and what training schemes recover of them."""

@@ -1,0 +1,156 @@
+"""Checkpoints: rotation, checksums, damage, a full disk."""
+
+import json
+import logging
+import resource
+
+import pytest
+import torch
+
+from crosscode.errors import InputError
+from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints, find_damage
+from crosscode.runs.directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create("name: x\n")
+    return run
+
+
+def write_some(folder):
+    (folder / "a.bin").write_bytes(b"weights" * 100)
+    (folder / "b.json").write_text("{}")
+
+
+def test_rotation_keeps_the_newest_and_those_that_are_for_ever(run):
+    checkpoints = Checkpoints(run, keep_last=2, keep_every=4)
+    for step in range(1, 11):
+        checkpoints.save(step, write_some)
+    assert run.steps() == [4, 8, 9, 10]
+
+
+def test_checksums_name_the_damage(run):
+    folder = Checkpoints(run).save(1, write_some)
+    assert find_damage(folder) is None
+    (folder / "a.bin").write_bytes(b"weightz" + b"weights" * 99)
+    assert "a.bin has another checksum" in (find_damage(folder) or "")
+    (folder / "a.bin").write_bytes(b"short")
+    assert "a.bin has 5 bytes instead of 700" in (find_damage(folder) or "")
+    (folder / "a.bin").unlink()
+    assert "a.bin is missing" in (find_damage(folder) or "")
+    (folder / "checksums.json").write_text("{")
+    assert "cannot be read" in (find_damage(folder) or "")
+    (folder / "checksums.json").unlink()
+    assert "checksums.json is missing" in (find_damage(folder) or "")
+
+
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(run, caplog):
+    checkpoints = Checkpoints(run, keep_last=3)
+    assert checkpoints.newest_whole() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, write_some)
+    assert checkpoints.newest_whole() == 3
+    (run.checkpoint(3) / "b.json").write_text("[]")
+    with caplog.at_level(logging.WARNING, logger="crosscode"):
+        assert checkpoints.newest_whole() == 2
+    assert "checkpoint 3 is damaged" in caplog.text
+    for step in (1, 2):
+        (run.checkpoint(step) / "a.bin").unlink()
+    with pytest.raises(InputError, match=r"all checkpoints .* are damaged"):
+        checkpoints.newest_whole()
+
+
+def test_a_full_disk_keeps_the_old_checkpoints_and_leaves_no_rest(run, small_files):
+    checkpoints = Checkpoints(run, keep_last=1)
+    checkpoints.save(1, write_some)
+    small_files(300)
+    with pytest.raises(CheckpointNotSaved, match=r"checkpoint of step 2 .* the last one is .*step_1"):
+        checkpoints.save(2, write_some)
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_1"]
+    assert find_damage(run.checkpoint(1)) is None
+
+
+def test_training_goes_on_over_a_full_disk(make_trainer, small_files, caplog):
+    trainer = make_trainer(n_steps=6, checkpoint_every=2, data=None)
+    original = trainer.checkpoints.save
+
+    def save(step, write):
+        if step == 4:
+            small_files(1000)
+        try:
+            return original(step, write)
+        finally:
+            small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+
+    trainer.checkpoints.save = save
+    with caplog.at_level(logging.WARNING, logger="crosscode"):
+        trainer.train()
+    assert trainer.run.steps() == [2, 6]
+    assert "step 4 could not be written" in caplog.text and "training goes on" in caplog.text
+
+
+def test_the_trained_model_on_a_full_disk_is_one_line_and_the_run_can_be_finished(make_trainer, small_files):
+    trainer = make_trainer(n_steps=4, checkpoint_every=2)
+    save_checkpoint = trainer.save_checkpoint
+
+    def save_and_fill(**options):
+        save_checkpoint(**options)
+        if trainer.step == 4:
+            small_files(1000)
+
+    trainer.save_checkpoint = save_and_fill
+    with pytest.raises(
+        CheckpointNotSaved, match=r"the trained model could not be .*; free some space, then: .*--resume"
+    ):
+        trainer.train()
+    assert not trainer.run.final.exists()
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    again = make_trainer(n_steps=4)
+    again.restore(again.checkpoints.newest_whole())
+    again.train()
+    assert (again.run.final / "model.safetensors").is_file()
+
+
+def test_a_trainer_continues_from_the_checkpoint_before_a_damaged_one(make_trainer, rows_of):
+    whole = make_trainer("whole", n_steps=9, checkpoint_every=3)
+    whole.train()
+    first = make_trainer("other", n_steps=9, checkpoint_every=3)
+    first.train()
+    weights = first.run.checkpoint(9) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    again = make_trainer("other", n_steps=9, checkpoint_every=3)
+    again.restore(again.checkpoints.newest_whole())
+    assert again.step == 6
+    again.train()
+    assert [row["step"] for row in rows_of(again)] == list(range(1, 10))
+    assert [row["loss"] for row in rows_of(again)] == [row["loss"] for row in rows_of(whole)]
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_the_global_random_state_is_part_of_a_checkpoint(make_trainer):
+    trainer = make_trainer(n_steps=2, checkpoint_every=1)
+    torch.manual_seed(5)
+    trainer.train()
+    drawn = torch.rand(3)
+    again = make_trainer(n_steps=2)
+    torch.manual_seed(6)
+    again.restore(2)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_rows_behind_the_checkpoint_are_cut(make_trainer, rows_of):
+    trainer = make_trainer(n_steps=4, checkpoint_every=2)
+    trainer.train()
+    with trainer.run.metrics_file.open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + '\n{"step": 6, "lo')
+    again = make_trainer(n_steps=4)
+    again.restore(2)
+    again.open()
+    assert [row["step"] for row in rows_of(again)] == [1, 2]
+    from_the_start = make_trainer(n_steps=4)
+    from_the_start.restore(None)
+    from_the_start.open()
+    assert rows_of(from_the_start) == []
