@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from data_common import report
 
+from crosscode.config.experiment import TrainConfig
+from crosscode.config.registry import Component
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
 from crosscode.models.split import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
@@ -25,7 +27,7 @@ from crosscode.objectives.base import LossContext
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers.optimizers.adam import Adam
-from crosscode.trainers.trainer import Trainer, TrainerSettings
+from crosscode.trainers.trainer import Trainer
 
 ROUNDS = 5
 
@@ -63,13 +65,13 @@ def make_objective():
 
 def make_trainer(folder: Path, log_every: int) -> Trainer:
     run = RunDirectory(folder)
-    run.create("name: bench\n", overwrite=False)
-    settings = TrainerSettings(n_steps=10**9, log_every=log_every)
+    run.create("name: bench\n")
+    config = TrainConfig(n_tokens=4, batch_size=4, log_every=log_every, optimizer=Component(type="adam", lr=1e-3))
     split = split_for("model_hookpoint_acausal")
     loggers = [JsonlLogger(run.metrics_file)]
     return Trainer(
-        make_model(), OneBatch(), split, make_objective(), Adam(lr=1e-3), settings, run, loggers,
-        position_names=["a", "b"], progress=False,
+        make_model(), OneBatch(), split, make_objective(), config, run, loggers,
+        position_names=["a", "b"], n_steps=10**9, progress=False,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.registry import build_component
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.errors import InputError
-from crosscode.evaluation.evaluation import EvaluationResult, evaluate
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS, BaseCrosscoder
 from crosscode.models.split import Split, split_for
@@ -132,7 +132,9 @@ class Experiment(Activations):
     ) -> EvaluationResult:
         """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`."""
         settings = self.config.evaluation
-        result = evaluate(model, self.heldout_activations(n_tokens), self.split, self.output_names(), scaling_MP)
+        result = measure_reconstruction(
+            model, self.heldout_activations(n_tokens), self.split, self.output_names(), scaling_MP
+        )
         if settings.loss_recovered == "never" or (settings.loss_recovered == "end" and scaling_MP is not None):
             return result
         found = measure_loss_recovered(

@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
-from crosscode.build.schema import dump_config, load_config
+from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.nested import flatten
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory, open_run
+from crosscode.runs.run_files import is_half_replaced
 
 log = logging.getLogger("crosscode")
 
@@ -54,17 +56,22 @@ class ResumePoint:
         """Reads every byte of the newest checkpoint, for its checksums, but loads no model.
 
         Raises:
-            InputError: no run there, all checkpoints damaged, or a config that was changed too much.
+            InputError: no run there, links in it, all checkpoints damaged, or a config that was changed too much.
         """
+        run = RunDirectory(path)
+        if is_half_replaced(run.path):
+            run.check_not_held()
+            run.recover()
         run = open_run(path)
-        with run.held():
-            pass
+        run.check_not_held()
         config = load_config(run.config_file)
         step = Checkpoints(run).newest_whole()
         if step is not None:
             before = read_config(run.checkpoint(step))["metadata"].get("config")
             if before is not None:
-                check_changes(before, config_values(config))
+                # What it lacks is newer than it is, and means the default.
+                then = check_config(today(before, str(run.checkpoint(step))))
+                check_changes(config_values(then), config_values(config))
         return cls(run, config, step)
 
 

@@ -6,6 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from crosscode.build.data import available_device, build_rows
@@ -15,6 +16,7 @@ from crosscode.build.experiment import (
     build_model,
     build_objective,
 )
+from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
 from crosscode.build.stores import check_stores_outside
@@ -22,7 +24,6 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.registry import build_component
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
-from crosscode.evaluation.precision import Precision
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.checkpoint import read_config
@@ -30,8 +31,7 @@ from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
 from crosscode.trainers.constraints import Constraint
-from crosscode.trainers.optimizers import OPTIMIZERS
-from crosscode.trainers.settings import ActivationSource, TrainerSettings
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
 from crosscode.trainers.warm_start import warm_start
 
@@ -44,20 +44,24 @@ def build_trainer(
     resume: ResumePoint | None = None,
     data: ActivationSource | None = None,
     progress: bool = True,
+    typed_overwrite: bool = False,
+    made_by: str = "train",
 ) -> Trainer:
-    """Everything that `Trainer` is composed of. A new run's directory is created last.
+    """Everything that `Trainer` is composed of. A new run's directory is made by the trainer itself, once it has its
+    first batch: until then nothing is written.
 
     Args:
         resume: continue this run from its newest whole checkpoint (from the start, where it has none yet); `experiment`
             is that of the run's config.
         data: a stream of activations to use in place of the one that the config describes.
+        typed_overwrite: the user typed that the run may be replaced, though it is not over.
+        made_by: the command, which is noted in the run directory.
     """
     config, split = experiment.config, experiment.split
     run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
-    settings = build_settings(config)
     if resume is None:
-        run.check_free(config.overwrite)
         check_stores_outside(config)
+        check_may_begin(config, typed_overwrite)
     data = data or build_dataloader(experiment)
     model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
@@ -68,21 +72,21 @@ def build_trainer(
     else:
         check_same_language_models(run, step, metadata)
     if resume is None:
-        run.create(dump_config(config), config.overwrite)
+        run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
     else:
-        run.reopen(step)
+        run.reopen_later(step)
     trainer = Trainer(
         model,
         data,
         split,
         build_objective(config),
-        build_component(OPTIMIZERS, config.train.optimizer),
-        settings,
+        config.train,
         run,
         build_loggers(config, run),
         position_names=experiment.output_names(),
         constraints=constraints,
         evaluate=experiment.evaluate,
+        evaluate_every=config.evaluation.every,
         metadata=metadata,
         progress=progress,
     )
@@ -123,25 +127,6 @@ def initialise(
         model.init_weights(init, config.seed, samples=samples)
     for constraint in constraints:
         constraint.start(model)
-
-
-def build_settings(config: ExperimentConfig) -> TrainerSettings:
-    train = config.train
-    return TrainerSettings(
-        n_steps=train.n_steps,
-        grad_accumulation=train.grad_accumulation,
-        clip_grad_norm=train.clip_grad_norm,
-        dead_after_tokens=train.dead_after_tokens,
-        log_every=train.log_every,
-        histogram_every=train.histogram_every,
-        evaluate_every=config.evaluation.every,
-        checkpoint_every=train.checkpoint_every,
-        keep_last=train.keep_last,
-        keep_every=train.keep_every,
-        max_skipped_steps=train.max_skipped_steps,
-        precision=Precision(train.precision, train.tf32),
-        compile=train.compile,
-    )
 
 
 def build_loggers(config: ExperimentConfig, run: RunDirectory) -> list[Logger]:

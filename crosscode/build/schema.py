@@ -14,6 +14,7 @@ from crosscode.config.checked import checked
 from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.recipes import recipe_path
@@ -90,7 +91,7 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
         raise InputError(f"config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
-    return values
+    return today(values, str(path))
 
 
 def load_config(config: str | Path) -> ExperimentConfig:
@@ -110,6 +111,7 @@ def check_config(values: Mapping[str, Any]) -> ExperimentConfig:
 def dump_config(config: ExperimentConfig) -> str:
     """YAML from which the same run can be made again, from any folder."""
     values = config.model_dump(mode="json")
+    values["overwrite"] = False  # a permission for once, and no part of the run
     for section in ("objective", "constraints"):
         values[section] = {name: value for name, value in values[section].items() if value is not None}
     if config.finetune_from is not None and Path(config.finetune_from).expanduser().exists():

@@ -19,6 +19,7 @@ from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
+from crosscode.files import check_may_be_filled
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Stores:
         }
         cache, written = config.data.cache, None
         if cache is not None:
+            check_may_be_filled(cache.path, "data.cache.path")
             dtypes = {"dtype": cache.dtype, "activation_dtype": config.data.activation_dtype}
             with at_field("data.cache"):
                 written = check_can_write(cache.path, {**wanted, **dtypes})
@@ -90,9 +92,7 @@ class Stores:
 
 
 def check_stores_outside(config: ExperimentConfig) -> None:
-    """Refuse a store inside a run directory that is about to be replaced: it would be deleted with it."""
-    if not config.overwrite:
-        return
+    """Refuse a store inside the new run's own directory, where only the run belongs."""
     run = config.run_path().resolve()
     cache = config.data.cache
     paths = {f"data.stores.{i}": store.path for i, store in enumerate(config.data.stores)}
@@ -100,8 +100,7 @@ def check_stores_outside(config: ExperimentConfig) -> None:
     for field, path in paths.items():
         if Path(path).resolve().is_relative_to(run):
             raise InputError(
-                f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}, which overwrite: true "
-                "replaces, store and all; put the store beside it"
+                f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}; put the store beside it"
             )
 
 

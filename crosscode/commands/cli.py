@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "train, evaluate and report a crosscoder between two embedded language models")
     demo.add_argument("--run-dir", default="runs/demo", help="where to write (default: %(default)s)")
     demo.add_argument("--n-tokens", type=int, help="activations to train on (default: as in the recipe)")
+    demo.add_argument(
+        "--overwrite", action="store_true", help="replace any other run there, too, and one that is not over"
+    )
     demo.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
     sweep = add("sweep", _sweep, "a grid of runs over one shared stream of activations")
     sweep.add_argument(
@@ -101,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         help="values of a field, such as train.optimizer.lr=1e-3,3e-4; given several times: all combinations",
     )
     sweep.add_argument("--run-dir", help="folder of all runs (default: the config's run_dir)")
+    sweep.add_argument(
+        "--overwrite", action="store_true", help="replace runs that are there, even if they are not over"
+    )
     sweep.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted sweep, its folder alone given")
     add("synthetic", None, "which scheme recovers what of a planted dictionary; `crosscode synthetic --help`")
     doctor = add("doctor", _doctor, "versions, devices, a self-test of the kernels on this machine, disk speed")
@@ -120,8 +126,10 @@ def _train(arguments: list[str]) -> None:
             raise InputError("train: usage: crosscode train --resume RUN (the config is the run's own, as it stands)")
         resume_training(Path(arguments[1]))
         return
-    config = _train_config(arguments)
-    run_training(config)
+    from crosscode.commands.overrides import config_from_arguments, with_bare_flag
+
+    arguments, typed = with_bare_flag(arguments)
+    run_training(config_from_arguments(arguments), typed_overwrite=typed)
 
 
 def _quiet_libraries() -> None:
@@ -134,19 +142,15 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _train_config(arguments: list[str]) -> Any:
-    from crosscode.commands.overrides import config_from_arguments
-
-    return config_from_arguments(arguments)
-
-
-def run_training(config: Any) -> None:
-    """Train, evaluate and write the summary of one experiment."""
+def run_training(config: Any, *, typed_overwrite: bool = False, made_by: str = "train") -> None:
+    """Train, evaluate and write the summary of one experiment. What the options mean: `build_trainer`."""
     from crosscode.build.experiment import open_experiment
+    from crosscode.build.replacing import check_may_begin
     from crosscode.build.run import build_trainer
 
+    check_may_begin(config, typed_overwrite)
     _quiet_libraries()
-    _run_to_the_end(build_trainer(open_experiment(config)))
+    _run_to_the_end(build_trainer(open_experiment(config), typed_overwrite=typed_overwrite, made_by=made_by))
 
 
 def resume_training(run_dir: Path) -> None:
@@ -161,11 +165,10 @@ def resume_training(run_dir: Path) -> None:
 
 
 def _run_to_the_end(trainer: Any) -> None:
-    from crosscode.commands.summary import print_figures, write_summary
+    from crosscode.commands.summary import print_figures
 
-    evaluation = trainer.train()
-    summary = write_summary(trainer, evaluation)
-    print_figures(trainer.run.path, summary)
+    trainer.train()
+    print_figures(trainer.run.path, trainer.run.read_summary())
 
 
 def _harvest(arguments: list[str]) -> None:
@@ -233,16 +236,25 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from crosscode.build.replacing import is_the_same_experiment
     from crosscode.build.schema import check_config, read_yaml
     from crosscode.commands.report import report_run
+    from crosscode.runs.directory import RunDirectory
 
     values = read_yaml("demo")
     values |= {"run_dir": options.run_dir, "backend": options.backend}
     if options.n_tokens is not None:
         values["train"]["n_tokens"] = options.n_tokens
     config = check_config(values)
+    run = RunDirectory(config.run_path())
+    own = is_the_same_experiment(run, config, "demo")
     print("language models: a base trained on Python sources, and its fine-tune on the Python manual", file=sys.stderr)
-    run_training(config)
+    if own and not (run.is_finished() or options.overwrite):
+        print(f"a demo in {options.run_dir} was interrupted: it goes on", file=sys.stderr)
+        resume_training(run.path)
+    else:
+        config = config.model_copy(update={"overwrite": own or options.overwrite})
+        run_training(config, typed_overwrite=options.overwrite, made_by="demo")
     print(f"report      {report_run(config.run_path())}")
 
 
@@ -250,6 +262,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from crosscode.build.schema import read_yaml
     from crosscode.commands.sweep import resume_sweep, run_sweep
     from crosscode.commands.sweep_grid import grid_points, parse_grid
+    from crosscode.files import check_may_be_filled
 
     _quiet_libraries()
     if options.resume is not None:
@@ -262,10 +275,13 @@ def _sweep(options: argparse.Namespace) -> None:
             raise InputError("sweep: name a config file or a recipe, or --resume FOLDER")
         values = read_yaml(options.config)
         if options.run_dir is not None:
+            check_may_be_filled(options.run_dir, "run_dir")
             values["run_dir"] = options.run_dir
+        if options.overwrite:
+            values["overwrite"] = True
         points = grid_points(values, parse_grid(options.grid))
         folder = points[0].config.run_path().parent
-        results = run_sweep(points, folder)
+        results = run_sweep(points, folder, typed_overwrite=options.overwrite)
     for result in results:
         if "error" in result:
             print(f"failed      {result['run']}: {result['error']}")

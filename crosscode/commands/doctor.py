@@ -20,7 +20,7 @@ from crosscode_kernels.resolve import available_backends, resolve_backend
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
-from crosscode.commands.summary import PACKAGES, versions
+from crosscode.trainers.summary import PACKAGES, versions
 
 N_TOKENS, D_IN, D_OUT, N_LATENTS, K = 32, 24, 20, 96, 6
 SEGMENTS = (8, 12)

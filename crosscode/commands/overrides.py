@@ -23,7 +23,7 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
 
 HELP_HEAD = """Train from CONFIG.yaml (a file, a run directory, or a recipe's name: `crosscode recipes`).
-`crosscode train --resume RUN` goes on with a run that was stopped, as if it never had been.
+`crosscode train --resume RUN` goes on with a run that was stopped, as if it never had been; --overwrite replaces it.
 Ctrl-C or SIGTERM finishes the step, saves, and exits with code 75; a second one exits at once.
 Every field of the config can be replaced on the command line: --train.batch_size 512 --crosscoder.activation.k 16"""
 
@@ -52,6 +52,16 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
 
 
 TRAIN = Command("train", HELP_HEAD, experiment_class)
+
+
+def with_bare_flag(arguments: list[str]) -> tuple[list[str], bool]:
+    """Arguments with a value after a bare `--overwrite`, and whether that option was typed at all."""
+    completed: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        completed.append(argument)
+        if argument == "--overwrite" and following.startswith("-"):
+            completed.append("true")
+    return completed, any(argument.split("=")[0] == "--overwrite" for argument in arguments)
 
 
 def values_from_arguments(arguments: list[str], command: Command) -> dict[str, Any]:

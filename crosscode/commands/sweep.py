@@ -15,19 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from crosscode.build.experiment import Experiment, open_experiment
+from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
-from crosscode.commands.summary import write_summary
 from crosscode.commands.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
-from crosscode.files import write_json
+from crosscode.evaluation.precision import float32_products
+from crosscode.files import check_is_no_link, check_may_be_filled, write_json
 from crosscode.models.split import split_for
 from crosscode.runs.directory import RunDirectory
+from crosscode.runs.run_files import read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.opening import open_runs
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.settings import ActivationSource
+from crosscode.trainers.source import ActivationSource, check_has_begun
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
@@ -46,6 +49,7 @@ class SweepFile:
 
     @classmethod
     def open(cls, folder: Path) -> SweepFile:
+        check_is_no_link(folder / SWEEP_FILE)
         try:
             rows = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -57,11 +61,22 @@ class SweepFile:
     def note(self, label: str, **facts: Any) -> None:
         row = self.rows[label]
         self.rows[label] = {"run": row["run"], "path": row["path"], **facts}
+        self.save()
+
+    def save(self) -> None:
         write_json(self.folder / SWEEP_FILE, list(self.rows.values()))
 
     def path(self, label: str) -> Path:
-        """Where a run is now: the whole sweep may have been moved."""
-        return self.folder / Path(self.rows[label]["path"]).name
+        """Where a run is now: the whole sweep may have been moved.
+
+        Raises:
+            InputError: that is no folder of its own in the sweep's, or a link.
+        """
+        path = self.folder / Path(self.rows[label]["path"]).name
+        if path.name in ("", "..") or path == self.folder:
+            raise InputError(f"sweep: {str(self.folder / SWEEP_FILE)!r}: {label}: no folder of a run is named")
+        check_is_no_link(path)
+        return path
 
     def unfinished(self) -> list[str]:
         """A run that met a loss that is not finite would meet it again; after other errors it can go on."""
@@ -100,28 +115,32 @@ class SharedStream:
 # ---- running
 
 
-def run_sweep(points: Sequence[GridPoint], folder: Path, progress: bool = True) -> list[dict[str, Any]]:
+def run_sweep(
+    points: Sequence[GridPoint], folder: Path, progress: bool = True, typed_overwrite: bool = False
+) -> list[dict[str, Any]]:
     """Train all points side by side; returns (and keeps in `sweep.json`) their labels, folders and summaries.
 
     Every run is what `crosscode train` makes of its config, to the bit, and is resumed like it. A run that fails
-    leaves the sweep; the others go on.
+    leaves the sweep; the others go on. `typed_overwrite`: as of `build_trainer`.
 
     Raises:
         Interrupted: a signal came; all runs are saved, and `resume_sweep` goes on.
     """
+    _check_free(points, folder, typed_overwrite)
     for point in points:
-        _check_free(point.config, folder)
         split_for(point.config.crosscoder.type).check(len(point.config.language_models), len(point.config.hookpoints))
     experiment = open_experiment(points[0].config)
     with closing(build_dataloader(experiment)) as data:
         trainers: dict[str, Trainer] = {}
         for point in points:
             trainers[point.label] = build_trainer(
-                _at(experiment, point.config), data=SharedStream(data), progress=False
+                _at(experiment, point.config),
+                data=SharedStream(data),
+                progress=False,
+                typed_overwrite=typed_overwrite,
+                made_by="sweep",
             )
         file = SweepFile(folder, [{"run": label, "path": str(trainer.run.path)} for label, trainer in trainers.items()])
-        for label in trainers:
-            file.note(label)
         return _train_side_by_side(trainers, data, file, progress)
 
 
@@ -151,14 +170,24 @@ def resume_sweep(folder: Path, progress: bool = True) -> list[dict[str, Any]]:
         return _train_side_by_side(trainers, data, file, progress)
 
 
-def _check_free(config: ExperimentConfig, folder: Path) -> None:
-    if (folder / SWEEP_FILE).is_file() and not config.overwrite:
-        state = SweepFile.open(folder).state()
-        raise InputError(
-            f"sweep: {str(folder)!r} holds a sweep ({state}); go on with it by `crosscode sweep --resume {folder}`, "
-            "choose another --run-dir, or set overwrite: true"
-        )
-    RunDirectory(config.run_path()).check_free(config.overwrite)
+def _check_free(points: Sequence[GridPoint], folder: Path, typed: bool) -> None:
+    """Of a sweep that is there already only the runs of this one's names are replaced, each as `train` would do it."""
+    check_may_be_filled(folder, "run_dir")
+    marker = read_marker(folder)
+    if folder.is_dir() and (marker or {}).get("kind", "sweep") != "sweep":
+        raise InputError(f"run_dir: {str(folder)!r} holds a run; choose another --run-dir")
+    check_is_no_link(folder / SWEEP_FILE)
+    overwrite = points[0].config.overwrite
+    if (folder / SWEEP_FILE).exists():
+        file = SweepFile.open(folder)
+        if not (typed or (overwrite and marker is not None and not file.unfinished())):
+            how = "" if overwrite else " (or, where all runs are done, overwrite: true in the config)"
+            raise InputError(
+                f"sweep: {str(folder)!r} holds a sweep ({file.state()}); go on with it by "
+                f"`crosscode sweep --resume {folder}`, choose another --run-dir, or replace it by --overwrite{how}"
+            )
+    for point in points:
+        check_may_begin(point.config, typed)
 
 
 def _at(experiment: Experiment, config: ExperimentConfig) -> Experiment:
@@ -169,19 +198,18 @@ def _train_side_by_side(
     trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool
 ) -> list[dict[str, Any]]:
     running = trainers
-    n_steps = next(iter(running.values())).settings.n_steps
+    n_steps = next(iter(running.values())).n_steps
     position = min(trainer.step for trainer in running.values())
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
+        batches = iter(data)
+        acts_BMPD = _next_batch(running, batches, position)
+        open_runs(list(running.values()), runs)
+        write_marker(file.folder, "sweep")
+        file.save()
         for trainer in running.values():
-            runs.enter_context(trainer.run.held())
             trainer.start()
         bar.start(position)
-        batches = iter(data)
         while position < n_steps and running and not stop.received:
-            with ExitStack() as harvest:
-                for trainer in running.values():
-                    harvest.enter_context(trainer.phases("harvest"))
-                acts_BMPD = next(batches, None)
             if acts_BMPD is None:
                 log.warning("the data ended at step %d of %d: training stops", position, n_steps)
                 _each(running, file, methodcaller("save_checkpoint"))
@@ -190,6 +218,8 @@ def _train_side_by_side(
             _each(running, file, methodcaller("train_step", acts_BMPD), due)
             position += 1
             bar.advance(next((trainer.metrics.last for trainer in running.values()), {}))
+            if running and not stop.received:
+                acts_BMPD = _next_batch(running, batches, position)
         for label, trainer in list(running.items()):
             if stop.received:
                 break
@@ -204,8 +234,21 @@ def _train_side_by_side(
     return list(file.rows.values())
 
 
+def _next_batch(running: dict[str, Trainer], batches: Iterator[Tensor], position: int) -> Tensor | None:
+    """As of one trainer; its time counts for each."""
+    if position >= next(iter(running.values())).n_steps:
+        return None
+    with ExitStack() as harvest:
+        for trainer in running.values():
+            harvest.enter_context(trainer.phases("harvest"))
+        acts_BMPD = next(batches, None)
+    check_has_begun(acts_BMPD, position)
+    return acts_BMPD
+
+
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:
-    file.note(label, **write_summary(trainer, trainer.finish()))
+    trainer.finish()
+    file.note(label, **trainer.run.read_summary())
 
 
 def _each(
@@ -217,7 +260,7 @@ def _each(
     """Let trainers act in turn. One that fails leaves the sweep; the others go on."""
     for label, trainer in list((running if chosen is None else chosen).items()):
         try:
-            with trainer.settings.precision.matmuls():
+            with float32_products(tf32=trainer.config.tf32):
                 act(trainer)
         except CrosscodeError as error:
             log.error("%s: %s", label, error)

@@ -128,7 +128,8 @@ class ExperimentConfig(HarvestConfig):
     run_dir: str = "runs/{name}"
     """folder of the run"""
     overwrite: bool = False
-    """replace a run that is there already"""
+    """replace a finished run that is there already; one that is not over is replaced only by `--overwrite` on the command
+    line. What crosscode did not write stays, and the old run stays in RUN/.crosscode-old until the first checkpoint"""
     backend: Literal["auto", "triton", "torch", "torch:screened", "reference"] = "auto"
     """kernels: changes speed and memory, never results. `torch:screened`: on a CPU with fast bfloat16 products, TopK's encode
     computes all pre-activations in bfloat16 and only those in full that may be among the k largest, proven row by row"""

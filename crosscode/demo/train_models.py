@@ -25,6 +25,7 @@ from crosscode.demo.ngram import baseline_bits_per_byte
 from crosscode.demo.tokenizer import train_tokenizer
 from crosscode.demo.train_loop import CONTEXT, Job, Phase, worker
 
+STAGING = ".crosscode-tmp-models"
 VOCAB_SIZE = 2048
 ARCHITECTURE = {
     "hidden_size": 192,
@@ -87,7 +88,7 @@ def make_job(
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        folder=arguments.out / ".staging",
+        folder=arguments.out / STAGING,
         start=arguments.start,
         seed=arguments.seed,
         microbatch_tokens=arguments.microbatch_tokens,
@@ -188,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
     p.add_argument("--processes", type=int, default=2, help="processes of one thread each, at most the number of cores")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
-    p.add_argument("--checkpoint-minutes", type=float, default=5.0, help="minutes between saves to OUT/.staging")
+    p.add_argument("--checkpoint-minutes", type=float, default=5.0, help=f"minutes between saves to OUT/{STAGING}")
     p.add_argument("--skip-baselines", action="store_true", help="leave the n-gram baselines out of the card")
     return p
 

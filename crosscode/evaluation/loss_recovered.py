@@ -26,6 +26,7 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.text.tokens import TokenBatch
 from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import Splicer
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
@@ -71,19 +72,15 @@ def measure_loss_recovered(
     places_M = _places(harvester, split, names_MP)
     sums = {name: _SequenceSums() for places in places_M for name in places}
     splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
-    was_training = model.training
-    model.eval()
-    try:
+    with RawModel(model, split, scaling_MP) as raw_model:
         for batch in batches:
-            recon_HSXD = reconstruct(model, harvester, batch, split, scaling_MP)
+            recon_HSXD = reconstruct(raw_model, harvester, batch)
             for splicer, places in zip(splicers, places_M, strict=True):
                 if splicer is not None:
                     _add_batch(sums, splicer, places, batch, recon_HSXD)
             n_tokens -= int(batch.mask_HS.sum())
             if n_tokens <= 0:
                 break
-    finally:
-        model.train(was_training)
     return {name: found.result() for name, found in sums.items() if found.n_predictions}
 
 
@@ -107,27 +104,14 @@ def _places(harvester: ActivationHarvester, split: Split, names_MP: Sequence[Seq
 
 
 @torch.no_grad()
-def reconstruct(
-    model: BaseCrosscoder,
-    harvester: ActivationHarvester,
-    batch: TokenBatch,
-    split: Split,
-    scaling_MP: Tensor | None,
-    max_rows: int = 4096,
-) -> Tensor:
+def reconstruct(raw_model: RawModel, harvester: ActivationHarvester, batch: TokenBatch, max_rows: int = 4096) -> Tensor:
     """`recon_HSXD`: raw reconstructions at usable positions, 0 elsewhere."""
     acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
     mask_HS = batch.mask_HS.to(acts_HSMPD.device)
-    parts = []
+    model, parts = raw_model.model, []
     for raw_BMPD in acts_HSMPD[mask_HS].split(max_rows):
-        acts_BMPD = raw_BMPD.to(model.device)
-        if scaling_MP is None:
-            output_BXoDo = model(split.activations(acts_BMPD)[0])
-        else:
-            scaling = scaling_MP.to(acts_BMPD)
-            output_BXoDo = model(split.activations(acts_BMPD * scaling[..., None])[0])
-            output_BXoDo = output_BXoDo / split.scaling(scaling)[1][..., None]
-        parts.append(output_BXoDo.reshape(acts_BMPD.shape[0], -1, model.d_out))
+        output_BXoDo = raw_model.raw(model(raw_model.input(raw_BMPD.to(model.device))))
+        parts.append(output_BXoDo.reshape(raw_BMPD.shape[0], -1, model.d_out))
     output_BXD = torch.cat(parts).to(acts_HSMPD)
     recon_HSXD = output_BXD.new_zeros(*mask_HS.shape, *output_BXD.shape[1:])
     recon_HSXD[mask_HS] = output_BXD

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-PrecisionName = Literal["float32", "bfloat16"]
+
+def autocast(precision: Literal["float32", "bfloat16"], device: torch.device) -> AbstractContextManager[object]:
+    """Around forward and loss: bfloat16 runs their matrix products in it, with float32 master weights."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-@dataclass(frozen=True)
-class Precision:
-    """`name`: bfloat16 runs matrix products of a training step under autocast, with float32 master weights.
-    `tf32`: float32 products may round their factors to 10 bits of mantissa, on devices that have such products."""
-
-    name: PrecisionName = "float32"
-    tf32: bool = False
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Around forward and loss."""
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.name == "bfloat16")
-
-    @contextmanager
-    def matmuls(self) -> Iterator[None]:
-        """Around a whole run: PyTorch's setting for float32 products, put back afterwards."""
-        with _matmul_precision("high" if self.tf32 else "highest"):
-            yield
+def float32_products(*, tf32: bool) -> AbstractContextManager[None]:
+    """Around a whole run: with `tf32`, float32 products may round their factors to 10 bits of mantissa, on devices that
+    have such products."""
+    return _matmul_precision("high" if tf32 else "highest")
 
 
 @contextmanager

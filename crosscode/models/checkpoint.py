@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.files import new_folder, write_json
+from crosscode.formats import MODEL
 from crosscode.models.activations.base import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
 
     ModelT = TypeVar("ModelT", bound=BaseCrosscoder)
 
-FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 def save_model(model: BaseCrosscoder, path: Path, metadata: dict[str, Any]) -> None:
-    with new_folder(path) as folder:
+    with new_folder(path, CONFIG_FILE) as folder:
         write_model(model, folder, metadata)
 
 
@@ -34,7 +34,7 @@ def write_model(model: BaseCrosscoder, folder: Path, metadata: dict[str, Any]) -
     """Write the two files into an existing folder."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
-    config = {"format_version": FORMAT_VERSION, "model": model_config(model), "metadata": metadata}
+    config = {**MODEL.stamp(), "model": model_config(model), "metadata": metadata}
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -62,12 +62,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"model path {str(path)!r}: no {CONFIG_FILE} there; expected a folder written by `save`")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        version = config["format_version"]
+        _ = config["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path / CONFIG_FILE}: not a config written by `save` ({error})") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path / CONFIG_FILE}: format_version = {version}; this version reads {FORMAT_VERSION}")
-    return config
+    return MODEL.read(config, str(path / CONFIG_FILE))
 
 
 def load_model(cls: type[ModelT], path: Path, *, backend: BackendName, device: torch.device) -> ModelT:

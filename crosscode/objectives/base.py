@@ -89,6 +89,19 @@ class Loss:
         """The summands of `total`."""
         return {name: self.weights[name] * value for name, value in self.parts.items()}
 
+    def detached(self) -> Loss:
+        """Without the graph, and what it keeps in memory."""
+        return Loss(self.total.detach(), self.parts, self.weights)
+
+    def times(self, share: float) -> Loss:
+        """What a part of a batch adds to the mean over the whole; detached."""
+        parts = {name: value * share for name, value in self.parts.items()}
+        return Loss(self.total.detach() * share, parts, self.weights)
+
+    def __add__(self, other: Loss) -> Loss:
+        parts = {name: self.parts[name] + value for name, value in other.parts.items()}
+        return Loss(self.total + other.total, parts, other.weights)
+
 
 @dataclass(frozen=True)
 class Objective:

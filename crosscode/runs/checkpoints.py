@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +46,11 @@ class Checkpoints:
         path = self.run.checkpoint(step)
         advice = f"free some disk space under {str(self.run.path)!r}, or set train.keep_last lower"
         last = f"the last one is {self.newest_name()}"
-        with saving(f"checkpoint of step {step}", f"{last}; {advice}"), new_folder(path) as folder:
+        with saving(f"checkpoint of step {step}", f"{last}; {advice}"), new_folder(path, CHECKSUMS_FILE) as folder:
             write(folder)
             write_checksums(folder)
         self._rotate()
+        self.run.drop_put_by()
         return path
 
     def newest_name(self) -> str:
@@ -82,7 +82,7 @@ class Checkpoints:
         steps = self.run.steps()
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
+                self.run.remove_checkpoint(step)
 
 
 @contextmanager

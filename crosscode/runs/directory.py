@@ -1,30 +1,48 @@
-"""Where a run keeps its files. Layout: config.yaml, metrics.jsonl, summary.json, checkpoints/step_N/, final/."""
+"""Where a run keeps its files. Layout: config.yaml, metrics.jsonl, summary.json, checkpoints/step_N/, final/;
+`.crosscode` marks it (`run_files`)."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import shutil
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crosscode.errors import InputError
-from crosscode.files import write_json, write_text
+from crosscode.files import check_is_no_link, is_temporary, remove, write_json, write_text
+from crosscode.runs.run_files import (
+    ASIDE,
+    CONFIG_FILE,
+    LOCK_FILE,
+    drop_aside,
+    find_files,
+    is_half_replaced,
+    move_aside,
+    remove_files,
+    restore,
+    step_files,
+    write_marker,
+)
 
-LOCK_FILE = "lock"
+log = logging.getLogger("crosscode")
 
 
 class RunDirectory:
-    """Paths and small files of one run. Nothing is written before `create` or `reopen`."""
+    """Paths and small files of one run. Nothing is written before `begin` or `reopen`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._start: Callable[[], None] = _nothing
+        self._begun = False
+        self._made: list[Path] = []
 
     @property
     def config_file(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:
@@ -42,41 +60,103 @@ class RunDirectory:
         return self.checkpoints / f"step_{step}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, ascending."""
+        """Steps of the checkpoints that are there, ascending. A folder with none of our files is somebody else's."""
         found = self.checkpoints.glob("step_*") if self.checkpoints.is_dir() else []
-        return sorted(int(p.name.removeprefix("step_")) for p in found if p.name.removeprefix("step_").isdigit())
+        numbered = [path for path in found if path.name.removeprefix("step_").isdigit() and path.is_dir()]
+        return sorted(int(path.name.removeprefix("step_")) for path in numbered if any(step_files(path)))
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise `InputError` if a run is there already and may not be replaced."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"run_dir: {str(self.path)!r} is a file")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        if not self.config_file.is_file():
-            raise InputError(f"run_dir: {str(self.path)!r} is not empty and holds no run; choose another name")
-        if not overwrite:
-            raise InputError(
-                f"run_dir: {str(self.path)!r} holds a run; go on with it by `crosscode train --resume {self.path}`, "
-                "choose another name, or set overwrite: true"
-            )
+    def is_finished(self) -> bool:
+        """Whether the trained model is there, and the figures that are written after it."""
+        names = ("final/config.json", "final/model.safetensors", "summary.json")
+        return all((self.path / name).is_file() for name in names)
 
-    def create(self, config_yaml: str, overwrite: bool) -> None:
-        """Make the folder and write `config.yaml`, replacing an older run only if `overwrite`."""
-        self.check_free(overwrite)
-        if self.path.is_dir():
-            with self.held():
-                shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+    # ---- making, replacing
+
+    def create(self, config_yaml: str) -> None:
+        """Make the folder with its marker and `config.yaml` now.
+
+        Raises:
+            InputError: something is there already.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"run_dir: {str(self.path)!r} is not empty; choose another name")
+        self.create_later(config_yaml, check=_nothing)
+        with self.held():
+            self.begin()
+
+    def create_later(self, config_yaml: str, check: Callable[[], None], made_by: str = "train") -> None:
+        """Let `begin` make the run, where `check` still allows it then, and put by the one that lies there."""
+        self._start = partial(self._create, config_yaml, check, made_by)
+
+    def reopen_later(self, step: int | None) -> None:
+        """Let `begin` do what `reopen` does."""
+        self._start = partial(self.reopen, step)
+
+    def begin(self) -> None:
+        """Do what was put off until nothing can fail any more. To be called while the run is held."""
+        start, self._start = self._start, _nothing
+        start()
+
+    def _create(self, config_yaml: str, check: Callable[[], None], made_by: str) -> None:
+        check()
+        left = find_files(self.path)
+        self._begun = True
+        if self.config_file.is_file() or (self.path / ASIDE).exists():
+            move_aside(self.path)
+        else:
+            remove_files(self.path)
+        if left.foreign:
+            names = ", ".join(str(path) for path in left.foreign[:10]) + (", ..." if len(left.foreign) > 10 else "")
+            log.info("run %s: what crosscode did not write stays: %s", self.path, names)
+        write_marker(self.path, "run", made_by=made_by)
         write_text(self.config_file, config_yaml)
+        self.say_what_is_put_by()
+
+    def undo(self) -> None:
+        """After a start that failed: what `begin` and `held` made goes, and the run that was there comes back."""
+        if self._begun:
+            remove_files(self.path)
+            if (self.path / ASIDE).is_dir():
+                restore(self.path)
+            self._begun = False
+        for path in self._made:
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """Put back the run that a process was replacing when it ended."""
+        if is_half_replaced(self.path):
+            log.warning("run %s: it was about to be replaced when a process ended; it is put back", self.path)
+            restore(self.path)
+
+    def say_what_is_put_by(self) -> None:
+        if (self.path / ASIDE / CONFIG_FILE).is_file():
+            log.info("run %s: the run before lies in %s until the first checkpoint", self.path, self.path / ASIDE)
+
+    def drop_put_by(self) -> None:
+        """This run can be resumed by now: the one before is not needed any more."""
+        drop_aside(self.path)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within the block no other process may train here, or replace what is here. Ends with the process, if killed.
+        Makes the folder.
 
         Raises:
-            InputError: another one does.
+            InputError: another one does; the lock is a link.
         """
-        with (self.path / LOCK_FILE).open("a") as lock:
+        for folder in reversed([self.path, *self.path.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                self._made.insert(0, folder)
+        file = self.path / LOCK_FILE
+        check_is_no_link(file)
+        if not file.exists():
+            self._made.insert(0, file)
+        with file.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -85,18 +165,41 @@ class RunDirectory:
                 pass  # a file system without locks
             yield
 
+    def check_not_held(self) -> None:
+        """Raise `InputError` if another process trains here. Makes nothing."""
+        if (self.path / LOCK_FILE).exists():
+            with self.held():
+                pass
+
     def reopen(self, step: int | None) -> None:
         """Clear away what a killed process left half written, and set aside damaged checkpoints behind `step`: they
         must not count among those that are kept."""
         for later in self.steps():
             if later > (step or 0):
-                _move_over(self.checkpoint(later), self.checkpoints / f"damaged_step_{later}")
-        for folder in (self.path, self.checkpoints):
-            for left in folder.glob(".*") if folder.is_dir() else []:
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+                self._set_aside(self.checkpoint(later), self.checkpoints / f"damaged_step_{later}")
+        for path in find_files(self.path).ours:
+            if is_temporary(path):
+                remove(self.path / path)
+        if step is not None or not (self.path / ASIDE / CONFIG_FILE).exists():
+            self.drop_put_by()
+        self.say_what_is_put_by()
+
+    def _set_aside(self, old: Path, new: Path) -> None:
+        new.mkdir(exist_ok=True)
+        for file in step_files(new):
+            remove(file)
+        for file in step_files(old):
+            file.rename(new / file.name)
+        if not any(old.iterdir()):
+            old.rmdir()
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Its files; the folder as well, unless somebody else's lie in it."""
+        folder = self.checkpoint(step)
+        for file in step_files(folder):
+            remove(file)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
@@ -108,19 +211,23 @@ class RunDirectory:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
 
 
-def _move_over(old: Path, new: Path) -> None:
-    if new.exists():
-        shutil.rmtree(new)
-    old.rename(new)
+def _nothing() -> None:
+    pass
 
 
 def open_run(path: str | Path) -> RunDirectory:
     """An existing run.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or there are links in it.
     """
     run = RunDirectory(path)
+    find_files(run.path)
+    if is_half_replaced(run.path):
+        raise InputError(
+            f"run: {str(path)!r} was about to be replaced when a process ended; `crosscode train --resume {path}` puts "
+            "it back and goes on with it"
+        )
     if not run.config_file.is_file():
         raise InputError(f"run: {str(path)!r} is not a run directory (no config.yaml there)")
     return run

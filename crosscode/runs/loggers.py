@@ -16,7 +16,9 @@ log = logging.getLogger("crosscode")
 
 
 class Logger(Protocol):
-    """Takes one row of metrics at a time."""
+    """Takes one row of metrics at a time. Made before the run directory is, and writes nothing before `open`."""
+
+    def open(self) -> None: ...
 
     def log(self, metrics: dict[str, Any]) -> None:
         """`metrics` holds at least `step`; values are JSON values."""
@@ -39,6 +41,9 @@ class JsonlLogger:
 
     def __init__(self, path: Path):
         self._rows, self._histograms = _Lines(path), _Lines(path.with_name("histograms.jsonl"))
+
+    def open(self) -> None:
+        """The files are made with their first lines."""
 
     def log(self, metrics: dict[str, Any]) -> None:
         self._rows.append(json.dumps({name: _json_value(value) for name, value in metrics.items()}))

@@ -25,12 +25,24 @@ class WandbLogger:
             raise InputError(
                 f"train.wandb_project = {project!r}: wandb is not installed; pip install 'crosscode[wandb]'"
             ) from error
-        self._wandb = wandb
-        known = run_path / WANDB_FILE
+        self._wandb, self._run_path = wandb, run_path
+        self._options = {"project": project, "name": name, "dir": str(run_path), "config": config}
+        self._run: Any = None
+
+    def open(self) -> None:
+        """
+        Raises:
+            InputError: wandb does not begin, for want of a key for example.
+        """
+        known = self._run_path / WANDB_FILE
         run_id = json.loads(known.read_text(encoding="utf-8"))["id"] if known.is_file() else None
-        self._run = wandb.init(
-            project=project, name=name, dir=str(run_path), config=config, id=run_id, resume="allow" if run_id else None
-        )
+        try:
+            self._run = self._wandb.init(**self._options, id=run_id, resume="allow" if run_id else None)
+        except Exception as error:  # of many kinds, and none of them ours
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"train.wandb_project = {self._options['project']!r}: wandb does not begin: {reason}"
+            ) from error
         write_json(known, {"id": self._run.id})
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -49,7 +61,8 @@ class WandbLogger:
         """wandb keeps the rows that it has and leaves out repeated steps by itself."""
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
 
 
 class TensorboardLogger:
@@ -63,7 +76,10 @@ class TensorboardLogger:
                 "train.tensorboard = true: tensorboard is not installed; pip install 'crosscode[tensorboard]'"
             ) from error
         self._folder, self._make_writer = str(folder), SummaryWriter
-        self._writer = SummaryWriter(self._folder)
+        self._writer: Any = None
+
+    def open(self) -> None:
+        self._writer = self._make_writer(self._folder)
 
     def log(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -91,4 +107,5 @@ class TensorboardLogger:
         self._writer = self._make_writer(self._folder, purge_step=step + 1)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -17,6 +17,11 @@ class Metrics:
         self.n_rows = 0
         self.last: dict[str, Any] = {}
 
+    def open(self) -> None:
+        """The run directory is there and ours: what logs into it may begin."""
+        for logger in self.loggers:
+            logger.open()
+
     def log(self, row: dict[str, Any]) -> None:
         self.last = {**self.last, **row}
         self.n_rows += 1

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 
-def random_state() -> dict[str, Any]:
-    """States of PyTorch's global generators, of the CPU and of every CUDA device that is in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+class RandomState:
+    """PyTorch's global generators, of the CPU and of every CUDA device that is in use."""
 
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.device_count() >= len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"] and torch.cuda.device_count() >= len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])

@@ -21,14 +21,14 @@ from crosscode.build.data import available_device
 from crosscode.build.experiment import check_backend
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import CrosscodeError, InputError, Interrupted
-from crosscode.evaluation.evaluation import EvaluationResult, evaluate
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.split import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.synthetic.ground_truth import GroundTruth, compare_with_planted
 from crosscode.synthetic.planted import PlantedConfig, PlantedDictionary, SyntheticActivations
 from crosscode.synthetic.schemes import SCHEMES, SyntheticScheme
 from crosscode.trainers.constraints import constraints_for
-from crosscode.trainers.trainer import Trainer, TrainerSettings
+from crosscode.trainers.trainer import Trainer
 
 MATCHED_WITHIN = 0.05
 """An L0 this close to the wanted one, as a share of it, is not improved further."""
@@ -160,7 +160,7 @@ def _run_scheme(
 ) -> SyntheticResult:
     with tempfile.TemporaryDirectory(prefix="crosscode-synthetic-") as folder:
         run = RunDirectory(Path(folder) / scheme.name)
-        run.create("", overwrite=False)
+        run.create("")
         trainer = build_synthetic_trainer(scheme, config, dictionary, run, progress=progress)
         started = time.perf_counter()
         try:
@@ -217,13 +217,14 @@ def build_synthetic_trainer(
         data,
         split,
         scheme.objective(),
-        scheme.optimizer(),
-        TrainerSettings(n_steps=config.n_steps, log_every=max(1, config.n_steps // 5)),
+        scheme.train_config(config.n_steps, config.batch_size),
         run,
         [],
         position_names=position_names,
         constraints=constraints,
-        evaluate=lambda trained, scaling_MP: evaluate(trained, heldout(), split, position_names, scaling_MP),
+        evaluate=lambda trained, scaling_MP: measure_reconstruction(
+            trained, heldout(), split, position_names, scaling_MP
+        ),
         progress=progress,
     )
 

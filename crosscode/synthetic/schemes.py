@@ -10,12 +10,12 @@ from typing import Any
 
 from crosscode_kernels.opset import BackendName
 
+from crosscode.config.experiment import TrainConfig
 from crosscode.config.registry import Component, build_component
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, ModelHookpointAcausalCrosscoder
 from crosscode.models.initialization import InitStrategy
 from crosscode.objectives import Objective, objective_from
-from crosscode.trainers.optimizers import OPTIMIZERS, OptimizerRecipe
 
 _AUXK = {"auxk": {"k_aux": 32, "dead_after_tokens": 10_000}}
 # Over the whole batch weak latents lose more often, so that more of them must be brought back.
@@ -59,8 +59,13 @@ class SyntheticScheme:
     def init(self) -> InitStrategy:
         return build_component(INITIALIZATIONS, Component(**self.parts["init"]))
 
-    def optimizer(self) -> OptimizerRecipe:
-        return build_component(OPTIMIZERS, Component(**self.parts["optimizer"]))
+    def train_config(self, n_steps: int, batch_size: int) -> TrainConfig:
+        return TrainConfig(
+            n_tokens=n_steps * batch_size,
+            batch_size=batch_size,
+            optimizer=Component(**self.parts["optimizer"]),
+            log_every=max(1, n_steps // 5),
+        )
 
 
 def _ramp(value: float) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from crosscode.errors import InputError
 @contextmanager
 def compile_errors_in_one_line() -> Iterator[None]:
     """Around the forward and the backward of a compiled function: the backward may be compiled as late as it runs."""
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         yield
-    except TorchDynamoException as error:
+    except RuntimeError as error:
+        # Imported here alone: it takes seconds, and most runs compile nothing.
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"train.compile = true: torch.compile fails here ({reason}); set train.compile: false"

@@ -35,6 +35,7 @@ class Phases:
     def __init__(self, device: torch.device):
         self.device = device
         self.total_s: dict[Phase, float] = {"harvest": 0.0, "step": 0.0, "eval": 0.0}
+        self.training_s_before = 0.0
         self._count: dict[Phase, int] = {}
         self._seconds: dict[Phase, float] = {}
         self._events: dict[Phase, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
@@ -58,6 +59,11 @@ class Phases:
         else:
             events[1].record()
             self._events.setdefault(phase, []).append(events)
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of training steps and of their activations, with those of the parts of the run before a resume."""
+        return self.training_s_before + self.total_s["harvest"] + self.total_s["step"]
 
     def take_means(self) -> dict[str, float]:
         """`time/<phase>_ms`: mean duration since the last call. Waits for the device."""

@@ -5,18 +5,20 @@ Axes: B tokens · M models · P hookpoints · D width.
 
 import json
 import resource
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crosscode.config.experiment import TrainConfig
+from crosscode.config.registry import Component
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS
 from crosscode.models.split import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger
-from crosscode.trainers.optimizers import OPTIMIZERS
-from crosscode.trainers.trainer import Trainer, TrainerSettings
+from crosscode.trainers.trainer import Trainer
 
 N_WORDS = 60
 
@@ -186,9 +188,11 @@ def make_trainer(tmp_path):
         objective=None,
         data=None,
         kind="model_hookpoint_acausal",
-        optimizer=None,
+        optimizer=MappingProxyType({"type": "adam", "lr": 0.01}),
         constraints=(),
         evaluate=None,
+        evaluate_every=None,
+        n_steps=10,
         backend="torch",
         seed=0,
         n_latents=N_LATENTS,
@@ -206,25 +210,23 @@ def make_trainer(tmp_path):
         )
         init = "anthropic_transpose" if split.model_kind == "model_hookpoint_acausal" else "compound_uniform"
         model.init_weights(INITIALIZATIONS[init](), seed).to(data.device)
-        optimizer = dict(optimizer or {"type": "adam", "lr": 0.01})
-        recipe = OPTIMIZERS[optimizer.pop("type")](**optimizer)
         run = RunDirectory(tmp_path / name)
         if not run.config_file.is_file():
-            run.create("name: test\n", overwrite=False)
+            run.create("name: test\n")
         names = [f"x{i}" for i in range(len(model.segments))]
-        defaults = {"n_steps": 10, "log_every": 1}
         return Trainer(
             model,
             data,
             split,
             build_objective(objective or {"recon": {}}),
-            recipe,
-            TrainerSettings(**(defaults | settings)),
+            TrainConfig(**({"n_tokens": 4096, "log_every": 1} | settings), optimizer=Component(**optimizer)),
             run,
             [JsonlLogger(run.metrics_file)],
             position_names=names,
             constraints=constraints,
             evaluate=evaluate,
+            evaluate_every=evaluate_every,
+            n_steps=n_steps,
             progress=False,
         )
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from crosscode.errors import InputError
+from crosscode.files import check_is_no_link, temporary_file
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
@@ -137,7 +138,8 @@ def write_shard(folder: Path, index: int, layout: Layout, rows: list[PackedRows]
 
 def write_atomically(path: Path, parts: list[Any]) -> None:
     """A file that is whole or not there, whatever happens. Raises OSError, leaving no partial file."""
-    temporary = path.with_name(path.name + ".tmp")
+    check_is_no_link(path)
+    temporary = temporary_file(path)
     try:
         with open(temporary, "wb", buffering=0) as file:
             _write_all(file.fileno(), [memoryview(part).cast("B") for part in parts if len(part)])

@@ -7,6 +7,7 @@ D model dimension.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from crosscode.data.store.format import (
 )
 from crosscode.data.store.manifest import Manifest, check_same_content, content_id, layout_of, read_manifest
 
+_POSITION = re.compile(r"resume-(\d{6,})-[0-9a-f]{8}\.safetensors")
 _MAX_OPEN_SHARDS = 128
 _ROWS_PER_CHECK = 8192
 _BYTES_AT_ONCE = 1 << 20
@@ -48,6 +50,7 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
 
     Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
     """
+    check_no_links(folder)
     layout, content = layout_of(manifest), content_id(manifest)
     names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
     shards = []
@@ -74,7 +77,15 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
 
 def positions(folder: Path) -> dict[Path, int]:
     """The files that hold positions of the data, and the number of shards before each."""
-    return {path: int(path.name.split("-")[1]) for path in folder.glob("resume-*.safetensors")}
+    found = {path: _POSITION.fullmatch(path.name) for path in folder.glob("resume-*.safetensors")}
+    return {path: int(match[1]) for path, match in found.items() if match is not None}
+
+
+def check_no_links(folder: Path) -> None:
+    """Raise StoreError for a link in a store: what is read, written or removed through it would lie elsewhere."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_symlink():
+            raise StoreError(f"store: {str(path)!r} is a link, which is not followed; put what it names here")
 
 
 class ActivationCache:

@@ -40,8 +40,9 @@ from crosscode.data.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from crosscode.data.store.reader import list_shards, positions
+from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.errors import check_at_least
+from crosscode.files import is_temporary, remove
 
 
 class ActivationCacheWriter:
@@ -78,6 +79,7 @@ class ActivationCacheWriter:
 
     def _open(self, manifest: Manifest) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        check_no_links(self.path)
         self._lock = _take_lock(self.path)
         try:
             stored = read_manifest(self.path)
@@ -93,7 +95,7 @@ class ActivationCacheWriter:
             self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
             self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
             for leftover in [*_unfinished(self.path), *_other_positions(self.path, self.n_shards)]:
-                leftover.unlink()
+                remove(leftover)
             if self.finished:
                 self._release()
         except BaseException:
@@ -201,6 +203,7 @@ def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
         raise StoreError(f"store {str(path)!r}: {str(nearest)!r} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StoreError(f"store {str(path)!r} cannot be written: {str(nearest)!r} is read-only")
+    check_no_links(folder)
     stored = read_manifest(folder)
     if stored is None:
         _check_free(folder)
@@ -214,8 +217,7 @@ def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
 
 def _unfinished(folder: Path) -> list[Path]:
     """Files of ours that were being written when a process ended."""
-    patterns = ("manifest.json.tmp", "shard-*.safetensors.tmp", "resume-*.safetensors.tmp")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in folder.iterdir() if is_temporary(path)]
 
 
 def _check_free(folder: Path) -> None:

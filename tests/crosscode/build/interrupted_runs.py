@@ -17,7 +17,7 @@ from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import load_config
 from crosscode.commands import cli
 from crosscode.runs.loggers import JsonlLogger
-from crosscode.trainers import trainer as trainer_module
+from crosscode.trainers import saver as saver_module
 from crosscode.trainers.trainer import Trainer
 
 
@@ -56,7 +56,7 @@ def strike(scenario):
         return mock.patch.object(JsonlLogger, "log", log)
     assert place == "checkpoint"  # one of its files is written, the others are not
     due = lambda folder, state: state["step"] == step  # noqa: E731
-    return mock.patch.object(trainer_module, "write_state", before(trainer_module.write_state, due))
+    return mock.patch.object(saver_module, "write_state", before(saver_module.write_state, due))
 
 
 def train(scenario):

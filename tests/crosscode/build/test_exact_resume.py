@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from crosscode.evaluation.precision import Precision
-
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 JUMPRELU = {"type": "jumprelu", "log_threshold_init": -1.0}
 PENALTIES = {"recon": {}, "tanh": {"weight": 0.1}, "pre_act": {}}
@@ -19,7 +17,7 @@ CASES = {
     "batch_topk, multi-topk": {
         "activation": BATCH_TOPK, "objective": {"recon": {}, "multi_topk": {"factor": 3}, "auxk": AUXK["auxk"]},
     },
-    "batch_topk, bfloat16": {"activation": BATCH_TOPK, "objective": AUXK, "precision": Precision("bfloat16")},
+    "batch_topk, bfloat16": {"activation": BATCH_TOPK, "objective": AUXK, "precision": "bfloat16"},
     "groupmax": {"activation": {"type": "groupmax", "k": 4}, "objective": AUXK},
     "relu, ramp": {
         "activation": {"type": "relu"},

@@ -233,10 +233,12 @@ def test_a_resumed_run_goes_on_in_a_store_that_has_grown(harvest, with_data, tmp
     config = check_config({**values, "run_dir": str(tmp_path / "stopped")})
     trainer = build_trainer(open_experiment(config), progress=False)
     batches = iter(trainer.data)
-    trainer.start()
-    for _ in range(6):
-        trainer.train_step(next(batches))
-    trainer.save_and_close()
+    with trainer.run.held():
+        trainer.open()
+        trainer.start()
+        for _ in range(6):
+            trainer.train_step(next(batches))
+        trainer.save_and_close()
     harvest(n_tokens=500)
     assert ActivationCache(path).n_rows >= 500
     build_trainer(open_experiment(config), resume=ResumePoint.find(config.run_path()), progress=False).train()
@@ -317,7 +319,7 @@ def test_a_store_inside_a_run_that_is_replaced_is_not_deleted(field, harvest, wi
     train(with_data())
     path = harvest("run/store")
     given = {"stores": [path]} if field == "stores" else {"cache": {"path": path}}
-    with pytest.raises(InputError, match=r"is inside the run directory .* which overwrite: true replaces"):
+    with pytest.raises(InputError, match=r"is inside the run directory .*; put the store beside it"):
         train({**with_data(**given), "overwrite": True})
     assert ActivationCache(path).n_rows > 0
 

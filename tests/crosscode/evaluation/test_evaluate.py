@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 
-from crosscode.evaluation.evaluation import evaluate
-from crosscode.evaluation.precision import Precision
+from crosscode.evaluation.heldout import measure_reconstruction
+from crosscode.evaluation.precision import autocast, float32_products
 from crosscode.models import (
     MODELS,
     AnthropicSTEJumpReLUActivation,
@@ -36,7 +36,7 @@ def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_give
     model = random_batch_topk()
     batches = [torch.randn(30, 2, 1, 5), torch.randn(20, 2, 1, 5)]
     scaling_MP = torch.tensor([[0.5], [2.0]])
-    result = evaluate(model.train(), batches, split_for("model_hookpoint_acausal"), NAMES, scaling_MP)
+    result = measure_reconstruction(model.train(), batches, split_for("model_hookpoint_acausal"), NAMES, scaling_MP)
 
     model.requires_grad_(False)
     errors, variances, counts, l0 = torch.zeros(2).double(), torch.zeros(2).double(), torch.zeros(12), []
@@ -118,7 +118,7 @@ def test_every_architecture_is_evaluated_like_a_loop_over_tokens(kind, dims, fol
     if folded:
         model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
     # 7: parts of a batch as well
-    result = evaluate(model, acts_BMPD.split(9), split, names, None if folded else scaling_MP, max_rows=7)
+    result = measure_reconstruction(model, acts_BMPD.split(9), split, names, None if folded else scaling_MP, max_rows=7)
 
     errors, counts, l0 = [], [0] * 12, []
     inputs, _ = split.activations(acts_BMPD.double() * scaling_MP.double()[..., None])
@@ -150,10 +150,9 @@ def test_figures_do_not_depend_on_the_precision_of_training():
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
         yield acts_BMPD
 
-    expected = evaluate(model, batches(), split, NAMES, scaling_MP)
-    precision = Precision("bfloat16", tf32=True)
-    with precision.matmuls(), precision.autocast(model.device):
-        found = evaluate(model, batches(), split, NAMES, scaling_MP)
+    expected = measure_reconstruction(model, batches(), split, NAMES, scaling_MP)
+    with float32_products(tf32=True), autocast("bfloat16", model.device):
+        found = measure_reconstruction(model, batches(), split, NAMES, scaling_MP)
         assert torch.is_autocast_enabled("cpu") and torch.get_float32_matmul_precision() == "high"
     assert found == expected
     assert seen == [(False, "highest")] * 2

@@ -11,6 +11,7 @@ import torch
 
 from crosscode.data import ActivationHarvester, TokenBatch, load_language_model
 from crosscode.evaluation.loss_recovered import _SequenceSums, measure_loss_recovered, reconstruct
+from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import logits_with
 from crosscode.models import (
     CompoundCrossLayerTranscoder,
@@ -182,7 +183,7 @@ def test_figures_agree_with_a_slow_computation_in_transformer_lens(kind, models)
     harvester, split, names_MP, model = setup(kind, models)
     batch = batch_of(models)
     found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
-    recon_HSXD = reconstruct(model, harvester, batch, split, None)
+    recon_HSXD = reconstruct(RawModel(model, split, None), harvester, batch)
     names_X = split.output_names(names_MP)
     for lm, names_P in zip(harvester.models, names_MP, strict=True):
         bridge = build_bridge_from_module(
@@ -205,7 +206,7 @@ def test_figures_inside_a_norm_agree_with_the_plain_model(kind, models):
     harvester, split, names_MP, model = setup(kind, models, "bridge")
     batch = batch_of(models)
     found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
-    recon_HSXD = reconstruct(model, harvester, batch, split, None)
+    recon_HSXD = reconstruct(RawModel(model, split, None), harvester, batch)
     names_X = split.output_names(names_MP)
     n_checked = 0
     for lm, names_P in zip(harvester.models, names_MP, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosscode.evaluation.precision import Precision
+from crosscode.evaluation.precision import float32_products
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 SCHEMES = {
@@ -26,7 +26,7 @@ def test_bfloat16_comes_near_float32_and_keeps_state_in_float32(scheme, backend,
     options = {"activation": activation, "objective": objective, "backend": backend, "n_steps": 40, "log_every": 20}
     exact = make_trainer("exact", **options)
     exact.train()
-    fast = make_trainer("fast", **options, precision=Precision("bfloat16"), grad_accumulation=n_parts)
+    fast = make_trainer("fast", **options, precision="bfloat16", grad_accumulation=n_parts)
     fast.train()
     kept = [*fast.model.state_dict().values(), *fast.firing.state_dict().values()]
     kept += [value for state in fast.optimizer.state.values() for value in state.values()]
@@ -37,8 +37,9 @@ def test_bfloat16_comes_near_float32_and_keeps_state_in_float32(scheme, backend,
 
 
 def test_a_loss_is_summed_in_float32(make_trainer, planted):
-    trainer = make_trainer(precision=Precision("bfloat16"))
-    loss = trainer.forward_backward(next(iter(planted())), 0, 10)
+    trainer = make_trainer(precision="bfloat16")
+    _, terms = trainer.forward(*trainer.split.activations(next(iter(planted()))))
+    loss = trainer.objective.weigh(terms, 0, 10)
     assert loss.total.dtype == torch.float32
     assert {value.dtype for value in loss.parts.values()} == {torch.float32}
 
@@ -46,6 +47,6 @@ def test_a_loss_is_summed_in_float32(make_trainer, planted):
 @pytest.mark.parametrize(("tf32", "expected"), [(False, "highest"), (True, "high")])
 def test_the_tf32_switch_holds_for_the_run_alone(tf32, expected):
     before = torch.get_float32_matmul_precision()
-    with Precision(tf32=tf32).matmuls():
+    with float32_products(tf32=tf32):
         assert torch.get_float32_matmul_precision() == expected
     assert torch.get_float32_matmul_precision() == before

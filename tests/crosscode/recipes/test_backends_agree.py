@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +110,7 @@ def make_trainer(
     # An initialisation that looks at data has taken batches from the stream.
     data = StandIn(dims, device, dtype)
     data.number = trainer.step
-    trainer.data, trainer.settings = data, replace(trainer.settings, log_every=None)
+    trainer.data, trainer.config = data, trainer.config.model_copy(update={"log_every": None})
     trainer.model.to(dtype)
     return trainer
 
@@ -119,17 +118,16 @@ def make_trainer(
 def curve(trainer, n_steps: int = N_STEPS) -> tuple[Tensor, list[Tensor]]:
     """Total and parts of each step's loss, in float64; and which latents were active, by step and part of the model."""
     losses, active = [], []
-    training_step = trainer.forward_backward
+    forward_pass = trainer.forward
 
-    def observe(_: Tensor, forward: Any) -> None:
-        active.extend(latents.to_dense().detach().cpu() > 0 for latents in forward.latents_of_parts)
+    def forward(input_BXiDi: Tensor, target_BXoDo: Tensor):
+        result, terms = forward_pass(input_BXiDi, target_BXoDo)
+        loss = trainer.objective.weigh(terms, trainer.step, trainer.n_steps)
+        losses.append(torch.stack([loss.total.detach(), *loss.parts.values()]).double().cpu())
+        active.extend(latents.to_dense().detach().cpu() > 0 for latents in result.latents_of_parts)
+        return result, terms
 
-    def step(acts_BMPD: Tensor, number: int, n_steps: int, _: Any = None):
-        loss = training_step(acts_BMPD, number, n_steps, observe)
-        losses.append(torch.stack([loss.total, *loss.parts.values()]).double().cpu())
-        return loss
-
-    trainer.forward_backward = step
+    trainer.forward = forward
     trainer.start()
     for acts_BMPD in islice(trainer.data, n_steps):
         trainer.train_step(acts_BMPD)

@@ -15,7 +15,7 @@ from crosscode.runs.directory import RunDirectory
 @pytest.fixture
 def run(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.create("name: x\n", overwrite=False)
+    run.create("name: x\n")
     return run
 
 
@@ -96,8 +96,8 @@ def test_the_trained_model_on_a_full_disk_is_one_line_and_the_run_can_be_finishe
     trainer = make_trainer(n_steps=4, checkpoint_every=2)
     save_checkpoint = trainer.save_checkpoint
 
-    def save_and_fill():
-        save_checkpoint()
+    def save_and_fill(**options):
+        save_checkpoint(**options)
         if trainer.step == 4:
             small_files(1000)
 
@@ -148,7 +148,9 @@ def test_rows_behind_the_checkpoint_are_cut(make_trainer, rows_of):
         file.write(json.dumps({"step": 5, "loss": 1.0}) + '\n{"step": 6, "lo')
     again = make_trainer(n_steps=4)
     again.restore(2)
+    again.open()
     assert [row["step"] for row in rows_of(again)] == [1, 2]
     from_the_start = make_trainer(n_steps=4)
     from_the_start.restore(None)
+    from_the_start.open()
     assert rows_of(from_the_start) == []

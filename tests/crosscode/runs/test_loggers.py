@@ -139,13 +139,17 @@ def test_wandb_gets_rows_and_histograms_and_goes_on_in_the_same_run(tmp_path, mo
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     logger = WandbLogger("project", "name", tmp_path, {"seed": 1})
+    assert not fake.inits and not list(tmp_path.iterdir())
+    logger.open()
     logger.log({"step": 5, "loss": 2.0})
     logger.log_histograms(5, {"decoder_norm": histogram(torch.arange(5.0))})
     logger.close()
     assert fake.rows[0] == (5, {"loss": 2.0})
     assert fake.rows[1][1]["histogram/decoder_norm"].counts.tolist() == histogram(torch.arange(5.0)).counts
     assert fake.finished
-    WandbLogger("project", "name", tmp_path, {"seed": 1}).rewind(3, 1)
+    logger = WandbLogger("project", "name", tmp_path, {"seed": 1})
+    logger.open()
+    logger.rewind(3, 1)
     assert [options["id"] for options in fake.inits] == [None, "abc123"]
     assert fake.inits[1]["resume"] == "allow"
 
@@ -172,6 +176,8 @@ def test_tensorboard_gets_scalars_and_histograms_and_replaces_repeated_steps(tmp
     fake.SummaryWriter = FakeWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     logger = TensorboardLogger(tmp_path)
+    assert not FakeWriter.made
+    logger.open()
     logger.log({"step": 5, "loss": 2.0, "name": "x", "eval/none": None})
     logger.log_histograms(5, {"decoder_norm": histogram(torch.arange(5.0))})
     logger.rewind(3, 1)

@@ -3,9 +3,12 @@
 Axes: B tokens · L latents.
 """
 
+from typing import Literal
+
 import pytest
 import torch
 
+from crosscode.config.registry import ConfigModel
 from crosscode.trainers.whole_batch import concat_tokens, needs_whole_batch
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
@@ -54,6 +57,9 @@ def plain_sgd(monkeypatch):
     from crosscode.trainers.optimizers.adam import Adam
 
     class Sgd(Adam):
+        class Config(ConfigModel):
+            type: Literal["sgd_for_tests"] = "sgd_for_tests"
+
         def __init__(self):
             super().__init__(lr=0.003, warmup_fraction=0.0, decay_fraction=0.0)
 
@@ -104,7 +110,7 @@ def test_parts_add_up_for_compound_models(scope, make_trainer, rows_of, planted)
 def test_parts_on_their_own_would_give_something_else(make_trainer, rows_of, monkeypatch):
     """Guards the tests above: without the pass over the whole batch they would fail."""
     _, expected = curves(make_trainer, rows_of, "whole", 1, "batch_topk")
-    monkeypatch.setattr("crosscode.trainers.step.needs_whole_batch", lambda model, objective: False)
+    monkeypatch.setattr("crosscode.trainers.accumulation.needs_whole_batch", lambda model, objective: False)
     _, rows = curves(make_trainer, rows_of, "parts", 4, "batch_topk")
     assert rows[-1]["loss"] != pytest.approx(expected[-1]["loss"], rel=2e-5)
 
@@ -113,7 +119,7 @@ def test_only_schemes_that_need_it_look_at_the_whole_batch_first(make_trainer):
     need = set()
     for scheme, (activation, objective) in SCHEMES.items():
         trainer = make_trainer(scheme, activation=activation, objective=objective)
-        if needs_whole_batch(trainer.model, trainer.forward_backward.objective):
+        if needs_whole_batch(trainer.model, trainer.objective):
             need.add(scheme)
     assert need == set(SCHEMES) - {"relu", "jumprelu"}
 

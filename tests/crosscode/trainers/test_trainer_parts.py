@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosscode.errors import InputError
-from crosscode.evaluation.evaluation import evaluate
 from crosscode.evaluation.fvu import FvuAccumulator
+from crosscode.evaluation.heldout import measure_reconstruction
 from crosscode.files import new_folder, write_text
 from crosscode.models import AnthropicTransposeInit, ModelHookpointAcausalCrosscoder, TopkActivation
 from crosscode.models.split import split_for
@@ -54,23 +54,23 @@ def test_evaluation_of_a_scaled_model_is_in_raw_space():
     split = split_for("model_hookpoint_acausal")
     names = ["a", "b"]
     batches = [acts(17, seed=s) for s in range(3)]
-    training = evaluate(model, batches, split, names, scaling_MP)
+    training = measure_reconstruction(model, batches, split, names, scaling_MP)
     folded = model.with_folded_scaling_factors(scaling_MP, scaling_MP)
-    final = evaluate(folded, batches, split, names)
+    final = measure_reconstruction(folded, batches, split, names)
     assert training.fvu == pytest.approx(final.fvu, rel=1e-5)
     assert training.fvu_by_position == pytest.approx(final.fvu_by_position, rel=1e-5)
     all_acts = torch.cat(batches).double()
     error = (folded(all_acts.float()).double() - all_acts).square().sum().detach()
     assert final.fvu == pytest.approx(float(error / (all_acts - all_acts.mean(0)).square().sum()), rel=1e-5)
     with pytest.raises(InputError, match="scaling_MP"):
-        evaluate(folded, batches, split, names, scaling_MP)
+        measure_reconstruction(folded, batches, split, names, scaling_MP)
 
 
 def test_evaluation_keeps_the_mode_and_does_not_depend_on_the_cut():
     model = make_model().train()
     split = split_for("model_hookpoint_acausal")
-    whole = evaluate(model, [acts(50)], split, ["a", "b"], torch.ones(2, 1))
-    cut = evaluate(model, list(acts(50).split(3)), split, ["a", "b"], torch.ones(2, 1), max_rows=2)
+    whole = measure_reconstruction(model, [acts(50)], split, ["a", "b"], torch.ones(2, 1))
+    cut = measure_reconstruction(model, list(acts(50).split(3)), split, ["a", "b"], torch.ones(2, 1), max_rows=2)
     assert model.training
     assert whole.fvu == pytest.approx(cut.fvu, rel=1e-6)
     assert whole.density_L == cut.density_L
@@ -79,7 +79,7 @@ def test_evaluation_keeps_the_mode_and_does_not_depend_on_the_cut():
 
 def test_evaluation_without_tokens_says_so():
     with pytest.raises(InputError, match="no tokens"):
-        evaluate(make_model(), [], split_for("model_hookpoint_acausal"), ["a", "b"], torch.ones(2, 1))
+        measure_reconstruction(make_model(), [], split_for("model_hookpoint_acausal"), ["a", "b"], torch.ones(2, 1))
 
 
 def test_firing_counts_tokens_since_a_latent_was_active():
@@ -132,16 +132,16 @@ def test_state_comes_back_as_it_was(tmp_path_factory, value):
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
     target = tmp_path / "step_1"
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, "file") as folder:
         write_text(folder / "half", "x")
         raise RuntimeError("killed")
     assert list(tmp_path.iterdir()) == []
-    with new_folder(target) as folder:
+    with new_folder(target, "file") as folder:
         write_text(folder / "file", "old")
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, "file") as folder:
         raise RuntimeError("killed while replacing")
     assert (target / "file").read_text() == "old"
-    with new_folder(target) as folder:
+    with new_folder(target, "file") as folder:
         write_text(folder / "file", "new")
     assert (target / "file").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
@@ -150,7 +150,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_a_run_directory_never_replaces_what_is_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not empty"):
-        RunDirectory(tmp_path).create("name: x", overwrite=True)
+        RunDirectory(tmp_path).create("name: x")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     with pytest.raises(InputError, match=r"no config\.yaml"):
         open_run(tmp_path)
@@ -158,9 +158,11 @@ def test_a_run_directory_never_replaces_what_is_no_run(tmp_path):
 
 def test_run_directory_lists_whole_checkpoints_only(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.create("name: x", overwrite=False)
-    for name in ("step_20", "step_3", ".step_40.partial", "notes"):
+    run.create("name: x")
+    for name in ("step_20", "step_3", "step_7", ".step_40.partial", "notes"):
         (run.checkpoints / name).mkdir(parents=True)
+    for name in ("step_20", "step_3"):
+        (run.checkpoints / name / "config.json").touch()
     assert run.steps() == [3, 20]
     run.write_summary({"step": 1})
     assert json.loads((run.path / "summary.json").read_text()) == {"step": 1}

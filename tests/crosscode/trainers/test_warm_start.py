@@ -89,7 +89,7 @@ def test_a_compound_model_starts_as_the_same_function(tmp_path):
 def test_a_run_and_a_checkpoint_start_where_they_stopped(where, make_trainer, planted):
     trainer = make_trainer(activation={"type": "batch_topk", "k": 3}, n_steps=4, checkpoint_every=2)
     # What `build_run` writes into every checkpoint.
-    trainer.metadata = {"architecture": "model_hookpoint_acausal"}
+    trainer.metadata |= {"architecture": "model_hookpoint_acausal"}
     trainer.train()
     source = trainer.run.path if where == "run" else trainer.run.checkpoint(4)
     again = make_trainer("again", activation={"type": "batch_topk", "k": 3})

@@ -19,10 +19,10 @@ from crosscode.data import (
     TokenSequenceLoader,
     harvest_to_store,
     make_manifest,
-    store_writer,
     wrap_documents,
 )
 from crosscode.data.rows import HarvestedRows
+from crosscode.data.store import writer as store_writer
 from crosscode.errors import InputError
 
 NAMES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -191,7 +191,7 @@ import torch
 torch.set_num_threads(1)
 import conftest
 from crosscode.data import *
-from crosscode.data.store.reader import writer as store_writer
+from crosscode.data.store import writer as store_writer
 from crosscode.data.rows import HarvestedRows
 
 tokenizer = conftest.make_tokenizer()
@@ -226,7 +226,7 @@ while kills < 50:
         assert cache.n_rows >= n_rows, "a whole shard was lost"
         n_rows = cache.n_rows
         assert torch.equal(cache.read_rows(torch.arange(n_rows)), expected[:n_rows]), "a wrong value"
-        torn += any(name.endswith(".tmp") for name in os.listdir(f"{folder}/{stores}"))
+        torn += any(name.startswith(".crosscode-tmp-") for name in os.listdir(f"{folder}/{stores}"))
     if os.WIFSIGNALED(status):
         kills += 1
     else:

@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · Xo output crosscoding d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from crosscode.errors import InputError
 from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.raw_model import RawModel
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -60,9 +61,13 @@ class EvaluationResult:
         return {f"eval/{name}": value for name, value in scalars.items()}
 
 
+Evaluate = Callable[[BaseCrosscoder, Tensor | None], EvaluationResult]
+"""Held-out figures of a model and the `scaling_MP` that is not folded into it (None: it is folded in)."""
+
+
 @full_precision()
 @torch.no_grad()
-def evaluate(
+def measure_reconstruction(
     model: BaseCrosscoder,
     raw_batches: Iterable[Tensor],
     split: Split,
@@ -70,7 +75,7 @@ def evaluate(
     scaling_MP: Tensor | None = None,
     max_rows: int = 4096,
 ) -> EvaluationResult:
-    """Evaluate in eval mode (BatchTopK by threshold) on raw activations, in float32 whatever training computes in.
+    """Figures in eval mode (BatchTopK by threshold) on raw activations, in float32 whatever training computes in.
 
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
@@ -80,44 +85,51 @@ def evaluate(
     """
     if model.is_folded == (scaling_MP is not None):
         raise InputError("evaluate: give scaling_MP for a model without folded scaling, and only for such a model")
-    fvu = FvuAccumulator(model.out_dims)
-    l0_parts: list[Tensor] = []
-    n_active_train_mode: Tensor | int = 0
-    counts_L: Tensor | None = None
-    selects_over_batch = any(fn.selects_over_batch for fn in model.activation_fns)
-    was_training = model.training
-    model.eval()
-    for acts_BMPD in (part for batch in raw_batches for part in batch.split(max_rows)):
-        raw_BMPD = acts_BMPD.to(model.device)
-        scaling = None if scaling_MP is None else scaling_MP.to(raw_BMPD)
-        input_BXiDi, _ = split.activations(raw_BMPD if scaling is None else raw_BMPD * scaling[..., None])
+    seen = _Seen(model)
+    with RawModel(model, split, scaling_MP) as raw_model:
+        for acts_BMPD in (part for batch in raw_batches for part in batch.split(max_rows)):
+            seen.add(raw_model, acts_BMPD.to(model.device))
+    return seen.result(position_names)
+
+
+class _Seen:
+    """Sums over a held-out set."""
+
+    def __init__(self, model: BaseCrosscoder):
+        self.fvu = FvuAccumulator(model.out_dims)
+        self.l0_parts: list[Tensor] = []
+        self.counts_L: Tensor | int = 0
+        self.n_active_train_mode: Tensor | int | None = None
+        if any(fn.selects_over_batch for fn in model.activation_fns):
+            self.n_active_train_mode = 0
+
+    def add(self, raw_model: RawModel, raw_BMPD: Tensor) -> None:
+        model, input_BXiDi = raw_model.model, raw_model.input(raw_BMPD)
         result = model.forward_train(input_BXiDi)
-        output_BXoDo = result.output_BXoDo
-        if scaling is not None:
-            output_BXoDo = output_BXoDo / split.scaling(scaling)[1][..., None]
-        fvu.update(split.activations(raw_BMPD)[1], output_BXoDo)
-        l0_parts.append(result.latents.l0_B())
-        batch_counts_L = result.latents.firing_counts_L()
-        counts_L = batch_counts_L if counts_L is None else counts_L + batch_counts_L
-        if selects_over_batch:
+        self.fvu.update(raw_model.split.activations(raw_BMPD)[1], raw_model.raw(result.output_BXoDo))
+        self.l0_parts.append(result.latents.l0_B())
+        self.counts_L = result.latents.firing_counts_L() + self.counts_L
+        if self.n_active_train_mode is not None:
             model.train()
-            n_active_train_mode = n_active_train_mode + model.encode_latents(input_BXiDi).l0_B().sum()
+            self.n_active_train_mode = model.encode_latents(input_BXiDi).l0_B().sum() + self.n_active_train_mode
             model.eval()
-    model.train(was_training)
-    fvu_X = fvu.fvu_Xo().flatten().tolist()
-    assert counts_L is not None
-    l0_N = torch.cat(l0_parts).double()
-    return EvaluationResult(
-        n_tokens=fvu.n_tokens,
-        fvu=fvu.fvu(),
-        fvu_by_position=dict(zip(position_names, fvu_X, strict=True)),
-        l0=float(l0_N.mean()),
-        l0_p5=_quantile(l0_N, 0.05),
-        l0_p95=_quantile(l0_N, 0.95),
-        dead_fraction=float((counts_L == 0).double().mean()),
-        density_L=(counts_L.double() / fvu.n_tokens).tolist(),
-        l0_train_mode=float(n_active_train_mode) / fvu.n_tokens if selects_over_batch else None,
-    )
+
+    def result(self, position_names: Sequence[str]) -> EvaluationResult:
+        """Waits for the device."""
+        fvu_X, n_tokens = self.fvu.fvu_Xo().flatten().tolist(), self.fvu.n_tokens
+        counts_L, l0_N = torch.as_tensor(self.counts_L), torch.cat(self.l0_parts).double()
+        n_active = self.n_active_train_mode
+        return EvaluationResult(
+            n_tokens=n_tokens,
+            fvu=self.fvu.fvu(),
+            fvu_by_position=dict(zip(position_names, fvu_X, strict=True)),
+            l0=float(l0_N.mean()),
+            l0_p5=_quantile(l0_N, 0.05),
+            l0_p95=_quantile(l0_N, 0.95),
+            dead_fraction=float((counts_L == 0).double().mean()),
+            density_L=(counts_L.double() / n_tokens).tolist(),
+            l0_train_mode=None if n_active is None else float(n_active) / n_tokens,
+        )
 
 
 def _quantile(values_N: Tensor, q: float) -> float:

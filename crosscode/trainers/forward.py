@@ -1,0 +1,65 @@
+"""The forward pass of a training step, up to the terms of the loss.
+
+Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do widths · L latents.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from crosscode.config.experiment import TrainConfig
+from crosscode.evaluation.precision import autocast
+from crosscode.models.base import BaseCrosscoder, ForwardResult
+from crosscode.objectives.base import LossContext, Objective
+from crosscode.trainers.firing import FiringTracker
+
+Terms = dict[str, Tensor]
+"""The terms of a loss by name, before their coefficients; differentiable."""
+
+
+class ForwardPass:
+    """Runs in the precision that is configured, and through torch.compile where that is."""
+
+    def __init__(self, model: BaseCrosscoder, objective: Objective, firing: FiringTracker, config: TrainConfig):
+        self.model, self.objective, self.firing, self.precision = model, objective, firing, config.precision
+        self._whole, self._part = self._eager_whole, self._eager_part
+        if config.compile:
+            self._whole, self._part = torch.compile(self._whole), torch.compile(self._part)
+        for part in {model, *model.parts}:  # the choice of a backend cannot be traced
+            _ = part.ops
+
+    def __call__(self, input_BXiDi: Tensor, target_BXoDo: Tensor) -> tuple[ForwardResult, Terms]:
+        """Of a whole batch, of which the firing counts take note."""
+        with self.autocast():
+            return self._whole(input_BXiDi, target_BXoDo)
+
+    def part(
+        self, input_BXiDi: Tensor, target_BXoDo: Tensor, error_variance: Tensor | None
+    ) -> tuple[ForwardResult, Terms]:
+        """Of a part of a batch; the variance of the error is that of the whole."""
+        with self.autocast():
+            return self._part(input_BXiDi, target_BXoDo, error_variance)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.precision, self.model.device)
+
+    def _eager_whole(self, input_BXiDi: Tensor, target_BXoDo: Tensor) -> tuple[ForwardResult, Terms]:
+        forward = self.model.forward_train(input_BXiDi)
+        self.firing.update(forward.latents)
+        return forward, self._terms(input_BXiDi, target_BXoDo, forward)
+
+    def _eager_part(
+        self, input_BXiDi: Tensor, target_BXoDo: Tensor, error_variance: Tensor | None
+    ) -> tuple[ForwardResult, Terms]:
+        forward = self.model.forward_train(input_BXiDi)
+        return forward, self._terms(input_BXiDi, target_BXoDo, forward, error_variance)
+
+    def _terms(
+        self, input_BXiDi: Tensor, target_BXoDo: Tensor, forward: ForwardResult, error_variance: Tensor | None = None
+    ) -> Terms:
+        tokens_since_fired_L = self.firing.tokens_since_fired_L
+        context = LossContext(self.model, input_BXiDi, target_BXoDo, forward, tokens_since_fired_L, error_variance)
+        return self.objective.values(context)

@@ -1,0 +1,73 @@
+"""What a trainer saves in checkpoints and reads from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import write_model
+from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints
+from crosscode.runs.state import read_state, write_state
+
+log = logging.getLogger("crosscode")
+
+
+class Stateful(Protocol):
+    """Something whose state a resumed run needs."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Saver:
+    """Checkpoints of a model and of the state of its training.
+
+    Args:
+        metadata: kept beside the weights.
+        parts: all but the model that has a state, by its name in checkpoints.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        model: BaseCrosscoder,
+        metadata: dict[str, Any],
+        parts: Mapping[str, Stateful],
+    ):
+        self.checkpoints, self.model, self.metadata, self.parts = checkpoints, model, metadata, parts
+        self.saved_step = -1
+
+    def save(self, counts: Mapping[str, float], *, or_warn: bool = False) -> None:
+        """`checkpoints/step_N/`: the unfolded model, the state of all parts, and `counts`, of which one is `step`.
+
+        Raises:
+            CheckpointNotSaved: the disk refuses. With `or_warn` this is said, and training goes on: the disk may have
+                room again for the next one.
+        """
+        state = {**counts, **{name: part.state_dict() for name, part in self.parts.items()}}
+
+        def write(folder: Path) -> None:
+            write_model(self.model, folder, self.metadata)
+            write_state(folder, state)
+
+        try:
+            self.checkpoints.save(state["step"], write)
+            self.saved_step = state["step"]
+        except CheckpointNotSaved as error:
+            if not or_warn:
+                raise
+            log.warning("%s; training goes on", error)
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
+        folder = self.checkpoints.run.checkpoint(step)
+        saved = type(self.model).load(folder, backend=self.model.backend, device=self.model.device)
+        self.model.load_state_dict(saved.state_dict())
+        state = read_state(folder)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.saved_step = step
+        return state

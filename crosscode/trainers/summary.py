@@ -1,0 +1,62 @@
+"""The last figures of a run."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from crosscode.evaluation.heldout import EvaluationResult
+from crosscode.models.base import BaseCrosscoder
+
+PACKAGES = ("crosscode", "torch", "triton", "transformers", "transformer-lens", "datasets", "safetensors")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def tokens_per_s(counts: Mapping[str, float]) -> float:
+    """Tokens trained on per second, harvest included, evaluation and checkpoints not."""
+    return counts["tokens"] / counts["seconds"] if counts["seconds"] else 0.0
+
+
+def summary(
+    model: BaseCrosscoder,
+    counts: Mapping[str, float],
+    last: Mapping[str, Any],
+    position_names: Sequence[str],
+    evaluation: EvaluationResult | None,
+) -> dict[str, Any]:
+    """Held-out figures where there are some, else those of the last training batch, of which `last` is the metrics.
+
+    Args:
+        counts: `step`, `tokens` and `seconds` of training.
+    """
+    positions = {name: last.get(f"fvu/{name}") for name in position_names}
+    return {
+        "step": counts["step"],
+        "tokens": counts["tokens"],
+        "loss": last.get("loss"),
+        "fvu": evaluation.fvu if evaluation else last.get("fvu"),
+        "fvu_by_position": evaluation.fvu_by_position if evaluation else positions,
+        "figures_from": "held-out data" if evaluation else "last training batch",
+        "l0": evaluation.l0 if evaluation else last.get("l0"),
+        "dead_fraction": evaluation.dead_fraction if evaluation else last.get("dead_fraction"),
+        "dead_fraction_training": last.get("dead_fraction"),
+        "loss_recovered": evaluation.loss_recovered_by_position() if evaluation else {},
+        "tokens_per_s": tokens_per_s(counts),
+        "wall_s": counts["seconds"],
+        "backend": model.ops.name,
+        "device": str(model.device),
+        "versions": versions(),
+    }
