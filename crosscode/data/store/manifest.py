@@ -14,9 +14,10 @@ from typing import Any
 from crosscode.config.nested import flatten
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
-from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError, write_atomically
+from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
+from crosscode.files import write_whole
 from crosscode.formats import STORE
 
 _FILE = "manifest.json"
@@ -77,7 +78,7 @@ def layout_of(manifest: Manifest) -> Layout:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
-    write_atomically(folder / _FILE, [text.encode()])
+    write_whole(folder / _FILE, [text.encode()])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
