@@ -22,13 +22,15 @@ _VIEWS_PER_WRITE = 512
 _TEMPORARY = re.compile(r"\.crosscode-tmp-.+-[a-z0-9_]{8}")
 
 
-def write_whole(path: Path, parts: Iterable[Any]) -> None:
-    """A file of `parts` (bytes, contiguous arrays) that is whole or not there: written under a temporary name, flushed
-    to the device, then renamed.
+def write_parts(path: Path, parts: Iterable[Any]) -> None:
+    """A file that is whole or not there, whatever happens: written under a temporary name, flushed to disk, renamed.
+
+    Args:
+        parts: bytes or arrays, which follow one another in the file.
 
     Raises:
-        OSError: leaving no partial file.
         InputError: `path` is a link.
+        OSError: the system refuses; no partial file is left.
     """
     check_is_no_link(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
@@ -55,9 +57,9 @@ def _write_all(handle: int, views: list[memoryview]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file that is whole or not there; its folder is made where it is missing."""
+    """As `write_parts`, in UTF-8; folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [text.encode()])
+    write_parts(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -109,7 +111,6 @@ def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iter
     holder = path.read_text() if path.is_file() else ""
     try:
         lock.acquire(blocking=False)
-        path.write_text(f"process {os.getpid()}")
     except Timeout as taken:
         raise error(f"{refusal} ({holder})" if holder else refusal) from taken
     except NotImplementedError:
@@ -118,6 +119,8 @@ def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iter
         if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     try:
+        if lock.is_locked:
+            path.write_text(f"process {os.getpid()}")
         yield
     finally:
         lock.release()

@@ -58,10 +58,8 @@ def build_trainer(
         made_by: the command, which is noted in the run directory.
     """
     config, split = experiment.config, experiment.split
-    run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
-    if resume is None:
-        check_stores_outside(config)
-        check_may_begin(config, typed_overwrite)
+    run = _run_directory(config, resume, typed_overwrite, made_by)
+    step = resume.step if resume else None
     data = data or build_dataloader(experiment)
     model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
@@ -71,10 +69,6 @@ def build_trainer(
         initialise(experiment, model, constraints, data)
     else:
         check_same_language_models(run, step, metadata)
-    if resume is None:
-        run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
-    else:
-        run.reopen_later(step)
     trainer = Trainer(
         model,
         data,
@@ -93,6 +87,20 @@ def build_trainer(
     if resume is not None:
         trainer.restore(step)
     return trainer
+
+
+def _run_directory(
+    config: ExperimentConfig, resume: ResumePoint | None, typed_overwrite: bool, made_by: str
+) -> RunDirectory:
+    """Where the run will be, checked; what begins it there waits for the trainer."""
+    if resume is not None:
+        resume.run.reopen_later(resume.step)
+        return resume.run
+    check_stores_outside(config)
+    check_may_begin(config, typed_overwrite)
+    run = RunDirectory(config.run_path())
+    run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
+    return run
 
 
 def build_dataloader(experiment: Experiment) -> ActivationsDataloader:

@@ -238,7 +238,6 @@ def _report(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from crosscode.build.replacing import is_the_same_experiment
     from crosscode.build.schema import check_config, read_yaml
-    from crosscode.commands.report import report_run
     from crosscode.runs.directory import RunDirectory
 
     values = read_yaml("demo")
@@ -255,6 +254,8 @@ def _demo(options: argparse.Namespace) -> None:
     else:
         config = config.model_copy(update={"overwrite": own or options.overwrite})
         run_training(config, typed_overwrite=options.overwrite, made_by="demo")
+    from crosscode.commands.report import report_run  # its plots are loaded once they are due
+
     print(f"report      {report_run(config.run_path())}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from crosscode.errors import InputError
-from crosscode.files import write_whole
+from crosscode.files import write_parts
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
@@ -130,7 +130,7 @@ def write_shard(folder: Path, index: int, layout: Layout, rows: list[PackedRows]
     arrays = [row_sums(part) for part in rows]
     arrays += [part.scales_RMP.numpy() for part in rows if part.scales_RMP is not None]
     arrays += [part.acts_RE.numpy() for part in rows]
-    write_whole(folder / shard_name(index), [header, *arrays])
+    write_parts(folder / shard_name(index), [header, *arrays])
     return len(header) + sum(array.nbytes for array in arrays)
 
 

@@ -17,7 +17,7 @@ from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
-from crosscode.files import write_whole
+from crosscode.files import write_parts
 from crosscode.formats import STORE
 
 _FILE = "manifest.json"
@@ -78,7 +78,7 @@ def layout_of(manifest: Manifest) -> Layout:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
-    write_whole(folder / _FILE, [text.encode()])
+    write_parts(folder / _FILE, [text.encode()])
 
 
 def read_manifest(folder: Path) -> Manifest | None:

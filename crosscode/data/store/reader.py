@@ -50,7 +50,6 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
 
     Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
     """
-    check_no_links(folder)
     layout, content = layout_of(manifest), content_id(manifest)
     names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
     shards = []
@@ -102,6 +101,7 @@ class ActivationCache:
 
     def __init__(self, path: str | Path, *, expected: Manifest | None = None) -> None:
         self.path = Path(path)
+        check_no_links(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise StoreError(f"store {str(path)!r}: no such store (there is no manifest.json in that folder)")

@@ -41,7 +41,7 @@ from crosscode.data.store.manifest import (
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.errors import check_at_least
-from crosscode.files import held, is_temporary, remove, write_whole
+from crosscode.files import held, is_temporary, remove, write_parts
 
 
 class ActivationCacheWriter:
@@ -252,7 +252,7 @@ def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: 
     tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     content = safetensors.torch.save(tensors, {"state": json.dumps(plain), "finished": str(int(finished))})
-    write_whole(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
+    write_parts(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
 
 
 def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bool]:

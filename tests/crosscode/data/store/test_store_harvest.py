@@ -238,7 +238,7 @@ print(f"kills {kills}, of which {torn} left a torn file; stores completed {store
 
 
 def run_script(code, *arguments):
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), here, *map(str, arguments)],
         capture_output=True,
