@@ -14,6 +14,7 @@ import yaml
 
 from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.nested import flatten
 from crosscode.errors import InputError
 from crosscode.formats import flatten, today
 from crosscode.models.checkpoint import read_config

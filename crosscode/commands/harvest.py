@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping
-from typing import Any, cast
-
-from pydantic import BaseModel, ValidationError
-from tqdm import tqdm
+from typing import Any
 
 from crosscode.build.data import Activations, build_token_loader, open_activations
-from crosscode.build.schema import explain
 from crosscode.commands.overrides import Command
+from crosscode.config.checked import checked
 from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.store.harvest import harvest_to_store
 from crosscode.data.store.reader import ActivationCache
 from crosscode.errors import InputError, Interrupted, at_field
 from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.progress import Progress
 
 HELP_HEAD = """Write the activations of a config's text to the store `data.cache`, ahead of training.
 CONFIG.yaml is that of a run (a file, a run directory, a recipe's name), of which only the fields below are read; without
@@ -26,7 +22,6 @@ it, give these as options. What was stopped or killed goes on after its last who
 --store DIR is short for --data.cache.path DIR; --n-tokens N stops at N activations (default: one pass over the text).
 A run reads the store with --data.stores '["DIR"]', or reads and completes it with --data.cache.path DIR."""
 HARVEST = Command("harvest", HELP_HEAD, lambda: HarvestConfig, needs_file=False)
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
@@ -39,10 +34,7 @@ def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
     kept = {name: value for name, value in values.items() if name in own or name not in ExperimentConfig.model_fields}
     if isinstance(kept.get("data"), Mapping):
         kept["data"] = {name: value for name, value in kept["data"].items() if name != "stores"}
-    try:
-        config = HarvestConfig.model_validate(kept)
-    except ValidationError as error:
-        raise InputError(explain(error, kept, cast(type[BaseModel], HarvestConfig))) from error
+    config = checked(HarvestConfig, kept)
     if config.data.cache is None:
         raise InputError("data.cache: no store to write is given; name its folder with --store DIR")
     return config
@@ -58,10 +50,14 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     cache = config.data.cache
     assert cache is not None
     activations = Activations(config=config, **open_activations(config))
-    with StopSignals() as stop, _Progress(n_tokens, enabled=progress) as shown, at_field("data.cache"):
+    with (
+        StopSignals() as stop,
+        Progress(n_tokens, what="harvest", unit="activation", enabled=progress) as shown,
+        at_field("data.cache"),
+    ):
 
         def on_progress(n_rows: int, n_bytes: int) -> None:
-            shown.show(n_rows, n_bytes)
+            shown.show(n_rows, f"{n_bytes / 2**30:.2f} GiB")
             if stop.received:
                 raise Interrupted(f"stopped by {stop.received} at {n_rows} activations; the same command goes on")
 
@@ -69,47 +65,10 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
             build_token_loader(activations, heldout=False),
             activations.harvester,
             cache.path,
-            dtype=cache.dtype,
-            shard_bytes=cache.shard_mb << 20,
-            max_bytes=cache.max_bytes,
+            **cache.arguments(),
             max_rows=n_tokens,
             on_progress=on_progress,
         )
     if store.n_rows == 0:
         raise InputError(f"data.cache.max_gb = {cache.max_gb}: too small for the activations of one harvest")
     return store
-
-
-class _Progress:
-    """Activations and GiB stored: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, n_rows: int | None, *, enabled: bool) -> None:
-        self._total, self._enabled = n_rows, enabled
-        self._bar: tqdm[Any] | None = None
-        self._first: int | None = None
-        self._started = self._last_line = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, n_rows: int, n_bytes: int) -> None:
-        if not self._enabled:
-            return
-        if self._first is None:
-            self._first, self._started = n_rows, time.monotonic()
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=self._total, initial=n_rows, unit="act", unit_scale=True, desc="harvest")
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(n_rows - self._bar.n)
-            self._bar.set_postfix_str(f"{n_bytes / 2**30:.2f} GiB", refresh=False)
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            rate = (n_rows - self._first) / max(now - self._started, 1e-9)
-            of_all = "" if self._total is None else f"/{self._total}"
-            line = f"harvest {n_rows}{of_all} activations  {rate:.0f}/s  {n_bytes / 2**30:.2f} GiB"
-            print(line, file=sys.stderr, flush=True)

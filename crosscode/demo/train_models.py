@@ -24,6 +24,7 @@ from crosscode.demo.evaluation import bits_per_byte
 from crosscode.demo.ngram import baseline_bits_per_byte
 from crosscode.demo.tokenizer import train_tokenizer
 from crosscode.demo.train_loop import CONTEXT, Job, Phase, worker
+from crosscode.files import write_json
 
 STAGING = ".crosscode-tmp-models"
 VOCAB_SIZE = 2048
@@ -161,7 +162,7 @@ def earlier_training(start: Path | None) -> list[dict[str, Any]]:
 
 def publish(job: Job, out: Path, card: dict[str, Any]) -> None:
     """Move the finished pair and its card to `out`, each file at once."""
-    (job.folder / "model_card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_json(job.folder / "model_card.json", card)
     for file in (job.folder / "model_card.json", *(f for p in job.phases for f in (job.folder / p.name).iterdir())):
         target = out / file.relative_to(job.folder)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -129,7 +129,7 @@ def load_language_model(
         common["gguf_file"] = gguf_file
     dense = _dense_gguf_options() if gguf_file is not None else {}
     with _one_line_errors(name_or_path, revision):
-        place = _usable_device(device)
+        place = available_device(device)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
@@ -140,12 +140,15 @@ def load_language_model(
     return _freeze(model.to(place), tokenizer, name, revision)
 
 
-def _usable_device(name: str | torch.device) -> torch.device:
+def available_device(name: str | torch.device) -> torch.device:
+    """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(name)!r} is not available here ({str(error).splitlines()[0]})") from error
+        raise InputError(f"device = {str(name)!r}: not available here ({first_line(error)})") from error
     return device
 
 
@@ -195,7 +198,7 @@ def _one_line_errors(name_or_path: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "its files hold weights of other shapes than its config.json describes"
         elif reason.endswith(":"):

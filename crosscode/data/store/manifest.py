@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from crosscode.config.nested import flatten
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
@@ -67,8 +68,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def content_id(manifest: Manifest) -> str:
     """8 hex digits of what a store holds, wherever it lies and whatever its models are called."""
-    content = {name: value for name, value in flatten(manifest) if not name.endswith(_ONLY_NAMES)}
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+    return _checksum({name: value for name, value in flatten(manifest) if not name.endswith(_ONLY_NAMES)})
 
 
 def layout_of(manifest: Manifest) -> Layout:
@@ -131,5 +131,5 @@ def _name_models(field: str, stored: Manifest, wanted: Manifest) -> str:
     return f" (models {names[0]!r} and {names[1]!r})"
 
 
-def _checksum(manifest: Manifest) -> str:
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

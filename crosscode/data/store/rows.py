@@ -15,7 +15,8 @@ from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store.manifest import check_same_content, content_id
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.window import StoreWindow
-from crosscode.errors import InputError
+from crosscode.errors import InputError, check_at_least
+from crosscode.seeds import derived_seed
 
 _BYTES_PER_READ = 32 << 10
 _LONGEST_DEFAULT_BLOCK = 16
@@ -49,14 +50,15 @@ class StoredRows:
         self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)
         if not self.stores:
             raise InputError("stores: at least one is needed")
-        sizes = {"rows_per_read": rows_per_read, "read_block": read_block, "window": window, "epochs": epochs}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {value} is below 1")
+        check_at_least(1, rows_per_read=rows_per_read, read_block=read_block, window=window, epochs=epochs)
         for store in self.stores:
             if store.n_rows == 0:
                 raise InputError(f"store {str(store.path)!r} holds no whole shard yet")
         _check_mixable(self.stores)
+        dtypes = {store.dtype for store in self.stores}
+        self.dims = self.stores[0].dims
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.device = torch.device("cpu")
         self.weighted = weights is not None
         self.weights_W = _check_weights(weights, self.stores)
         self.epochs = epochs
@@ -66,19 +68,6 @@ class StoredRows:
         self.window = window
         self.shuffle = shuffle
         self.shuffled = shuffle
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        return self.stores[0].dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtypes = {store.dtype for store in self.stores}
-        return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     @property
     def n_rows(self) -> int:
@@ -163,14 +152,13 @@ class _StoreStream:
             epoch, position = divmod(taken, size)
             n_part = min(n_rows, size - position)
             if self._source.shuffle:
-                parts.append(self._windows[w].read(position, n_part, n_rows=size, seed=self._seed(w, epoch)))
+                parts.append(
+                    self._windows[w].read(position, n_part, n_rows=size, seed=derived_seed(self._source.seed, w, epoch))
+                )
             else:
                 parts.append(store.read_rows(torch.arange(position, position + n_part)))
             taken, n_rows = taken + n_part, n_rows - n_part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _seed(self, w: int, epoch: int) -> int:
-        return (self._source.seed * 1_000_003 + w) * 1_000_003 + epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -13,10 +13,10 @@ whole shard always has its position.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from crosscode.data.store.manifest import (
     write_manifest,
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
-from crosscode.errors import InputError
-from crosscode.files import is_temporary, remove, write_parts
+from crosscode.errors import check_at_least
+from crosscode.files import held, is_temporary, remove, write_parts
 
 
 class ActivationCacheWriter:
@@ -59,10 +59,7 @@ class ActivationCacheWriter:
     def __init__(
         self, path: str | Path, manifest: Manifest, *, shard_bytes: int = 256 << 20, max_bytes: int | None = None
     ) -> None:
-        if shard_bytes < 1:
-            raise InputError(f"shard_bytes: {shard_bytes} is below 1")
-        if max_bytes is not None and max_bytes < 1:
-            raise InputError(f"max_bytes: {max_bytes} is below 1")
+        check_at_least(1, shard_bytes=shard_bytes, max_bytes=max_bytes)
         self.path = Path(path)
         self.layout = layout_of(manifest)
         self._content = content_id(manifest)
@@ -76,7 +73,7 @@ class ActivationCacheWriter:
         self.finished = False
         self.n_shards = self.n_rows = self.n_bytes = 0
         self.resume_state: dict[str, Any] | None = None
-        self._lock: Any = None
+        self._lock: ExitStack | None = None
         self._guarded(self._open, manifest)
 
     def _open(self, manifest: Manifest) -> None:
@@ -194,10 +191,10 @@ class ActivationCacheWriter:
             self._lock = None
 
 
-def check_can_write(path: str | Path, wanted: Manifest) -> None:
+def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
     """Raise StoreError where a writer could not begin: nothing is made, and nothing is read but headers.
 
-    `wanted`: as much of the manifest as is known.
+    `wanted`: as much of the manifest as is known. Returns the manifest that is there already.
     """
     folder = Path(path)
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -209,11 +206,12 @@ def check_can_write(path: str | Path, wanted: Manifest) -> None:
     stored = read_manifest(folder)
     if stored is None:
         _check_free(folder)
-        return
+        return None
     check_same_content(folder, stored, wanted, to_append=True, partly=True)
     list_shards(folder, stored)
     if (folder / "lock").exists():
         _take_lock(folder).close()
+    return stored
 
 
 def _unfinished(folder: Path) -> list[Path]:
@@ -235,20 +233,10 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _take_lock(folder: Path) -> Any:
-    """The system releases the lock when the process ends, however it ends."""
-    lock = open(folder / "lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise StoreError(f"store {str(folder)!r} is being written by another process ({holder})") from error
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()}")
-    lock.flush()
+def _take_lock(folder: Path) -> ExitStack:
+    """Held until it is closed, by whichever thread."""
+    lock = ExitStack()
+    lock.enter_context(held(folder / "lock", f"store {str(folder)!r} is being written by another process", StoreError))
     return lock
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Literal
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream
 from crosscode.errors import InputError
+from crosscode.seeds import derived_seed, number_of
 
 Stop = Literal["first", "all"]
 
@@ -57,7 +57,9 @@ class _MixedStream(DocumentStream):
         self._streams = [self._open(i, states[i]) for i in range(n)]
 
     def _open(self, i: int, state: str | None = None) -> DocumentStream:
-        order_seed = None if self._order_seed is None else (self._order_seed * 1009 + i) * 1009 + self._passes[i]
+        order_seed = None
+        if self._order_seed is not None:
+            order_seed = derived_seed(self._order_seed, i, self._passes[i], base=1009)
         return self._mixture.sources[i].open(order_seed=order_seed, state=state)
 
     def __next__(self) -> Document:
@@ -75,8 +77,7 @@ class _MixedStream(DocumentStream):
         return document
 
     def _choose(self) -> int:
-        key = f"{self._mixture.seed}:{self._order_seed}:{self._count}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
+        number = number_of(f"{self._mixture.seed}:{self._order_seed}:{self._count}") / 2**64
         for i, weight in enumerate(self._mixture.weights):
             number -= weight
             if number < 0:
