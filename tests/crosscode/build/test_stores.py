@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from crosscode.build.experiment import data as build_data
+from crosscode.build import data as build_data
 from crosscode.build.experiment import open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
