@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from crosscode.config.checked import checked
+from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer
@@ -80,6 +80,8 @@ class TokenSequenceLoader:
         self.pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
         self._start: dict[str, Any] | None = None
         self._iterator: _SequenceIterator | None = None
+
+    __signature__ = signature_with(__init__, TokenPolicy)
 
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
         """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""
