@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -107,19 +107,6 @@ def _holder(values: Any, path: str, *, make: bool = False) -> tuple[Content, str
         if not isinstance(values, dict):
             return {}, name
     return values, name
-
-
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted path, in the order of names; lists of mappings by index."""
-    if isinstance(value, Mapping):
-        items = sorted(value.items(), key=lambda item: str(item[0]))
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = enumerate(value)
-    else:
-        yield path, value
-        return
-    for name, item in items:
-        yield from flatten(item, f"{path}.{name}" if path else str(name))
 
 
 @cache

@@ -16,7 +16,7 @@ from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.nested import flatten
 from crosscode.errors import InputError
-from crosscode.formats import flatten, today
+from crosscode.formats import today
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory, open_run

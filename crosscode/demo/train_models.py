@@ -56,28 +56,15 @@ def make_job(
             (arguments.code_share, code),
             (1 - arguments.code_share, token_stream(corpora["tests"], tokenizer)),
         ]
+
+    def phase(name: str, **settings: float) -> Phase:
+        tokens, minutes = (getattr(arguments, f"{name}_{unit}") for unit in ("tokens", "minutes"))
+        return Phase(name=name, tokens=tokens, minutes=minutes, batch_tokens=arguments.batch_tokens, **settings)
+
     return Job(
         phases=[
-            Phase(
-                name="base",
-                tokens=arguments.base_tokens,
-                minutes=arguments.base_minutes,
-                lr_matrices=0.02,
-                lr_rest=2e-3,
-                batch_tokens=arguments.batch_tokens,
-                decay_from=0.4,
-                full_context_from=0.65,
-            ),
-            Phase(
-                name="tuned",
-                tokens=arguments.tuned_tokens,
-                minutes=arguments.tuned_minutes,
-                lr_matrices=0.005,
-                lr_rest=1e-3,
-                batch_tokens=arguments.batch_tokens,
-                decay_from=0.1,
-                full_context_from=0.0,
-            ),
+            phase("base", lr_matrices=0.02, lr_rest=2e-3, decay_from=0.4, full_context_from=0.65),
+            phase("tuned", lr_matrices=0.005, lr_rest=1e-3, decay_from=0.1, full_context_from=0.0),
         ],
         streams={
             "base": base_streams,

@@ -17,7 +17,7 @@ from crosscode.build.schema import load_config
 from crosscode.commands.cli import main
 from crosscode.data.store.reader import ActivationCache
 from crosscode.errors import InputError
-from crosscode.formats import MODEL, RUN, STATE, STORE, Format, flatten, today
+from crosscode.formats import MODEL, RUN, STATE, STORE, Format, today
 from crosscode.models.base import BaseCrosscoder
 from crosscode.runs.checkpoints import Checkpoints, find_damage, write_checksums
 from crosscode.runs.directory import RunDirectory
@@ -207,11 +207,6 @@ def test_a_field_that_is_gone_is_passed_over_where_it_said_nothing(monkeypatch):
     assert today({"a": {"b": {}, "c": 1}}, "file") == {"a": {"c": 1}}
     assert today({"a": {"b": {"x": 1}}}, "file") == {"a": {"b": {"x": 1}}}  # and is refused where fields are checked
     assert today({"a": None}, "file") == {"a": None}
-
-
-def test_leaves_are_named_by_where_they_stand():
-    value = {"b": [{"c": 1}, {"d": [2, 3]}], "a": {"x": None, "empty": {}}}
-    assert list(flatten(value)) == [("a.x", None), ("b.0.c", 1), ("b.1.d", [2, 3])]
 
 
 def test_a_checkpoint_of_an_old_run_is_whole(old):

@@ -18,7 +18,7 @@ from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.files import write_parts
-from crosscode.formats import STORE, flatten
+from crosscode.formats import STORE
 
 _FILE = "manifest.json"
 _FORMAT = "crosscode-activations"

@@ -129,10 +129,14 @@ class ActivationCache:
     def __len__(self) -> int:
         return self.n_rows
 
-    def mean_norm_MP(self) -> torch.Tensor:
-        """Mean norm of the activations (float64), over every row, as recorded while they were written."""
+    def check_not_empty(self) -> None:
+        """Raise StoreError where there is no row to read."""
         if not self.shards:
             raise StoreError(f"store {str(self.path)!r} holds no whole shard yet")
+
+    def mean_norm_MP(self) -> torch.Tensor:
+        """Mean norm of the activations (float64), over every row, as recorded while they were written."""
+        self.check_not_empty()
         return torch.stack([shard.norm_sum_MP for shard in self.shards]).sum(dim=0) / self.n_rows
 
     def scaling_MP(self) -> torch.Tensor:
