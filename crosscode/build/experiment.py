@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from crosscode_kernels.opset import BackendName
-from crosscode_kernels.registry import has_option
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import AnyBackend, Backend, BackendName, resolve_backend
 from torch import Tensor
 
 from crosscode.build.data import Activations, available_device, build_token_loader, open_activations
@@ -59,15 +57,16 @@ def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCross
     )
 
 
-def backend_of(config: ExperimentConfig) -> BackendName:
+def backend_of(config: ExperimentConfig) -> AnyBackend:
     """The backend with the options that the optimizer asks of it."""
     if not getattr(build_component(OPTIMIZERS, config.train.optimizer), "row_sparse", False):
         return config.backend
-    if config.backend in ("triton", "reference"):
+    wanted = Backend.parse(config.backend)
+    if wanted.name in ("triton", "reference"):
         raise InputError(
             f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
         )
-    return "torch:screened+rows" if config.backend == "torch:screened" else "torch:rows"
+    return Backend("torch", tuple(dict.fromkeys((*wanted.options, "rows"))))
 
 
 def build_objective(config: ExperimentConfig) -> Objective:
@@ -78,7 +77,7 @@ def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[C
     """The configured constraints and those that the model implies, in the order in which they act."""
     configured = given_components(config.constraints).values()
     constraints = constraints_for(model, [build_component(CONSTRAINTS, constraint) for constraint in configured])
-    if constraints and has_option(model.backend, "rows"):
+    if constraints and "rows" in model.backend.options:
         raise InputError(
             f"train.optimizer.row_sparse = True: {type(constraints[0]).__name__} needs the whole gradient; leave it False"
         )

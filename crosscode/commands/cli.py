@@ -318,7 +318,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _backends(options: argparse.Namespace) -> None:
-    from crosscode_kernels.resolve import available_backends
+    from crosscode_kernels import available_backends
 
     for status in available_backends():
         print(f"{status.name:10} {'available' if status.available else 'not available'}  {status.reason}")

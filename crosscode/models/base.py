@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode, OpSet
-from crosscode_kernels.registry import has_option
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import AnyBackend, Backend, OpSet, resolve_backend
+from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import DenseLatents, Latents
 from torch import Tensor, nn
 
@@ -70,17 +70,18 @@ class BaseCrosscoder(Lifecycle):
         use_pre_bias: bool = False,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
-        backend: BackendName = "auto",
+        backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         if activation_fn.n_latents != n_latents:
             raise InputError(f"n_latents = {n_latents}: the activation was made for {activation_fn.n_latents} latents")
-        if has_option(backend, "screened") and not activation_fn.is_screened:
-            raise InputError(
-                f"backend = {backend!r}: screens the encode of activation.type 'topk', got {activation_fn.type_name()!r}"
-            )
         self._set_dims(in_dims, d_in, out_dims, d_out, n_latents, decoder_norm, backend)
+        if "screened" in self.backend.options and not activation_fn.is_screened:
+            raise InputError(
+                f"backend = {str(self.backend)!r}: screens the encode of activation.type 'topk', "
+                f"got {activation_fn.type_name()!r}"
+            )
         self.activation_fn = activation_fn.to_param_dtype(dtype)
         self.use_pre_bias = use_pre_bias
         if use_pre_bias and not (use_decoder_bias and self.spaces_match):
@@ -106,7 +107,7 @@ class BaseCrosscoder(Lifecycle):
         d_out: int,
         n_latents: int,
         decoder_norm: NormMode | None,
-        backend: BackendName,
+        backend: AnyBackend,
     ) -> None:
         for name, sizes in (("in_dims", in_dims), ("out_dims", out_dims)):
             if any(size < 1 for size in sizes):
@@ -117,18 +118,18 @@ class BaseCrosscoder(Lifecycle):
         self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
-        self.backend: BackendName = backend
+        self.backend = Backend.parse(backend)
         self._ops: tuple[Any, OpSet] | None = None
 
     # ---- views and facts
 
     @property
     def W_enc_LI(self) -> Tensor:
-        return row_view(self.W_enc_LXiDi, has_option(self.backend, "rows"))
+        return row_view(self.W_enc_LXiDi, "rows" in self.backend.options)
 
     @property
     def W_dec_LO(self) -> Tensor:
-        return row_view(self.W_dec_LXoDo, has_option(self.backend, "rows"))
+        return row_view(self.W_dec_LXoDo, "rows" in self.backend.options)
 
     @property
     def W_enc_XiDiL(self) -> Tensor:
@@ -195,7 +196,7 @@ class BaseCrosscoder(Lifecycle):
 
         A model with a linear skip needs the input as well.
         """
-        y_BO = self.ops.decode(self._checked_latents(latents), self.W_dec_LO, self._b_dec_O)
+        y_BO = self.ops.sparse_decode(self._checked_latents(latents), self.W_dec_LO, self._b_dec_O)
         if self.W_skip_XiDiXoDo is not None:
             if x_BXiDi is None:
                 raise InputError("decode: this model has a linear skip, so it needs the input x_BXiDi as well")
@@ -206,7 +207,7 @@ class BaseCrosscoder(Lifecycle):
         """`output_BXoDo` from the latents of each of `parts`."""
         return self.decode(latents_of_parts[0], x_BXiDi)
 
-    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         """Squared error of what `decode_parts` would give."""
         target_BO = target_BXoDo.flatten(1)
         if self.W_skip_XiDiXoDo is not None:
@@ -226,7 +227,7 @@ class BaseCrosscoder(Lifecycle):
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
         """`output_BXoDo` of `dead_latents`, without bias or skip (for AuxK)."""
-        y_BO = self.ops.decode(self.dead_latents(x_BXiDi, dead_mask_L, k), self.W_dec_LO, None)
+        y_BO = self.ops.sparse_decode(self.dead_latents(x_BXiDi, dead_mask_L, k), self.W_dec_LO, None)
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import AnyBackend
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -68,7 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return MODEL.read(config, str(path / CONFIG_FILE))
 
 
-def load_model(cls: type[ModelT], path: Path, *, backend: BackendName, device: torch.device) -> ModelT:
+def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device) -> ModelT:
     from crosscode.models.base import MODELS
 
     spec = dict(read_config(path)["model"])

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
-from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode
+from crosscode_kernels import AnyBackend
+from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         use_decoder_bias: bool = True,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
-        backend: BackendName = "auto",
+        backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
         # The weights are those of the layers, so not what BaseCrosscoder would make.
@@ -150,10 +152,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
         return self._decode_layers(latents_of_parts, x_BXiDi)
 
-    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         y_BO, target_BO = self._decode_layers(latents_of_parts, x_BXiDi).flatten(1), target_BXoDo.flatten(1)
-        loss = self.ops.recon_loss(y_BO, target_BO, self.segments)
-        return DecodeReconLoss(*loss, (y_BO - target_BO).detach())
+        return self.ops.recon_loss(y_BO, target_BO, self.segments)
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
         masks = dead_mask_L.chunk(len(self.parts))
@@ -166,7 +167,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             layers = keep_largest(layers, k, None, over_batch=False)
         outputs = []
         for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
-            y_BO = part.ops.decode(latents, part.W_dec_LO, None)
+            y_BO = part.ops.sparse_decode(latents, part.W_dec_LO, None)
             outputs.append(nn.functional.pad(y_BO, (self._first_output(source) * self.d_out, 0)))
         return torch.stack(outputs).sum(0).reshape(-1, self.n_layers, self.d_out)
 

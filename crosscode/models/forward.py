@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from crosscode_kernels.opset import DecodeReconLoss
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class ForwardResult:
                 self._output.append(self.model.decode_parts(self.latents_of_parts, self.input_BXiDi))
         return self._output[0]
 
-    def recon_loss(self, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, target_BXoDo: Tensor) -> ReconLoss:
         """Squared error of the reconstruction, in total and by position; and the residual, detached."""
         with self._as_at_encoding():
             return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import AnyBackend
 from torch import Tensor, nn
 
 from crosscode.errors import InputError
@@ -110,7 +110,7 @@ class Lifecycle(nn.Module):
         checkpoint.save_model(self._base, Path(path), metadata or {})
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: BackendName = "auto", device: str | torch.device = "cpu") -> Self:
+    def load(cls, path: str | Path, *, backend: AnyBackend = "auto", device: str | torch.device = "cpu") -> Self:
         """A saved model, equal to the bit, in eval mode.
 
         Raises:

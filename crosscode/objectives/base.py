@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from crosscode_kernels.opset import DecodeReconLoss, DecoderNorms
+from crosscode_kernels.decoder_norms import DecoderNorms
+from crosscode_kernels.recon_loss import ReconLoss
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class LossContext:
     """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
-    _recon: list[DecodeReconLoss] = field(default_factory=list, repr=False)
+    _recon: list[ReconLoss] = field(default_factory=list, repr=False)
 
     @property
     def decoder_norms(self) -> DecoderNorms:
@@ -45,7 +46,7 @@ class LossContext:
         return self._norms[0]
 
     @property
-    def recon(self) -> DecodeReconLoss:
+    def recon(self) -> ReconLoss:
         """The reconstruction loss, computed once per step, shared by all terms."""
         if not self._recon:
             self._recon.append(self.result.recon_loss(self.target_BXoDo))

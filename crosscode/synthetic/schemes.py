@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import BackendName
 
 from crosscode.config.experiment import TrainConfig
 from crosscode.config.registry import Component, build_component

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import AnyBackend
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -84,7 +84,7 @@ def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
         raise InputError(f"finetune_from = {source!r}: the saved model does not fit this config: {reason}")
 
 
-def load_folded(folder: Path, backend: BackendName, device: torch.device) -> BaseCrosscoder:
+def load_folded(folder: Path, backend: AnyBackend, device: torch.device) -> BaseCrosscoder:
     """A saved model that takes raw activations. A checkpoint of training is unfolded; its scaling stands in the state
     of its data."""
     model = BaseCrosscoder.load(folder, backend=backend, device=device)

@@ -88,7 +88,7 @@ def _repaired_interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from crosscode_kernels.triton_common.interpreter import checked_bounds, repaired_interpreter
+    from triton_interpreter import checked_bounds, repaired_interpreter
 
     with repaired_interpreter(), checked_bounds():
         yield

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 

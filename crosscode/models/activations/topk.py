@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from pydantic import Field, PositiveInt
 from torch import Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import resolve_backend
 from crosscode_kernels.sparse import DenseLatents
 
 from crosscode.errors import InputError

@@ -155,7 +155,7 @@ def _interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from crosscode_kernels.triton_common.interpreter import repaired_interpreter
+    from triton_interpreter import repaired_interpreter
 
     with repaired_interpreter():
         yield

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels import row_sparse_adam
-from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels import Backend, OpSet, row_sparse_adam
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, coalesced, grad_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,7 +126,7 @@ def test_training_with_row_sparse_gradients_is_training_with_dense_ones(make_pro
     for sparse in (True, False):
         p = make_problem(16, 8, 200, 6)
         params = [p.W_enc_LI, p.b_enc_L, p.W_dec_LO, p.b_dec_O]
-        ops = TorchOpSet(row_sparse_grads=sparse)
+        ops = OpSet(Backend("torch", ("rows",) if sparse else ()))
         betas = {"beta2": 0.99} if sparse else {"betas": (0.0, 0.99)}
         optimizer = (RowSparseAdam if sparse else torch.optim.Adam)(params, lr=0.01, **betas)
         generator = torch.Generator().manual_seed(0)
@@ -135,7 +134,7 @@ def test_training_with_row_sparse_gradients_is_training_with_dense_ones(make_pro
         for _ in range(12):
             x_BI = torch.randn(16, 8, generator=generator)
             latents = ops.encode_topk(x_BI, p.W_enc_LI, p.b_enc_L, 3)
-            y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+            y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
             loss = ops.recon_loss(y_BO, x_BI[:, :6], (6,)).loss
             optimizer.zero_grad()
             loss.backward()
