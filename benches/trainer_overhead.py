@@ -19,7 +19,7 @@ import torch
 from data_common import report
 
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.objectives.base import LossContext
 from crosscode.runs.directory import RunDirectory

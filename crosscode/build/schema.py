@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
-from crosscode.config.registry import ConfigModel, Registry
+from crosscode.config.registry import ConfigModel, Registry, problem_text
 from crosscode.errors import InputError
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS
+from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.recipes import recipe_path
 from crosscode.trainers.constraints import CONSTRAINTS
@@ -26,13 +26,15 @@ _FIRST = ("name", "run_dir", "overwrite")
 @cache
 def experiment_class() -> type[ExperimentConfig]:
     """`ExperimentConfig` with the fields of all registered components."""
-    crosscoder = create_model(
-        "CrosscoderConfig",
-        __base__=CrosscoderConfig,
-        __doc__=CrosscoderConfig.__doc__,
-        activation=(ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
-        init=(INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    components: dict[str, Any] = {
+        "activation": (ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
+        "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    }
+    architectures = tuple(
+        create_model(made.__qualname__.replace(".", ""), __base__=made, __doc__=made.__doc__, **components)
+        for made in ARCHITECTURES.config_classes().values()
     )
+    crosscoder = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
     adam = OPTIMIZERS["adam"].Config()
     train = create_model(
         "TrainConfig",
@@ -147,23 +149,9 @@ def explain(error: ValidationError, values: Any, config_class: type[BaseModel] |
     known = config_class or experiment_class()
     problems = []
     for problem in error.errors():
-        field = ".".join(_as_written(problem["loc"], values))
-        if problem["type"] == "extra_forbidden":
-            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], known)}"
-        elif problem["type"] == "missing":
-            text = f"{field}: required, but not given"
-        elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            text = f"{field}: {message}" if field else message
-        else:
-            text = f"{field} = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        problems.append(text)
+        hint = _near(problem["loc"], known) if problem["type"] == "extra_forbidden" else ""
+        problems.append(problem_text(".".join(_as_written(problem["loc"], values)), problem) + hint)
     return "; ".join(problems)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:

@@ -22,7 +22,7 @@ from crosscode.commands.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.files import write_json
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
