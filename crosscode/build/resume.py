@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from crosscode.build.schema import dump_config, load_config
+from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
 from crosscode.models.checkpoint import read_config
@@ -63,7 +63,8 @@ class ResumePoint:
         if step is not None:
             before = read_config(run.checkpoint(step))["metadata"].get("config")
             if before is not None:
-                check_changes(before, config_values(config))
+                # What an older version did not write down means its default.
+                check_changes(config_values(check_config(before)), config_values(config))
         return cls(run, config, step)
 
 

@@ -17,6 +17,7 @@ from crosscode_kernels.registry import has_option
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
+from crosscode.config.registry import type_of
 from crosscode.errors import InputError
 from crosscode.models import checkpoint, folding
 from crosscode.models.activations.base import ActivationFunction
@@ -44,6 +45,11 @@ class BaseCrosscoder(CoderWeights):
 
     Parameters start uninitialised: call `init_weights`, or `load`.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in cls.__dict__ and "kind" not in cls.__dict__:
+            cls.kind = type_of(cls.Config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __init__(
         self,

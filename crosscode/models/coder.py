@@ -20,6 +20,7 @@ class Coder(Protocol):
     """A sparse coder, as its helpers see it. `BaseCrosscoder` is one; meanings of the options stand there."""
 
     kind: ClassVar[str]
+    """The architecture, as files name it: the `type` of its `Config` unless it says otherwise."""
     own_arguments: ClassVar[tuple[str, ...]]
     """Arguments of the constructor that only this architecture has; attributes as well."""
     in_dims: tuple[int, ...]

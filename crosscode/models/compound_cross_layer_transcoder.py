@@ -58,7 +58,6 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             "needs as many output as input hookpoints, [input of each layer ..., output of each layer ...]",
         )
 
-    kind = "compound_cross_layer_transcoder"
     own_arguments = ("n_layers", "d_in", "d_out", "own_layer", "topk_scope")
     default_decoder_norm = "joint"
 

@@ -33,7 +33,6 @@ class CrossLayerTranscoder(BaseCrosscoder):
             "needs at least two hookpoints, [input, output, output, ...]",
         )
 
-    kind = "cross_layer_transcoder"
     own_arguments = ("n_out_hookpoints", "d_in", "d_out")
     default_decoder_norm = "joint"
 

@@ -51,7 +51,6 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
             share = options.pop("shared_fraction")
             return options if share is None else options | {"n_shared_latents": round(share * n_latents)}
 
-    kind = "model_hookpoint_acausal"
     own_arguments = ("n_models", "n_hookpoints", "d_model", "n_shared_latents")
 
     def __init__(

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from crosscode.config.registry import ConfigModel
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, lr_groups, warmup_and_decay
 
 
 @OPTIMIZERS.register
@@ -55,10 +55,3 @@ class Adam(OptimizerRecipe):
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         return warmup_and_decay(step, n_steps, self.warmup_fraction, self.decay_fraction)
-
-
-def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float) -> list[dict[str, object]]:
-    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it."""
-    params_of = model.parameter_groups()
-    pairs = [(params_of["weights"], lr), (params_of["thresholds"], lr * threshold_lr_factor)]
-    return [{"params": params, "lr": value, "initial_lr": value} for params, value in pairs if params]

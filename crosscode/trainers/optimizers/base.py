@@ -32,6 +32,13 @@ class OptimizerRecipe(Configured, ABC):
         """Put the weights in place that are evaluated and kept (an average, for schedule-free optimizers)."""
 
 
+def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float = 1.0) -> list[dict[str, object]]:
+    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it."""
+    params_of = model.parameter_groups()
+    pairs = [(params_of["weights"], lr), (params_of["thresholds"], lr * threshold_lr_factor)]
+    return [{"params": params, "lr": value, "initial_lr": value} for params, value in pairs if params]
+
+
 def warmup_and_decay(step: int, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
     """Linear from 0 over the first share of a run, constant, then linear to 0 over the last share.
 

@@ -16,8 +16,7 @@ from schedulefree import SGDScheduleFree
 
 from crosscode.config.registry import ConfigModel
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.optimizers.adam import lr_groups
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, lr_groups, warmup_and_decay
 
 
 class _SignSGD(SGDScheduleFree):
