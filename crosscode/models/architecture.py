@@ -10,7 +10,7 @@ from crosscode.config.experiment import CrosscoderConfig
 from crosscode.config.registry import Registry
 from crosscode.models.split import Split
 
-_SAID_OTHERWISE = CrosscoderConfig.model_fields.keys() & {"type", "n_latents", "expansion_factor", "activation", "init"}
+_NO_OPTIONS = {"type", "n_latents", "expansion_factor", "activation", "init"}
 
 
 class ArchitectureConfig(CrosscoderConfig):
@@ -23,7 +23,7 @@ class ArchitectureConfig(CrosscoderConfig):
 
     def options(self, n_latents: int) -> dict[str, Any]:
         """Options of the model's constructor."""
-        return {name: getattr(self, name) for name in type(self).model_fields.keys() - _SAID_OTHERWISE}
+        return {name: getattr(self, name) for name in type(self).model_fields.keys() - _NO_OPTIONS}
 
 
 class PreBiasConfig(ArchitectureConfig):
