@@ -21,11 +21,9 @@ from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
 from crosscode.build.stores import check_stores_outside
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.registry import build_component
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
-from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
@@ -61,7 +59,7 @@ def build_trainer(
     run = _run_directory(config, resume, typed_overwrite, made_by)
     step = resume.step if resume else None
     data = data or build_dataloader(experiment)
-    model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
+    model = build_model(config, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
     metadata = model_metadata(experiment)
@@ -131,7 +129,7 @@ def initialise(
     if config.finetune_from is not None:
         warm_start(model, config.finetune_from, *split.scaling(data.scaling_MP), samples=samples)
     else:
-        init = build_component(INITIALIZATIONS, config.crosscoder.init)
+        init = INITIALIZATIONS.build(config.crosscoder.init)
         model.init_weights(init, config.seed, samples=samples)
     for constraint in constraints:
         constraint.start(model)
@@ -152,11 +150,7 @@ def check_threshold_in_time(config: ExperimentConfig, model: BaseCrosscoder) -> 
     """A BatchTopK is evaluated by its threshold, so that it must be tracked from before the first evaluation."""
     first = min(config.evaluation.every or config.train.n_steps, config.train.n_steps)
     for activation in model.activation_fns:
-        if isinstance(activation, BatchTopkActivation) and activation.threshold_start_step >= first:
-            raise InputError(
-                f"crosscoder.activation.threshold_start_step = {activation.threshold_start_step}: must be below the "
-                f"step of the first evaluation, {first} (evaluation.every, or the end of training)"
-            )
+        activation.check_evaluated_at(first)
 
 
 def model_metadata(experiment: Experiment) -> dict[str, Any]:

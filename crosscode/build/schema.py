@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
 import yaml
 from pydantic import BaseModel, Field, create_model
@@ -15,7 +15,7 @@ from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, Trai
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
 from crosscode.formats import today
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS
+from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.recipes import recipe_path
 from crosscode.trainers.constraints import CONSTRAINTS
@@ -27,13 +27,15 @@ _FIRST = ("name", "run_dir", "overwrite")
 @cache
 def experiment_class() -> type[ExperimentConfig]:
     """`ExperimentConfig` with the fields of all registered components."""
-    crosscoder = create_model(
-        "CrosscoderConfig",
-        __base__=CrosscoderConfig,
-        __doc__=CrosscoderConfig.__doc__,
-        activation=(ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
-        init=(INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    components: dict[str, Any] = {
+        "activation": (ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
+        "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    }
+    architectures = tuple(
+        create_model(made.__qualname__.replace(".", ""), __base__=made, __doc__=made.__doc__, **components)
+        for made in ARCHITECTURES.config_classes().values()
     )
+    crosscoder = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
     adam = OPTIMIZERS["adam"].Config()
     train = create_model(
         "TrainConfig",

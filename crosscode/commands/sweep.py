@@ -23,7 +23,7 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.precision import float32_products
 from crosscode.files import check_is_no_link, check_may_be_filled, write_json
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss

@@ -22,7 +22,7 @@ from crosscode.build.experiment import check_backend
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.synthetic.ground_truth import GroundTruth, compare_with_planted
 from crosscode.synthetic.planted import PlantedConfig, PlantedDictionary, SyntheticActivations

@@ -14,7 +14,6 @@ from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
-from crosscode.config.registry import build_component
 from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import Evaluate, EvaluationResult
 from crosscode.evaluation.precision import float32_products
@@ -81,7 +80,7 @@ class Trainer:
         self.n_steps = config.n_steps if n_steps is None else n_steps
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.position_names, self.metadata = list(position_names), metadata or {}
-        self.optimizer_plan = build_component(OPTIMIZERS, config.optimizer)
+        self.optimizer_plan = OPTIMIZERS.build(config.optimizer)
         self.optimizer = self.optimizer_plan.build(model)
         self.firing = FiringTracker(model.n_latents).to(model.device)
         self.forward = ForwardPass(model, objective, self.firing, config)

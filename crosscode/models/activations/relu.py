@@ -22,6 +22,8 @@ class ReLUActivation(ActivationFunction):
     class Config(ConfigModel):
         type: Literal["relu"] = "relu"
 
+    title = "ReLU"
+
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:

@@ -23,7 +23,7 @@ from crosscode.build.experiment import Experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config, dump_config, read_yaml
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.recipes import recipe_names
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
