@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, create_model
 
 from crosscode.config.checked import checked
-from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
+from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
 from crosscode.formats import today
@@ -32,10 +32,18 @@ def experiment_class() -> type[ExperimentConfig]:
         "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
     }
     architectures = tuple(
-        create_model(made.__qualname__.replace(".", ""), __base__=made, __doc__=made.__doc__, **components)
-        for made in ARCHITECTURES.config_classes().values()
+        create_model(
+            made.__qualname__.replace(".", ""),
+            __base__=made,
+            __doc__=made.__doc__,
+            type=(made.model_fields["type"].annotation, _like(CrosscoderConfig, "type", default=name)),
+            **components,
+        )
+        for name, made in sorted(
+            ARCHITECTURES.config_classes().items(), key=lambda item: item[0] == DEFAULT_ARCHITECTURE
+        )
     )
-    crosscoder = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
+    crosscoder: Any = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
     adam = OPTIMIZERS["adam"].Config()
     train = create_model(
         "TrainConfig",

@@ -16,12 +16,14 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveI
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel
 
+DEFAULT_ARCHITECTURE = "model_hookpoint_acausal"
+
 
 class CrosscoderConfig(ConfigModel):
     """The model that is trained: what all architectures share. Each has its own fields besides, in its own file."""
 
     model_config = ConfigDict(extra="allow")
-    type: Any = "model_hookpoint_acausal"
+    type: Any = DEFAULT_ARCHITECTURE
     """architecture; decides how harvested activations become input and target"""
     n_latents: PositiveInt | None = None
     """number of latents; give this or expansion_factor"""
@@ -149,7 +151,7 @@ class ExperimentConfig(HarvestConfig):
         `shared_fraction: null` for all of them."""
         if not isinstance(crosscoder, Mapping):
             return crosscoder
-        values = {"type": CrosscoderConfig.model_fields["type"].default, **crosscoder}
+        values = {"type": DEFAULT_ARCHITECTURE, **crosscoder}
         values |= values.pop("options", None) or {}
         if values.get("shared_fraction", "") is None:
             del values["shared_fraction"]
