@@ -146,16 +146,8 @@ class ExperimentConfig(HarvestConfig):
 
     @field_validator("crosscoder", mode="before")
     @classmethod
-    def _as_it_was_written(cls, crosscoder: Any) -> Any:
-        """The type may be left out. Older configs have fields of the architecture in `options`, and state
-        `shared_fraction: null` for all of them."""
-        if not isinstance(crosscoder, Mapping):
-            return crosscoder
-        values = {"type": DEFAULT_ARCHITECTURE, **crosscoder}
-        values |= values.pop("options", None) or {}
-        if values.get("shared_fraction", "") is None:
-            del values["shared_fraction"]
-        return values
+    def _typed(cls, crosscoder: Any) -> Any:
+        return {"type": DEFAULT_ARCHITECTURE, **crosscoder} if isinstance(crosscoder, Mapping) else crosscoder
 
     def run_path(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name))
