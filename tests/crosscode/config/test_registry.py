@@ -92,6 +92,14 @@ def test_a_registry_names_what_it_cannot_build(lamps):
         lamps.resolve({"type": "lamp", "watts": "x"}, "attic")
 
 
+def test_a_constructor_of_its_own_is_refused():
+    with pytest.raises(TypeError, match=r"Candle.__init__: arguments are the fields of Config"):
+
+        class Candle(Configured):
+            def __init__(self, wax: int):
+                self.wax = wax
+
+
 def test_one_class_may_stand_behind_several_types():
     class DeskConfig(ConfigModel):
         type: Literal["desk"] = "desk"
