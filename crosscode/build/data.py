@@ -10,19 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crosscode.build.stores import check_stores, stored_rows
+from crosscode.build.stores import Stores
 from crosscode.config.data import DemoCorpus, HarvestConfig, HubDataset, LanguageModelConfig, LocalDataset, Mixture
 from crosscode.data.harvest.harvester import ActivationHarvester
-from crosscode.data.harvest.language_models import LanguageModel, load_language_model
+from crosscode.data.harvest.language_models import LanguageModel, available_device, load_language_model
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.store.harvest import HarvestThroughStore
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.mixture import MixedDocuments, parts_of
 from crosscode.data.text.sources import load_documents, wrap_documents
-from crosscode.data.text.token_arguments import check_token_arguments
-from crosscode.data.text.token_chunks import Selection
+from crosscode.data.text.token_chunks import is_on_side
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field
@@ -65,19 +62,6 @@ def _locate(path: str) -> str:
     return str(Path(spec.origin).parent / file)
 
 
-def available_device(name: str) -> torch.device:
-    """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device = {name!r}: not available here ({reason})") from error
-    return device
-
-
 # ---- texts
 
 
@@ -113,31 +97,6 @@ def _open_documents(source: Any) -> DocumentSource:
     )
 
 
-def token_options(config: HarvestConfig, *, heldout: bool) -> dict[str, Any]:
-    """Arguments of the token loader: for training, or for held-out text."""
-    data = config.data
-    separate = data.heldout is not None
-    side = "all" if separate else ("validation" if heldout else "train")
-    return {
-        "sequence_length": data.sequence_length,
-        "batch_size": data.harvest_batch_size,
-        "epochs": 1 if heldout else data.epochs,
-        "shuffle": data.shuffle and not heldout,
-        "seed": config.seed,
-        "bos": data.bos,
-        "separator": data.separator,
-        "pack": data.pack,
-        "isolate_documents": data.isolate_documents,
-        "keep_first_position": data.keep_first_position,
-        "mask_special_tokens": data.mask_special_tokens,
-        "mask_token_ids": data.mask_token_ids,
-        "template_tokens": data.template_tokens,
-        "split": side,
-        "validation_fraction": 0.0 if separate else data.validation_fraction,
-        "n_workers": data.token_workers,
-    }
-
-
 # ---- activations
 
 
@@ -149,6 +108,7 @@ class Activations:
     documents: DocumentSource
     heldout_documents: DocumentSource
     harvester: ActivationHarvester
+    stores: Stores | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -168,10 +128,7 @@ def open_activations(
     if models is not None and len(models) != len(config.language_models):
         raise InputError(f"models: {len(models)} were given, but language_models names {len(config.language_models)}")
     device = available_device(config.device)
-    options = token_options(config, heldout=False)
-    if to_train:
-        check_token_arguments({**options, "worker": (0, 1)})
-        check_stores(config, options, models=models)
+    stores = Stores.open(config, models) if to_train else None
     documents = build_documents(config.data.source, "data.source")
     heldout = config.data.heldout
     heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout")
@@ -185,13 +142,15 @@ def open_activations(
             raise InputError(
                 f"data.heldout: the same text as a part of data.source ({part.name}); training would see it"
             )
-    if to_train:
+    if stores is not None:
         check_validation_split(config, documents)
-        check_stores(config, options, documents, models)
+        stores.check_text(documents)
     if models is None:
         models = [load_model(lm, f"language_models.{i}", str(device)) for i, lm in enumerate(config.language_models)]
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
-    return {"documents": documents, "heldout_documents": heldout_documents, "harvester": harvester}
+    return {
+        "documents": documents, "heldout_documents": heldout_documents, "harvester": harvester, "stores": stores,
+    }  # fmt: skip
 
 
 def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> None:
@@ -199,10 +158,10 @@ def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> 
     if config.data.heldout is not None:
         return
     fraction = config.data.validation_fraction
-    side = Selection("validation", fraction, (0, 1))
+    policy = config.token_policy(heldout=True)
     n_enough, n_read = int(_ENOUGH_FOR_VALIDATION / fraction), 0
     for document in islice(documents.open(), n_enough):
-        if side.has(document):
+        if is_on_side(document, policy):
             return
         n_read += 1
     if n_read < n_enough:
@@ -214,7 +173,7 @@ def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> 
 
 def build_token_loader(activations: Activations, *, heldout: bool) -> TokenSequenceLoader:
     documents = activations.heldout_documents if heldout else activations.documents
-    return TokenSequenceLoader(documents, activations.tokenizer, **token_options(activations.config, heldout=heldout))
+    return TokenSequenceLoader(documents, activations.tokenizer, activations.config.token_policy(heldout=heldout))
 
 
 def build_rows(activations: Activations) -> RowSource:
@@ -222,7 +181,8 @@ def build_rows(activations: Activations) -> RowSource:
     data = activations.config.data
     tokens = build_token_loader(activations, heldout=False)
     if data.stores:
-        return stored_rows(activations.config, tokens, activations.harvester)
+        stores = activations.stores or Stores.open(activations.config, activations.harvester.models)
+        return stores.rows(tokens, activations.harvester)
     if data.cache is None:
         return HarvestedRows(tokens, activations.harvester)
     with at_field("data.cache"):

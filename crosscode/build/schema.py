@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, create_model
 
+from crosscode.config.checked import checked
 from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.errors import InputError
@@ -104,10 +104,7 @@ def check_config(values: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
         InputError: naming each bad field, its value and what is allowed.
     """
-    try:
-        return cast(ExperimentConfig, experiment_class().model_validate(values))
-    except ValidationError as error:
-        raise InputError(explain(error, values)) from error
+    return checked(experiment_class(), values)
 
 
 def dump_config(config: ExperimentConfig) -> str:
@@ -138,90 +135,3 @@ def _make_absolute(values: dict[str, Any]) -> None:
     path = Path(values["path"]).expanduser()
     if path.exists():
         values["path"] = str(path.resolve())
-
-
-# ---- errors
-
-
-def explain(error: ValidationError, values: Any, config_class: type[BaseModel] | None = None) -> str:
-    """One line: each problem with its field, its value and what would be right. `config_class`: if not the whole."""
-    known = config_class or experiment_class()
-    problems = []
-    for problem in error.errors():
-        field = ".".join(_as_written(problem["loc"], values))
-        if problem["type"] == "extra_forbidden":
-            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], known)}"
-        elif problem["type"] == "missing":
-            text = f"{field}: required, but not given"
-        elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            text = f"{field}: {message}" if field else message
-        else:
-            text = f"{field} = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        problems.append(text)
-    return "; ".join(problems)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
-    """A location without the tags that pydantic adds for unions: only what stands in the config."""
-    values: Any = given
-    for i, part in enumerate(loc):
-        is_key = isinstance(values, dict) and part in values
-        is_index = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if is_key or is_index:
-            values = cast(Any, values)[part]
-            yield str(part)
-        elif i == len(loc) - 1 and isinstance(values, dict):
-            yield str(part)
-
-
-def _near(loc: Sequence[int | str], config_class: type[BaseModel]) -> str:
-    """A hint where an unknown field looks like a known one of the same section."""
-    known = _fields_at(config_class, list(loc[:-1]))
-    near = get_close_matches(str(loc[-1]), known, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known here: {', '.join(known)}" if known else ""
-
-
-def _fields_at(annotation: Any, loc: list[int | str]) -> list[str]:
-    """Names of the fields of the model that a location leads to."""
-    models = [annotation] if isinstance(annotation, type) else list(_models_in(annotation))
-    for model in models:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            continue
-        if not loc:
-            return list(model.model_fields)
-        head, *rest = loc
-        if isinstance(head, str) and head in model.model_fields:
-            return _fields_at(model.model_fields[head].annotation, rest)
-        type_field = model.model_fields.get("type")
-        if type_field is not None and head in get_args(type_field.annotation):
-            return _fields_at(model, rest)
-    return _fields_at(annotation, loc[1:]) if loc and isinstance(loc[0], int) else []
-
-
-def field_paths(of: type[BaseModel] | None = None) -> list[str]:
-    """Every field of the config (or of another model) as a dotted path; a list is one field, whatever is in it."""
-
-    def walk(model: type[BaseModel], prefix: str) -> Iterable[str]:
-        for name, field in model.model_fields.items():
-            yield prefix + name
-            if get_origin(field.annotation) is list:
-                continue
-            for inner in {*_models_in(field.annotation), field.annotation}:
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    yield from walk(inner, f"{prefix}{name}.")
-
-    return sorted(set(walk(of or experiment_class(), "")))
-
-
-def _models_in(annotation: Any) -> Iterable[Any]:
-    for argument in get_args(annotation):
-        yield argument
-        yield from _models_in(argument)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from crosscode.config.data import HarvestConfig, StoreConfig
 from crosscode.config.experiment import ExperimentConfig
@@ -21,47 +21,74 @@ from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
 from crosscode.files import check_may_be_filled
 
-_NOT_IN_THE_MANIFEST = ("epochs", "n_workers", "mask_special_tokens", "mask_token_ids")
 
+@dataclass(frozen=True)
+class Stores:
+    """The stores that a config names, opened once for a whole run, and as much of their manifests as is known yet."""
 
-def check_stores(
-    config: HarvestConfig,
-    options: dict[str, Any],
-    documents: DocumentSource | None = None,
-    models: Sequence[LanguageModel] | None = None,
-) -> None:
-    """Refuse a store that is damaged, or that does not hold what the config asks for.
+    config: HarvestConfig
+    wanted: Manifest
+    opened: list[ActivationCache]
+    written: Manifest | None
+    """what `data.cache` holds already"""
 
-    `options` are the token loader's; with `documents` the text is compared as well. What takes a loaded language model
-    (weights, tokenizer) is left to `stored_rows` and the writer. `models`: those in memory, if the config's are not
-    what is used.
-    """
-    tokens = {name: value for name, value in options.items() if name not in _NOT_IN_THE_MANIFEST}
-    loaded = [{"name": model.name, "dtype": dtype_name(model)} for model in models or ()]
-    wanted: Manifest = {
-        "models": loaded or [{"name": lm.path, "dtype": lm.dtype} for lm in config.language_models],
-        "hookpoints": config.hookpoints,
-        "tokens": tokens,
-    }
-    cache = config.data.cache
-    if cache is not None:
-        check_may_be_filled(cache.path, "data.cache.path")
-        text = {} if documents is None else {"dataset": documents.fingerprint}
-        with at_field("data.cache"):
-            check_can_write(
-                cache.path,
-                {
-                    **wanted,
-                    "dtype": cache.dtype,
-                    "activation_dtype": config.data.activation_dtype,
-                    "tokens": {**tokens, **text},
-                },
-            )
-    for i, store in enumerate(config.data.stores):
-        with at_field(f"data.stores.{i}"):
-            opened = _open(store)
-            same_text = wanted if documents is None else _with_text_of(opened, wanted, documents)
-            check_same_content(opened.path, opened.manifest, same_text, to_append=False, partly=True)
+    @classmethod
+    def open(cls, config: HarvestConfig, models: Sequence[LanguageModel] | None = None) -> Stores:
+        """Refuse a store that is damaged, or that does not hold what the config asks for.
+
+        What takes the text is left to `check_text`; what takes a loaded language model (weights, tokenizer), to `rows`
+        and the writer. `models`: those in memory, if the config's are not what is used.
+        """
+        loaded = [{"name": model.name, "dtype": dtype_name(model)} for model in models or ()]
+        wanted: Manifest = {
+            "models": loaded or [{"name": lm.path, "dtype": lm.dtype} for lm in config.language_models],
+            "hookpoints": config.hookpoints,
+            "tokens": config.token_policy().recorded(),
+        }
+        cache, written = config.data.cache, None
+        if cache is not None:
+            check_may_be_filled(cache.path, "data.cache.path")
+            dtypes = {"dtype": cache.dtype, "activation_dtype": config.data.activation_dtype}
+            with at_field("data.cache"):
+                written = check_can_write(cache.path, {**wanted, **dtypes})
+        opened = []
+        for i, store in enumerate(config.data.stores):
+            with at_field(f"data.stores.{i}"):
+                opened.append(_open(store))
+                check_same_content(opened[-1].path, opened[-1].manifest, wanted, to_append=False, partly=True)
+        return cls(config, wanted, opened, written)
+
+    def check_text(self, documents: DocumentSource) -> None:
+        """Refuse a store of another text than this, or a part of this."""
+        cache = self.config.data.cache
+        if cache is not None and self.written is not None:
+            wanted = _of_text(self.wanted, documents.fingerprint)
+            with at_field("data.cache"):
+                check_same_content(Path(cache.path), self.written, wanted, to_append=True, partly=True)
+        self._check_all(self.wanted, documents, partly=True)
+
+    def rows(self, tokens: TokenSequenceLoader, harvester: ActivationHarvester) -> StoredRows:
+        """Their rows; each store holds what `harvester` would make of `tokens`' text or of a part of it."""
+        data = self.config.data
+        self._check_all(make_manifest(tokens, harvester, dtype="float32"), tokens.source)
+        weights = [store.weight for store in data.stores if store.weight is not None]
+        return StoredRows(
+            self.opened,
+            weights=weights or None,
+            epochs=data.epochs,
+            seed=self.config.seed,
+            read_block=data.store_read_block,
+            window=data.shuffle_buffer_size or DEFAULT_CAPACITY,
+        )
+
+    def _check_all(self, wanted: Manifest, documents: DocumentSource, *, partly: bool = False) -> None:
+        """Each may hold a part of a mixture, or the whole text."""
+        texts = {part.fingerprint for part in parts_of(documents)}
+        for i, store in enumerate(self.opened):
+            held = store.manifest["tokens"]["dataset"]
+            of_text = _of_text(wanted, held if held in texts else documents.fingerprint)
+            with at_field(f"data.stores.{i}"):
+                check_same_content(store.path, store.manifest, of_text, to_append=False, partly=partly)
 
 
 def check_stores_outside(config: ExperimentConfig) -> None:
@@ -77,27 +104,6 @@ def check_stores_outside(config: ExperimentConfig) -> None:
             )
 
 
-def stored_rows(config: HarvestConfig, tokens: TokenSequenceLoader, harvester: ActivationHarvester) -> StoredRows:
-    """The stores of a config as rows; each holds what `harvester` would make of `tokens`' text or of a part of it."""
-    data = config.data
-    wanted = make_manifest(tokens, harvester, dtype="float32")
-    opened = []
-    for i, store in enumerate(data.stores):
-        with at_field(f"data.stores.{i}"):
-            opened.append(_open(store))
-            same_text = _with_text_of(opened[-1], wanted, tokens.source)
-            check_same_content(opened[-1].path, opened[-1].manifest, same_text, to_append=False)
-    weights = [store.weight for store in data.stores if store.weight is not None]
-    return StoredRows(
-        opened,
-        weights=weights or None,
-        epochs=data.epochs,
-        seed=config.seed,
-        read_block=data.store_read_block,
-        window=data.shuffle_buffer_size or DEFAULT_CAPACITY,
-    )
-
-
 def _open(store: StoreConfig) -> ActivationCache:
     opened = ActivationCache(store.path)
     if opened.n_rows == 0:
@@ -105,9 +111,5 @@ def _open(store: StoreConfig) -> ActivationCache:
     return opened
 
 
-def _with_text_of(store: ActivationCache, wanted: Manifest, documents: DocumentSource) -> Manifest:
-    """`wanted` of the part of a mixture that the store holds, or of the whole text."""
-    texts = {part.fingerprint for part in parts_of(documents)}
-    held = store.manifest["tokens"]["dataset"]
-    text = held if held in texts else documents.fingerprint
-    return {**wanted, "tokens": {**wanted["tokens"], "dataset": text}}
+def _of_text(manifest: Manifest, fingerprint: str) -> Manifest:
+    return {**manifest, "tokens": {**manifest["tokens"], "dataset": fingerprint}}

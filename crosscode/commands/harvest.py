@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from crosscode.build.data import Activations, build_token_loader, open_activations
-from crosscode.build.schema import explain
 from crosscode.commands.overrides import Command
+from crosscode.config.checked import checked
 from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.store.harvest import harvest_to_store
@@ -39,10 +38,7 @@ def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
     kept = {name: value for name, value in values.items() if name in own or name not in ExperimentConfig.model_fields}
     if isinstance(kept.get("data"), Mapping):
         kept["data"] = {name: value for name, value in kept["data"].items() if name != "stores"}
-    try:
-        config = HarvestConfig.model_validate(kept)
-    except ValidationError as error:
-        raise InputError(explain(error, kept, cast(type[BaseModel], HarvestConfig))) from error
+    config = checked(HarvestConfig, kept)
     if config.data.cache is None:
         raise InputError("data.cache: no store to write is given; name its folder with --store DIR")
     return config

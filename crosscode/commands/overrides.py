@@ -17,7 +17,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from crosscode.build.schema import check_config, experiment_class, field_paths, read_yaml
+from crosscode.build.schema import check_config, experiment_class, read_yaml
+from crosscode.config.checked import field_paths
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from crosscode.build.schema import explain
 from crosscode.commands.overrides import Command, option_values
+from crosscode.config.checked import checked
 from crosscode.errors import InputError
 from crosscode.synthetic.runs import SyntheticConfig, SyntheticResult, markdown_table, run_synthetic
 from crosscode.synthetic.schemes import SCHEMES
@@ -39,10 +39,7 @@ def run_command(arguments: list[str]) -> None:
     n_schemes = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     schemes = {"schemes": arguments[:n_schemes]} if n_schemes else {}
     given = option_values(arguments[n_schemes:], COMMAND) | schemes
-    try:
-        values = Options.model_validate(given).model_dump()
-    except ValidationError as error:
-        raise InputError(explain(error, given, Options)) from error
+    values = checked(Options, given).model_dump()
     file: Path | None = values.pop("json_file")
     if file is not None and not file.resolve().parent.is_dir():
         raise InputError(f"--json = {str(file)!r}: no such folder: {str(file.resolve().parent)!r}")

@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from crosscode.config.registry import ConfigModel
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+TemplateTokens = Literal["keep", "mask"]
+SequenceLength = Annotated[int, Field(ge=2)]
 
 
 class LanguageModelConfig(ConfigModel):
@@ -135,8 +137,8 @@ class StoreConfig(ConfigModel):
         return {"path": value} if isinstance(value, str) else value
 
 
-class DataConfig(ConfigModel):
-    """From text to shuffled activations."""
+class TextConfig(ConfigModel):
+    """Which text, in sequences of which size."""
 
     source: Source
     """training text"""
@@ -144,10 +146,15 @@ class DataConfig(ConfigModel):
     """text for evaluation; null: a share of `source` that training never sees"""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """share of the documents kept for evaluation where `heldout` is null"""
-    sequence_length: PositiveInt = 256
+    sequence_length: SequenceLength = 256
     """tokens of a sequence"""
     harvest_batch_size: PositiveInt = 16
     """sequences that pass through the language models at once"""
+
+
+class TokenRules(ConfigModel):
+    """How documents become sequences, and which positions may reach training."""
+
     shuffle: bool = True
     """read documents in a random order, another one each epoch"""
     epochs: PositiveInt | None = None
@@ -166,8 +173,45 @@ class DataConfig(ConfigModel):
     """leave out activations at the tokenizer's special tokens"""
     mask_token_ids: list[int] = Field(default=[])
     """leave out activations at these token ids"""
-    template_tokens: Literal["keep", "mask"] = "keep"
+    template_tokens: TemplateTokens = "keep"
     """chats: whether activations at tokens that the chat template adds are used"""
+
+
+class TokenPolicy(TokenRules):
+    """All that decides the tokens and the mask, but for the documents and the tokenizer."""
+
+    sequence_length: SequenceLength
+    """tokens of a sequence"""
+    batch_size: PositiveInt = 8
+    """sequences of a batch; the last one of an epoch may hold fewer"""
+    seed: int = 0
+    """decides the order of the documents"""
+    split: Literal["all", "train", "validation"] = "all"
+    """a side of the validation split, which the content of a document alone decides"""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """share of the documents on the side of validation"""
+    worker: tuple[NonNegativeInt, PositiveInt] = (0, 1)
+    """(index, count): every count-th document alone is read, for several processes that share a data set"""
+    n_workers: NonNegativeInt = 0
+    """threads that tokenize ahead of the reader; 0: none. Batches are the same for any number"""
+
+    @model_validator(mode="after")
+    def _some_documents(self) -> TokenPolicy:
+        if self.split == "validation" and self.validation_fraction == 0:
+            raise ValueError("validation_fraction = 0.0: must be above 0 where split = 'validation'")
+        if self.worker[0] >= self.worker[1]:
+            raise ValueError(f"worker = {self.worker}: must be (index, count) with 0 <= index < count")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """What stores and saved positions keep, as JSON. Masked ids are kept beside it, once the tokenizer has its say."""
+        without = {"epochs", "n_workers", "mask_special_tokens", "mask_token_ids"}
+        return self.model_dump(mode="json", exclude=without)
+
+
+class DataConfig(TokenRules, TextConfig):
+    """From text to shuffled activations."""
+
     cache: CacheConfig | None = None
     """write activations to a store while training, and read them back in later epochs and runs"""
     stores: list[StoreConfig] = Field(default=[])
@@ -229,3 +273,20 @@ class HarvestConfig(ConfigModel):
     def position_names(self) -> list[list[str]]:
         """`[M][P]` names such as "base/blocks.2.hook_resid_post"."""
         return [[f"{model.short_name()}/{hook}" for hook in self.hookpoints] for model in self.language_models]
+
+    def token_policy(self, *, heldout: bool = False) -> TokenPolicy:
+        """Of the text to train on, or of that for evaluation: once, in the order in which it is written."""
+        data = self.data
+        separate = data.heldout is not None
+        rules = {name: getattr(data, name) for name in TokenRules.model_fields}
+        if heldout:
+            rules |= {"epochs": 1, "shuffle": False}
+        return TokenPolicy(
+            **rules,
+            sequence_length=data.sequence_length,
+            batch_size=data.harvest_batch_size,
+            seed=self.seed,
+            split="all" if separate else ("validation" if heldout else "train"),
+            validation_fraction=0.0 if separate else data.validation_fraction,
+            n_workers=data.token_workers,
+        )

@@ -78,17 +78,17 @@ class HarvestedRows:
     shuffled = False
 
     def __init__(self, token_loader: TokenSequenceLoader, harvester: ActivationHarvester) -> None:
-        limit = harvester.max_sequence_length
-        if limit is not None and token_loader.sequence_length > limit:
+        limit, policy = harvester.max_sequence_length, token_loader.policy
+        if limit is not None and policy.sequence_length > limit:
             raise InputError(
-                f"sequence_length: {token_loader.sequence_length} is above the models' limit of {limit} positions"
+                f"sequence_length: {policy.sequence_length} is above the models' limit of {limit} positions"
             )
-        if token_loader.isolate_documents and "bridge" in harvester.paths:
+        if policy.isolate_documents and "bridge" in harvester.paths:
             raise InputError(
                 f"isolate_documents: {harvester.hookpoints} need TransformerBridge, which has no document isolation; "
                 "use hookpoints that are inputs or outputs of modules"
             )
-        if token_loader.isolate_documents:
+        if policy.isolate_documents:
             check_isolation(harvester)
         self.token_loader = token_loader
         self.harvester = harvester

@@ -23,6 +23,7 @@ from crosscode.models.cross_layer_transcoder import CrossLayerTranscoder
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.layered_latents import concat_latents, keep_largest, layer_of_latents
 from crosscode.models.lifecycle import Lifecycle
+from crosscode.seeds import derived_seed
 
 
 class CompoundCrossLayerTranscoder(BaseCrosscoder):
@@ -202,7 +203,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             return super().init_weights(strategy, seed, samples)
         for source, part in enumerate(self.parts):
             part_samples = None if samples is None else self._samples_of(source, samples)
-            part.init_weights(strategy, seed * len(self.parts) + source, part_samples)
+            part.init_weights(strategy, derived_seed(seed, source, base=len(self.parts)), part_samples)
         strategy.init_output_bias(self, samples)
         return self
 

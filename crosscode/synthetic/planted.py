@@ -16,6 +16,7 @@ from torch import Tensor
 from crosscode.config.registry import ConfigModel
 from crosscode.data.scaling import estimate_scaling
 from crosscode.errors import InputError
+from crosscode.seeds import derived_seed
 
 
 class PlantedConfig(ConfigModel):
@@ -152,7 +153,7 @@ class SyntheticActivations:
 
     def _generator(self, batch: int) -> torch.Generator:
         # Every batch has a seed of its own, so a position in the stream is one number.
-        return torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + batch)
+        return torch.Generator().manual_seed(derived_seed(self.seed + 1, batch))
 
     def state_dict(self) -> dict[str, Any]:
         return {"batch": self._batch}

@@ -129,7 +129,7 @@ def load_language_model(
         common["gguf_file"] = gguf_file
     dense = _dense_gguf_options() if gguf_file is not None else {}
     with _one_line_errors(name_or_path, revision):
-        place = _usable_device(device)
+        place = available_device(device)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
@@ -140,12 +140,16 @@ def load_language_model(
     return _freeze(model.to(place), tokenizer, name, revision)
 
 
-def _usable_device(name: str | torch.device) -> torch.device:
+def available_device(name: str | torch.device) -> torch.device:
+    """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(name)!r} is not available here ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device = {str(name)!r}: not available here ({reason})") from error
     return device
 
 

@@ -21,6 +21,7 @@ from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
+from crosscode.seeds import derived_seed
 
 log = logging.getLogger("crosscode")
 
@@ -89,8 +90,8 @@ class HarvestThroughStore:
         shard_bytes: int = 256 << 20,
         max_bytes: int | None = None,
     ) -> None:
-        self.epochs = token_loader.epochs
-        self.seed = token_loader.seed
+        self.epochs = token_loader.policy.epochs
+        self.seed = token_loader.policy.seed
         self.path = Path(path)
         self.harvested = HarvestedRows(token_loader.fresh(epochs=1), harvester)
         self.manifest = make_manifest(self.harvested.token_loader, harvester, dtype=dtype)
@@ -165,13 +166,15 @@ class _ThroughStream:
 
     def _read(self) -> torch.Tensor:
         """Stored rows, in stored order in the first epoch and in any that began before the store was whole."""
-        if self._cache is None or self._cache.n_rows != self._writer.n_rows:
+        if self._cache is None:
             self._cache = ActivationCache(self._source.path)
+        elif self._cache.n_rows != self._writer.n_rows:
+            self._cache.refresh()
         n_rows = self._cache.n_rows
         n = min(_ROWS_PER_READ, n_rows - self._row)
         place_B = torch.arange(self._row, self._row + n)
         if self._shuffled:
-            seed = self._source.seed * 1_000_003 + self._epoch
+            seed = derived_seed(self._source.seed, self._epoch)
             return self._cache.read_rows(permuted(place_B, n_rows, seed))
         return self._cache.read_rows(place_B)
 

@@ -16,6 +16,7 @@ from crosscode.data.store.manifest import check_same_content, content_id
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.window import StoreWindow
 from crosscode.errors import InputError
+from crosscode.seeds import derived_seed
 
 _BYTES_PER_READ = 32 << 10
 _LONGEST_DEFAULT_BLOCK = 16
@@ -163,14 +164,13 @@ class _StoreStream:
             epoch, position = divmod(taken, size)
             n_part = min(n_rows, size - position)
             if self._source.shuffle:
-                parts.append(self._windows[w].read(position, n_part, n_rows=size, seed=self._seed(w, epoch)))
+                parts.append(
+                    self._windows[w].read(position, n_part, n_rows=size, seed=derived_seed(self._source.seed, w, epoch))
+                )
             else:
                 parts.append(store.read_rows(torch.arange(position, position + n_part)))
             taken, n_rows = taken + n_part, n_rows - n_part
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _seed(self, w: int, epoch: int) -> int:
-        return (self._source.seed * 1_000_003 + w) * 1_000_003 + epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ import torch
 from crosscode.data.permutation import permuted
 from crosscode.data.store.format import PackedRows, unpack
 from crosscode.data.store.reader import ActivationCache
+from crosscode.seeds import derived_seed
 
 _ROWS_AT_ONCE = 256
 
@@ -55,7 +56,7 @@ class WindowedOrder:
 
     def picks_B(self, first: int, end: int, place_B: torch.Tensor) -> torch.Tensor:
         """Which of the rows of the window from `first` to `end` stand at `place_B`."""
-        return permuted(place_B - first, end - first, (self.seed + 1) * 1_000_003 + first)
+        return permuted(place_B - first, end - first, derived_seed(self.seed + 1, first))
 
 
 class StoreWindow:

@@ -195,10 +195,10 @@ class ActivationCacheWriter:
             self._lock = None
 
 
-def check_can_write(path: str | Path, wanted: Manifest) -> None:
+def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
     """Raise StoreError where a writer could not begin: nothing is made, and nothing is read but headers.
 
-    `wanted`: as much of the manifest as is known.
+    `wanted`: as much of the manifest as is known. Returns the manifest that is there already.
     """
     folder = Path(path)
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -210,11 +210,12 @@ def check_can_write(path: str | Path, wanted: Manifest) -> None:
     stored = read_manifest(folder)
     if stored is None:
         _check_free(folder)
-        return
+        return None
     check_same_content(folder, stored, wanted, to_append=True, partly=True)
     list_shards(folder, stored)
     if (folder / "lock").exists():
         _take_lock(folder).close()
+    return stored
 
 
 def _unfinished(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream
 from crosscode.errors import InputError
+from crosscode.seeds import derived_seed
 
 Stop = Literal["first", "all"]
 
@@ -57,7 +58,9 @@ class _MixedStream(DocumentStream):
         self._streams = [self._open(i, states[i]) for i in range(n)]
 
     def _open(self, i: int, state: str | None = None) -> DocumentStream:
-        order_seed = None if self._order_seed is None else (self._order_seed * 1009 + i) * 1009 + self._passes[i]
+        order_seed = None
+        if self._order_seed is not None:
+            order_seed = derived_seed(self._order_seed, i, self._passes[i], base=1009)
         return self._mixture.sources[i].open(order_seed=order_seed, state=state)
 
     def __next__(self) -> Document:

@@ -6,10 +6,11 @@ T the tokens of one document.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from crosscode.config.data import TemplateTokens
 from crosscode.data.text.chats import render_chat
 from crosscode.data.text.documents import Document
 from crosscode.errors import InputError
@@ -18,7 +19,6 @@ MASKED = 1
 DOCUMENT_START = 2
 PADDING = 4
 
-TemplateTokens = Literal["keep", "mask"]
 Rendered = tuple[torch.Tensor, torch.Tensor]
 
 

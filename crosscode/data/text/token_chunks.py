@@ -16,42 +16,26 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import Document, DocumentStream
 from crosscode.data.text.render import Rendered
-
-Split = Literal["all", "train", "validation"]
 
 _DOCUMENTS = 64
 _CHARACTERS = 1 << 20
 _CHUNKS_AHEAD_PER_WORKER = 2
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The documents of a loader: a side of the validation split, and every count-th one of `worker` (index, count)."""
-
-    split: Split
-    validation_fraction: float
-    worker: tuple[int, int]
-
-    def has(self, document: Document) -> bool:
-        """Whether `document` is on this side of the split: decided by its content alone."""
-        if self.split == "all":
-            return True
-        content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-        number = int.from_bytes(
-            hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
-        )
-        return (number < self.validation_fraction * 2**64) == (self.split == "validation")
-
-    def __call__(self, number: int, document: Document) -> bool:
-        """Whether the document with this number in the source is wanted."""
-        index, count = self.worker
-        return number % count == index and self.has(document)
+def is_on_side(document: Document, policy: TokenPolicy) -> bool:
+    """Whether a document is on the policy's side of the validation split: decided by its content alone."""
+    if policy.split == "all":
+        return True
+    content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    digest = hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).digest()
+    is_validation = int.from_bytes(digest, "little") < policy.validation_fraction * 2**64
+    return is_validation == (policy.split == "validation")
 
 
 @dataclass(frozen=True)
@@ -79,12 +63,12 @@ class ChunkReader:
         self,
         stream: DocumentStream,
         start: Start,
-        selection: Selection,
+        policy: TokenPolicy,
         render: Callable[[Sequence[Document]], list[Rendered]],
     ) -> None:
         self._stream = stream
         self._next_start = start
-        self._selection = selection
+        self._policy = policy
         self._render = render
         self._ended = False
 
@@ -98,12 +82,13 @@ class ChunkReader:
             return None
         start, n_read, n_characters = self._next_start, self._next_start.n_read, 0
         documents: list[Document] = []
+        index, count = self._policy.worker
         while len(documents) < _DOCUMENTS and n_characters < _CHARACTERS:
             document = next(self._stream, None)
             if document is None:
                 self._ended = True
                 break
-            if self._selection(n_read, document):
+            if n_read % count == index and is_on_side(document, self._policy):
                 documents.append(document)
                 n_characters += _length(document)
             n_read += 1

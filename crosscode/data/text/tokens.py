@@ -14,22 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from crosscode.data.text.documents import Document, DocumentSource
-from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, TemplateTokens
-from crosscode.data.text.token_arguments import check_token_arguments
-from crosscode.data.text.token_chunks import Chunk, ChunkReader, Selection, Split, Start, WorkerChunks
+from crosscode.config.checked import checked
+from crosscode.config.data import TokenPolicy
+from crosscode.data.text.documents import DocumentSource
+from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer
+from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, WorkerChunks
 from crosscode.errors import InputError
-
-Bos = Literal["sequence", "document", "none"]
-Separator = Literal["eos", "none"]
+from crosscode.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -47,82 +46,44 @@ class TokenBatch:
 
 
 class TokenSequenceLoader:
-    """Sequences of `sequence_length` tokens from a document source; iterable any number of times.
+    """Sequences of tokens from a document source; iterable any number of times.
 
-    `batch_size`: sequences a batch (the last batch of an epoch may hold fewer). `epochs`: None reads the source for
-    ever. `shuffle` permutes the documents anew each epoch (sources with random access only); `seed` decides the
-    permutations. `mask_special_tokens` adds the tokenizer's special ids to `mask_token_ids`. `template_tokens` says
-    whether the tokens that a chat template adds are kept or masked. `split` with `validation_fraction` keeps the
-    documents of "train" and "validation" apart by their content: equal documents are always on the same side.
-    `worker` = (index, count) reads every count-th document, for several processes that share a data set. `n_workers`
-    threads tokenize ahead of the reader (0: none); the batches are the same for any number of them.
+    `policy` says how (`TokenPolicy`: `sequence_length` and all that has a default); its fields may be given as keywords
+    instead, or beside it to change it. Sources without random access keep their order with `shuffle`.
+    `mask_special_tokens` adds the tokenizer's special ids to `mask_token_ids`.
 
     `iter()` starts from the beginning, or from the state that was loaded; `state_dict()` is the position of the
     latest iterator. Tokens that do not fill the last sequence of an epoch are padded; sequences without one usable
-    position are left out. Raises InputError where an epoch yields no sequence at all.
+    position are left out. Raises InputError for a bad field, and where an epoch yields no sequence at all.
     """
 
     def __init__(
-        self,
-        source: DocumentSource,
-        tokenizer: Any,
-        *,
-        sequence_length: int,
-        batch_size: int = 8,
-        epochs: int | None = None,
-        shuffle: bool = True,
-        seed: int = 0,
-        bos: Bos = "sequence",
-        separator: Separator = "eos",
-        pack: bool = True,
-        isolate_documents: bool = False,
-        keep_first_position: bool = False,
-        mask_special_tokens: bool = False,
-        mask_token_ids: Sequence[int] = (),
-        template_tokens: TemplateTokens = "keep",
-        split: Split = "all",
-        validation_fraction: float = 0.0,
-        worker: tuple[int, int] = (0, 1),
-        n_workers: int = 0,
+        self, source: DocumentSource, tokenizer: Any, policy: TokenPolicy | None = None, **fields: Any
     ) -> None:
-        self._arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        check_token_arguments(self._arguments)
+        if policy is None or fields:
+            policy = checked(TokenPolicy, {**(policy.model_dump() if policy else {}), **fields})
         self.source = source
         self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.seed = seed
-        self.shuffle = shuffle
-        self.isolate_documents = isolate_documents
-        self.keep_first_position = keep_first_position
-        self.split: Split = split
-        self.validation_fraction = validation_fraction
-        self.worker = worker
-        self.n_workers = n_workers
-        self.selection = Selection(split, validation_fraction, worker)
-        self.bos: Bos = bos
-        self.pack = pack
-        self.separator: Separator = separator
+        self.policy = policy
         special = getattr(tokenizer, "all_special_ids", None) or []
-        self.masked_ids = sorted({*mask_token_ids, *(special if mask_special_tokens else ())})
-        self.bos_id: int | None = None if bos == "none" else getattr(tokenizer, "bos_token_id", None)
-        self.separator_id = getattr(tokenizer, "eos_token_id", None) if separator == "eos" and pack else None
+        self.masked_ids = sorted({*policy.mask_token_ids, *(special if policy.mask_special_tokens else ())})
+        eos_id = getattr(tokenizer, "eos_token_id", None)
+        self.bos_id: int | None = None if policy.bos == "none" else getattr(tokenizer, "bos_token_id", None)
+        self.separator_id = eos_id if policy.separator == "eos" and policy.pack else None
         self.render = DocumentRenderer(
             tokenizer,
-            bos_id=self.bos_id if bos == "document" else None,
+            bos_id=self.bos_id if policy.bos == "document" else None,
             separator_id=self.separator_id,
-            template_tokens=template_tokens,
+            template_tokens=policy.template_tokens,
         )
         pad_id = getattr(tokenizer, "pad_token_id", None)
-        eos_id = getattr(tokenizer, "eos_token_id", None)
         self.pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
         self._start: dict[str, Any] | None = None
         self._iterator: _SequenceIterator | None = None
 
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
-        """The same loader at its beginning, with some arguments changed; neither moves the other."""
-        return TokenSequenceLoader(**{**self._arguments, **changes})
+        """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""
+        return TokenSequenceLoader(self.source, self.tokenizer, self.policy, **changes)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         start, self._start = self._start, None
@@ -146,10 +107,9 @@ class TokenSequenceLoader:
 
     def describe(self) -> str:
         """Everything that decides the tokens and the mask, as JSON with sorted keys."""
-        skipped = ("source", "tokenizer", "epochs", "n_workers", "mask_special_tokens", "mask_token_ids")
-        settings = {key: value for key, value in self._arguments.items() if key not in skipped}
         template = getattr(self.tokenizer, "chat_template", None)
-        settings |= {
+        settings = {
+            **self.policy.recorded(),
             "masked_ids": self.masked_ids,
             "bos_id": self.bos_id,
             "separator_id": self.separator_id,
@@ -159,17 +119,14 @@ class TokenSequenceLoader:
         }
         return json.dumps(settings, sort_keys=True)
 
-    def selects(self, document: Document) -> bool:
-        """Whether `document` is on this loader's side of the validation split: decided by its content alone."""
-        return self.selection.has(document)
-
 
 class _SequenceIterator(Iterator[TokenBatch]):
     """Position: the epoch, where the oldest chunk that still has tokens begins, and how many of its tokens are used."""
 
     def __init__(self, loader: TokenSequenceLoader, start: dict[str, Any] | None) -> None:
         self._loader = loader
-        self._body = loader.sequence_length - (1 if loader.bos == "sequence" and loader.bos_id is not None else 0)
+        self._policy = policy = loader.policy
+        self._body = policy.sequence_length - (1 if policy.bos == "sequence" and loader.bos_id is not None else 0)
         state = start or {}
         self._epoch = int(state.get("epoch", 0))
         self._n_sequences = int(state.get("n_sequences", 0))
@@ -200,7 +157,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def __next__(self) -> TokenBatch:
         while True:
-            if self._loader.epochs is not None and self._epoch >= self._loader.epochs:
+            if self._policy.epochs is not None and self._epoch >= self._policy.epochs:
                 raise StopIteration
             batch = self._cut_batch()
             if batch is not None:
@@ -209,7 +166,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def _cut_batch(self) -> TokenBatch | None:
         """The next batch of this epoch that has a usable position, or None at the epoch's end."""
-        wanted = self._body * self._loader.batch_size
+        wanted = self._body * self._policy.batch_size
         while True:
             while self._tokens_T.numel() < wanted and not self._at_end:
                 self._read_chunk()
@@ -224,26 +181,26 @@ class _SequenceIterator(Iterator[TokenBatch]):
                 return batch
 
     def _make_batch(self, tokens_T: torch.Tensor, flags_T: torch.Tensor) -> TokenBatch | None:
-        loader = self._loader
+        loader, policy = self._loader, self._policy
         n_missing = -tokens_T.numel() % self._body
         tokens_HS = torch.nn.functional.pad(tokens_T, (0, n_missing), value=loader.pad_id).view(-1, self._body)
         flags_HS = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING).view(-1, self._body)
-        if self._body < loader.sequence_length:
+        if self._body < policy.sequence_length:
             tokens_HS = torch.nn.functional.pad(tokens_HS, (1, 0), value=loader.bos_id or 0)
             flags_HS = torch.nn.functional.pad(flags_HS, (1, 0), value=DOCUMENT_START)
         mask_HS = (flags_HS & (PADDING | MASKED)) == 0
         if loader.masked_ids:
             mask_HS &= ~torch.isin(tokens_HS, torch.tensor(loader.masked_ids))
         segments_HS = None
-        if loader.isolate_documents:
+        if policy.isolate_documents:
             starts_HS = (flags_HS & DOCUMENT_START) != 0
             starts_HS[:, 0] = True
-            if self._body < loader.sequence_length:
+            if self._body < policy.sequence_length:
                 starts_HS[:, 1] = False
             segments_HS = starts_HS.long().cumsum(dim=1) - 1
-            if not loader.keep_first_position:
+            if not policy.keep_first_position:
                 mask_HS &= ~starts_HS
-        elif not loader.keep_first_position:
+        elif not policy.keep_first_position:
             mask_HS[:, 0] = False
         usable_H = mask_HS.any(dim=1)
         if not usable_H.any():
@@ -259,14 +216,13 @@ class _SequenceIterator(Iterator[TokenBatch]):
         self._begin(Start("", 0), 0)
 
     def _nothing_usable(self) -> str:
-        loader = self._loader
-        name = loader.source.name
+        policy, name = self._policy, self._loader.source.name
         if self._n_read == 0:
             return f"dataset {name!r} is empty"
-        if loader.split != "all":
+        if policy.split != "all":
             return (
-                f"dataset {name!r}: its {self._n_read} documents leave nothing in the {loader.split} split "
-                f"(validation_fraction {loader.validation_fraction})"
+                f"dataset {name!r}: its {self._n_read} documents leave nothing in the {policy.split} split "
+                f"(validation_fraction {policy.validation_fraction})"
             )
         return f"dataset {name!r}: its {self._n_read} documents hold no usable position"
 
@@ -291,12 +247,12 @@ class _SequenceIterator(Iterator[TokenBatch]):
             self._starts.popleft()
 
     def _open_chunks(self) -> Iterator[Chunk]:
-        loader = self._loader
-        order_seed = loader.seed * 1_000_003 + self._epoch if loader.shuffle else None
+        loader, policy = self._loader, self._policy
+        order_seed = derived_seed(policy.seed, self._epoch) if policy.shuffle else None
         reader = ChunkReader(
             loader.source.open(order_seed=order_seed, state=self._next_start.source or None),
             self._next_start,
-            loader.selection,
-            partial(loader.render, pad_to=None if loader.pack else self._body, pad_id=loader.pad_id),
+            policy,
+            partial(loader.render, pad_to=None if policy.pack else self._body, pad_id=loader.pad_id),
         )
-        return WorkerChunks(reader, loader.n_workers) if loader.n_workers else iter(reader)
+        return WorkerChunks(reader, policy.n_workers) if policy.n_workers else iter(reader)

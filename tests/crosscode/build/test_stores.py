@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from crosscode.build.experiment import data as build_data
+from crosscode.build import data as build_data
 from crosscode.build.experiment import open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
@@ -14,6 +15,7 @@ from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.commands import cli
 from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.data import ActivationCache, ActivationHarvester
+from crosscode.data.store import reader, writer
 from crosscode.errors import InputError
 
 
@@ -71,6 +73,19 @@ def test_a_run_reads_a_store_that_was_written_ahead(harvest, with_data, harvests
     assert rows == 5 * config.train.batch_size
     assert not harvests
     torch.testing.assert_close(data.scaling_MP, ActivationCache(path).scaling_MP())
+
+
+@pytest.mark.parametrize("kind", ["stores", "cache"])
+def test_a_run_looks_through_a_store_once_before_it_reads(harvest, with_data, monkeypatch, kind):
+    looked = []
+    for module in (reader, writer):
+        look = module.list_shards
+        monkeypatch.setattr(module, "list_shards", lambda *args, look=look: looked.append(args[0]) or look(*args))
+    path = harvest()
+    values = with_data(stores=[path]) if kind == "stores" else with_data(cache={"path": path})
+    looked.clear()
+    build_dataloader(open_experiment(check_config(values)))
+    assert looked == [Path(path)]
 
 
 def test_the_shuffle_buffer_of_a_store_is_its_window(harvest, with_data):

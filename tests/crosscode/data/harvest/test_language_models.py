@@ -63,7 +63,7 @@ def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
         ("FOLDER", {"dtype": "float8"}, "dtype: 'float8' is not one of float32, bfloat16, float16"),
         ("FOLDER", {"gguf_file": "x.gguf"}, "gguf_file: 'x.gguf' is not in folder"),
         ("FOLDER/..", {}, "holds no config.json"),
-        ("FOLDER", {"device": "gpu"}, "device 'gpu' is not available here"),
+        ("FOLDER", {"device": "gpu"}, "device = 'gpu': not available here"),
     ],
 )
 def test_wrong_names_are_refused(name, options, message, folder):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosscode.config.data import TokenPolicy
 from crosscode.data import TokenSequenceLoader, load_documents, wrap_documents
 from crosscode.errors import InputError
 
@@ -188,14 +189,42 @@ def test_chats_go_through_the_template(policy, usable, build_tokenizer):
     assert batch.tokens_HS[batch.mask_HS].tolist() == usable
 
 
+def test_a_policy_and_keywords_say_the_same(tokenizer, documents):
+    fields = {"sequence_length": 8, "batch_size": 3, "epochs": 1, "seed": 4, "bos": "document", "mask_token_ids": [6]}
+    source, policy = wrap_documents(documents), TokenPolicy(**fields)
+    by_policy, by_fields = (
+        TokenSequenceLoader(source, tokenizer, policy),
+        TokenSequenceLoader(source, tokenizer, **fields),
+    )
+    assert by_policy.describe() == by_fields.describe()
+    assert TokenSequenceLoader(source, tokenizer, policy, seed=5).policy == by_fields.fresh(seed=5).policy
+    assert policy.seed == 4
+    with pytest.raises(
+        InputError, match=r"seed = 'x': .*; sequence_lenght: unknown field .* did you mean 'sequence_length'"
+    ):
+        TokenSequenceLoader(source, tokenizer, policy, seed="x", sequence_lenght=8)
+
+
+def test_stores_and_positions_record_the_fields_that_they_always_did(tokenizer):
+    """Under these names and with these values, or what lies on disk is refused."""
+    told = json.loads(loader_of(["w0"], tokenizer, worker=(1, 2), mask_special_tokens=True).describe())
+    assert told.pop("dataset")
+    assert told == {
+        "sequence_length": 8, "batch_size": 3, "shuffle": False, "seed": 0, "bos": "sequence", "separator": "eos",
+        "pack": True, "isolate_documents": False, "keep_first_position": False, "template_tokens": "keep",
+        "split": "all", "validation_fraction": 0.0, "worker": [1, 2], "masked_ids": [0, 1, 2, 3], "bos_id": 1,
+        "separator_id": 2, "pad_id": 3, "chat_template": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sequence_length": 1}, "sequence_length: 1 is below 2"),
-        ({"batch_size": 0}, "batch_size: 0 is below 1"),
-        ({"epochs": 0}, "epochs: 0 should be at least 1"),
-        ({"bos": "always"}, "bos: 'always' is not one of sequence, document, none"),
-        ({"split": "validation"}, "validation_fraction: 0.0 should be above 0"),
+        ({"sequence_length": 1}, "sequence_length = 1: input should be greater than or equal to 2"),
+        ({"batch_size": 0}, "batch_size = 0: input should be greater than 0"),
+        ({"epochs": 0}, "epochs = 0: input should be greater than 0"),
+        ({"bos": "always"}, "bos = 'always': input should be 'sequence', 'document' or 'none'"),
+        ({"split": "validation"}, "validation_fraction = 0.0: must be above 0"),
         ({"worker": (2, 2)}, "worker"),
     ],
 )
