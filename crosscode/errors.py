@@ -26,3 +26,15 @@ def at_field(field: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise type(error)(f"{field}: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    """Raise `InputError` for the first value below `least`; None stands for no value."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InputError(f"{name}: {value} is below {least}")

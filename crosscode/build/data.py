@@ -36,14 +36,8 @@ def load_model(config: LanguageModelConfig, field: str, default_device: str) -> 
     """A language model; `field` is its place in the config, for messages."""
     with at_field(f"{field}.path = {config.path!r}"):
         log.info("loading language model %s", config.path)
-        return load_language_model(
-            _locate(config.path),
-            revision=config.revision,
-            gguf_file=config.gguf_file,
-            dtype=config.dtype,
-            device=config.device or default_device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        options = config.model_dump(exclude={"path", "name"}) | {"device": config.device or default_device}
+        return load_language_model(_locate(config.path), **options)
 
 
 def _locate(path: str) -> str:
@@ -81,20 +75,11 @@ def _open_documents(source: Any) -> DocumentSource:
         name = f"demo corpus ({source.split}: {', '.join(source.domains)})"
         return wrap_documents(demo_corpus(source.split, tuple(source.domains)), column="text", name=name)
     if isinstance(source, HubDataset):
-        return load_documents(
-            source.name,
-            column=source.column,
-            split=source.split,
-            subset=source.subset,
-            revision=source.revision,
-            streaming=source.streaming,
-        )
+        return load_documents(source.name, **source.model_dump(exclude={"type", "name"}))
     assert isinstance(source, LocalDataset)
     if not Path(source.path).expanduser().exists():
         raise InputError(f"path = {source.path!r}: no such file or folder")
-    return load_documents(
-        source.path, column=source.column, split=source.split, streaming=source.streaming, text_unit=source.text_unit
-    )
+    return load_documents(source.path, **source.model_dump(exclude={"type", "path"}))
 
 
 # ---- activations
@@ -186,11 +171,4 @@ def build_rows(activations: Activations) -> RowSource:
     if data.cache is None:
         return HarvestedRows(tokens, activations.harvester)
     with at_field("data.cache"):
-        return HarvestThroughStore(
-            tokens,
-            activations.harvester,
-            data.cache.path,
-            dtype=data.cache.dtype,
-            shard_bytes=data.cache.shard_mb << 20,
-            max_bytes=data.cache.max_bytes,
-        )
+        return HarvestThroughStore(tokens, activations.harvester, data.cache.path, **data.cache.arguments())

@@ -14,6 +14,7 @@ import yaml
 
 from crosscode.build.schema import dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.nested import flatten
 from crosscode.errors import InputError
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.checkpoints import Checkpoints
@@ -104,25 +105,11 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flatten(before)), dict(flatten(now))
     for field in old.keys() | new.keys():
         # A field that only one of them has is absent in the other: None, as where it is off.
         if old.get(field) != new.get(field):
             yield field, (old.get(field), new.get(field))
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted path; lists of mappings by index."""
-    items: Any = None
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        items = enumerate(value)
-    if items is None:
-        yield path, value
-        return
-    for name, item in items:
-        yield from _flat(item, f"{path}.{name}" if path else str(name))
 
 
 def _matches(field: str, patterns: tuple[str, ...]) -> bool:

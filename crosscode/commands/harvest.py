@@ -65,9 +65,7 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
             build_token_loader(activations, heldout=False),
             activations.harvester,
             cache.path,
-            dtype=cache.dtype,
-            shard_bytes=cache.shard_mb << 20,
-            max_bytes=cache.max_bytes,
+            **cache.arguments(),
             max_rows=n_tokens,
             on_progress=on_progress,
         )

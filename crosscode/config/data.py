@@ -118,9 +118,10 @@ class CacheConfig(ConfigModel):
     max_gb: PositiveFloat | None = None
     """GiB at which the store stops growing; what does not fit is harvested again each epoch"""
 
-    @property
-    def max_bytes(self) -> int | None:
-        return None if self.max_gb is None else int(self.max_gb * 2**30)
+    def arguments(self) -> dict[str, Any]:
+        """As `HarvestThroughStore` takes them, beside the path."""
+        max_bytes = None if self.max_gb is None else int(self.max_gb * 2**30)
+        return {"dtype": self.dtype, "shard_bytes": self.shard_mb << 20, "max_bytes": max_bytes}
 
 
 class StoreConfig(ConfigModel):

@@ -18,7 +18,7 @@ from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
 from crosscode.data.text.tokens import TokenSequenceLoader
-from crosscode.errors import InputError
+from crosscode.errors import InputError, check_at_least
 
 log = logging.getLogger("crosscode")
 
@@ -58,34 +58,21 @@ class ActivationsDataloader:
         rows = _as_rows(source, harvester)
         if shuffle_buffer_size is None:
             shuffle_buffer_size = 0 if rows.shuffled else DEFAULT_CAPACITY
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} is below 1")
+        check_at_least(1, batch_size=batch_size, n_tokens_for_norm_estimate=n_tokens_for_norm_estimate)
+        check_at_least(0, prefetch=prefetch)
         if shuffle_buffer_size < 0 or 0 < shuffle_buffer_size < batch_size:
             raise InputError(f"shuffle_buffer_size: {shuffle_buffer_size} is below batch_size {batch_size}")
-        if n_tokens_for_norm_estimate < 1:
-            raise InputError(f"n_tokens_for_norm_estimate: {n_tokens_for_norm_estimate} is below 1")
-        if prefetch < 0:
-            raise InputError(f"prefetch: {prefetch} is below 0")
         self.rows = PrefetchedRows(rows, prefetch) if prefetch else rows
         self.batch_size = batch_size
         self.shuffle_buffer_size = shuffle_buffer_size
         self.seed = seed
         self.drop_last = drop_last
-        self._device = None if device is None else torch.device(device)
+        self.dims = rows.dims
+        self.device = rows.device if device is None else torch.device(device)
         self._scaling_MP = self._check_scaling(scaling_MP) if scale else torch.ones(self.dims[:2])
         self._n_tokens_for_norm_estimate = n_tokens_for_norm_estimate
         self._start: dict[str, Any] | None = None
         self._iterator: _BatchIterator | None = None
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        """(M, P, D)."""
-        return self.rows.dims
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are handed out."""
-        return self.rows.device if self._device is None else self._device
 
     @property
     def scaling_MP(self) -> torch.Tensor:

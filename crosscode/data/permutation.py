@@ -5,10 +5,10 @@ B indices asked for at once.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
+
+from crosscode.seeds import number_of
 
 _ROUNDS = 6
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -21,8 +21,7 @@ def permuted(positions_B: torch.Tensor, n: int, seed: int) -> torch.Tensor:
     than twice on average). Memory does not grow with `n`, which may be up to 2^62.
     """
     n_bits = max(2, (n - 1).bit_length())
-    digests = [hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest() for i in range(_ROUNDS)]
-    keys = [np.uint64(int.from_bytes(digest, "little")) for digest in digests]
+    keys = [np.uint64(number_of(f"{seed}:{i}")) for i in range(_ROUNDS)]
     out_B = _network(positions_B.numpy().astype(np.uint64), n_bits, keys)
     outside = np.flatnonzero(out_B >= n)
     while outside.size:

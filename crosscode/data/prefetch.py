@@ -12,10 +12,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from crosscode.data.rows import Rows, RowSource, RowStream
-from crosscode.errors import InputError
+from crosscode.errors import check_at_least
 
 _POLL_SECONDS = 0.1
 
@@ -24,35 +22,14 @@ class PrefetchedRows:
     """Another row source, `depth` items ahead of its reader."""
 
     def __init__(self, rows: RowSource, depth: int) -> None:
-        if depth < 1:
-            raise InputError(f"prefetch: {depth} is below 1")
+        check_at_least(1, prefetch=depth)
         self.rows = rows
-        self.shuffled = rows.shuffled
         self.depth = depth
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        return self.rows.dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
+        self.shuffled, self.dims, self.dtype, self.device = rows.shuffled, rows.dims, rows.dtype, rows.device
+        self.open_sample, self.settings, self.scaling_MP = rows.open_sample, rows.settings, rows.scaling_MP
 
     def open(self, state: dict[str, Any] | None = None) -> RowStream:
         return _PrefetchStream(self.rows.open(state), self.depth)
-
-    def open_sample(self) -> RowStream:
-        return self.rows.open_sample()
-
-    def settings(self) -> dict[str, Any]:
-        return self.rows.settings()
-
-    def scaling_MP(self) -> torch.Tensor | None:
-        return self.rows.scaling_MP()
 
 
 class _PrefetchStream:

@@ -92,18 +92,7 @@ class HarvestedRows:
             check_isolation(harvester)
         self.token_loader = token_loader
         self.harvester = harvester
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        return self.harvester.dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.harvester.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.harvester.device
+        self.dims, self.dtype, self.device = harvester.dims, harvester.dtype, harvester.device
 
     def open(self, state: dict[str, Any] | None = None) -> RowStream:
         return _HarvestStream(self.token_loader.fresh(), self.harvester, state)

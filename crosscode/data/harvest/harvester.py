@@ -15,7 +15,7 @@ import torch
 
 from crosscode.data.harvest.hookpoints import Tap, find_taps, resolve_taps, unknown_hookpoint
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, check_common_tokenizer
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 HarvestPath = Literal["auto", "modules", "bridge"]
 Keep = Callable[[int, torch.Tensor], None]
@@ -292,7 +292,6 @@ def _boot_bridge(model: LanguageModel) -> Any:
     try:
         return build_bridge_from_module(tree, architecture, hf_config=tree.config, model_name=model.name)
     except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"hookpoints: {model.name!r} ({architecture}) cannot be run in TransformerBridge: {reason}"
+            f"hookpoints: {model.name!r} ({architecture}) cannot be run in TransformerBridge: {first_line(error)}"
         ) from error

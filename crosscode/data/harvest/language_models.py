@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -148,8 +148,7 @@ def available_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device = {str(name)!r}: not available here ({reason})") from error
+        raise InputError(f"device = {str(name)!r}: not available here ({first_line(error)})") from error
     return device
 
 
@@ -199,7 +198,7 @@ def _one_line_errors(name_or_path: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "its files hold weights of other shapes than its config.json describes"
         elif reason.endswith(":"):

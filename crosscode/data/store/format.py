@@ -54,6 +54,11 @@ class Layout:
         return M * P * D * STORE_DTYPES[self.dtype].itemsize
 
     @property
+    def read_dtype(self) -> torch.dtype:
+        """Of rows as they are handed out."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
     def row_bytes(self) -> int:
         return 4 + 4 * self.n_scales + self.acts_bytes
 

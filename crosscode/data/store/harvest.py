@@ -16,11 +16,11 @@ from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.permutation import permuted
 from crosscode.data.rows import HarvestedRows, Rows, RowStream
 from crosscode.data.store.format import StoreError, StoreNotWritten
-from crosscode.data.store.manifest import make_manifest
+from crosscode.data.store.manifest import layout_of, make_manifest
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.tokens import TokenSequenceLoader
-from crosscode.errors import InputError
+from crosscode.errors import check_at_least
 from crosscode.seeds import derived_seed
 
 log = logging.getLogger("crosscode")
@@ -34,26 +34,22 @@ def harvest_to_store(
     harvester: ActivationHarvester,
     path: str | Path,
     *,
-    dtype: str = "float32",
-    shard_bytes: int = 256 << 20,
-    max_bytes: int | None = None,
     max_rows: int | None = None,
     on_progress: Progress | None = None,
+    **store: Any,
 ) -> ActivationCache:
     """Harvest one epoch of `token_loader` into a store and open it.
 
-    A store that is there already is continued after its last whole shard, or left as it is if it is complete. Stops
-    at the end of the data, below `max_bytes`, or at the first harvest that reaches `max_rows`. `on_progress(n_rows,
-    n_bytes)` is called after each harvest. Raises InputError for bad arguments and StoreError as
-    `ActivationCacheWriter` does.
+    `store`: `dtype`, `shard_bytes` and `max_bytes`, as `HarvestThroughStore` takes them. A store that is there already
+    is continued after its last whole shard, or left as it is if it is complete. Stops at the end of the data, below
+    `max_bytes`, or at the first harvest that reaches `max_rows`. `on_progress(n_rows, n_bytes)` is called after each
+    harvest. Raises InputError for bad arguments and StoreError as `ActivationCacheWriter` does.
     """
-    if max_rows is not None and max_rows < 1:
-        raise InputError(f"max_rows: {max_rows} is below 1")
-    rows = HarvestedRows(token_loader.fresh(epochs=1), harvester)
-    manifest = make_manifest(rows.token_loader, harvester, dtype=dtype)
-    with ActivationCacheWriter(path, manifest, shard_bytes=shard_bytes, max_bytes=max_bytes) as writer:
+    check_at_least(1, max_rows=max_rows)
+    through = HarvestThroughStore(token_loader, harvester, path, **store)
+    with through.open_writer() as writer:
         n_rows, n_bytes = writer.n_rows, writer.n_bytes
-        stream = rows.open(writer.resume_state)
+        stream = through.harvested.open(writer.resume_state)
         while not writer.finished and not writer.full and (max_rows is None or n_rows < max_rows):
             item = next(stream, None)
             if item is None:
@@ -96,19 +92,9 @@ class HarvestThroughStore:
         self.harvested = HarvestedRows(token_loader.fresh(epochs=1), harvester)
         self.manifest = make_manifest(self.harvested.token_loader, harvester, dtype=dtype)
         self.dtype_on_disk = dtype
+        self.dims, self.dtype = harvester.dims, layout_of(self.manifest).read_dtype
+        self.device = torch.device("cpu")
         self._sizes: dict[str, Any] = {"shard_bytes": shard_bytes, "max_bytes": max_bytes}
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        return self.harvested.dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype_on_disk == "bfloat16" else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def open(self, state: dict[str, Any] | None = None) -> RowStream:
         return _ThroughStream(self, state, self.epochs)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from crosscode.config.nested import flatten
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError, write_atomically
@@ -70,8 +70,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def content_id(manifest: Manifest) -> str:
     """8 hex digits of what a store holds, wherever it lies and whatever its models are called."""
-    content = {name: value for name, value in _flatten(manifest) if not name.endswith(_ONLY_NAMES)}
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+    return _checksum({name: value for name, value in flatten(manifest) if not name.endswith(_ONLY_NAMES)})
 
 
 def layout_of(manifest: Manifest) -> Layout:
@@ -117,7 +116,7 @@ def check_same_content(
         raise StoreError(
             f"store {str(folder)!r} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
         )
-    flat_stored, flat_wanted = ({**_DEFAULTS, **dict(_flatten(manifest))} for manifest in (stored, wanted))
+    flat_stored, flat_wanted = ({**_DEFAULTS, **dict(flatten(manifest))} for manifest in (stored, wanted))
     for field in flat_wanted if partly else dict.fromkeys([*flat_wanted, *flat_stored]):
         mine, theirs = flat_wanted.get(field), flat_stored.get(field)
         if mine != theirs and field not in ignored and not field.endswith(_ONLY_NAMES):
@@ -135,16 +134,5 @@ def _name_models(field: str, stored: Manifest, wanted: Manifest) -> str:
     return f" (models {names[0]!r} and {names[1]!r})"
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key in sorted(value):
-            yield from _flatten(value[key], f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for i, inner in enumerate(value):
-            yield from _flatten(inner, f"{prefix}.{i}")
-    else:
-        yield prefix, value
-
-
-def _checksum(manifest: Manifest) -> str:
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

@@ -92,9 +92,9 @@ class ActivationCache:
     """A store of activations on disk, opened to read; `ActivationCacheWriter` makes one.
 
     `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other content is refused
-    by the field that differs. Rows may be read in any order, are checked against their checksums each time, and are
-    handed out as float32 (bfloat16 for a bfloat16 store). Files are read by position and never mapped, so that nothing
-    of a store counts as this process's memory but the rows that it asked for.
+    by the field that differs. Rows of `dims` = (M, P, D) may be read in any order, are checked against their checksums
+    each time, and are handed out as float32 (bfloat16 for a bfloat16 store). Files are read by position and never
+    mapped, so that nothing of a store counts as this process's memory but the rows that it asked for.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
@@ -109,6 +109,7 @@ class ActivationCache:
             check_same_content(self.path, manifest, expected, to_append=False)
         self.manifest = manifest
         self.layout = layout_of(manifest)
+        self.dims, self.dtype = self.layout.dims, self.layout.read_dtype
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
         self.refresh()
@@ -120,15 +121,6 @@ class ActivationCache:
         self._ends = np.cumsum(self._sizes)
         self._offsets = np.array([shard.offset for shard in self.shards], dtype=np.int64)
         self.n_bytes = int((self._offsets + self._sizes * self.layout.row_bytes).sum())
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        """(M, P, D)."""
-        return self.layout.dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.layout.dtype == "bfloat16" else torch.float32
 
     @property
     def n_rows(self) -> int:

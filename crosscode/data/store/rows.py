@@ -15,7 +15,7 @@ from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store.manifest import check_same_content, content_id
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.window import StoreWindow
-from crosscode.errors import InputError
+from crosscode.errors import InputError, check_at_least
 from crosscode.seeds import derived_seed
 
 _BYTES_PER_READ = 32 << 10
@@ -50,14 +50,15 @@ class StoredRows:
         self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)
         if not self.stores:
             raise InputError("stores: at least one is needed")
-        sizes = {"rows_per_read": rows_per_read, "read_block": read_block, "window": window, "epochs": epochs}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {value} is below 1")
+        check_at_least(1, rows_per_read=rows_per_read, read_block=read_block, window=window, epochs=epochs)
         for store in self.stores:
             if store.n_rows == 0:
                 raise InputError(f"store {str(store.path)!r} holds no whole shard yet")
         _check_mixable(self.stores)
+        dtypes = {store.dtype for store in self.stores}
+        self.dims = self.stores[0].dims
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.device = torch.device("cpu")
         self.weighted = weights is not None
         self.weights_W = _check_weights(weights, self.stores)
         self.epochs = epochs
@@ -67,19 +68,6 @@ class StoredRows:
         self.window = window
         self.shuffle = shuffle
         self.shuffled = shuffle
-
-    @property
-    def dims(self) -> tuple[int, int, int]:
-        return self.stores[0].dims
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtypes = {store.dtype for store in self.stores}
-        return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     @property
     def n_rows(self) -> int:

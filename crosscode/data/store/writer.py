@@ -41,7 +41,7 @@ from crosscode.data.store.manifest import (
     write_manifest,
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
-from crosscode.errors import InputError
+from crosscode.errors import check_at_least
 from crosscode.files import is_temporary, remove
 
 
@@ -60,10 +60,7 @@ class ActivationCacheWriter:
     def __init__(
         self, path: str | Path, manifest: Manifest, *, shard_bytes: int = 256 << 20, max_bytes: int | None = None
     ) -> None:
-        if shard_bytes < 1:
-            raise InputError(f"shard_bytes: {shard_bytes} is below 1")
-        if max_bytes is not None and max_bytes < 1:
-            raise InputError(f"max_bytes: {max_bytes} is below 1")
+        check_at_least(1, shard_bytes=shard_bytes, max_bytes=max_bytes)
         self.path = Path(path)
         self.layout = layout_of(manifest)
         self._content = content_id(manifest)

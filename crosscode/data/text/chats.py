@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 Span = tuple[int, int]
 
@@ -33,10 +33,9 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(
-            f"dataset: the tokenizer's chat template refuses a chat (roles {roles[:80]}): {reason}"
+            f"dataset: the tokenizer's chat template refuses a chat (roles {roles[:80]}): {first_line(error)}"
         ) from error
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Literal
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream
 from crosscode.errors import InputError
-from crosscode.seeds import derived_seed
+from crosscode.seeds import derived_seed, number_of
 
 Stop = Literal["first", "all"]
 
@@ -78,8 +77,7 @@ class _MixedStream(DocumentStream):
         return document
 
     def _choose(self) -> int:
-        key = f"{self._mixture.seed}:{self._order_seed}:{self._count}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
+        number = number_of(f"{self._mixture.seed}:{self._order_seed}:{self._count}") / 2**64
         for i, weight in enumerate(self._mixture.weights):
             number -= weight
             if number < 0:

@@ -14,7 +14,7 @@ import torch
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream, document_of, hash_documents
 from crosscode.data.text.streams import StreamedDocuments, fresh_stream, one_line_errors
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
@@ -101,8 +101,7 @@ def load_documents(
             raise
         # `datasets` says only that it failed, and gives the reason as the cause.
         told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-        reason = (str(told).strip() or type(told).__name__).splitlines()[0]
-        raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {reason}") from error
+        raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {first_line(told)}") from error
     return wrap_documents(data, column=column, name=path_or_name)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream, document_of, hash_documents
-from crosscode.errors import CrosscodeError, InputError
+from crosscode.errors import CrosscodeError, InputError, first_line
 
 _FINGERPRINT_DOCUMENTS = 8
 
@@ -106,6 +106,5 @@ def one_line_errors(rows: Any, name: str) -> Iterator[Any]:
     except Exception as error:
         if isinstance(error, CrosscodeError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = InputError if isinstance(error, ValueError) else CrosscodeError
-        raise kind(f"dataset {name!r} cannot be read on after {n_rows} rows: {reason}") from error
+        raise kind(f"dataset {name!r} cannot be read on after {n_rows} rows: {first_line(error)}") from error

@@ -8,7 +8,6 @@ a position is saved as the beginning of a chunk and what was used of it: a few b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import weakref
@@ -22,6 +21,7 @@ import torch
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import Document, DocumentStream
 from crosscode.data.text.render import Rendered
+from crosscode.seeds import number_of
 
 _DOCUMENTS = 64
 _CHARACTERS = 1 << 20
@@ -33,9 +33,7 @@ def is_on_side(document: Document, policy: TokenPolicy) -> bool:
     if policy.split == "all":
         return True
     content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    digest = hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).digest()
-    is_validation = int.from_bytes(digest, "little") < policy.validation_fraction * 2**64
-    return is_validation == (policy.split == "validation")
+    return (number_of(content) < policy.validation_fraction * 2**64) == (policy.split == "validation")
 
 
 @dataclass(frozen=True)
