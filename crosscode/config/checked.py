@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -25,11 +25,13 @@ def checked(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         raise InputError(explain(error, values, config_class)) from error
 
 
-def explain(error: ValidationError, values: Any, config_class: type[BaseModel]) -> str:
-    """One line: each problem with its field, its value and what would be right."""
+def explain(
+    error: ValidationError, values: Any, config_class: type[BaseModel], shown: Callable[[str], str] = str
+) -> str:
+    """One line: each problem with its field (as `shown`), its value and what would be right."""
     problems = []
     for problem in error.errors():
-        field = ".".join(_as_written(problem["loc"], values))
+        field = shown(".".join(_as_written(problem["loc"], values)))
         if problem["type"] == "extra_forbidden":
             text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], config_class)}"
         elif problem["type"] == "missing":
