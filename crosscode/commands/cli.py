@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,7 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(overview({each: load_command(each) for each in command_names()}, DESCRIPTION, EXIT_CODES))
     elif name == "--version":
-        from crosscode import __version__
-
-        print(f"crosscode {__version__}")
+        print(f"crosscode {version('crosscode')}")
     elif name in command_names():
         load_command(name).start(name, rest)
     else:

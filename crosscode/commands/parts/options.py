@@ -97,7 +97,8 @@ def read_words(arguments: Sequence[str], options: type[BaseModel], config: type[
                 text if has_text else words.popleft(), members, word, cut=path[0] not in options.model_fields
             )
         else:
-            raise InputError(f"--{name}: expects a value")
+            own = fields_of(options).get(".".join(path))
+            raise InputError(f"--{name}: expects {(own.title if own else None) or 'a value'}")
         _put(read.values, path, value)
         read.guessed |= Any in members and not has_text and value is not True
     return read
