@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo test lint types tests bench bench-schemes bench-static clean
+.PHONY: help demo test lint types tests check bench bench-schemes bench-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,9 +31,18 @@ types: $(VENV)/installed-dev  ## pyright
 INTERPRETED := tests/crosscode_kernels tests/crosscode/recipes/test_backends_agree.py tests/benches \
 	-k "triton and not values_and_gradients and not memory"
 
-tests: $(VENV)/installed-dev  ## pytest; Triton kernels run in the interpreter in a process of their own
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/crosscode_kernels/triton
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(INTERPRETED)
+# A GPU is hidden from the first two, so that they do the same on every machine; the third has it for itself.
+ON_CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+
+tests: $(VENV)/installed-dev  ## pytest: without a GPU; Triton's kernels in its interpreter; on the GPU where there is one
+	$(ON_CPU) $(PYTEST) -m "not gpu" tests --ignore tests/crosscode_kernels/triton --ignore tests/check
+	$(ON_CPU) TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(INTERPRETED)
+	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; \
+	  then set -x; $(BIN)/pytest -m gpu tests; else echo "no CUDA or ROCm device here: tests marked gpu are not run"; fi
+
+check: $(VENV)/installed-dev  ## slower checks from outside: the pinned versions resolve on every platform
+	$(BIN)/pytest tests/check
 
 BENCH = $(BIN)/python -m pytest -c benches/pytest.ini
 

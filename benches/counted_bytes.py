@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscode_kernels.backends import torch as _torch_backend  # noqa: F401  registers the kernels
-from crosscode_kernels.registry import get_kernel
+from crosscode_kernels.encoder import Encoder
+from crosscode_kernels.registration import kernel_of
 from static_cases import CASES, Case, Tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,31 +87,26 @@ def counted(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, tuple[f
     t = Tensors(case, dtype, "cpu")
     generator = torch.Generator().manual_seed(0)
     t.idx_N = torch.rand(case.n_tokens, case.n_latents, generator=generator).topk(case.k).indices.int().view(-1)
-    t.order = get_kernel("latent_order", "torch")(t.idx_N, case.n_latents)
+    t.order = kernel_of("latent_order", "torch")(t.idx_N, case.n_latents)
     model = Model(case, dtype, DEVICES[0])
-    sparse = (t.row_ptr_B1, t.idx_N, t.value_N)
+    entries = t.entries
     penalties = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
     norms = (t.norms_LX, t.n_L)
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "encode GEMM": (model.preacts().fewest, lambda: torch.nn.functional.linear(t.x_BI, t.W_enc_LI, t.b_enc_L)),
         "GEMM and row top-k": (
             model.preacts().fewest + model.row_select().fewest,
-            lambda: get_kernel("encode_topk", "torch")(t.x_BI, t.W_enc_LI, t.b_enc_L, case.k),
+            lambda: kernel_of("encode_topk", "torch")(Encoder(t.x_BI, t.W_enc_LI, t.b_enc_L), case.k),
         ),
     }
 
     def add(name: str, fewest: float, op: str, *arguments: Any) -> None:
-        calls[name] = fewest, lambda: get_kernel(op, "torch")(*arguments)
+        calls[name] = fewest, lambda: kernel_of(op, "torch")(*arguments)
 
-    add("decode", model.decode(False).fewest, "sparse_decode", *sparse, t.W_dec_LO, t.b_dec_O)
-    add(
-        "decode backward", model.decode_backward().fewest, "sparse_decode_backward",
-        *t.order, *sparse, t.y_BO, t.W_dec_LO,
-    )  # fmt: skip
-    add(
-        "encode weight gradient", model.encode_backward().fewest, "segment_rows",
-        *t.order, t.row_ptr_B1, t.value_N, t.x_BI,
-    )  # fmt: skip
+    add("decode", model.decode(False).fewest, "sparse_decode", entries, t.W_dec_LO, t.b_dec_O)
+    backward = "sparse_decode_backward"
+    add("decode backward", model.decode_backward().fewest, backward, entries, t.y_BO, t.W_dec_LO)
+    add("encode weight gradient", model.encode_backward().fewest, "segment_rows", entries, t.x_BI)
     add("decoder norms", model.norms().fewest, "decoder_norms", t.W_dec_LO, t.segments, False)
     add(
         "decoder norms backward", model.norms_backward().fewest, "decoder_norms_backward",
@@ -124,10 +119,7 @@ def counted(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, tuple[f
         "JumpReLU + penalties backward", model.penalties_backward().fewest, "jumprelu_penalties_backward",
         t.da_BL, t.g, t.g, t.h_BL, *penalties, 2.0, False, 4.0,
     )  # fmt: skip
-    add(
-        "sparse penalty", model.sparse_penalty().fewest, "sparse_l1",
-        t.idx_N, t.value_N, t.n_L, t.lambda_L, case.n_tokens,
-    )  # fmt: skip
+    add("sparse penalty", model.sparse_penalty().fewest, "sparse_penalty", entries, t.n_L, t.lambda_L, None)
     found = {}
     for name, (fewest, run) in calls.items():
         with CountedBytes() as count:

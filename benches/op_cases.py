@@ -88,7 +88,9 @@ OPS: dict[str, Op] = {
     "encode_jumprelu": Op(
         lambda ops, t: ops.encode_jumprelu(t.x_BI, t.W_enc_LI, t.b_enc_L, t.t_L, 2.0, "anthropic"), (*_ENCODER, "t_L")
     ),
-    "decode": Op(lambda ops, t: ops.decode(t.sparse, t.W_dec_LO, t.b_dec_O), ("value", "W_dec_LO", "b_dec_O")),
+    "sparse_decode": Op(
+        lambda ops, t: ops.sparse_decode(t.sparse, t.W_dec_LO, t.b_dec_O), ("value", "W_dec_LO", "b_dec_O")
+    ),
     "decode_recon_loss": Op(
         lambda ops, t: ops.decode_recon_loss(t.sparse, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments).loss,
         ("value", "W_dec_LO", "b_dec_O"),
@@ -110,7 +112,6 @@ OPS: dict[str, Op] = {
 }
 NOT_TIMED = {
     "preacts": "the GEMM of every encode",
-    "relu": "PyTorch's own",
     "pre_act_penalty": "a dot product, after encode_jumprelu",
 }
 """Methods of an op set that have no case of their own, and why."""

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from crosscode_kernels.backends import triton as _triton  # noqa: F401  registers the kernels
 from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_entries
-from crosscode_kernels.registry import get_kernel
+from crosscode_kernels.encoder import Encoder
+from crosscode_kernels.penalties import PreActTerm
+from crosscode_kernels.registration import kernel_of
+from crosscode_kernels.sparse import Entries
 from crosscode_kernels.triton_common.launch import Launch, recorded_launches
 from torch import Tensor
 
@@ -80,7 +82,11 @@ class Tensors:
         self.row_ptr_B1 = torch.arange(n_tokens + 1, dtype=torch.int32, device=device) * case.k
         self.idx_N = self._zipf_indices(case, device, generator)
         self.value_N = normal(n_tokens * case.k).abs_()
-        self.order = get_kernel("latent_order", "triton")(self.idx_N, n_latents)
+        self.order = kernel_of("latent_order", "triton")(self.idx_N, n_latents)
+
+    @property
+    def entries(self) -> Entries:
+        return Entries(self.row_ptr_B1, self.idx_N, self.value_N, *self.order)
 
     @staticmethod
     def _zipf_indices(case: Case, device: str, generator: torch.Generator) -> Tensor:
@@ -108,41 +114,37 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
     """Every kernel of the backend by its registered name (with a suffix where it has variants), ready to call."""
     c = case
     k_aux = min(max(c.input_width // 2, 1), 512, c.n_latents)
-    encoder = (t.x_BI, t.W_enc_LI, t.b_enc_L)
-    sparse = (t.row_ptr_B1, t.idx_N, t.value_N)
+    encoder = Encoder(t.x_BI, t.W_enc_LI, t.b_enc_L)
+    entries = t.entries
     penalty = (t.n_L, t.lambda_L)
+    term = PreActTerm(t.t_L, t.n_L, t.lambda_L)
     fused = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
 
     def call(op: str, *args: Any) -> Callable[[], Any]:
-        return lambda: get_kernel(op, "triton")(*args)
+        return lambda: kernel_of(op, "triton")(*args)
 
     calls = {
-        "encode_topk": call("encode_topk", *encoder, c.k),
-        "encode_batch_topk": call("encode_batch_topk", *encoder, c.k, None),
-        "encode_batch_topk scaled": call("encode_batch_topk", *encoder, c.k, t.n_L),
-        "aux_topk": call("aux_topk", *encoder, t.dead_L, k_aux),
-        "aux_topk unbiased": call("aux_topk", t.x_BI, t.W_enc_LI, None, t.dead_L, k_aux),
-        "sparse_decode": call("sparse_decode", *sparse, t.W_dec_LO, t.b_dec_O),
-        "sparse_decode unbiased": call("sparse_decode", *sparse, t.W_enc_LI, None),
-        "decode_recon": call("decode_recon", *sparse, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments),
-        "decode_recon unbiased": call("decode_recon", *sparse, t.W_dec_LO, None, t.target_BO, t.segments),
-        "gather_dot": call("gather_dot", t.row_ptr_B1, t.idx_N, t.y_BO, t.W_dec_LO),
-        "sparse_decode_backward": call(
-            "sparse_decode_backward", *t.order, t.row_ptr_B1, t.idx_N, t.value_N, t.y_BO, t.W_dec_LO
-        ),
-        "sparse_decode_norms_backward": call(
-            "sparse_decode_norms_backward", *t.order, *sparse, t.y_BO, t.W_dec_LO, t.norms_LX, t.segments
-        ),
+        "encode_topk": call("encode_topk", encoder, c.k),
+        "encode_batch_topk": call("encode_batch_topk", encoder, c.k, None),
+        "encode_batch_topk scaled": call("encode_batch_topk", encoder, c.k, t.n_L),
+        "aux_topk": call("aux_topk", encoder, t.dead_L, k_aux),
+        "aux_topk unbiased": call("aux_topk", encoder._replace(b_enc_L=None), t.dead_L, k_aux),
+        "sparse_decode": call("sparse_decode", entries, t.W_dec_LO, t.b_dec_O),
+        "sparse_decode unbiased": call("sparse_decode", entries, t.W_enc_LI, None),
+        "decode_recon": call("decode_recon", entries, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments),
+        "decode_recon unbiased": call("decode_recon", entries, t.W_dec_LO, None, t.target_BO, t.segments),
+        "gather_dot": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
+        "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),
         "encode_threshold": lambda: _threshold_select(case, t, None),
         "encode_threshold scaled": lambda: _threshold_select(case, t, t.n_L),
-        "segment_rows": call("segment_rows", *t.order, t.row_ptr_B1, t.value_N, t.x_BI),
+        "segment_rows": call("segment_rows", entries, t.x_BI),
         "decoder_norms": call("decoder_norms", t.W_dec_LO, t.segments, False),
         "recon_loss": call("recon_loss", t.y_BO, t.target_BO, t.segments),
         "recon_loss_backward": call("recon_loss_backward", t.g_X, t.y_BO, t.segments),
         "jumprelu": call("jumprelu", t.h_BL, t.t_L),
         "jumprelu_penalties": call("jumprelu_penalties", t.h_BL, *fused, 4.0),
-        "pre_act": call("pre_act", t.h_BL, t.t_L, *penalty),
-        "pre_act_backward": call("pre_act_backward", t.g, t.h_BL, t.t_L, *penalty),
+        "pre_act": call("pre_act", t.h_BL, term),
+        "pre_act_backward": call("pre_act_backward", t.g, t.h_BL, term),
     }
     for joint in (False, True):
         calls[f"decoder_norms_backward {'joint' if joint else 'sum'}"] = call(
@@ -154,15 +156,12 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
         calls[f"jumprelu_penalties_backward {suffix}"] = call(
             "jumprelu_penalties_backward", t.da_BL, t.g, t.g, t.h_BL, *fused, 2.0, gdm, 4.0
         )
-    for kind, last in (("l1", ()), ("tanh", (4.0,))):
-        calls[f"dense_{kind}"] = call(f"dense_{kind}", t.h_BL, *penalty, *last)
-        calls[f"dense_{kind}_backward"] = call(f"dense_{kind}_backward", t.g, t.h_BL, *penalty, *last)
-        calls[f"sparse_{kind}"] = call(f"sparse_{kind}", t.idx_N, t.value_N, *penalty, c.n_tokens, *last)
-        calls[f"sparse_{kind}_backward"] = call(
-            f"sparse_{kind}_backward", t.g, *t.order, t.idx_N, t.value_N, *penalty, c.n_tokens, *last
-        )
+    for kind, slope in (("l1", None), ("tanh", 4.0)):
+        for form, latents in (("dense", t.h_BL), ("sparse", entries)):
+            calls[f"{form}_penalty {kind}"] = call(f"{form}_penalty", latents, *penalty, slope)
+            calls[f"{form}_penalty_backward {kind}"] = call(f"{form}_penalty_backward", t.g, latents, *penalty, slope)
     if c.n_latents % c.k == 0:
-        calls["encode_groupmax"] = call("encode_groupmax", *encoder, c.k)
+        calls["encode_groupmax"] = call("encode_groupmax", encoder, c.k)
     return calls
 
 

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscode_kernels import OpSet, host_buffers, resolve_backend
-from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels import Backend, OpSet, host_buffers, resolve_backend
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -137,7 +136,8 @@ def make_step(case: Case, variant: str, x_BI: Tensor) -> Step:
     if variant == "reference":
         return Step(case, resolve_backend("reference", "cpu"), params, torch.optim.Adam(params.values(), 5e-5, betas))
     row_sparse = case.beta1 == 0.0
-    ops = TorchOpSet(screened_encode=variant == "torch-screened", row_sparse_grads=row_sparse)
+    options = [option for option, on in (("screened", variant == "torch-screened"), ("rows", row_sparse)) if on]
+    ops = OpSet(Backend("torch", tuple(options)))
     if row_sparse:
         return Step(case, ops, params, RowSparseAdam(params.values(), lr=5e-5, beta2=0.999))
     return Step(case, ops, params, torch.optim.Adam(params.values(), 5e-5, betas, fused=True))

@@ -21,7 +21,7 @@ from data_common import report
 from crosscode.config.experiment import TrainConfig
 from crosscode.config.registry import Component
 from crosscode.models import AnthropicTransposeInit, BatchTopkActivation, ModelHookpointAcausalCrosscoder
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.objectives.base import LossContext
 from crosscode.runs.directory import RunDirectory

@@ -1,7 +1,8 @@
 """Errors that a user can act on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class CrosscodeError(Exception):
@@ -31,6 +32,13 @@ def at_field(field: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def check_settings(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise `InputError` for the first setting that is another than when a position of the data was saved."""
+    for name, mine in now.items():
+        if saved.get(name) != mine:
+            raise InputError(f"data state: {name} was {saved.get(name)!r} when it was saved and is {mine!r} now")
 
 
 def check_at_least(least: int, **values: int | None) -> None:

@@ -1,37 +1,65 @@
-"""Files that are whole or not there; and what may be removed: by exact name, never through a link."""
+"""Files that are whole or not there; locks; and what may be removed: by exact name, never through a link."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from crosscode.errors import InputError
 
 _PREFIX = ".crosscode-tmp-"
+_VIEWS_PER_WRITE = 512
 _TEMPORARY = re.compile(r"\.crosscode-tmp-.+-[a-z0-9_]{8}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_parts(path: Path, parts: Iterable[Any]) -> None:
+    """A file that is whole or not there, whatever happens: written under a temporary name, flushed to disk, renamed.
+
+    Args:
+        parts: bytes or arrays, which follow one another in the file.
+
+    Raises:
+        InputError: `path` is a link.
+        OSError: the system refuses; no partial file is left.
+    """
+    check_is_no_link(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb", buffering=0):
+            _write_all(handle, [memoryview(part).cast("B") for part in parts if len(part)])
+            os.fsync(handle)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _sync(path.parent)
+
+
+def _write_all(handle: int, views: list[memoryview]) -> None:
+    """Few and large writes: the system then keeps the file in large pieces, which are read back much faster."""
+    while views:
+        n_written = os.writev(handle, views[:_VIEWS_PER_WRITE])
+        while views and n_written >= len(views[0]):
+            n_written -= len(views.pop(0))
+        if views:
+            views[0] = views[0][n_written:]
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_parts`, in UTF-8; folders that are missing are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_parts(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,12 +98,32 @@ def new_folder(path: Path, index: str) -> Iterator[Path]:
         raise
 
 
-def temporary_file(path: Path) -> Path:
-    """A name beside `path` to write under before it is renamed. The file is made, and was not there before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
-    os.close(handle)
-    os.chmod(temporary, 0o644)
-    return Path(temporary)
+@contextmanager
+def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iterator[None]:
+    """Within the block this process alone holds the lock file `path`, which is made and stays. The system lets go of it
+    when the process ends, however it ends. Nothing is held on a file system without locks.
+
+    Raises:
+        InputError: or `error`: `refusal`, and the process that holds it; or `path` is a link.
+    """
+    check_is_no_link(path)
+    lock = FileLock(path, thread_local=False)  # what one thread takes, another may give back
+    holder = path.read_text() if path.is_file() else ""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as taken:
+        raise error(f"{refusal} ({holder})" if holder else refusal) from taken
+    except NotImplementedError:
+        pass
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        if lock.is_locked:
+            path.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        lock.release()
 
 
 def is_temporary(path: Path) -> bool:

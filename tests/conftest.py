@@ -7,6 +7,7 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do widths · L laten
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,19 @@ def make_case() -> Callable[..., Case]:
     return make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where they cannot run, each with the reason."""
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA or ROCm device"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "kernels run in the interpreter in this process"
+    else:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "make_case" not in metafunc.fixturenames:
         return
@@ -128,4 +142,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many tests wait for a machine with a GPU."""
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests marked gpu were skipped: they need a CUDA or ROCm device")
+        terminalreporter.write_line(f"{len(skipped)} tests marked gpu were skipped")

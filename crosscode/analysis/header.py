@@ -16,6 +16,7 @@ from crosscode.analysis.wording import (
     percent_text,
     with_article,
 )
+from crosscode.models import ACTIVATIONS, ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,11 @@ def description(record: RunRecord) -> str:
     if not model:
         return "A run without a final model."
     activation = model.get("activation", {})
-    kind = {
-        "model_hookpoint_acausal": "crosscoder",
-        "sae": "SAE",
-        "transcoder": "transcoder",
-        "cross_layer_transcoder": "cross-layer transcoder",
-        "compound_cross_layer_transcoder": "compound cross-layer transcoder",
-    }.get(str(metadata.get("architecture", model.get("kind"))), str(model.get("kind", "model")))
+    architecture = str(metadata.get("architecture", model.get("kind", "model")))
+    kind = ARCHITECTURES.config_class(architecture).title if architecture in ARCHITECTURES else architecture
     k = f", k = {activation['k']}" if "k" in activation else ""
-    names = {"topk": "TopK", "batch_topk": "BatchTopK", "groupmax": "GroupMax", "jumprelu": "JumpReLU", "relu": "ReLU"}
-    scheme = names.get(str(activation.get("type")), activation.get("type", "?"))
+    scheme = str(activation.get("type", "?"))
+    scheme = ACTIVATIONS[scheme].title if scheme in ACTIVATIONS else scheme
     text = f"{with_article(kind)} with {model.get('n_latents', 0):,} latents ({scheme}{k})"
     if language_models:
         text += f" on {join_and(language_models)}"

@@ -36,8 +36,8 @@ def load_model(config: LanguageModelConfig, field: str, default_device: str) -> 
     """A language model; `field` is its place in the config, for messages."""
     with at_field(f"{field}.path = {config.path!r}"):
         log.info("loading language model %s", config.path)
-        options = config.model_dump(exclude={"path", "name"}) | {"device": config.device or default_device}
-        return load_language_model(_locate(config.path), **options)
+        options = config.model_dump(exclude={"path", "name", "device"})
+        return load_language_model(_locate(config.path), device=config.device or default_device, **options)
 
 
 def _locate(path: str) -> str:

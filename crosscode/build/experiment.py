@@ -5,26 +5,24 @@ Axes: B tokens · M models · P hookpoints · D width · H sequences of a harves
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from crosscode_kernels.opset import BackendName
-from crosscode_kernels.registry import has_option
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import AnyBackend, Backend, BackendName, resolve_backend
 from torch import Tensor
 
 from crosscode.build.data import Activations, available_device, build_token_loader, open_activations
 from crosscode.build.schema import given_components
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.registry import build_component
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS, BaseCrosscoder
-from crosscode.models.split import Split, split_for
+from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
+from crosscode.models.architecture import ArchitectureConfig, split_for
+from crosscode.models.split import Split
 from crosscode.objectives import Objective, objective_from
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -33,41 +31,30 @@ from crosscode.trainers.warm_start import find_model
 # ---- parts of a run
 
 
-def build_model(config: ExperimentConfig, split: Split, width: int) -> BaseCrosscoder:
+def build_model(config: ExperimentConfig, width: int) -> BaseCrosscoder:
     """An uninitialised model on the default device."""
-    cc = config.crosscoder
+    cc = cast(ArchitectureConfig, config.crosscoder)
     n_latents = cc.n_latents or int((cc.expansion_factor or 0) * width)
-    options = dict(cc.options)
-    if cc.shared_fraction is not None:
-        options["n_shared_latents"] = round(cc.shared_fraction * n_latents)
-    cls = MODELS[split.model_kind]
-    known = (
-        inspect.signature(cls.__init__).parameters.keys() | inspect.signature(BaseCrosscoder.__init__).parameters.keys()
-    )
-    for name in options.keys() - known:
-        raise InputError(f"crosscoder.options.{name}: {cls.__name__} has no such option")
-    return cls(
-        **split.model_dims(len(config.language_models), len(config.hookpoints), width),
+    model_class = ARCHITECTURES[cc.type]
+    return model_class(
+        **model_class.dims_for(len(config.language_models), len(config.hookpoints), width),
         n_latents=n_latents,
-        activation_fn=build_component(ACTIVATIONS, cc.activation, n_latents=n_latents),
-        use_encoder_bias=cc.use_encoder_bias,
-        use_decoder_bias=cc.use_decoder_bias,
-        linear_skip=cc.linear_skip,
-        decoder_norm=cc.decoder_norm,
+        activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
         backend=backend_of(config),
-        **options,
+        **cc.options(n_latents),
     )
 
 
-def backend_of(config: ExperimentConfig) -> BackendName:
+def backend_of(config: ExperimentConfig) -> AnyBackend:
     """The backend with the options that the optimizer asks of it."""
-    if not getattr(build_component(OPTIMIZERS, config.train.optimizer), "row_sparse", False):
+    if not OPTIMIZERS.build(config.train.optimizer).row_sparse:
         return config.backend
-    if config.backend in ("triton", "reference"):
+    wanted = Backend.parse(config.backend)
+    if wanted.name in ("triton", "reference"):
         raise InputError(
             f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
         )
-    return "torch:screened+rows" if config.backend == "torch:screened" else "torch:rows"
+    return Backend("torch", tuple(dict.fromkeys((*wanted.options, "rows"))))
 
 
 def build_objective(config: ExperimentConfig) -> Objective:
@@ -77,8 +64,8 @@ def build_objective(config: ExperimentConfig) -> Objective:
 def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[Constraint]:
     """The configured constraints and those that the model implies, in the order in which they act."""
     configured = given_components(config.constraints).values()
-    constraints = constraints_for(model, [build_component(CONSTRAINTS, constraint) for constraint in configured])
-    if constraints and has_option(model.backend, "rows"):
+    constraints = constraints_for(model, [CONSTRAINTS.build(constraint) for constraint in configured])
+    if constraints and "rows" in model.backend.options:
         raise InputError(
             f"train.optimizer.row_sparse = True: {type(constraints[0]).__name__} needs the whole gradient; leave it False"
         )
@@ -167,7 +154,7 @@ def open_experiment(
     # A model made for a width of 1 costs nothing and finds every mistake that does not depend on the width.
     if config.crosscoder.n_latents is not None:
         with torch.device("meta"):
-            check_parts(config, split)
+            check_parts(config)
     return Experiment(config=config, split=split, **open_activations(config, models, to_train=to_train))
 
 
@@ -179,10 +166,9 @@ def check_backend(name: BackendName, device: torch.device) -> None:
         raise InputError(str(error)) from error
 
 
-def check_parts(config: ExperimentConfig, split: Split) -> None:
+def check_parts(config: ExperimentConfig) -> None:
     """Build everything that needs no language model, to find contradictions early."""
-    build_component(OPTIMIZERS, config.train.optimizer)
-    model = build_model(config, split, width=1)
-    model.check_init(build_component(INITIALIZATIONS, config.crosscoder.init))
+    model = build_model(config, width=1)
+    model.check_init(INITIALIZATIONS.build(config.crosscoder.init))
     build_objective(config).check_model(model)
     build_constraints(config, model)

@@ -29,13 +29,13 @@ def check_may_begin(config: ExperimentConfig, typed: bool = False, *, held: bool
         raise InputError(f"run_dir: {str(path)!r} is a file")
     if not path.is_dir():
         return
-    ours = find_files(path).ours
-    marker = read_marker(path)
-    if marker is not None and marker["kind"] != "run":
-        raise InputError(f"run_dir: {str(path)!r} holds a {marker['kind']}; choose another name")
+    find_files(path)  # refuses links, before anything is moved
     if not held:
         run.check_not_held()
     run.recover()
+    ours, marker = find_files(path).ours, read_marker(path)
+    if marker is not None and marker["kind"] != "run":
+        raise InputError(f"run_dir: {str(path)!r} holds a {marker['kind']}; choose another name")
     if not run.config_file.is_file():
         _check_holds_no_run(path, ours, marked=marker is not None)
         return

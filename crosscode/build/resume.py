@@ -10,11 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from crosscode.build.schema import dump_config, load_config
+from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.nested import flatten
 from crosscode.config.reading import load_yaml
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory, open_run
@@ -67,7 +68,9 @@ class ResumePoint:
         if step is not None:
             before = read_config(run.checkpoint(step))["metadata"].get("config")
             if before is not None:
-                check_changes(before, config_values(config))
+                # What it lacks is newer than it is, and means the default.
+                then = check_config(today(before, str(run.checkpoint(step))))
+                check_changes(config_values(then), config_values(config))
         return cls(run, config, step)
 
 

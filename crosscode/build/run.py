@@ -21,11 +21,9 @@ from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
 from crosscode.build.stores import check_stores_outside
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.registry import build_component
 from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
-from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
@@ -58,12 +56,10 @@ def build_trainer(
         made_by: the command, which is noted in the run directory.
     """
     config, split = experiment.config, experiment.split
-    run, step = (resume.run, resume.step) if resume else (RunDirectory(config.run_path()), None)
-    if resume is None:
-        check_stores_outside(config)
-        check_may_begin(config, typed_overwrite)
+    run = _run_directory(config, resume, typed_overwrite, made_by)
+    step = resume.step if resume else None
     data = data or build_dataloader(experiment)
-    model = build_model(config, split, width=experiment.harvester.dims[2]).to(available_device(config.device))
+    model = build_model(config, width=experiment.harvester.dims[2]).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
     metadata = model_metadata(experiment)
@@ -71,10 +67,6 @@ def build_trainer(
         initialise(experiment, model, constraints, data)
     else:
         check_same_language_models(run, step, metadata)
-    if resume is None:
-        run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
-    else:
-        run.reopen_later(step)
     trainer = Trainer(
         model,
         data,
@@ -93,6 +85,20 @@ def build_trainer(
     if resume is not None:
         trainer.restore(step)
     return trainer
+
+
+def _run_directory(
+    config: ExperimentConfig, resume: ResumePoint | None, typed_overwrite: bool, made_by: str
+) -> RunDirectory:
+    """Where the run will be, checked; what begins it there waits for the trainer."""
+    if resume is not None:
+        resume.run.reopen_later(resume.step)
+        return resume.run
+    check_stores_outside(config)
+    check_may_begin(config, typed_overwrite)
+    run = RunDirectory(config.run_path())
+    run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
+    return run
 
 
 def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
@@ -123,7 +129,7 @@ def initialise(
     if config.finetune_from is not None:
         warm_start(model, config.finetune_from, *split.scaling(data.scaling_MP), samples=samples)
     else:
-        init = build_component(INITIALIZATIONS, config.crosscoder.init)
+        init = INITIALIZATIONS.build(config.crosscoder.init)
         model.init_weights(init, config.seed, samples=samples)
     for constraint in constraints:
         constraint.start(model)
@@ -144,11 +150,7 @@ def check_threshold_in_time(config: ExperimentConfig, model: BaseCrosscoder) -> 
     """A BatchTopK is evaluated by its threshold, so that it must be tracked from before the first evaluation."""
     first = min(config.evaluation.every or config.train.n_steps, config.train.n_steps)
     for activation in model.activation_fns:
-        if isinstance(activation, BatchTopkActivation) and activation.threshold_start_step >= first:
-            raise InputError(
-                f"crosscoder.activation.threshold_start_step = {activation.threshold_start_step}: must be below the "
-                f"step of the first evaluation, {first} (evaluation.every, or the end of training)"
-            )
+        activation.check_evaluated_at(first)
 
 
 def model_metadata(experiment: Experiment) -> dict[str, Any]:

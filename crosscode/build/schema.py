@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
 import yaml
 from pydantic import BaseModel, Field, create_model
@@ -14,7 +14,7 @@ from crosscode.config.checked import checked
 from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.reading import read_yaml
 from crosscode.config.registry import ConfigModel, Registry
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS
+from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.trainers.constraints import CONSTRAINTS
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -25,13 +25,15 @@ _FIRST = ("name", "run_dir", "overwrite")
 @cache
 def experiment_class() -> type[ExperimentConfig]:
     """`ExperimentConfig` with the fields of all registered components."""
-    crosscoder = create_model(
-        "CrosscoderConfig",
-        __base__=CrosscoderConfig,
-        __doc__=CrosscoderConfig.__doc__,
-        activation=(ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
-        init=(INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    components: dict[str, Any] = {
+        "activation": (ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
+        "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
+    }
+    architectures = tuple(
+        create_model(made.__qualname__.replace(".", ""), __base__=made, __doc__=made.__doc__, **components)
+        for made in ARCHITECTURES.config_classes().values()
     )
+    crosscoder = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
     adam = OPTIMIZERS["adam"].Config()
     train = create_model(
         "TrainConfig",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crosscode.config.data import HarvestConfig, StoreConfig
+from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
@@ -54,7 +54,8 @@ class Stores:
         opened = []
         for i, store in enumerate(config.data.stores):
             with at_field(f"data.stores.{i}"):
-                opened.append(_open(store))
+                opened.append(ActivationCache(store.path))
+                opened[-1].check_not_empty()
                 check_same_content(opened[-1].path, opened[-1].manifest, wanted, to_append=False, partly=True)
         return cls(config, wanted, opened, written)
 
@@ -102,13 +103,6 @@ def check_stores_outside(config: ExperimentConfig) -> None:
             raise InputError(
                 f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}; put the store beside it"
             )
-
-
-def _open(store: StoreConfig) -> ActivationCache:
-    opened = ActivationCache(store.path)
-    if opened.n_rows == 0:
-        raise InputError(f"store {store.path!r} holds no whole shard yet")
-    return opened
 
 
 def _of_text(manifest: Manifest, fingerprint: str) -> Manifest:

@@ -6,7 +6,7 @@ from crosscode.commands.parts.command import Command, NoOptions
 
 
 def run(options: NoOptions) -> None:
-    from crosscode_kernels.resolve import available_backends
+    from crosscode_kernels import available_backends
 
     for status in available_backends():
         print(f"{status.name:10} {'available' if status.available else 'not available'}  {status.reason}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +18,6 @@ from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError, Interrupted, at_field
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from crosscode.data.store.reader import ActivationCache
 
 TEXT = """write activations to a store ahead of training
@@ -29,7 +25,6 @@ The activations of a config's text go to the store `data.cache`. CONFIG.yaml is 
 recipe's name), of which only the fields below are read; without it, give these as options. What was stopped or killed
 goes on after its last whole shard with the same command. A run reads the store with --data.stores DIR, or reads and
 completes it with --data.cache.path DIR."""
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Options(ConfigModel):
@@ -82,14 +77,19 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     from crosscode.build.data import Activations, build_token_loader, open_activations
     from crosscode.data.store.harvest import harvest_to_store
     from crosscode.trainers.interruption import StopSignals
+    from crosscode.trainers.progress import Progress
 
     cache = config.data.cache
     assert cache is not None
     activations = Activations(config=config, **open_activations(config))
-    with StopSignals() as stop, _Progress(n_tokens, enabled=progress) as shown, at_field("data.cache"):
+    with (
+        StopSignals() as stop,
+        Progress(n_tokens, what="harvest", unit="activation", enabled=progress) as shown,
+        at_field("data.cache"),
+    ):
 
         def on_progress(n_rows: int, n_bytes: int) -> None:
-            shown.show(n_rows, n_bytes)
+            shown.show(n_rows, f"{n_bytes / 2**30:.2f} GiB")
             if stop.received:
                 raise Interrupted(f"stopped by {stop.received} at {n_rows} activations; the same command goes on")
 
@@ -104,43 +104,6 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     if store.n_rows == 0:
         raise InputError(f"data.cache.max_gb = {cache.max_gb}: too small for the activations of one harvest")
     return store
-
-
-class _Progress:
-    """Activations and GiB stored: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, n_rows: int | None, *, enabled: bool) -> None:
-        self._total, self._enabled = n_rows, enabled
-        self._bar: tqdm[Any] | None = None
-        self._first: int | None = None
-        self._started = self._last_line = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, n_rows: int, n_bytes: int) -> None:
-        if not self._enabled:
-            return
-        if self._first is None:
-            self._first, self._started = n_rows, time.monotonic()
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=self._total, initial=n_rows, unit="act", unit_scale=True, desc="harvest")
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(n_rows - self._bar.n)
-            self._bar.set_postfix_str(f"{n_bytes / 2**30:.2f} GiB", refresh=False)
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            rate = (n_rows - self._first) / max(now - self._started, 1e-9)
-            of_all = "" if self._total is None else f"/{self._total}"
-            line = f"harvest {n_rows}{of_all} activations  {rate:.0f}/s  {n_bytes / 2**30:.2f} GiB"
-            print(line, file=sys.stderr, flush=True)
 
 
 COMMAND = Command(TEXT, run, Options, positional="config", outline=HarvestConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast, get_args, get_origin
@@ -13,8 +14,8 @@ from crosscode.errors import InputError
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def checked(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """A config from plain values.
+def checked(config_class: type[ConfigT], values: Mapping[str, Any], section: str = "") -> ConfigT:
+    """A config from plain values, which stand in `section` of a larger one.
 
     Raises:
         InputError: naming each bad field, its value and what is allowed.
@@ -22,32 +23,48 @@ def checked(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise InputError(explain(error, values, config_class)) from error
+        raise InputError(explain(error, values, config_class, section)) from error
 
 
 def explain(
-    error: ValidationError, values: Any, config_class: type[BaseModel], shown: Callable[[str], str] = str
+    error: ValidationError,
+    values: Any,
+    config_class: type[BaseModel],
+    section: str = "",
+    shown: Callable[[str], str] = str,
 ) -> str:
     """One line: each problem with its field (as `shown`), its value and what would be right."""
     problems = []
     for problem in error.errors():
-        field = shown(".".join(_as_written(problem["loc"], values)))
-        if problem["type"] == "extra_forbidden":
-            text = f"{field}: unknown field (value {_short(problem['input'])}){_near(problem['loc'], config_class)}"
-        elif problem["type"] == "missing":
-            text = f"{field}: required, but not given"
-        elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            text = f"{field}: {message}" if field else message
-        else:
-            text = f"{field} = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        problems.append(text)
+        written = [*([section] if section else []), *_as_written(problem["loc"], values)]
+        hint = _near(problem["loc"], config_class) if problem["type"] == "extra_forbidden" else ""
+        problems.append(problem_text(shown(".".join(written)), problem) + hint)
     return "; ".join(problems)
 
 
-def _short(value: Any) -> str:
+def problem_text(field: str, problem: Any) -> str:
+    """One of pydantic's problems in one line: the field, its value and what would be right."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{field}: required, but not given"
+    if problem["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    if problem["type"] == "union_tag_invalid":
+        return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown field (value {short(problem['input'])})"
+    return f"{field} = {short(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def signature_with(constructor: Callable[..., Any], config_class: type[BaseModel]) -> inspect.Signature:
+    """That of a constructor whose `**fields` are those of a config, for `help` and completion."""
+    own = [p for p in inspect.signature(constructor).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return inspect.Signature([*own[1:], *inspect.signature(config_class).parameters.values()])
 
 
 def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:

@@ -1,27 +1,27 @@
 """What a user can set, with meanings and defaults. No torch here.
 
-Components (activation, init, loss terms, constraints, optimizer) are named by `type` and carry their own config in
-their own file; they appear here unresolved. `crosscode.build.experiment.experiment_class` gives the class in which they are
+Components (architecture, activation, init, loss terms, constraints, optimizer) are named by `type` and carry their own config in
+their own file; they appear here unresolved. `crosscode.build.schema.experiment_class` gives the class in which they are
 resolved, which is what the command line shows and checks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel
 
 
 class CrosscoderConfig(ConfigModel):
-    """The model that is trained."""
+    """The model that is trained: what all architectures share. Each has its own fields besides, in its own file."""
 
-    type: Literal[
-        "model_hookpoint_acausal", "sae", "transcoder", "cross_layer_transcoder", "compound_cross_layer_transcoder"
-    ] = "model_hookpoint_acausal"
+    model_config = ConfigDict(extra="allow")
+    type: Any = "model_hookpoint_acausal"
     """architecture; decides how harvested activations become input and target"""
     n_latents: PositiveInt | None = None
     """number of latents; give this or expansion_factor"""
@@ -39,10 +39,6 @@ class CrosscoderConfig(ConfigModel):
     """add a linear map from input to output (transcoders)"""
     decoder_norm: Literal["sum", "joint"] | None = None
     """how decoder norms over crosscoding positions combine; null: sum, but joint for cross-layer transcoders"""
-    shared_fraction: float | None = Field(default=None, ge=0, le=1)
-    """model diffing: share of latents whose decoder vectors are one and the same for both models"""
-    options: dict[str, Any] = Field(default={})
-    """further constructor arguments of the architecture"""
 
     @model_validator(mode="after")
     def _one_size(self) -> CrosscoderConfig:
@@ -145,6 +141,19 @@ class ExperimentConfig(HarvestConfig):
     """the training loop"""
     evaluation: EvaluationConfig = EvaluationConfig()
     """held-out figures"""
+
+    @field_validator("crosscoder", mode="before")
+    @classmethod
+    def _as_it_was_written(cls, crosscoder: Any) -> Any:
+        """The type may be left out. Older configs have fields of the architecture in `options`, and state
+        `shared_fraction: null` for all of them."""
+        if not isinstance(crosscoder, Mapping):
+            return crosscoder
+        values = {"type": CrosscoderConfig.model_fields["type"].default, **crosscoder}
+        values |= values.pop("options", None) or {}
+        if values.get("shared_fraction", "") is None:
+            del values["shared_fraction"]
+        return values
 
     def run_path(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name))

@@ -8,12 +8,11 @@ from typing import Any
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves by dotted path, in the order of names; a list that holds mappings by index, any other is a leaf."""
-    items: Any = None
     if isinstance(value, Mapping):
-        items = sorted(value.items())
+        items = sorted(value.items(), key=lambda item: str(item[0]))
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         items = enumerate(value)
-    if items is None:
+    else:
         yield path, value
         return
     for name, item in items:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.recipes import recipe_path
 
 MAX_DEPTH = 50
@@ -97,4 +98,4 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
     values = load_yaml(text, f"config: {str(path)!r}")
     if not isinstance(values, dict):
         raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
-    return values
+    return today(values, str(path))

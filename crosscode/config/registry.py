@@ -2,18 +2,21 @@
 
 A component is one class in one file. It carries its own `Config` (what a user may set, with meanings and defaults) and
 registers itself under the `type` of that config; `discover` finds every file of a folder, so no other file lists it.
+Its constructor takes the fields of that `Config`.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Generic, TypeVar, Union
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from crosscode.config.checked import checked
 from crosscode.config.counts import as_count, members_of
 from crosscode.errors import InputError
 
@@ -53,20 +56,100 @@ def type_of(config_class: type[BaseModel]) -> str:
     return config_class.model_fields["type"].default
 
 
-class Registry(Generic[T]):
-    """Classes of one kind by name, e.g. all activations."""
+# ---- components
 
-    def __init__(self, kind: str, package: str):
-        self.kind = kind
+
+class Configured:
+    """Base of everything that a config names. The constructor takes the fields of `Config`, by position or by name:
+    those that must be given, then `beside`, then those with a default.
+
+    A subclass has no `__init__`: the checked fields are its attributes (and `config` holds them all); what it makes of
+    them, it makes in `setup`.
+    """
+
+    Config: ClassVar[type[ConfigModel]]
+    section: ClassVar[str] = ""
+    """where a config names it, for messages; set by `Registry.register`"""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """required arguments of the constructor that are no fields"""
+    by_name: ClassVar[tuple[str, ...]] = ()
+    """fields with a default that the constructor takes by name only"""
+    config: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(type(self)).bind(*args, **kwargs).arguments
+        beside = {name: given.pop(name) for name in self.beside}
+        self._start(checked(self.Config, given, self.section), **beside)
+
+    @classmethod
+    def of(cls, config: ConfigModel, **beside: Any) -> Self:
+        """From a config that was checked before."""
+        made = cls.__new__(cls)
+        made._start(config, **beside)
+        return made
+
+    def _start(self, config: ConfigModel, **beside: Any) -> None:
+        self.config = config
+        fields = {name: getattr(config, name) for name in type(config).model_fields if name != "type"}
+        self.__dict__.update(beside | fields)
+        self.setup()
+
+    def setup(self) -> None:
+        """Make what follows from the fields; refuse what does not fit together."""
+
+    @classmethod
+    def type_name(cls) -> str:
+        return type_of(cls.Config)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in cls.__dict__:
+            cls.__signature__ = _signature(cls)  # pyright: ignore[reportAttributeAccessIssue]
+
+    if TYPE_CHECKING:  # fields are attributes, but type checkers cannot know which
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def _signature(cls: type[Configured]) -> inspect.Signature:
+    """What must be given comes first; fields shared through a config that is no component's come last."""
+    fields = {name: field for name, field in cls.Config.model_fields.items() if name != "type"}
+    bases = [base for base in cls.Config.__mro__[1:] if issubclass(base, BaseModel)]
+    shared = {name for base in bases if "type" not in base.model_fields for name in base.model_fields}
+
+    def parameter(name: str) -> inspect.Parameter:
+        field = fields.get(name)
+        default = inspect.Parameter.empty
+        if field is not None and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+        annotation = inspect.Parameter.empty if field is None else field.annotation
+        kind = inspect.Parameter.KEYWORD_ONLY if name in cls.by_name else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+    required = [name for name, field in fields.items() if field.is_required()]
+    optional = [name for name in fields if name not in required]
+    optional.sort(key=lambda name: (name in cls.by_name, name in shared))
+    return inspect.Signature([parameter(name) for name in (*required, *cls.beside, *optional)])
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name, e.g. all activations. `section` is where a config names one, `{type}` its name."""
+
+    def __init__(self, section: str, package: str):
+        self.section = section
         self._package = package
         self._classes: dict[str, T] = {}
+        self._configs: dict[str, type[BaseModel]] = {}
 
     def register(self, cls: ClassT) -> ClassT:
-        """Class decorator; the class must have a nested `Config` with a literal `type`."""
-        name = type_of(cls.Config)  # pyright: ignore[reportAttributeAccessIssue]
-        if self._classes.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"two classes register as {self.kind} {name!r}: {self._classes[name]} and {cls}")
-        self._classes[name] = cls  # pyright: ignore[reportArgumentType]
+        """Class decorator; the class must have a nested `Config` with a literal `type`, or several as `Configs`."""
+        for config_class in getattr(cls, "Configs", None) or (cls.Config,):  # pyright: ignore[reportAttributeAccessIssue]
+            name = type_of(config_class)
+            if self._classes.get(name, cls).__qualname__ != cls.__qualname__:
+                raise ValueError(f"two classes register as {self.section} {name!r}: {self._classes[name]} and {cls}")
+            cls.section = self.section.format(type=name)  # pyright: ignore[reportAttributeAccessIssue]
+            self._classes[name] = cls  # pyright: ignore[reportArgumentType]
+            self._configs[name] = config_class
         return cls
 
     def discover(self) -> None:
@@ -84,11 +167,16 @@ class Registry(Generic[T]):
         if name not in self._classes:
             near = difflib.get_close_matches(name, self._classes, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(f"{self.kind}: unknown type {name!r}{hint}; available: {', '.join(sorted(self._classes))}")
+            section = self.section.removesuffix(".{type}")
+            raise InputError(f"{section}: unknown type {name!r}{hint}; available: {', '.join(sorted(self._classes))}")
         return self._classes[name]
 
+    def config_class(self, name: str) -> Any:
+        """The `Config` that is chosen by this `type`."""
+        return self[name] and self._configs[name]
+
     def config_classes(self) -> dict[str, type[BaseModel]]:
-        return {name: self[name].Config for name in self}  # pyright: ignore[reportAttributeAccessIssue]
+        return {name: self._configs[name] for name in self}
 
     def config_union(self) -> Any:
         """The type of a config field that takes any component of this kind, told apart by `type`."""
@@ -97,19 +185,16 @@ class Registry(Generic[T]):
             return members[0]
         return Annotated[Union[members], Field(discriminator="type")]  # noqa: UP007
 
-    def resolve(self, component: BaseModel) -> BaseModel:
-        """Check an unresolved component against its class; a resolved one passes through."""
-        if not isinstance(component, Component):
+    def resolve(self, component: BaseModel | Mapping[str, Any], section: str | None = None) -> Any:
+        """Check an unresolved component, or plain values, against its class; a resolved one passes through.
+        `section`: where it stands, if not where others of its kind do."""
+        if isinstance(component, BaseModel) and not isinstance(component, Component):
             return component
-        return self[component.type].Config.model_validate(component.model_dump())  # pyright: ignore[reportAttributeAccessIssue]
+        values = component.model_dump() if isinstance(component, BaseModel) else component
+        section = section or self.section.format(type=values["type"])
+        return checked(self.config_class(values["type"]), values, section)
 
-
-def params_of(config: BaseModel) -> dict[str, Any]:
-    """Constructor arguments in a component's config: its fields without `type`."""
-    return {name: getattr(config, name) for name in type(config).model_fields if name != "type"}
-
-
-def build_component(registry: Registry[Any], config: BaseModel, **extra: Any) -> Any:
-    """An object from its config: `Class(**fields, **extra)`."""
-    cls: Callable[..., Any] = registry[getattr(config, "type")]  # noqa: B009
-    return cls(**params_of(registry.resolve(config)), **extra)
+    def build(self, config: BaseModel | Mapping[str, Any], **beside: Any) -> Any:
+        """An object from its config, resolved or not."""
+        config = self.resolve(config)
+        return self[config.type].of(config, **beside)  # pyright: ignore[reportAttributeAccessIssue]

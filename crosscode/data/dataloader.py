@@ -18,7 +18,7 @@ from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
 from crosscode.data.text.tokens import TokenSequenceLoader
-from crosscode.errors import InputError, check_at_least
+from crosscode.errors import InputError, check_at_least, check_settings
 
 log = logging.getLogger("crosscode")
 
@@ -110,9 +110,7 @@ class ActivationsDataloader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it belongs to other settings."""
-        for name, mine in self._settings().items():
-            if state.get(name) != mine:
-                raise InputError(f"data state: {name} was {state.get(name)!r} when it was saved and is {mine!r} now")
+        check_settings(self._settings(), state)
         self._scaling_MP = self._check_scaling(state["scaling_MP"])
         self._start = dict(state)
         self.close()

@@ -6,9 +6,6 @@ than once an operator, so a busy machine costs less.
 Letters: A attention heads (of all sequences), H sequences, S positions, E head dimension, V vocabulary.
 """
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from crosscode.files import new_folder, write_json
 
 CONTEXT = 512
 SHORT_CONTEXT = 128
@@ -211,20 +210,15 @@ def worker(rank: int, world: int, rendezvous: Path, job: Job) -> None:
         result = train(model, phase, job, lambda name=phase.name: save_weights(model, job, name))
         if rank == 0:
             save_weights(model, job, phase.name)
-            (job.folder / f"{phase.name}.json").write_text(json.dumps({**asdict(phase), **result}))
+            write_json(job.folder / f"{phase.name}.json", {**asdict(phase), **result})
     dist.destroy_process_group()
 
 
 def save_weights(model: LlamaForCausalLM, job: Job, name: str) -> None:
     """Write a bf16 checkpoint so that a reader sees the old files or the new ones, each whole."""
-    folder = job.folder / name
-    temporary = job.folder / f".{name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
     clone = LlamaForCausalLM(LlamaConfig(**job.config))
     clone.load_state_dict(model.state_dict())
-    clone.bfloat16().save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        file.chmod(0o644)
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+    with new_folder(job.folder / name, index="config.json") as folder:
+        clone.bfloat16().save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)

@@ -24,6 +24,7 @@ from crosscode.demo.evaluation import bits_per_byte
 from crosscode.demo.ngram import baseline_bits_per_byte
 from crosscode.demo.tokenizer import train_tokenizer
 from crosscode.demo.train_loop import CONTEXT, Job, Phase, worker
+from crosscode.files import write_json
 
 STAGING = ".crosscode-tmp-models"
 VOCAB_SIZE = 2048
@@ -55,28 +56,15 @@ def make_job(
             (arguments.code_share, code),
             (1 - arguments.code_share, token_stream(corpora["tests"], tokenizer)),
         ]
+
+    def phase(name: str, **settings: float) -> Phase:
+        tokens, minutes = (getattr(arguments, f"{name}_{unit}") for unit in ("tokens", "minutes"))
+        return Phase(name=name, tokens=tokens, minutes=minutes, batch_tokens=arguments.batch_tokens, **settings)
+
     return Job(
         phases=[
-            Phase(
-                name="base",
-                tokens=arguments.base_tokens,
-                minutes=arguments.base_minutes,
-                lr_matrices=0.02,
-                lr_rest=2e-3,
-                batch_tokens=arguments.batch_tokens,
-                decay_from=0.4,
-                full_context_from=0.65,
-            ),
-            Phase(
-                name="tuned",
-                tokens=arguments.tuned_tokens,
-                minutes=arguments.tuned_minutes,
-                lr_matrices=0.005,
-                lr_rest=1e-3,
-                batch_tokens=arguments.batch_tokens,
-                decay_from=0.1,
-                full_context_from=0.0,
-            ),
+            phase("base", lr_matrices=0.02, lr_rest=2e-3, decay_from=0.4, full_context_from=0.65),
+            phase("tuned", lr_matrices=0.005, lr_rest=1e-3, decay_from=0.1, full_context_from=0.0),
         ],
         streams={
             "base": base_streams,
@@ -161,7 +149,7 @@ def earlier_training(start: Path | None) -> list[dict[str, Any]]:
 
 def publish(job: Job, out: Path, card: dict[str, Any]) -> None:
     """Move the finished pair and its card to `out`, each file at once."""
-    (job.folder / "model_card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_json(job.folder / "model_card.json", card)
     for file in (job.folder / "model_card.json", *(f for p in job.phases for f in (job.folder / p.name).iterdir())):
         target = out / file.relative_to(job.folder)
         target.parent.mkdir(parents=True, exist_ok=True)

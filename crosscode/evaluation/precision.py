@@ -33,9 +33,19 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    # PyTorch has two settings. Writing the older one sets the newer (`fp32_precision`, from 2.9 on) too; reading the older
+    # one raises where the newer was written otherwise.
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = None
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    newer = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
     torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for backend, precision in newer:
+            backend.fp32_precision = precision

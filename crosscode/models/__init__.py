@@ -7,7 +7,7 @@ from crosscode.models.activations import BatchTopkActivation as BatchTopkActivat
 from crosscode.models.activations import GroupMaxActivation as GroupMaxActivation
 from crosscode.models.activations import ReLUActivation as ReLUActivation
 from crosscode.models.activations import TopkActivation as TopkActivation
-from crosscode.models.base import MODELS as MODELS
+from crosscode.models.architecture import ARCHITECTURES as ARCHITECTURES
 from crosscode.models.base import BaseCrosscoder as BaseCrosscoder
 from crosscode.models.base import ForwardResult as ForwardResult
 from crosscode.models.compound_cross_layer_transcoder import (

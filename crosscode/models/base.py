@@ -5,27 +5,30 @@ Axes: B tokens · Xi/Xo any input/output crosscoding dims · Di/Do input/output 
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode, OpSet
-from crosscode_kernels.registry import has_option
-from crosscode_kernels.resolve import resolve_backend
-from crosscode_kernels.sparse import DenseLatents, Latents
+from crosscode_kernels import AnyBackend
+from crosscode_kernels.decoder_norms import NormMode
+from crosscode_kernels.recon_loss import ReconLoss
+from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
+from crosscode.config.registry import type_of
 from crosscode.errors import InputError
-from crosscode.models import folding
+from crosscode.models import checkpoint, folding
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.forward import ForwardResult as ForwardResult
-from crosscode.models.lifecycle import Lifecycle
-from crosscode.models.row_view import row_view
+from crosscode.models.initialization.base import InitStrategy, SampleBatches
+from crosscode.models.shapes import check_shape, checked_latents
+from crosscode.models.weights import CoderWeights
 
 
-class BaseCrosscoder(Lifecycle):
+class BaseCrosscoder(CoderWeights):
     """Encode, decode, save, load, clone and fold for every architecture; a subclass names the dimensions.
 
     Args:
@@ -44,17 +47,10 @@ class BaseCrosscoder(Lifecycle):
     Parameters start uninitialised: call `init_weights`, or `load`.
     """
 
-    kind: ClassVar[str]
-    default_decoder_norm: ClassVar[NormMode] = "sum"
-    n_shared_latents: int = 0
-    """The first latents of the dictionary whose decoder vectors are one and the same for all models."""
-    use_pre_bias: bool = False
-    activation_fn: ActivationFunction
-    W_enc_LXiDi: nn.Parameter
-    W_dec_LXoDo: nn.Parameter
-    b_dec_XoDo: nn.Parameter | None
-    b_enc_L: nn.Parameter | None
-    W_skip_XiDiXoDo: nn.Parameter | None
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in cls.__dict__ and "kind" not in cls.__dict__:
+            cls.kind = type_of(cls.Config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __init__(
         self,
@@ -70,17 +66,17 @@ class BaseCrosscoder(Lifecycle):
         use_pre_bias: bool = False,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
-        backend: BackendName = "auto",
+        backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
         if activation_fn.n_latents != n_latents:
             raise InputError(f"n_latents = {n_latents}: the activation was made for {activation_fn.n_latents} latents")
-        if has_option(backend, "screened") and not activation_fn.is_screened:
+        super().__init__(in_dims, d_in, out_dims, d_out, n_latents, decoder_norm, backend)
+        if "screened" in self.backend.options and not activation_fn.is_screened:
             raise InputError(
-                f"backend = {backend!r}: screens the encode of activation.type 'topk', got {activation_fn.type_name()!r}"
+                f"backend = {str(self.backend)!r}: screens the encode of crosscoder.activation.type 'topk', "
+                f"got {activation_fn.type_name()!r}"
             )
-        self._set_dims(in_dims, d_in, out_dims, d_out, n_latents, decoder_norm, backend)
         self.activation_fn = activation_fn.to_param_dtype(dtype)
         self.use_pre_bias = use_pre_bias
         if use_pre_bias and not (use_decoder_bias and self.spaces_match):
@@ -98,93 +94,22 @@ class BaseCrosscoder(Lifecycle):
         self.b_dec_XoDo = param(use_decoder_bias, *out_dims, d_out)
         self.W_skip_XiDiXoDo = param(linear_skip, *in_dims, d_in, *out_dims, d_out)
 
-    def _set_dims(
-        self,
-        in_dims: tuple[int, ...],
-        d_in: int,
-        out_dims: tuple[int, ...],
-        d_out: int,
-        n_latents: int,
-        decoder_norm: NormMode | None,
-        backend: BackendName,
-    ) -> None:
-        for name, sizes in (("in_dims", in_dims), ("out_dims", out_dims)):
-            if any(size < 1 for size in sizes):
-                raise InputError(f"{name} = {tuple(sizes)}: every size must be at least 1")
-        for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
-            if size < 1:
-                raise InputError(f"{name} = {size}: must be at least 1")
-        self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
-        self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
-        self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
-        self.backend: BackendName = backend
-        self._ops: tuple[Any, OpSet] | None = None
-
-    # ---- views and facts
-
-    @property
-    def W_enc_LI(self) -> Tensor:
-        return row_view(self.W_enc_LXiDi, has_option(self.backend, "rows"))
-
-    @property
-    def W_dec_LO(self) -> Tensor:
-        return row_view(self.W_dec_LXoDo, has_option(self.backend, "rows"))
-
-    @property
-    def W_enc_XiDiL(self) -> Tensor:
-        return self.W_enc_LXiDi.movedim(0, -1)
-
-    @property
-    def segments(self) -> tuple[int, ...]:
-        """Widths of the crosscoding positions along O."""
-        return (self.d_out,) * math.prod(self.out_dims)
-
-    @property
-    def spaces_match(self) -> bool:
-        """Whether input and output have the same crosscoding dims and width."""
-        return (self.in_dims, self.d_in) == (self.out_dims, self.d_out)
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].W_enc_LXiDi.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0].W_enc_LXiDi.dtype
-
     @property
     def parts(self) -> Sequence[BaseCrosscoder]:
-        """The models with weights of their own: this one, or the source layers of a compound model."""
         return (self,)
 
     @property
-    def activation_fns(self) -> list[ActivationFunction]:
-        return [part.activation_fn for part in self.parts]
-
-    @property
-    def ops(self) -> OpSet:
-        """The ops of the chosen backend, for where the parameters are now."""
-        key = (self.backend, self.device, self.dtype)
-        if self._ops is None or self._ops[0] != key:
-            self._ops = (key, resolve_backend(*key))
-        return self._ops[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ops": None}
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters: `weights`, and the activations' `thresholds`, which may want another learning rate."""
-        thresholds = [param for activation in self.activation_fns for param in activation.parameters()]
-        ids = {id(param) for param in thresholds}
-        return {"weights": [p for p in self.parameters() if id(p) not in ids], "thresholds": thresholds}
+    def selects_over_parts(self) -> bool:
+        """Whether the activations of `parts` select as one, over the latents of them all."""
+        return False
 
     # ---- forward
 
     def encode_latents(self, x_BXiDi: Tensor) -> Latents:
         """Latents of a batch in the form that the backend prefers (sparse or dense)."""
-        self._check_shape("input", x_BXiDi, self.in_dims, self.d_in)
-        n_L = self.ranking_norms_L() if self.activation_fn.uses_decoder_norms else None
-        return self.activation_fn.encode(self.ops, self._encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, n_L)
+        check_shape("input", x_BXiDi, self.in_dims, self.d_in)
+        x_BI, n_L = self.encoder_input(x_BXiDi), self._norms_to_rank_by()
+        return self.activation_fn.encode(self.ops, x_BI, self.W_enc_LI, self.b_enc_L, n_L)
 
     def encode(self, x_BXiDi: Tensor) -> Tensor:
         """Dense `latents_BL`. For large L prefer `encode_latents`."""
@@ -195,7 +120,7 @@ class BaseCrosscoder(Lifecycle):
 
         A model with a linear skip needs the input as well.
         """
-        y_BO = self.ops.decode(self._checked_latents(latents), self.W_dec_LO, self._b_dec_O)
+        y_BO = self.ops.sparse_decode(checked_latents(latents, self.n_latents), self.W_dec_LO, self._b_dec_O)
         if self.W_skip_XiDiXoDo is not None:
             if x_BXiDi is None:
                 raise InputError("decode: this model has a linear skip, so it needs the input x_BXiDi as well")
@@ -206,7 +131,7 @@ class BaseCrosscoder(Lifecycle):
         """`output_BXoDo` from the latents of each of `parts`."""
         return self.decode(latents_of_parts[0], x_BXiDi)
 
-    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         """Squared error of what `decode_parts` would give."""
         target_BO = target_BXoDo.flatten(1)
         if self.W_skip_XiDiXoDo is not None:
@@ -222,11 +147,11 @@ class BaseCrosscoder(Lifecycle):
 
     def dead_latents(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Latents:
         """The k largest `relu(h)` of each token among the latents of `dead_mask_L`; never encodes the others."""
-        return self.ops.aux_topk(self._encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
+        return self.ops.aux_topk(self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
         """`output_BXoDo` of `dead_latents`, without bias or skip (for AuxK)."""
-        y_BO = self.ops.decode(self.dead_latents(x_BXiDi, dead_mask_L, k), self.W_dec_LO, None)
+        y_BO = self.ops.sparse_decode(self.dead_latents(x_BXiDi, dead_mask_L, k), self.W_dec_LO, None)
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
@@ -238,30 +163,12 @@ class BaseCrosscoder(Lifecycle):
         """The reconstruction `output_BXoDo`."""
         return self.forward_train(x_BXiDi).output_BXoDo
 
-    def _encoder_input(self, x_BXiDi: Tensor) -> Tensor:
+    def encoder_input(self, x_BXiDi: Tensor) -> Tensor:
+        """What the encoder is multiplied with: `x_BI`."""
         if self.use_pre_bias:
             assert self.b_dec_XoDo is not None
             x_BXiDi = x_BXiDi - self.b_dec_XoDo
         return x_BXiDi.flatten(1)
-
-    def _scale_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
-        folding.scale_weights_(self, scaling_in_Xi, scaling_out_Xo)
-
-    def _dims_dict(self) -> dict[str, Any]:
-        """The subclass's own constructor arguments."""
-        raise NotImplementedError
-
-    def _checked_latents(self, latents: Latents | Tensor) -> Latents:
-        if isinstance(latents, Tensor):
-            latents = DenseLatents(latents)
-        if latents.n_latents != self.n_latents:
-            raise InputError(f"latents: expected {self.n_latents} latents, got {latents.n_latents}")
-        return latents
-
-    def _check_shape(self, name: str, tensor: Tensor, dims: tuple[int, ...], width: int) -> None:
-        if tuple(tensor.shape[1:]) != (*dims, width):
-            expected = ", ".join(map(str, (*dims, width)))
-            raise InputError(f"{name}: expected shape (B, {expected}), got {tuple(tensor.shape)}")
 
     # ---- hooks of the training loop
 
@@ -273,39 +180,91 @@ class BaseCrosscoder(Lifecycle):
     @torch.no_grad()
     def after_step(self, latents: Latents) -> None:
         """Called once per training step with the latents of the whole batch, for running statistics."""
-        n_L = self.ranking_norms_L() if self.activation_fn.uses_decoder_norms else None
-        self.activation_fn.after_step(latents, n_L)
+        self.activation_fn.after_step(latents, self._norms_to_rank_by())
 
     @contextmanager
     def k_multiplied(self, factor: int) -> Iterator[None]:
         """Within the block every TopK-style activation keeps `factor` times as many latents (multi-TopK)."""
         for activation in self.activation_fns:
-            activation.k_factor = factor
+            activation.multiply_k(factor)
         try:
             yield
         finally:
             for activation in self.activation_fns:
-                activation.k_factor = 1
+                activation.multiply_k(1)
 
-    # ---- decoder norms
+    def _norms_to_rank_by(self) -> Tensor | None:
+        return self.ranking_norms_L() if self.activation_fn.uses_decoder_norms else None
 
-    def decoder_norms(self) -> DecoderNorms:
-        """Norms of the decoder vectors per crosscoding position and per latent."""
-        return self.ops.decoder_norms(self.W_dec_LO, self.segments, self.decoder_norm)
+    # ---- initialisation, folding, copies
 
-    def ranking_norms_L(self) -> Tensor:
-        """`n_L` in the space of training: folding rescales the decoder, which must not change what is selected."""
-        norms = self.decoder_norms()
-        if self.folded_scaling_out_Xo is None:
-            return norms.n_L
-        norms_LX = norms.norms_LX * self.folded_scaling_out_Xo.flatten()
-        return norms_LX.sum(1) if self.decoder_norm == "sum" else norms_LX.norm(dim=1)
+    def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
+        """Fill all parameters; returns the model itself."""
+        self.check_init(strategy)
+        if strategy.needs_data and samples is None:
+            raise InputError(f"init: {type(strategy).__name__} looks at activations: pass `samples`")
+        strategy.init_weights(self, torch.Generator().manual_seed(seed), samples)
+        return self
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "kind" in cls.__dict__:
-            MODELS[cls.kind] = cls
+    def check_init(self, strategy: InitStrategy) -> None:
+        """Raise `InputError` where the strategy cannot fill this model."""
+        for part in [self] if strategy.takes_compound else self.parts:
+            strategy.check_model(part)
 
+    def fold_activation_scaling_into_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+        """Afterwards the model takes raw activations and returns raw reconstructions; latents are unchanged.
 
-MODELS: dict[str, type[BaseCrosscoder]] = {}
-"""Architectures by the `kind` that checkpoints and configs name."""
+        Args:
+            scaling_in_Xi, scaling_out_Xo: factors that training multiplied activations with, one per position.
+
+        Raises:
+            InputError: if scaling is folded in already, or a factor is not positive and finite.
+        """
+        folding.fold_scaling_(self, scaling_in_Xi, scaling_out_Xo)
+
+    def scale_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+        """What folding does to the weights."""
+        folding.scale_weights_(self, scaling_in_Xi, scaling_out_Xo)
+
+    def with_folded_scaling_factors(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> Self:
+        """A copy with the scaling folded in; the model itself is unchanged."""
+        folded = self.clone()
+        folded.fold_activation_scaling_into_weights_(scaling_in_Xi, scaling_out_Xo)
+        return folded
+
+    def fold_decoder_norms_into_encoder_(self) -> None:
+        """Decoder norms become 1, latents are multiplied by what their norms were; the function is unchanged.
+
+        Raises:
+            InputError: for activations whose selection depends on the latents' scale (TopK and GroupMax).
+        """
+        for part in self.parts:
+            folding.fold_decoder_norms_(part)
+
+    def clone(self) -> Self:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    # ---- files
+
+    @classmethod
+    def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
+        """The constructor arguments that follow from the harvested activations."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Write `model.safetensors` and `config.json` into the folder `path`, whole or not at all.
+
+        Args:
+            metadata: JSON values that belong to the weights, such as models and hookpoints.
+        """
+        checkpoint.save_model(self, Path(path), metadata or {})
+
+    @classmethod
+    def load(cls, path: str | Path, *, backend: AnyBackend = "auto", device: str | torch.device = "cpu") -> Self:
+        """A saved model, equal to the bit, in eval mode.
+
+        Raises:
+            InputError: a missing folder, another architecture, or tensors whose names, shapes or dtypes differ.
+        """
+        return checkpoint.load_model(cls, Path(path), backend=backend, device=torch.device(device))

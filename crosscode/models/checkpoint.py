@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import AnyBackend
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.files import new_folder, write_json
+from crosscode.formats import MODEL
 from crosscode.models.activations.base import ACTIVATIONS
+from crosscode.models.architecture import class_of_kind
+from crosscode.models.coder import Coder
 
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
+ModelT = TypeVar("ModelT", bound=Coder)
 
-    ModelT = TypeVar("ModelT", bound=BaseCrosscoder)
-
-FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-def save_model(model: BaseCrosscoder, path: Path, metadata: dict[str, Any]) -> None:
+def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
     with new_folder(path, CONFIG_FILE) as folder:
         write_model(model, folder, metadata)
 
 
-def write_model(model: BaseCrosscoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write_model(model: Coder, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the two files into an existing folder."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
-    config = {"format_version": FORMAT_VERSION, "model": model_config(model), "metadata": metadata}
+    config = {**MODEL.stamp(), "model": model_config(model), "metadata": metadata}
     write_json(folder / CONFIG_FILE, config)
 
 
-def model_config(model: BaseCrosscoder) -> dict[str, Any]:
+def model_config(model: Coder) -> dict[str, Any]:
     """All that is needed to build a model again, without its weights."""
     part = model.parts[0]
     config = {
         "kind": model.kind,
-        **model._dims_dict(),
+        **{name: getattr(model, name) for name in model.own_arguments},
         "n_latents": model.n_latents,
-        "activation": part.activation_fn.config().model_dump(),
+        "activation": part.activation_fn.config.model_dump(),
         "use_encoder_bias": part.b_enc_L is not None,
         "use_decoder_bias": model.b_dec_XoDo is not None,
         "linear_skip": part.W_skip_XiDiXoDo is not None,
@@ -62,33 +61,27 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"model path {str(path)!r}: no {CONFIG_FILE} there; expected a folder written by `save`")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        version = config["format_version"]
+        _ = config["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path / CONFIG_FILE}: not a config written by `save` ({error})") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path / CONFIG_FILE}: format_version = {version}; this version reads {FORMAT_VERSION}")
-    return config
+    return MODEL.read(config, str(path / CONFIG_FILE))
 
 
-def load_model(cls: type[ModelT], path: Path, *, backend: BackendName, device: torch.device) -> ModelT:
-    from crosscode.models.base import MODELS
-
+def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device) -> ModelT:
     spec = dict(read_config(path)["model"])
     kind = spec.pop("kind")
-    if kind not in MODELS or not issubclass(MODELS[kind], cls):
+    model_class = class_of_kind(kind)
+    if model_class is None or not issubclass(model_class, cls):
         raise InputError(f"model path {str(path)!r}: holds a {kind!r} model, not a {cls.__name__}")
-    activation_spec, is_folded = spec.pop("activation"), spec.pop("is_folded")
-    dtype = getattr(torch, spec.pop("dtype"))
-    activation_cls = ACTIVATIONS[activation_spec["type"]]
-    activation_args = {name: value for name, value in activation_spec.items() if name != "type"}
-    activation = activation_cls(**activation_args, n_latents=spec["n_latents"])
-    model = MODELS[kind](**spec, activation_fn=activation, backend=backend, dtype=dtype)
+    activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
+    is_folded, dtype = spec.pop("is_folded"), getattr(torch, spec.pop("dtype"))
+    model = model_class(**spec, activation_fn=activation, backend=backend, dtype=dtype)
     if is_folded:
         for part in {model, *model.parts}:
             part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
             part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
-    return model.to(device).eval()  # pyright: ignore[reportReturnType]
+    return model.to(device).eval()
 
 
 def _checked_tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

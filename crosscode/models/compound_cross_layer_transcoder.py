@@ -7,25 +7,31 @@ all source layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from crosscode_kernels.opset import BackendName, DecodeReconLoss, DecoderNorms, NormMode
+from crosscode_kernels import AnyBackend
+from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
-from crosscode.models.activations.batch_topk import BatchTopkActivation
-from crosscode.models.activations.topk import TopkActivation
+from crosscode.models.architecture import ARCHITECTURES, ArchitectureConfig
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.models.cross_layer_transcoder import CrossLayerTranscoder
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.layered_latents import concat_latents, keep_largest, layer_of_latents
-from crosscode.models.lifecycle import Lifecycle
+from crosscode.models.shapes import check_shape, checked_latents
+from crosscode.models.split import Split
+from crosscode.models.weights import CoderWeights
 from crosscode.seeds import derived_seed
 
+TopkScope = Literal["layer", "all_layers"]
 
+
+@ARCHITECTURES.register
 class CompoundCrossLayerTranscoder(BaseCrosscoder):
     """One `CrossLayerTranscoder` per source layer; their outputs add up: `Xi = Xo = (P,)`.
 
@@ -40,7 +46,22 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         topk_scope: "layer": TopK and BatchTopK keep k latents in each source layer; "all_layers": k over all of them.
     """
 
-    kind = "compound_cross_layer_transcoder"
+    class Config(ArchitectureConfig):
+        type: Literal["compound_cross_layer_transcoder"] = "compound_cross_layer_transcoder"
+        """the first half of the hookpoints in, the second half out"""
+        own_layer: bool = True
+        """whether a source layer decodes to its own layer, too, not only to later ones"""
+        topk_scope: TopkScope = "layer"
+        """whether TopK and BatchTopK keep k latents in each source layer, or k over all of them"""
+        title = "compound cross-layer transcoder"
+        split = Split(
+            type,
+            lambda p: (slice(0, p // 2), slice(p // 2, None)),
+            lambda p: p >= 2 and p % 2 == 0,
+            "needs as many output as input hookpoints, [input of each layer ..., output of each layer ...]",
+        )
+
+    own_arguments = ("n_layers", "d_in", "d_out", "own_layer", "topk_scope")
     default_decoder_norm = "joint"
 
     def __init__(
@@ -52,26 +73,25 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         activation_fn: ActivationFunction,
         *,
         own_layer: bool = True,
-        topk_scope: Literal["layer", "all_layers"] = "layer",
+        topk_scope: TopkScope = "layer",
         use_encoder_bias: bool = True,
         use_decoder_bias: bool = True,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
-        backend: BackendName = "auto",
+        backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
         # The weights are those of the layers, so not what BaseCrosscoder would make.
-        Lifecycle.__init__(self)
-        self._set_dims((n_layers,), d_in, (n_layers,), d_out, n_latents, decoder_norm, backend)
+        CoderWeights.__init__(self, (n_layers,), d_in, (n_layers,), d_out, n_latents, decoder_norm, backend)
         self.n_layers, self.own_layer, self.topk_scope = n_layers, own_layer, topk_scope
         n_sources = n_layers if own_layer else n_layers - 1
         if n_sources < 1:
             raise InputError(f"n_layers = {n_layers}: without own_layer at least two layers are needed")
         if n_latents % n_sources:
             raise InputError(f"n_latents = {n_latents}: must divide by the {n_sources} source layers")
-        if topk_scope == "all_layers" and not isinstance(activation_fn, (TopkActivation, BatchTopkActivation)):
+        if topk_scope == "all_layers" and not activation_fn.keeps_k:
             raise InputError(
-                f"topk_scope = 'all_layers': needs activation.type 'topk' or 'batch_topk', "
+                f"topk_scope = 'all_layers': needs crosscoder.activation.type 'topk' or 'batch_topk', "
                 f"got {activation_fn.type_name()!r}"
             )
         self.layers = nn.ModuleList(
@@ -95,35 +115,29 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def _first_output(self, source: int) -> int:
         return source if self.own_layer else source + 1
 
-    def _dims_dict(self) -> dict[str, Any]:
-        return {
-            "n_layers": self.n_layers,
-            "d_in": self.d_in,
-            "d_out": self.d_out,
-            "own_layer": self.own_layer,
-            "topk_scope": self.topk_scope,
-        }
+    @classmethod
+    def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
+        return {"n_layers": n_hookpoints // 2, "d_in": d_model, "d_out": d_model}
 
     @property
     def parts(self) -> tuple[CrossLayerTranscoder, ...]:
         return tuple(self.layers)  # pyright: ignore[reportReturnType]
 
+    @property
+    def selects_over_parts(self) -> bool:
+        return self.topk_scope == "all_layers"
+
     # ---- forward
 
     def _encode_layers(self, x_BPD: Tensor) -> list[Latents]:
-        self._check_shape("input", x_BPD, self.in_dims, self.d_in)
+        check_shape("input", x_BPD, self.in_dims, self.d_in)
         layers = [part.encode_latents(x_BPD[:, source]) for source, part in enumerate(self.parts)]
         activation = self.activation_fns[0]
-        if self.topk_scope == "layer" or len(layers) == 1:
+        selection = activation.selection() if self.selects_over_parts else None
+        if selection is None or len(layers) == 1:
             return layers
-        assert isinstance(activation, (TopkActivation, BatchTopkActivation))
-        k = min(activation.wanted_k, self.n_latents)
-        if isinstance(activation, BatchTopkActivation):
-            if not self.training or activation.batch_thresholds:  # a threshold needs no ranking
-                return layers
-            scale_L = self.ranking_norms_L().detach() if activation.uses_decoder_norms else None
-            return keep_largest(layers, k, scale_L, over_batch=True)
-        return keep_largest(layers, k, None, over_batch=False)
+        scale_L = self.ranking_norms_L().detach() if activation.uses_decoder_norms else None
+        return keep_largest(layers, min(selection.k, self.n_latents), scale_L, over_batch=selection.over_batch)
 
     def _decode_layers(self, layers: Sequence[Latents], x_BPD: Tensor | None) -> Tensor:
         y_BPD: Tensor | None = None
@@ -140,7 +154,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         return concat_latents(self._encode_layers(x_BXiDi))
 
     def decode(self, latents: Latents | Tensor, x_BXiDi: Tensor | None = None) -> Tensor:
-        latents, n_layers = self._checked_latents(latents), len(self.parts)
+        latents, n_layers = checked_latents(latents, self.n_latents), len(self.parts)
         return self._decode_layers([layer_of_latents(latents, s, n_layers) for s in range(n_layers)], x_BXiDi)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
@@ -150,10 +164,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
         return self._decode_layers(latents_of_parts, x_BXiDi)
 
-    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         y_BO, target_BO = self._decode_layers(latents_of_parts, x_BXiDi).flatten(1), target_BXoDo.flatten(1)
-        loss = self.ops.recon_loss(y_BO, target_BO, self.segments)
-        return DecodeReconLoss(*loss, (y_BO - target_BO).detach())
+        return self.ops.recon_loss(y_BO, target_BO, self.segments)
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
         masks = dead_mask_L.chunk(len(self.parts))
@@ -166,7 +179,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             layers = keep_largest(layers, k, None, over_batch=False)
         outputs = []
         for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
-            y_BO = part.ops.decode(latents, part.W_dec_LO, None)
+            y_BO = part.ops.sparse_decode(latents, part.W_dec_LO, None)
             outputs.append(nn.functional.pad(y_BO, (self._first_output(source) * self.d_out, 0)))
         return torch.stack(outputs).sum(0).reshape(-1, self.n_layers, self.d_out)
 
@@ -174,7 +187,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def after_step(self, latents: Latents) -> None:
         for source, part in enumerate(self.parts):
             activation = part.activation_fn
-            if self.topk_scope == "all_layers":
+            if self.selects_over_parts:
                 # One selection over all layers has one threshold: every layer tracks the same statistic.
                 n_L = self.ranking_norms_L() if activation.uses_decoder_norms else None
                 activation.after_step(latents, n_L)
@@ -190,7 +203,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         ]
         return DecoderNorms(torch.cat(norms_LX), torch.cat([norm.n_L for norm in norms]))
 
-    def _scale_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+    def scale_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
         for source, part in enumerate(self.parts):
             outputs = slice(self._first_output(source), None)
             part.fold_activation_scaling_into_weights_(scaling_in_Xi[source], scaling_out_Xo[outputs])

@@ -5,21 +5,35 @@ Axes: B tokens · P output hookpoints · D model dimension (Di in, Do out) · L 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.architecture import ARCHITECTURES, ArchitectureConfig
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
 
 
+@ARCHITECTURES.register
 class CrossLayerTranscoder(BaseCrosscoder):
     """`Xi = ()`, `Xo = (P,)`: reads one hookpoint `[B, Di]` and predicts P others `[B, P, Do]`.
 
     The decoder norm is that of the concatenation by default. Further options are those of `BaseCrosscoder`.
     """
 
-    kind = "cross_layer_transcoder"
+    class Config(ArchitectureConfig):
+        type: Literal["cross_layer_transcoder"] = "cross_layer_transcoder"
+        """the first hookpoint in, all others out"""
+        title = "cross-layer transcoder"
+        split = Split(
+            type,
+            lambda p: (0, slice(1, None)),
+            lambda p: p >= 2,
+            "needs at least two hookpoints, [input, output, output, ...]",
+        )
+
+    own_arguments = ("n_out_hookpoints", "d_in", "d_out")
     default_decoder_norm = "joint"
 
     def __init__(
@@ -35,8 +49,9 @@ class CrossLayerTranscoder(BaseCrosscoder):
         super().__init__((), d_in, out_dims, d_out, n_latents, activation_fn, **options)
         self.n_out_hookpoints = n_out_hookpoints
 
-    def _dims_dict(self) -> dict[str, Any]:
-        return {"n_out_hookpoints": self.n_out_hookpoints, "d_in": self.d_in, "d_out": self.d_out}
+    @classmethod
+    def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
+        return {"n_out_hookpoints": n_hookpoints - 1, "d_in": d_model, "d_out": d_model}
 
     @property
     def W_enc_DL(self) -> Tensor:

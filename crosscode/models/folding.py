@@ -5,30 +5,26 @@ Axes: Xi/Xo input/output crosscoding dims · Di/Do widths · L latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from crosscode.errors import InputError
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
+from crosscode.models.coder import Coder
 
 
 @torch.no_grad()
-def fold_scaling_(model: BaseCrosscoder, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+def fold_scaling_(model: Coder, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
     """See `BaseCrosscoder.fold_activation_scaling_into_weights_`."""
     if model.is_folded:
         raise InputError("fold_activation_scaling_into_weights_: the scaling of this model is folded in already")
     like = model.parts[0].W_enc_LXiDi
     s_in_Xi = _checked("scaling_in_Xi", scaling_in_Xi, model.in_dims).to(like)
     s_out_Xo = _checked("scaling_out_Xo", scaling_out_Xo, model.out_dims).to(like)
-    model._scale_weights_(s_in_Xi, s_out_Xo)
+    model.scale_weights_(s_in_Xi, s_out_Xo)
     model.folded_scaling_in_Xi, model.folded_scaling_out_Xo = s_in_Xi.clone(), s_out_Xo.clone()
 
 
-def scale_weights_(model: BaseCrosscoder, s_in_Xi: Tensor, s_out_Xo: Tensor) -> None:
+def scale_weights_(model: Coder, s_in_Xi: Tensor, s_out_Xo: Tensor) -> None:
     """Scale the weights of a model that holds its own."""
     if model.use_pre_bias and not torch.equal(s_in_Xi, s_out_Xo):
         raise InputError("scaling: a model with use_pre_bias needs equal factors for input and output")
@@ -50,7 +46,7 @@ def _checked(name: str, scaling: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def fold_decoder_norms_(model: BaseCrosscoder) -> None:
+def fold_decoder_norms_(model: Coder) -> None:
     """Latents times their decoder norm, decoder to norm 1. A latent without decoder stays as it is."""
     n_L = model.ranking_norms_L()
     n_L = torch.where(n_L > 0, n_L, torch.ones_like(n_L)).to(model.W_enc_LXiDi.dtype)

@@ -6,22 +6,20 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do input/output widt
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-from crosscode_kernels.opset import DecodeReconLoss
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
+from crosscode.models.coder import Coder
 
 
 @dataclass(frozen=True)
 class ForwardResult:
     """The latents, and whichever is asked for: the output, or its loss, which needs no output."""
 
-    model: BaseCrosscoder
+    model: Coder
     input_BXiDi: Tensor
     latents: Latents
     latents_of_parts: tuple[Latents, ...]
@@ -31,7 +29,7 @@ class ForwardResult:
     _output: list[Tensor] = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, model: BaseCrosscoder, input_BXiDi: Tensor, latents: Latents, *parts: Latents) -> ForwardResult:
+    def of(cls, model: Coder, input_BXiDi: Tensor, latents: Latents, *parts: Latents) -> ForwardResult:
         """What is asked for later is computed under the autocast of now, as the latents were."""
         device = input_BXiDi.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -46,7 +44,7 @@ class ForwardResult:
                 self._output.append(self.model.decode_parts(self.latents_of_parts, self.input_BXiDi))
         return self._output[0]
 
-    def recon_loss(self, target_BXoDo: Tensor) -> DecodeReconLoss:
+    def recon_loss(self, target_BXoDo: Tensor) -> ReconLoss:
         """Squared error of the reconstruction, in total and by position; and the residual, detached."""
         with self._as_at_encoding():
             return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)

@@ -5,15 +5,19 @@ Axes: B tokens · M models · P hookpoints · D model dimension · L latents.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
 
 
+@ARCHITECTURES.register
 class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
     """Reads and reconstructs the activations of M models at P hookpoints: `Xi = Xo = (M, P)`.
 
@@ -26,7 +30,28 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
             Anthropic, February 2025 update); `TieSharedDecoders` keeps them so in training.
     """
 
-    kind = "model_hookpoint_acausal"
+    class Config(PreBiasConfig):
+        type: Literal["model_hookpoint_acausal"] = "model_hookpoint_acausal"
+        """all hookpoints of all models, read and reconstructed"""
+        shared_fraction: float | None = Field(default=None, ge=0, le=1)
+        """model diffing: share of latents whose decoder vectors are one and the same for both models"""
+        n_shared_latents: NonNegativeInt = 0
+        """the same as a number of latents, where shared_fraction is null"""
+        title = "crosscoder"
+        split = Split(
+            type,
+            lambda p: (slice(None), slice(None)),
+            lambda p: p >= 1,
+            "needs at least one hookpoint",
+            keeps_models=True,
+        )
+
+        def options(self, n_latents: int) -> dict[str, Any]:
+            options = super().options(n_latents)
+            share = options.pop("shared_fraction")
+            return options if share is None else options | {"n_shared_latents": round(share * n_latents)}
+
+    own_arguments = ("n_models", "n_hookpoints", "d_model", "n_shared_latents")
 
     def __init__(
         self,
@@ -48,13 +73,9 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         self.n_models, self.n_hookpoints, self.d_model = n_models, n_hookpoints, d_model
         self.n_shared_latents = n_shared_latents
 
-    def _dims_dict(self) -> dict[str, Any]:
-        return {
-            "n_models": self.n_models,
-            "n_hookpoints": self.n_hookpoints,
-            "d_model": self.d_model,
-            "n_shared_latents": self.n_shared_latents,
-        }
+    @classmethod
+    def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
+        return {"n_models": n_models, "n_hookpoints": n_hookpoints, "d_model": d_model}
 
     @property
     def W_enc_MPDL(self) -> Tensor:

@@ -5,25 +5,49 @@ Axes: B tokens · D model dimension (Di in, Do out) · L latents.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
 
 
+class SAEConfig(PreBiasConfig):
+    """A sparse autoencoder: reads and reconstructs one hookpoint."""
+
+    type: Literal["sae"] = "sae"
+    """one hookpoint, read and reconstructed"""
+    title = "SAE"
+    split = Split(type, lambda p: (0, 0), lambda p: p == 1, "reads and reconstructs exactly one hookpoint")
+
+
+class TranscoderConfig(PreBiasConfig):
+    """A transcoder: reads the first hookpoint and predicts the second."""
+
+    type: Literal["transcoder"] = "transcoder"
+    """the first hookpoint in, the second out"""
+    title = "transcoder"
+    split = Split(type, lambda p: (0, 1), lambda p: p == 2, "needs exactly two hookpoints, [input, output]")
+
+
+@ARCHITECTURES.register
 class SAEOrTranscoder(BaseCrosscoder):
     """`Xi = Xo = ()`. A sparse autoencoder where input and target are the same activations `[B, D]`, a transcoder
     where they are those of two hookpoints. Further options are those of `BaseCrosscoder`."""
 
     kind = "sae_or_transcoder"
+    own_arguments = ("d_in", "d_out")
+    Configs = (SAEConfig, TranscoderConfig)
 
     def __init__(self, d_in: int, d_out: int, n_latents: int, activation_fn: ActivationFunction, **options: Any):
         super().__init__((), d_in, (), d_out, n_latents, activation_fn, **options)
 
-    def _dims_dict(self) -> dict[str, Any]:
-        return {"d_in": self.d_in, "d_out": self.d_out}
+    @classmethod
+    def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
+        return {"d_in": d_model, "d_out": d_model}
 
     @property
     def W_enc_DL(self) -> Tensor:

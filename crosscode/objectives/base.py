@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from crosscode_kernels.opset import DecodeReconLoss, DecoderNorms
+from crosscode_kernels.decoder_norms import DecoderNorms
+from crosscode_kernels.recon_loss import ReconLoss
 from pydantic import BaseModel
 from torch import Tensor
 
-from crosscode.config.registry import ConfigModel, Registry, params_of, type_of
+from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.objectives.schedules import as_schedule
@@ -34,7 +35,7 @@ class LossContext:
     """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
-    _recon: list[DecodeReconLoss] = field(default_factory=list, repr=False)
+    _recon: list[ReconLoss] = field(default_factory=list, repr=False)
 
     @property
     def decoder_norms(self) -> DecoderNorms:
@@ -45,17 +46,18 @@ class LossContext:
         return self._norms[0]
 
     @property
-    def recon(self) -> DecodeReconLoss:
+    def recon(self) -> ReconLoss:
         """The reconstruction loss, computed once per step, shared by all terms."""
         if not self._recon:
             self._recon.append(self.result.recon_loss(self.target_BXoDo))
         return self._recon[0]
 
 
-class LossTerm(ABC):
-    """One summand of the loss, before its coefficient. A subclass is one file in `terms/`."""
+class LossTerm(Configured, ABC):
+    """One summand of the loss, before its coefficient. A subclass is one file in `terms/`; the `weight` in its config is
+    what `objective_from` takes as the coefficient."""
 
-    Config: ClassVar[type[ConfigModel]]
+    by_name = ("weight",)
     needs_whole_batch: ClassVar[bool] = False
     """Whether it looks at `tokens_since_fired_L` or `error_variance`, which depend on the whole batch."""
     k_factors: tuple[int, ...] = ()
@@ -65,15 +67,11 @@ class LossTerm(ABC):
     def __call__(self, context: LossContext) -> Tensor:
         """A scalar."""
 
-    def check_model(self, model: BaseCrosscoder) -> None:  # noqa: B027
+    def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this term cannot be used with the model."""
 
-    @classmethod
-    def type_name(cls) -> str:
-        return type_of(cls.Config)
 
-
-TERMS: Registry[Any] = Registry("objective", "crosscode.objectives.terms")
+TERMS: Registry[Any] = Registry("objective.{type}", "crosscode.objectives.terms")
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,5 @@ class Objective:
 
 def objective_from(configs: Mapping[str, BaseModel]) -> Objective:
     """The objective of terms by name, each given by its config (which holds its coefficient as well)."""
-    terms = {}
-    for name, config in configs.items():
-        params = params_of(TERMS.resolve(config))
-        weight = params.pop("weight")
-        terms[name] = (TERMS[name](**params), as_schedule(weight))
-    return Objective(terms)
+    terms = {name: TERMS.build(config) for name, config in configs.items()}
+    return Objective({name: (term, as_schedule(term.weight)) for name, term in terms.items()})

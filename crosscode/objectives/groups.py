@@ -6,7 +6,6 @@ Axes: L latents.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import NonNegativeFloat
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
-    from crosscode.objectives.base import LossContext
+from crosscode.models.base import BaseCrosscoder
+from crosscode.objectives.base import LossContext
 
 LARGEST_USUAL_RATIO = 0.3
 _logger = logging.getLogger("crosscode")

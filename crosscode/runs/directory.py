@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, is_temporary, remove, write_json, write_text
+from crosscode.files import check_is_no_link, held, is_temporary, remove, write_json, write_text
 from crosscode.runs.run_files import (
     ASIDE,
     CONFIG_FILE,
@@ -156,13 +155,7 @@ class RunDirectory:
         check_is_no_link(file)
         if not file.exists():
             self._made.insert(0, file)
-        with file.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"run_dir: another process is training in {str(self.path)!r}") from error
-            except OSError:
-                pass  # a file system without locks
+        with held(file, f"run_dir: another process is training in {str(self.path)!r}"):
             yield
 
     def check_not_held(self) -> None:

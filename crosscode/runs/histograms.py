@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode.models.activations.jumprelu import AnthropicSTEJumpReLUActivation
 from crosscode.models.base import BaseCrosscoder
 
 N_BINS = 64
@@ -53,10 +52,8 @@ def latent_histograms(model: BaseCrosscoder, density_L: Tensor) -> dict[str, His
         "log10_density": histogram(density_L.clamp(min=RAREST).log10(), low=-7.0, high=0.0),
         "decoder_norm": histogram(norms.n_L),
     }
-    thresholds = [
-        fn.log_threshold_L.exp() for fn in model.activation_fns if isinstance(fn, AnthropicSTEJumpReLUActivation)
-    ]
-    if thresholds:
+    thresholds = [fn.log_thresholds_L() for fn in model.activation_fns]
+    if thresholds := [log_threshold_L.exp() for log_threshold_L in thresholds if log_threshold_L is not None]:
         found["threshold"] = histogram(torch.cat(thresholds))
     if norms.norms_LX.shape[1] >= 2:
         first_L, second_L = norms.norms_LX[:, 0], norms.norms_LX[:, 1]

@@ -17,9 +17,9 @@ from typing import Any
 
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, is_temporary, remove, write_json
+from crosscode.formats import RUN
 
 MARKER, ASIDE, LOCK_FILE, CONFIG_FILE = ".crosscode", ".crosscode-old", "lock", "config.yaml"
-FORMAT = 1
 _TOP = (
     CONFIG_FILE,
     MARKER,
@@ -130,7 +130,7 @@ def write_marker(root: Path, kind: str, **facts: Any) -> None:
     """`.crosscode`: which kind of folder this is, and what crosscode writes in it."""
     writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "tensorboard", "wandb"]
     names = {"run": writes, "sweep": [MARKER, "sweep.json"]}[kind]
-    write_json(root / MARKER, {"kind": kind, "format": FORMAT, **facts, "writes": names})
+    write_json(root / MARKER, {"kind": kind, **RUN.stamp(), **facts, "writes": names})
 
 
 def read_marker(root: Path) -> dict[str, Any] | None:
@@ -145,14 +145,12 @@ def read_marker(root: Path) -> dict[str, Any] | None:
         return None
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
-        kind, version = marker["kind"], marker["format"]
+        kind, _ = marker["kind"], marker["format"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{str(path)!r} is not as crosscode writes it ({type(error).__name__}); remove it") from error
-    if kind not in ("run", "sweep") or version != FORMAT:
-        raise InputError(
-            f"{str(path)!r}: {kind!r} of format {version!r} is unknown; this version knows format {FORMAT}"
-        )
-    return marker
+    if kind not in ("run", "sweep"):
+        raise InputError(f"{str(path)!r}: kind = {kind!r}: unknown to this version of crosscode")
+    return RUN.read(marker, str(path))
 
 
 # ---- replacing

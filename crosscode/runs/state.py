@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crosscode.files import write_json
+from crosscode.formats import STATE
 
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
 _TENSOR_KEY = "__tensor__"
@@ -31,13 +32,17 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
             return [strip(item, f"{path}/{i}") for i, item in enumerate(value)]
         return value
 
-    stripped = strip(state, "")
+    stripped = strip({**STATE.stamp(), **state}, "")
     save_file(tensors, folder / STATE_TENSORS)
     write_json(folder / STATE_JSON, stripped)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote, tensors on the CPU."""
+    """What `write_state` wrote, tensors on the CPU.
+
+    Raises:
+        InputError: it is of a version that is not read.
+    """
     tensors = load_file(folder / STATE_TENSORS)
 
     def restore(value: Any) -> Any:
@@ -49,4 +54,5 @@ def read_state(folder: Path) -> dict[str, Any]:
             return [restore(item) for item in value]
         return value
 
-    return restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))
+    state = restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))
+    return STATE.read(state, str(folder / STATE_JSON))

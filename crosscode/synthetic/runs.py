@@ -20,7 +20,7 @@ from crosscode.build.data import available_device
 from crosscode.build.experiment import check_backend
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.synthetic.config import SyntheticConfig
 from crosscode.synthetic.ground_truth import GroundTruth, compare_with_planted

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import BackendName
 
 from crosscode.config.experiment import TrainConfig
-from crosscode.config.registry import Component, build_component
+from crosscode.config.registry import Component
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, INITIALIZATIONS, ModelHookpointAcausalCrosscoder
 from crosscode.models.initialization import InitStrategy
@@ -46,7 +46,7 @@ class SyntheticScheme:
 
     def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
         """An uninitialised crosscoder over `(M, P, D)`."""
-        activation = build_component(ACTIVATIONS, Component(**self.parts["activation"]), n_latents=self.n_latents)
+        activation = ACTIVATIONS.build(self.parts["activation"], n_latents=self.n_latents)
         return ModelHookpointAcausalCrosscoder(
             *dims, self.n_latents, activation, n_shared_latents=self.n_shared_latents, backend=backend
         )
@@ -56,7 +56,7 @@ class SyntheticScheme:
         return objective_from({name: Component(type=name, **fields) for name, fields in terms.items()})
 
     def init(self) -> InitStrategy:
-        return build_component(INITIALIZATIONS, Component(**self.parts["init"]))
+        return INITIALIZATIONS.build(self.parts["init"])
 
     def train_config(self, n_steps: int, batch_size: int) -> TrainConfig:
         return TrainConfig(

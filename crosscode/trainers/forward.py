@@ -24,7 +24,7 @@ class ForwardPass:
     """Runs in the precision that is configured, and through torch.compile where that is."""
 
     def __init__(self, model: BaseCrosscoder, objective: Objective, firing: FiringTracker, config: TrainConfig):
-        self.model, self.objective, self.firing, self.precision = model, objective, firing, config.precision
+        self.model, self.objective, self.firing, self.config = model, objective, firing, config
         self._whole, self._part = self._eager_whole, self._eager_part
         if config.compile:
             self._whole, self._part = torch.compile(self._whole), torch.compile(self._part)
@@ -44,7 +44,7 @@ class ForwardPass:
             return self._part(input_BXiDi, target_BXoDo, error_variance)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.precision, self.model.device)
+        return autocast(self.config.precision, self.model.device)
 
     def _eager_whole(self, input_BXiDi: Tensor, target_BXoDo: Tensor) -> tuple[ForwardResult, Terms]:
         forward = self.model.forward_train(input_BXiDi)

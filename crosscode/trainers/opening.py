@@ -1,23 +1,48 @@
-"""Runs that begin together."""
+"""The moment at which a run begins to write: with its first batch in hand, when all that can fail has been tried."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+from torch import Tensor
+
+from crosscode.errors import InputError
 from crosscode.runs.directory import RunDirectory
+from crosscode.trainers.phases import Phases
 
 
-class OpensRun(Protocol):
-    """A trainer, as far as it is looked at here."""
+class Beginner(Protocol):
+    """A trainer, as far as it matters here."""
 
+    n_steps: int
+    phases: Phases
     run: RunDirectory
 
     def open(self) -> None: ...
 
 
-def open_runs(trainers: Sequence[OpensRun], stack: ExitStack) -> None:
+def next_batch(trainers: Sequence[Beginner], batches: Iterator[Tensor], step: int) -> Tensor | None:
+    """`acts_BMPD` for trainers on one stream, each of which counts the time; None at the end of data or of training.
+
+    Raises:
+        InputError: there is not even a first batch.
+    """
+    if step >= trainers[0].n_steps:
+        return None
+    with ExitStack() as harvest:
+        for trainer in trainers:
+            harvest.enter_context(trainer.phases("harvest"))
+        acts_BMPD = next(batches, None)
+    if acts_BMPD is None and step == 0:
+        raise InputError(
+            "data.source: the text does not give the activations of one batch; give more of it, or lower train.batch_size"
+        )
+    return acts_BMPD
+
+
+def open_runs(trainers: Sequence[Beginner], stack: ExitStack) -> None:
     """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was."""
     try:
         for trainer in trainers:

@@ -18,15 +18,15 @@ N_MARKS = 6
 
 
 class Progress:
-    """Steps done, rate, time left, and the latest loss, FVU and L0.
+    """What is done of long work, at which rate, the time left (of a `total` that is known), and figures beside it.
 
     The rate is that of the last minute of plain lines: before the first step a run may fill its shuffle buffer.
     """
 
-    def __init__(self, n_steps: int, *, enabled: bool = True):
-        self.n_steps, self.enabled = n_steps, enabled
+    def __init__(self, total: int | None, *, what: str = "train", unit: str = "step", enabled: bool = True):
+        self.total, self.what, self.unit, self.enabled = total, what, unit, enabled
         self._bar: tqdm[Any] | None = None
-        self._done = 0
+        self._done: int | None = None
         self._last_line = 0.0
         self._stack = ExitStack()
         self._marks: deque[tuple[float, int]] = deque(maxlen=N_MARKS)
@@ -34,63 +34,80 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def start(self, step: int) -> None:
-        """Begin to count, at a step that is done already."""
-        self._done, self._last_line = step, time.monotonic()
+    def start(self, done: int) -> None:
+        """Begin to count where so much is done already."""
+        self._begin(done)
+        if self.enabled and self._bar is None and not self._is_whole(done):
+            self._print("waiting for the first batch")
+
+    def _begin(self, done: int) -> None:
+        self._done, self._last_line = done, time.monotonic()
         if self.enabled and _is_terminal():
-            self._bar = tqdm(total=self.n_steps, initial=step, unit="step", desc="train", dynamic_ncols=True)
+            scaled = self.unit != "step"
+            self._bar = tqdm(
+                total=self.total, initial=done, unit=self.unit, unit_scale=scaled, desc=self.what, dynamic_ncols=True
+            )
             self._stack.callback(self._bar.close)
             self._stack.enter_context(logging_redirect_tqdm())
-        elif self.enabled and step < self.n_steps:
-            _print(f"step {step}/{self.n_steps}  waiting for the first batch")
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
     def advance(self, metrics: dict[str, Any]) -> None:
-        self._done += 1
+        """One more is done, with these latest loss, FVU and L0."""
+        self.show((self._done or 0) + 1, _figures(metrics))
+
+    def show(self, done: int, figures: str) -> None:
+        """So much is done; begins to count where `start` was not called."""
+        if self._done is None:
+            self._begin(done)
+        self._done = done
         if self._bar is not None:
-            self._bar.update()
-            self._bar.set_postfix_str(_figures(metrics), refresh=False)
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(figures, refresh=False)
         elif self.enabled:
             now = time.monotonic()
             if not self._marks:
-                self._marks.append((now, self._done))
-            if now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self.n_steps:
+                self._marks.append((now, done))
+            if now - self._last_line >= SECONDS_BETWEEN_LINES or self._is_whole(done):
                 self._last_line = now
-                _print(f"step {self._done}/{self.n_steps}  {self._pace(now)}{_figures(metrics)}")
-                self._marks.append((now, self._done))
+                self._print(f"{self._pace(now, done)}{figures}")
+                self._marks.append((now, done))
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
         """Say that something other than a step takes its time."""
         if self._bar is not None:
             self._bar.set_description(what)
-        elif self.enabled and self._done == self.n_steps:
-            _print(f"step {self._done}/{self.n_steps}  {what}")
+        elif self.enabled and self._is_whole(self._done or 0):
+            self._print(what)
         try:
             yield
         finally:
             if self._bar is not None:
-                self._bar.set_description("train")
+                self._bar.set_description(self.what)
 
-    def _pace(self, now: float) -> str:
+    def _is_whole(self, done: int) -> bool:
+        return self.total is not None and done >= self.total
+
+    def _pace(self, now: float, done: int) -> str:
         """Rate and time left; nothing before a second step tells."""
-        then, done = self._marks[0]
-        if self._done == done or now <= then:
+        then, done_then = self._marks[0]
+        if done == done_then or now <= then:
             return ""
-        rate = (self._done - done) / (now - then)
-        shown = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-        return f"{shown}  {_duration((self.n_steps - self._done) / rate)} left  "
+        rate = (done - done_then) / (now - then)
+        shown = f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
+        left = "" if self.total is None else f"{_duration(max(0, self.total - done) / rate)} left  "
+        return f"{shown}  {left}"
+
+    def _print(self, text: str) -> None:
+        of_all = "" if self.total is None else f"/{self.total}"
+        print(f"{self.unit} {self._done}{of_all}  {text}".rstrip(), file=sys.stderr, flush=True)
 
 
 def _is_terminal() -> bool:
     # A terminal that does not know its width cannot redraw a line.
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-
-
-def _print(line: str) -> None:
-    print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import write_model
@@ -15,19 +15,12 @@ from crosscode.runs.state import read_state, write_state
 log = logging.getLogger("crosscode")
 
 
-class Stateful(Protocol):
-    """Something whose state a resumed run needs."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
-
-
 class Saver:
     """Checkpoints of a model and of the state of its training.
 
     Args:
         metadata: kept beside the weights.
-        parts: all but the model that has a state, by its name in checkpoints.
+        parts: all but the model that has a `state_dict`, by its name in checkpoints.
     """
 
     def __init__(
@@ -35,7 +28,7 @@ class Saver:
         checkpoints: Checkpoints,
         model: BaseCrosscoder,
         metadata: dict[str, Any],
-        parts: Mapping[str, Stateful],
+        parts: Mapping[str, Any],
     ):
         self.checkpoints, self.model, self.metadata, self.parts = checkpoints, model, metadata, parts
         self.saved_step = -1

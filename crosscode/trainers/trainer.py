@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -14,7 +14,6 @@ from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
-from crosscode.config.registry import build_component
 from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import Evaluate, EvaluationResult
 from crosscode.evaluation.precision import float32_products
@@ -35,12 +34,12 @@ from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.opening import open_runs
+from crosscode.trainers.opening import next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.saver import Saver
-from crosscode.trainers.source import ActivationSource, check_has_begun
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.summary import summary, tokens_per_s
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -81,7 +80,7 @@ class Trainer:
         self.n_steps = config.n_steps if n_steps is None else n_steps
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.position_names, self.metadata = list(position_names), metadata or {}
-        self.optimizer_plan = build_component(OPTIMIZERS, config.optimizer)
+        self.optimizer_plan = OPTIMIZERS.build(config.optimizer)
         self.optimizer = self.optimizer_plan.build(model)
         self.firing = FiringTracker(model.n_latents).to(model.device)
         self.forward = ForwardPass(model, objective, self.firing, config)
@@ -110,7 +109,7 @@ class Trainer:
         products = float32_products(tf32=self.config.tf32)
         with StopSignals() as stop, products, self.progress, closing(self.data), ExitStack() as opened:
             batches = iter(self.data)
-            acts_BMPD = self._next_batch(batches)
+            acts_BMPD = next_batch([self], batches, self.step)
             open_runs([self], opened)
             self.start()
             while self.step < self.n_steps:
@@ -125,21 +124,8 @@ class Trainer:
                         f"stopped by {stop.received} after step {self.step} of {self.n_steps}; "
                         f"continue with: crosscode train --resume {self.run.path}"
                     )
-                acts_BMPD = self._next_batch(batches)
+                acts_BMPD = next_batch([self], batches, self.step)
             return self.finish()
-
-    def _next_batch(self, batches: Iterator[Tensor]) -> Tensor | None:
-        """None at the end of the data, or of training.
-
-        Raises:
-            InputError: there is not even a first batch.
-        """
-        if self.step >= self.n_steps:
-            return None
-        with self.phases("harvest"):
-            acts_BMPD = next(batches, None)
-        check_has_begun(acts_BMPD, self.step)
-        return acts_BMPD
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from crosscode_kernels.opset import BackendName
+from crosscode_kernels import AnyBackend
 from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
-from crosscode.models.activations.batch_topk import BatchTopkActivation
-from crosscode.models.activations.jumprelu import AnthropicSTEJumpReLUActivation
-from crosscode.models.activations.topk import AnnealedK
+from crosscode.models.architecture import split_for
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.models.initialization.base import SampleBatches
@@ -49,7 +47,7 @@ def warm_start(
         for name, param in model.named_parameters():
             if "activation_fn" not in name:
                 param.copy_(params[name])
-        model._scale_weights_(1 / scaling_in_Xi.to(model.device), 1 / scaling_out_Xo.to(model.device))
+        model.scale_weights_(1 / scaling_in_Xi.to(model.device), 1 / scaling_out_Xo.to(model.device))
         for part in model.parts:  # a compound model folds its parts, which is not what happened here
             part.folded_scaling_in_Xi = part.folded_scaling_out_Xo = None
         for part, (old_part, part_model) in enumerate(zip(old.parts, model.parts, strict=True)):
@@ -84,7 +82,7 @@ def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
         raise InputError(f"finetune_from = {source!r}: the saved model does not fit this config: {reason}")
 
 
-def load_folded(folder: Path, backend: BackendName, device: torch.device) -> BaseCrosscoder:
+def load_folded(folder: Path, backend: AnyBackend, device: torch.device) -> BaseCrosscoder:
     """A saved model that takes raw activations. A checkpoint of training is unfolded; its scaling stands in the state
     of its data."""
     model = BaseCrosscoder.load(folder, backend=backend, device=device)
@@ -97,8 +95,6 @@ def load_folded(folder: Path, backend: BackendName, device: torch.device) -> Bas
             f"{str(folder)!r} is a model without folded scaling and without a trainer state that says "
             "what the scaling was; take the run's final/ instead"
         ) from error
-    from crosscode.models.split import split_for
-
     split = split_for(read_config(folder)["metadata"]["architecture"])
     model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
     return model
@@ -116,19 +112,20 @@ def _convert_activation(
     if type(before) is type(after):
         after.load_state_dict(before.state_dict())
         return
-    if not isinstance(after, AnthropicSTEJumpReLUActivation):
+    if after.log_thresholds_L() is None:
         if any(True for _ in after.parameters()):
             raise _cannot(source, before, after)
         return
-    if isinstance(before, BatchTopkActivation) and float(before.threshold) > 0:
-        threshold_L = before.threshold.expand(new.n_latents)
+    threshold = before.tracked_threshold()
+    if threshold is not None:
+        threshold_L = threshold.expand(new.n_latents)
         if before.uses_decoder_norms:
             threshold_L = threshold_L / old.ranking_norms_L().clamp(min=1e-12)
-    elif isinstance(before, AnnealedK):
+    elif before.keeps_k:
         threshold_L = _threshold_for(new, whole, part, before.k, samples).expand(new.n_latents)
     else:
         raise _cannot(source, before, after)
-    after.log_threshold_L.copy_(threshold_L.clamp(min=1e-8).log())
+    after.set_thresholds_(threshold_L.clamp(min=1e-8))
 
 
 def _cannot(source: str, before: ActivationFunction, after: ActivationFunction) -> InputError:
@@ -144,7 +141,7 @@ def _threshold_for(new: BaseCrosscoder, whole: BaseCrosscoder, part: int, k: int
     for input_BXiDi, _ in samples():
         input_BXiDi = input_BXiDi.to(new.device)
         own = input_BXiDi if new is whole else input_BXiDi[:, part]
-        latents_BL = new.ops.preacts(new._encoder_input(own), new.W_enc_LI, new.b_enc_L).relu().flatten()
+        latents_BL = new.ops.preacts(new.encoder_input(own), new.W_enc_LI, new.b_enc_L).relu().flatten()
         # More than k * B of a batch are never needed, unless batches differ a lot.
         n_kept = min(4 * k * own.shape[0], latents_BL.numel())
         largest.append(latents_BL.topk(n_kept).values)

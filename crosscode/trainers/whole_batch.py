@@ -13,15 +13,13 @@ O flattened output · L latents · N stored entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from torch import Tensor
 
-from crosscode.models.activations.base import ActivationFunction
-from crosscode.models.activations.batch_topk import BatchTopkActivation
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import Objective
 
@@ -42,7 +40,7 @@ def needs_whole_batch(model: BaseCrosscoder, objective: Objective) -> bool:
 
 def tracks_batches(model: BaseCrosscoder) -> bool:
     """Whether an activation keeps statistics of whole batches."""
-    return any(type(fn).after_step is not ActivationFunction.after_step for fn in model.activation_fns)
+    return any(fn.tracks_batches for fn in model.activation_fns)
 
 
 @contextmanager
@@ -53,18 +51,16 @@ def batch_thresholds(
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Iterator[None]:
     """Within the block, BatchTopK selects in each part what it would select in the whole batch."""
-    activations = [fn for fn in model.activation_fns if isinstance(fn, BatchTopkActivation)]
+    activations = [fn for fn in model.activation_fns if fn.selects_over_batch]
     factors = sorted({1, *(factor for term, _ in objective.terms.values() for factor in term.k_factors)})
-    try:
+    with ExitStack() as stack:
         if activations:
             with autocast():
                 found = {factor: _thresholds(model, inputs, factor) for factor in factors}
             for i, activation in enumerate(activations):
-                activation.batch_thresholds = {factor: found[factor][i] for factor in factors}
+                own = {factor: found[factor][i] for factor in factors}
+                stack.enter_context(activation.batch_thresholds_set(own))
         yield
-    finally:
-        for activation in activations:
-            activation.batch_thresholds = {}
 
 
 @torch.no_grad()
@@ -75,10 +71,9 @@ def _thresholds(model: BaseCrosscoder, inputs: Sequence[Tensor], factor: int) ->
         offers = [model.encode_latents(input_BXiDi) for input_BXiDi in inputs]
     activations = model.activation_fns
     with model.k_multiplied(factor):
-        batch_topks = [fn for fn in activations if isinstance(fn, BatchTopkActivation)]
-        ks, k_of_all = [fn.current_k for fn in batch_topks], min(batch_topks[0].wanted_k, model.n_latents)
+        ks, k_of_all = [fn.current_k for fn in activations], min(activations[0].wanted_k, model.n_latents)
     norms_L = model.ranking_norms_L() if any(fn.uses_decoder_norms for fn in activations) else None
-    if getattr(model, "topk_scope", "layer") == "all_layers":
+    if model.selects_over_parts:
         every = slice(0, model.n_latents)
         return [_kth_largest(offers, norms_L, every, k_of_all * n_tokens)] * len(activations)
     thresholds, start = [], 0

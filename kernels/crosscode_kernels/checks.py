@@ -1,4 +1,4 @@
-"""Argument checks shared by the op specs: one line that names the op, the argument, its value and what would be right.
+"""Argument checks shared by the doors: one line that names the op, the argument, its value and what would be right.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -52,18 +52,6 @@ def check_per_latent(op: str, like: Tensor, n_latents: int, **vectors_L: Tensor 
             raise ValueError(f"{op}: {name} is on {vector_L.device}; must be on {like.device} with the latents")
 
 
-def check_encoder(op: str, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> None:
-    check_dims(op, "x_BI", x_BI, 2)
-    check_dims(op, "W_enc_LI", W_enc_LI, 2)
-    if x_BI.shape[1] != W_enc_LI.shape[1]:
-        raise ValueError(
-            f"{op}: x_BI has width {x_BI.shape[1]} and W_enc_LI has width {W_enc_LI.shape[1]}; must be equal"
-        )
-    if b_enc_L is not None and tuple(b_enc_L.shape) != (W_enc_LI.shape[0],):
-        raise ValueError(f"{op}: b_enc_L has shape {tuple(b_enc_L.shape)}; must be ({W_enc_LI.shape[0]},)")
-    check_float(op, x_BI=x_BI, W_enc_LI=W_enc_LI, b_enc_L=b_enc_L)
-
-
 def check_k(op: str, k: int, n_latents: int) -> None:
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise ValueError(f"{op}: k is {k!r}; must be an integer")
@@ -76,3 +64,14 @@ def check_segments(op: str, name: str, width: int, segments: Sequence[int]) -> N
         raise ValueError(
             f"{op}: segments are {list(segments)}; must be positive and sum to the width of {name}, {width}"
         )
+
+
+def check_positive(op: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{op}: {name} is {number}; must be positive")
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}; must be {' or '.join(map(repr, choices))}")

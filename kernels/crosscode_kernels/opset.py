@@ -1,167 +1,60 @@
-"""The op set: one Protocol that every backend implements, and the rule that picks a backend.
-
-Axes: B tokens · I flattened input dims · O flattened output dims · L latents · X crosscoding positions · N non-zeros.
-
-`segments` are the widths of the crosscoding positions along O (they sum to O). Per-X maths takes the boundaries, so
-positions of different widths need no special case.
-"""
+"""Every op, found by its folder, and op sets that bind them all to one backend."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+import torch
 
-from crosscode_kernels.sparse import Latents
+from crosscode_kernels.backend import AnyBackend, Backend, resolve
 
-BackendName = Literal["auto", "triton", "torch", "reference", "torch:screened", "torch:rows", "torch:screened+rows"]
-"""What follows a colon are options of the torch backend: "screened", see `encode_topk.screened`; "rows": weight gradients of
-sparse latents are sparse over rows, for `RowSparseAdam`."""
-NormMode = Literal["sum", "joint"]
-
-
-class DecoderNorms(NamedTuple):
-    """Norms of decoder rows: `norms_LX` per crosscoding position, `n_L` per latent (sum of them, or joint)."""
-
-    norms_LX: Tensor
-    n_L: Tensor
+_PACKAGE = "crosscode_kernels"
+_OPS: dict[str, Callable[..., Any]] = {}
+Door = TypeVar("Door", bound=Callable[..., Any])
 
 
-class ReconLoss(NamedTuple):
-    """`loss` (scalar): squared error summed over O, mean over B; `per_x_X`: the same split by position."""
-
-    loss: Tensor
-    per_x_X: Tensor
-
-
-class DecodeReconLoss(NamedTuple):
-    """`ReconLoss`, and `residual_BO = y - target`, detached."""
-
-    loss: Tensor
-    per_x_X: Tensor
-    residual_BO: Tensor
+def door(function: Door) -> Door:
+    """Decorator of an op's public function, in the `__init__` of its folder. Its last argument is `backend`, by keyword."""
+    if _OPS.get(function.__name__, function).__module__ != function.__module__:
+        raise ValueError(f"op {function.__name__!r} is there twice: {_OPS[function.__name__].__module__} has it too")
+    _OPS[function.__name__] = function
+    return function
 
 
-class JumpReLUPenalties(NamedTuple):
-    """`latents_BL` after JumpReLU, and the two weighted penalties (scalars, mean over B)."""
+def find_ops() -> dict[str, Callable[..., Any]]:
+    """The doors of all folders of this package, by name: nothing else lists them."""
+    for folder in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        if folder.ispkg:
+            importlib.import_module(f"{_PACKAGE}.{folder.name}")
+    return _OPS
 
-    latents_BL: Tensor
-    tanh: Tensor
-    pre_act: Tensor
 
+class OpSet:
+    """The ops of all doors as methods, bound to `backend`: `ops.encode_topk(x_BI, W_enc_LI, b_enc_L, k)`.
 
-@runtime_checkable
-class OpSet(Protocol):
-    """Everything a model or an objective computes. All differentiable where a gradient is defined.
-
-    Encoders return `Latents`; the value of a sparse one carries the gradient. A latent whose value is 0 is not
-    active, however it is stored. Ties: the lowest index wins, in every backend.
+    All are differentiable where a gradient is defined. Encoders return `Latents`; the value of a sparse one carries the gradient.
+    A latent whose value is 0 is not active, however it is stored. Ties: the lowest index wins, in every backend.
     """
 
-    name: str
+    def __init__(self, backend: Backend) -> None:
+        self.backend = replace(backend, said={})
+        for name, op in find_ops().items():
+            setattr(self, name, partial(op, backend=self.backend))
 
-    # ---- encode and select
-    def encode_topk(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> Latents:
-        """The k largest of `relu(x W_enc^T + b_enc)` of each token."""
-        ...
+    @property
+    def name(self) -> str:
+        return self.backend.name
 
-    def encode_batch_topk(
-        self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int, rank_scale_L: Tensor | None = None
-    ) -> Latents:
-        """The `k * B` largest of the whole batch, ranked by `a_l * rank_scale_l` (1 where None); values unscaled."""
-        ...
+    if TYPE_CHECKING:
 
-    def encode_groupmax(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> Latents:
-        """The maximum of each of k contiguous groups of L / k latents of `relu(h)`."""
-        ...
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
-    def encode_threshold(
-        self,
-        x_BI: Tensor,
-        W_enc_LI: Tensor,
-        b_enc_L: Tensor | None,
-        threshold: Tensor,
-        rank_scale_L: Tensor | None = None,
-    ) -> Latents:
-        """`a_l = relu(h_l)` where `a_l * rank_scale_l >= threshold` and `a_l > 0`: inference form of BatchTopK."""
-        ...
 
-    def aux_topk(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, dead_mask_L: Tensor, k: int) -> Latents:
-        """`encode_topk` among the latents of `dead_mask_L` only (fewer than k dead: all of them)."""
-        ...
-
-    def preacts(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Tensor:
-        """`h_BL = x W_enc^T + b_enc`, dense."""
-        ...
-
-    # ---- dense activations with their encoders: dense or sparse latents, as the measured density advises
-    def encode_relu(self, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Latents:
-        """`relu(x W_enc^T + b_enc)`."""
-        ...
-
-    def encode_jumprelu(
-        self,
-        x_BI: Tensor,
-        W_enc_LI: Tensor,
-        b_enc_L: Tensor | None,
-        t_L: Tensor,
-        eps: float,
-        ste: Literal["anthropic", "gdm"],
-    ) -> Latents:
-        """`jumprelu(x W_enc^T + b_enc, t)`, with what `pre_act_penalty` needs."""
-        ...
-
-    def pre_act_penalty(self, latents: Latents, t_L: Tensor, n_L: Tensor, lambda_L: Tensor) -> Tensor:
-        """`pre_act` of latents that come from `encode_jumprelu` with the same `t_L`."""
-        ...
-
-    # ---- decode
-    def decode(self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None = None) -> Tensor:
-        """`y_BO = a W_dec + b_dec`. Sparse latents: forward and backward touch active rows only."""
-        ...
-
-    # ---- dense activations
-    def relu(self, h_BL: Tensor) -> Tensor: ...
-
-    def jumprelu(self, h_BL: Tensor, t_L: Tensor, eps: float, ste: Literal["anthropic", "gdm"]) -> Tensor:
-        """`h * 1[h > exp(t)]` with the straight-through gradient for t of SCHEMES section 3."""
-        ...
-
-    # ---- norms, penalties, losses
-    def decoder_norms(self, W_dec_LO: Tensor, segments: Sequence[int], mode: NormMode) -> DecoderNorms: ...
-
-    def weighted_l1(self, latents: Latents, n_L: Tensor, lambda_L: Tensor) -> Tensor:
-        """`mean_B sum_l lambda_l a_l n_l`."""
-        ...
-
-    def weighted_tanh(self, latents: Latents, n_L: Tensor, lambda_L: Tensor, c: float) -> Tensor:
-        """`mean_B sum_l lambda_l tanh(c a_l n_l)`."""
-        ...
-
-    def pre_act(self, h_BL: Tensor, t_L: Tensor, n_L: Tensor, lambda_L: Tensor) -> Tensor:
-        """`mean_B sum_l lambda_l relu(exp(t_l) - h_l) n_l`."""
-        ...
-
-    def jumprelu_penalties(
-        self,
-        h_BL: Tensor,
-        t_L: Tensor,
-        n_L: Tensor,
-        lambda_tanh_L: Tensor,
-        lambda_pre_L: Tensor,
-        *,
-        eps: float,
-        ste: Literal["anthropic", "gdm"],
-        c: float,
-    ) -> JumpReLUPenalties:
-        """JumpReLU and both penalties in one pass over `h_BL` each way."""
-        ...
-
-    def recon_loss(self, y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> ReconLoss: ...
-
-    def decode_recon_loss(
-        self, latents: Latents, W_dec_LO: Tensor, b_dec_O: Tensor | None, target_BO: Tensor, segments: Sequence[int]
-    ) -> DecodeReconLoss:
-        """`recon_loss` of `decode`, for a step that has no other use for the output: it need not be written."""
-        ...
+def resolve_backend(backend: AnyBackend, device: torch.device | str, dtype: torch.dtype = torch.float32) -> OpSet:
+    """The op set of `backend`; see `backend.resolve`."""
+    return OpSet(resolve(backend, device, dtype))

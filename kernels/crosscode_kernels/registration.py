@@ -1,34 +1,141 @@
-"""How an op becomes visible to PyTorch: `crosscode::<name>`, with a fake for tracing and a gradient formula."""
+"""How a kernel becomes visible to PyTorch: `crosscode::<name>`, with a fake for tracing and a gradient formula.
+
+A kernel is a plain function on tensors that knows nothing of autograd. It lies in a folder's `torch_impl.py`; another
+backend has one of the same name and arguments in its own file there (`triton_impl.py`), imported when it is first asked for.
+Kernels are handed contiguous, checked tensors and something to compute (B > 0, N > 0), and must be deterministic; indices are
+int32. Gradients come back in the dtype of the tensor they belong to; sums and statistics are `acc_dtype`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from crosscode_kernels.backend import Backend
+
+Kernel = Callable[..., Any]
+Arguments = Any
+"""The arguments of an op by name, `a.h_BL`; fields of a NamedTuple stand beside the others, `a.backend` is a `Backend`."""
+
+_SCHEMA = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?", bool: "bool",
+    list[int]: "int[]",
+}  # fmt: skip
+_KERNELS: dict[str, Kernel] = {}
+
+
+def kernel_names() -> list[str]:
+    """Names of all kernels that are registered as ops."""
+    return sorted(_KERNELS)
+
+
+@functools.cache
+def kernel_of(name: str, backend: str) -> Kernel:
+    """Kernel `name` of "torch" or "triton"."""
+    kernel = _KERNELS[name]
+    module = kernel.__module__.removesuffix("torch_impl") + f"{backend}_impl"
+    return getattr(importlib.import_module(module), kernel.__name__)
+
 
 def define_op(
-    name: str,
-    schema: str,
+    kernel: Kernel,
     *,
-    body: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    fake: Callable[[Arguments], Any],
+    empty: Callable[[Arguments], Any] = lambda a: None,
+    finish: Callable[[Arguments, Any], Any] = lambda a, result: result,
+    extra: Mapping[str, Any] | None = None,
+    variants: Mapping[str, Kernel] | None = None,
+    saved: Callable[[Arguments, Any], dict[str, Tensor | None]] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    n_results: int | None = None,
 ) -> Callable[..., Any]:
-    """Register `crosscode::name`. The last argument of `schema` is `str backend`; `body` looks the kernel up by it."""
-    op = torch.library.custom_op(f"crosscode::{name}", body, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    if backward is not None:
-        op.register_autograd(backward, setup_context=setup_context)
-    return op
+    """Register `crosscode::<name of the kernel>` and return it as a function of the kernel's arguments, those of `extra`
+    (types by name, for what only backward needs), and `backend=`. The torch kernel's annotations are the schema.
+
+    `empty` gives the result where there is nothing to compute, else None. `finish` makes the op's results (`n_results` of them)
+    of the kernel's. `variants`: kernels of the torch backend for one of its options. `saved` names what backward needs beside
+    arguments that are no tensors; `backward(a, *grads)`, with `a.needs` the names of the arguments that want a gradient,
+    returns gradients by name.
+    """
+    name, hints = kernel.__name__, get_type_hints(kernel)
+    _KERNELS[name] = kernel
+    result = hints.pop("return")
+    groups = {argument: kind for argument, kind in hints.items() if hasattr(kind, "_fields")}
+    flat: dict[str, Any] = {}
+    for argument, kind in (hints | dict(extra or {})).items():
+        flat |= get_type_hints(kind) if argument in groups else {argument: kind}
+    n_results = n_results or len(get_args(result)) or 1
+    schema = ", ".join(f"{_SCHEMA[kind]} {argument}" for argument, kind in flat.items())
+    results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
+    tensors = {argument for argument, kind in flat.items() if kind in (Tensor, Tensor | None)}
+
+    def bind(values: tuple[Any, ...]) -> Arguments:
+        *arguments, backend, options = values
+        return SimpleNamespace(**dict(zip(flat, arguments, strict=True)), backend=Backend(backend, tuple(options)))
+
+    def plain(result: Any) -> Any:
+        return result if isinstance(result, Tensor) else tuple(result)
+
+    def body(*values: Any) -> Any:
+        a = bind(values)
+        if (nothing := empty(a)) is not None:
+            return plain(nothing)
+        run = next((variant for option, variant in (variants or {}).items() if option in a.backend.options), None)
+        ready = {argument: contiguous(value) for argument, value in vars(a).items()}
+        arguments = [
+            groups[argument](*(ready[field] for field in groups[argument]._fields))
+            if argument in groups
+            else ready[argument]
+            for argument in hints
+        ]
+        return plain(finish(a, (run or kernel_of(name, a.backend.name))(*arguments)))
+
+    op = torch.library.custom_op(
+        f"crosscode::{name}", body, mutates_args=(), schema=f"({schema}, str backend, str[] options) -> {results}"
+    )
+    op.register_fake(lambda *values: plain(fake(bind(values))))
+    if saved is not None and backward is not None:
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            a = bind(inputs)
+            kept = saved(a, output)
+            ctx.names, ctx.rest = tuple(kept), {key: value for key, value in vars(a).items() if key not in tensors}
+            ctx.save_for_backward(*kept.values())
+            ctx.set_materialize_grads(False)
+
+        def backward_of(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found: dict[str, Tensor | None] = {}
+            if any(grad is not None for grad in grads):
+                needs = {argument for argument, needed in zip(flat, ctx.needs_input_grad, strict=False) if needed}
+                kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+                found = backward(SimpleNamespace(**kept, **ctx.rest, needs=needs), *grads)
+            return *(found.get(argument) for argument in flat), None, None
+
+        op.register_autograd(backward_of, setup_context=setup_context)
+
+    def call(*arguments: Any, backend: Backend) -> Any:
+        values: list[Any] = []
+        for argument in arguments:
+            values.extend(argument) if isinstance(argument, tuple) else values.append(argument)
+        return op(*values, backend.name, list(backend.options))
+
+    return call
 
 
-def contiguous(*tensors: Tensor | None) -> list[Any]:
+def contiguous(value: Any) -> Any:
     """Kernels read rows: they are handed contiguous tensors."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def like(tensor: Tensor) -> Tensor:
+    """What a kernel returns for this tensor: its shape and dtype, contiguous, uninitialised."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def grad_or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 17
+_CPU_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 17, 1 << 26
+"""How many numbers of a parameter are updated at a time: what stays in cache over the passes; and on a device, where each
+pass is a launch, what its temporaries may take (a quarter GiB each in float32)."""
 
 
 class RowSparseAdam(torch.optim.Optimizer):
@@ -101,14 +103,17 @@ def _catch_up(state: dict[str, Any], rows: Tensor | slice, v_rows: Tensor, beta2
     v_rows.mul_(torch.pow(beta2, missed.to(v_rows.dtype)).view(-1, *[1] * (v_rows.dim() - 1)))
 
 
+def _chunk_rows(device: torch.device, width: int) -> int:
+    return max((_CPU_CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS) // width, 1)
+
+
 def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], lr: float, beta2: float, eps: float) -> None:
-    """In chunks of rows that stay in cache over the passes."""
     grad = coalesced(grad)
     rows_Q, step = grad.indices()[0], state["step"]
     width = max(param[0].numel(), 1)
     param_RD, v_RD = param.view(param.shape[0], -1), state["exp_avg_sq"].view(param.shape[0], -1)
     grad_QD = grad.values().view(rows_Q.shape[0], -1)
-    chunk = max(_CHUNK_ELEMENTS // width, 1)
+    chunk = _chunk_rows(param.device, width)
     for rows_q, grad_qD in zip(rows_Q.split(chunk), grad_QD.split(chunk), strict=True):
         v_qD = v_RD.index_select(0, rows_q)
         _catch_up(state, rows_q, v_qD, beta2, step)

@@ -25,6 +25,21 @@ class LatentOrder(NamedTuple):
     latent_ptr_L1: Tensor
 
 
+class Entries(NamedTuple):
+    """A sparse batch as kernels take it: CSR over tokens, and its transpose, whose two tensors are empty where no gradient
+    needs them. Indices are int32."""
+
+    row_ptr_B1: Tensor
+    latent_idx_N: Tensor
+    value_N: Tensor
+    order_N: Tensor
+    latent_ptr_L1: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        return self.row_ptr_B1.shape[0] - 1
+
+
 @dataclass(frozen=True)
 class DenseLatents:
     """`value_BL`, and what the encoder kept besides: the pre-activations `preacts_BL`, or of a JumpReLU
@@ -36,6 +51,10 @@ class DenseLatents:
     preacts_BL: Tensor | None = None
     deficit_L: Tensor | None = None
     active: SparseLatents | None = None
+
+    @property
+    def value(self) -> Tensor:
+        return self.value_BL
 
     @property
     def n_latents(self) -> int:
@@ -100,8 +119,17 @@ class SparseLatents:
         return cls(row_ptr_B1, latent_idx_N.int(), value_N, n_latents)
 
     @property
+    def value(self) -> Tensor:
+        return self.value_N
+
+    @property
     def batch_size(self) -> int:
         return self.row_ptr_B1.shape[0] - 1
+
+    def entries(self, order: LatentOrder | None) -> Entries:
+        """What kernels take, with the given transpose."""
+        nothing = self.latent_idx_N.new_empty(0)
+        return Entries(self.row_ptr_B1, self.latent_idx_N, self.value_N, *(order or (nothing, nothing)))
 
     def token_idx_N(self) -> Tensor:
         """Token of each entry, int64."""

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosscode.config.experiment import TrainConfig
 from crosscode.config.registry import Component
-from crosscode.models import ACTIVATIONS, INITIALIZATIONS, MODELS
-from crosscode.models.split import split_for
+from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
+from crosscode.models.architecture import split_for
 from crosscode.objectives import TERMS, Objective, as_schedule
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger
@@ -204,11 +204,11 @@ def make_trainer(tmp_path):
         split = split_for(kind)
         activation = dict(activation or {"type": "topk", "k": 4})
         activation_fn = ACTIVATIONS[activation.pop("type")](**activation, n_latents=n_latents)
-        dims = split.model_dims(*data.dims)
-        model = MODELS[split.model_kind](
+        dims = ARCHITECTURES[kind].dims_for(*data.dims)
+        model = ARCHITECTURES[kind](
             **dims, n_latents=n_latents, activation_fn=activation_fn, backend=backend, **(model_options or {})
         )
-        init = "anthropic_transpose" if split.model_kind == "model_hookpoint_acausal" else "compound_uniform"
+        init = "anthropic_transpose" if kind == "model_hookpoint_acausal" else "compound_uniform"
         model.init_weights(INITIALIZATIONS[init](), seed).to(data.device)
         run = RunDirectory(tmp_path / name)
         if not run.config_file.is_file():

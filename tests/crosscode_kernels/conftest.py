@@ -19,12 +19,11 @@ from crosscode_kernels import OpSet, resolve_backend
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 _BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(("torch", "cuda"), id="torch-gpu", marks=_gpu),
-    pytest.param(("triton", "cuda"), id="triton-gpu", marks=_gpu),
+    pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
 ]
 if INTERPRETED:
     _BACKENDS.append(pytest.param(("triton", "cpu"), id="triton-interpreted"))
@@ -89,7 +88,7 @@ def _repaired_interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from crosscode_kernels.triton_common.interpreter import checked_bounds, repaired_interpreter
+    from triton_interpreter import checked_bounds, repaired_interpreter
 
     with repaired_interpreter(), checked_bounds():
         yield

@@ -80,7 +80,7 @@ class Command:
         try:
             return self.options.model_validate(own)
         except ValidationError as error:
-            shown = explain(error, own, self.options, lambda field: option_name(self, field))
+            shown = explain(error, own, self.options, shown=lambda field: option_name(self, field))
             raise InputError(f"{name}: {shown}") from error
 
 

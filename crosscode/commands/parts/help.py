@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _COLUMN = 28
 _DEEPEST = 6
+_WIDEST = 60
 
 
 def overview(commands: Mapping[str, Command], description: str, epilog: str) -> str:
@@ -125,17 +126,22 @@ class _Section:
             yield from ((f"{self.prefix}.{name}".lstrip("."), info) for name, info in fields_of(model).items())
 
     def page(self) -> Iterator[str]:
+        """What all types have stands first, once."""
         yield textwrap.fill(f"{self.path}: {self.meaning}", _width())
-        for model in self.models:
-            kind, doc = _type_of(model), _doc_of(model)
-            doc = "" if len(self.models) == 1 and self.path == self.prefix else doc
+        own = [
+            {name: _shown(f"{self.prefix}.{name}", info) for name, info in fields_of(one).items()}
+            for one in self.models
+        ]
+        shared = [name for name in own[0] if len(own) > 1 and all(each.get(name) == own[0][name] for each in own)]
+        yield from (["", "every type", *(_entry(*own[0][name]) for name in shared)] if shared else [])
+        for model, entries in zip(self.models, own, strict=True):
+            kind, doc = _type_of(model), _doc_of(model) if len(own) > 1 or self.path != self.prefix else ""
             yield ""
             yield from textwrap.wrap(
                 ": ".join(part for part in (f"type {kind}" if kind else "", doc) if part), _width()
             )
-            for name, info in fields_of(model).items():
-                if not (name == "type" and kind):
-                    yield _entry(*_shown(f"{self.prefix}.{name}", info))
+            hidden = {*shared, *(["type"] if kind else [])}
+            yield from (_entry(*entry) for name, entry in entries.items() if name not in hidden)
 
 
 def _sections(classes: Sequence[Any], prefix: str = "", depth: int = 0) -> Iterator[_Section]:
@@ -196,7 +202,8 @@ def _kind(annotation: Any) -> str:
             kinds.append("[true|false]")
         elif isinstance(member, type) and member is not type(None):
             kinds.append(member.__name__)
-    return "|".join(dict.fromkeys(kinds))
+    shown = "|".join(dict.fromkeys(kinds))
+    return shown if len(shown) < _WIDEST else "..."
 
 
 def _meaning(info: FieldInfo) -> str:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crosscode_kernels.opset import OpSet
-from crosscode_kernels.resolve import available_backends, resolve_backend
+from crosscode_kernels import OpSet, available_backends, resolve_backend
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
@@ -128,7 +127,7 @@ def _results(ops: OpSet, case: str, seed: int, dtype: torch.dtype, device: torch
     inputs |= {"W_dec": draw(N_LATENTS, D_OUT), "b_dec": draw(D_OUT), "t": draw(N_LATENTS)}
     target_BO = draw(N_TOKENS, D_OUT).detach()
     latents = CASES[case](ops, inputs)
-    y_BO = ops.decode(latents, inputs["W_dec"], inputs["b_dec"])
+    y_BO = ops.sparse_decode(latents, inputs["W_dec"], inputs["b_dec"])
     norms = ops.decoder_norms(inputs["W_dec"], SEGMENTS, "sum")
     ones_L = torch.ones_like(norms.n_L).detach()
     loss = ops.recon_loss(y_BO, target_BO, SEGMENTS).loss

@@ -23,14 +23,14 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.precision import float32_products
 from crosscode.files import check_is_no_link, check_may_be_filled, write_json
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.opening import open_runs
+from crosscode.trainers.opening import next_batch, open_runs
 from crosscode.trainers.progress import Progress
-from crosscode.trainers.source import ActivationSource, check_has_begun
+from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
@@ -202,7 +202,7 @@ def _train_side_by_side(
     position = min(trainer.step for trainer in running.values())
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
         batches = iter(data)
-        acts_BMPD = _next_batch(running, batches, position)
+        acts_BMPD = next_batch(list(running.values()), batches, position)
         open_runs(list(running.values()), runs)
         write_marker(file.folder, "sweep")
         file.save()
@@ -219,7 +219,7 @@ def _train_side_by_side(
             position += 1
             bar.advance(next((trainer.metrics.last for trainer in running.values()), {}))
             if running and not stop.received:
-                acts_BMPD = _next_batch(running, batches, position)
+                acts_BMPD = next_batch(list(running.values()), batches, position)
         for label, trainer in list(running.items()):
             if stop.received:
                 break
@@ -232,18 +232,6 @@ def _train_side_by_side(
                 f"continue with: crosscode sweep --resume {file.folder}"
             )
     return list(file.rows.values())
-
-
-def _next_batch(running: dict[str, Trainer], batches: Iterator[Tensor], position: int) -> Tensor | None:
-    """As of one trainer; its time counts for each."""
-    if position >= next(iter(running.values())).n_steps:
-        return None
-    with ExitStack() as harvest:
-        for trainer in running.values():
-            harvest.enter_context(trainer.phases("harvest"))
-        acts_BMPD = next(batches, None)
-    check_has_begun(acts_BMPD, position)
-    return acts_BMPD
 
 
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:

@@ -40,37 +40,28 @@ class Family:
 
 
 def _family(
-    *,
-    ln1: str,
-    ln2: str,
-    attn: str,
-    attn_out: str,
-    mlp: str,
-    mlp_out: str,
-    mlp_pre: str,
+    modules: Mapping[str, str],
     embed: str,
     ln_final: str,
-    mlp_up: str | None = None,
-    qkv: tuple[str, str, str] | None = None,
-    post_norms: Mapping[str, str] | None = None,
-    has_resid_mid: bool = True,
+    *,
+    qkv: Mapping[str, str] | None = None,
+    resid_mid: bool = True,
 ) -> Family:
-    modules = {"ln1": ln1, "ln2": ln2, "attn": attn, "mlp": mlp, "attn.o": attn_out, "mlp.out": mlp_out}
-    modules |= dict(post_norms or {})
-    modules |= {"mlp.gate": mlp_pre, "mlp.in": mlp_up} if mlp_up else {"mlp.in": mlp_pre}
+    """`modules`: the path within a block of each component that TransformerLens names. Gated MLPs have `mlp.gate`, norms
+    after attention and MLP `ln1_post` and `ln2_post`. `resid_mid`: whether the second norm reads the stream between."""
     block = {f"{name}.hook_{side}": Tap(path, side) for name, path in modules.items() for side in ("in", "out")}
     block |= {
-        "hook_attn_out": block["ln1_post.hook_out" if post_norms else "attn.hook_out"],
-        "hook_mlp_out": block["ln2_post.hook_out" if post_norms else "mlp.hook_out"],
+        "hook_attn_out": block["ln1_post.hook_out" if "ln1_post" in modules else "attn.hook_out"],
+        "hook_mlp_out": block["ln2_post.hook_out" if "ln2_post" in modules else "mlp.hook_out"],
         "attn.hook_z": block["attn.o.hook_in"],
         "mlp.hook_post": block["mlp.out.hook_in"],
-        "mlp.hook_pre": Tap(mlp_pre, "out"),
+        "mlp.hook_pre": block["mlp.gate.hook_out" if "mlp.gate" in modules else "mlp.in.hook_out"],
     }
-    if mlp_up:
-        block["mlp.hook_pre_linear"] = Tap(mlp_up, "out")
-    if has_resid_mid:
+    if "mlp.gate" in modules:
+        block["mlp.hook_pre_linear"] = block["mlp.in.hook_out"]
+    if resid_mid:
         block["hook_resid_mid"] = block["ln2.hook_in"]
-    for letter, path in zip("qkv", qkv or (), strict=False):
+    for letter, path in (qkv or {}).items():
         block |= {f"attn.hook_{letter}": Tap(path, "out"), f"attn.{letter}.hook_out": Tap(path, "out")}
     outside = {
         "hook_embed": Tap(embed, "out"),
@@ -81,52 +72,25 @@ def _family(
     return Family(block, outside)
 
 
-def _gated_family(ln2: str, post_norms: Mapping[str, str] | None = None) -> Family:
-    """Llama and its relatives: the modules have one set of names, the norms around them differ."""
-    return _family(
-        ln1="input_layernorm",
-        ln2=ln2,
-        attn="self_attn",
-        attn_out="self_attn.o_proj",
-        mlp="mlp",
-        mlp_pre="mlp.gate_proj",
-        mlp_up="mlp.up_proj",
-        mlp_out="mlp.down_proj",
-        embed="model.embed_tokens",
-        ln_final="model.norm",
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        post_norms=post_norms,
-    )
-
-
-_LLAMA = _gated_family("post_attention_layernorm")
-_GEMMA2 = _gated_family(
-    "pre_feedforward_layernorm",
-    {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"},
-)
-_GPT2 = _family(
-    ln1="ln_1",
-    ln2="ln_2",
-    attn="attn",
-    attn_out="attn.c_proj",
-    mlp="mlp",
-    mlp_pre="mlp.c_fc",
-    mlp_out="mlp.c_proj",
-    embed="transformer.wte",
-    ln_final="transformer.ln_f",
-)
-_NEOX = _family(
-    ln1="input_layernorm",
-    ln2="post_attention_layernorm",
-    attn="attention",
-    attn_out="attention.dense",
-    mlp="mlp",
-    mlp_pre="mlp.dense_h_to_4h",
-    mlp_out="mlp.dense_4h_to_h",
-    embed="gpt_neox.embed_in",
-    ln_final="gpt_neox.final_layer_norm",
-    has_resid_mid=False,
-)
+_LLAMA_MODULES = {
+    "ln1": "input_layernorm", "ln2": "post_attention_layernorm", "attn": "self_attn", "attn.o": "self_attn.o_proj",
+    "mlp": "mlp", "mlp.gate": "mlp.gate_proj", "mlp.in": "mlp.up_proj", "mlp.out": "mlp.down_proj",
+}  # fmt: skip
+_GEMMA2_MODULES = {
+    **_LLAMA_MODULES, "ln2": "pre_feedforward_layernorm",
+    "ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm",
+}  # fmt: skip
+_GPT2_MODULES = {
+    "ln1": "ln_1", "ln2": "ln_2", "attn": "attn", "attn.o": "attn.c_proj",
+    "mlp": "mlp", "mlp.in": "mlp.c_fc", "mlp.out": "mlp.c_proj",
+}  # fmt: skip
+_NEOX_MODULES = {
+    "ln1": "input_layernorm", "ln2": "post_attention_layernorm", "attn": "attention", "attn.o": "attention.dense",
+    "mlp": "mlp", "mlp.in": "mlp.dense_h_to_4h", "mlp.out": "mlp.dense_4h_to_h",
+}  # fmt: skip
+_QKV = {letter: f"self_attn.{letter}_proj" for letter in "qkv"}
+_LLAMA = _family(_LLAMA_MODULES, "model.embed_tokens", "model.norm", qkv=_QKV)
+_GEMMA2 = _family(_GEMMA2_MODULES, "model.embed_tokens", "model.norm", qkv=_QKV)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -135,8 +99,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "gpt2": _GPT2,
-    "gpt_neox": _NEOX,
+    "gpt2": _family(_GPT2_MODULES, "transformer.wte", "transformer.ln_f"),
+    "gpt_neox": _family(_NEOX_MODULES, "gpt_neox.embed_in", "gpt_neox.final_layer_norm", resid_mid=False),
 }
 _EVERY_BLOCK: dict[str, Side] = {
     "hook_resid_pre": "in",

@@ -10,7 +10,6 @@ flipped byte of a header goes unseen. A shard appears under its name only when i
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ import numpy as np
 import torch
 
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, temporary_file
+from crosscode.files import write_parts
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 _CHECKSUM_OF_ZEROS = 0x5BD1E995
 _MAX_HEADER_BYTES = 1 << 20
-_VIEWS_PER_WRITE = 512
 
 
 class StoreError(InputError):
@@ -132,37 +130,8 @@ def write_shard(folder: Path, index: int, layout: Layout, rows: list[PackedRows]
     arrays = [row_sums(part) for part in rows]
     arrays += [part.scales_RMP.numpy() for part in rows if part.scales_RMP is not None]
     arrays += [part.acts_RE.numpy() for part in rows]
-    write_atomically(folder / shard_name(index), [header, *arrays])
+    write_parts(folder / shard_name(index), [header, *arrays])
     return len(header) + sum(array.nbytes for array in arrays)
-
-
-def write_atomically(path: Path, parts: list[Any]) -> None:
-    """A file that is whole or not there, whatever happens. Raises OSError, leaving no partial file."""
-    check_is_no_link(path)
-    temporary = temporary_file(path)
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            _write_all(file.fileno(), [memoryview(part).cast("B") for part in parts if len(part)])
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_all(descriptor: int, views: list[memoryview]) -> None:
-    """Few and large writes: the system then keeps the file in large pieces, which are read back much faster."""
-    while views:
-        n_written = os.writev(descriptor, views[:_VIEWS_PER_WRITE])
-        while views and n_written >= len(views[0]):
-            n_written -= len(views.pop(0))
-        if views:
-            views[0] = views[0][n_written:]
 
 
 def read_shard_header(path: Path, index: int, layout: Layout) -> tuple[int, int, dict[str, Any]]:

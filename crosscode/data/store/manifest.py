@@ -14,19 +14,17 @@ from typing import Any
 from crosscode.config.nested import flatten
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
-from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError, write_atomically
+from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
+from crosscode.files import write_parts
+from crosscode.formats import STORE
 
 _FILE = "manifest.json"
 _FORMAT = "crosscode-activations"
-_VERSION = 1
 _ONLY_NAMES = (".name", ".revision")
 _ORDER_OF_ROWS = ("tokens.seed", "tokens.shuffle", "tokens.batch_size", "tokens.worker")
 _ROUNDING = ("dtype", "activation_dtype")
-_DEFAULTS = {"activation_dtype": "float32"}
-"""Of manifests that do not say: earlier ones."""
-
 Manifest = dict[str, Any]
 
 
@@ -45,7 +43,7 @@ def make_manifest(token_loader: TokenSequenceLoader, harvester: ActivationHarves
     ]
     return {
         "format": _FORMAT,
-        "version": _VERSION,
+        **STORE.stamp(),
         "models": models,
         "tokenizer": tokenizer_fingerprint(token_loader.tokenizer),
         "hookpoints": harvester.hookpoints,
@@ -80,7 +78,7 @@ def layout_of(manifest: Manifest) -> Layout:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
-    write_atomically(folder / _FILE, [text.encode()])
+    write_parts(folder / _FILE, [text.encode()])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -97,8 +95,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise StoreError(f"store: {str(path)!r} is not the manifest of an activation store")
     if checksum != _checksum(manifest):
         raise StoreError(f"store: {str(path)!r} does not match its checksum; it was damaged or edited")
-    if manifest["version"] != _VERSION:
-        raise StoreError(f"store: {str(path)!r} has version {manifest['version']}; this library reads {_VERSION}")
+    STORE.read(manifest, f"store: {str(path)!r}", StoreError)  # but as it stands, its fields name its shards
     return manifest
 
 
@@ -116,7 +113,7 @@ def check_same_content(
         raise StoreError(
             f"store {str(folder)!r} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
         )
-    flat_stored, flat_wanted = ({**_DEFAULTS, **dict(flatten(manifest))} for manifest in (stored, wanted))
+    flat_stored, flat_wanted = ({**STORE.defaults, **dict(flatten(manifest))} for manifest in (stored, wanted))
     for field in flat_wanted if partly else dict.fromkeys([*flat_wanted, *flat_stored]):
         mine, theirs = flat_wanted.get(field), flat_stored.get(field)
         if mine != theirs and field not in ignored and not field.endswith(_ONLY_NAMES):

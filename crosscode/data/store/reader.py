@@ -50,7 +50,6 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
 
     Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
     """
-    check_no_links(folder)
     layout, content = layout_of(manifest), content_id(manifest)
     names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
     shards = []
@@ -102,6 +101,7 @@ class ActivationCache:
 
     def __init__(self, path: str | Path, *, expected: Manifest | None = None) -> None:
         self.path = Path(path)
+        check_no_links(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise StoreError(f"store {str(path)!r}: no such store (there is no manifest.json in that folder)")
@@ -129,10 +129,14 @@ class ActivationCache:
     def __len__(self) -> int:
         return self.n_rows
 
-    def mean_norm_MP(self) -> torch.Tensor:
-        """Mean norm of the activations (float64), over every row, as recorded while they were written."""
+    def check_not_empty(self) -> None:
+        """Raise StoreError where there is no row to read."""
         if not self.shards:
             raise StoreError(f"store {str(self.path)!r} holds no whole shard yet")
+
+    def mean_norm_MP(self) -> torch.Tensor:
+        """Mean norm of the activations (float64), over every row, as recorded while they were written."""
+        self.check_not_empty()
         return torch.stack([shard.norm_sum_MP for shard in self.shards]).sum(dim=0) / self.n_rows
 
     def scaling_MP(self) -> torch.Tensor:

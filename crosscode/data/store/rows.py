@@ -52,8 +52,7 @@ class StoredRows:
             raise InputError("stores: at least one is needed")
         check_at_least(1, rows_per_read=rows_per_read, read_block=read_block, window=window, epochs=epochs)
         for store in self.stores:
-            if store.n_rows == 0:
-                raise InputError(f"store {str(store.path)!r} holds no whole shard yet")
+            store.check_not_empty()
         _check_mixable(self.stores)
         dtypes = {store.dtype for store in self.stores}
         self.dims = self.stores[0].dims

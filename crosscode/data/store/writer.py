@@ -13,10 +13,10 @@ whole shard always has its position.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from crosscode.data.store.format import (
     StoreNotWritten,
     pack,
     unpack,
-    write_atomically,
     write_shard,
 )
 from crosscode.data.store.manifest import (
@@ -42,7 +41,7 @@ from crosscode.data.store.manifest import (
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.errors import check_at_least
-from crosscode.files import is_temporary, remove
+from crosscode.files import held, is_temporary, remove, write_parts
 
 
 class ActivationCacheWriter:
@@ -74,7 +73,7 @@ class ActivationCacheWriter:
         self.finished = False
         self.n_shards = self.n_rows = self.n_bytes = 0
         self.resume_state: dict[str, Any] | None = None
-        self._lock: Any = None
+        self._lock: ExitStack | None = None
         self._guarded(self._open, manifest)
 
     def _open(self, manifest: Manifest) -> None:
@@ -234,20 +233,10 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _take_lock(folder: Path) -> Any:
-    """The system releases the lock when the process ends, however it ends."""
-    lock = open(folder / "lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise StoreError(f"store {str(folder)!r} is being written by another process ({holder})") from error
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()}")
-    lock.flush()
+def _take_lock(folder: Path) -> ExitStack:
+    """Held until it is closed, by whichever thread."""
+    lock = ExitStack()
+    lock.enter_context(held(folder / "lock", f"store {str(folder)!r} is being written by another process", StoreError))
     return lock
 
 
@@ -263,7 +252,7 @@ def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: 
     tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     content = safetensors.torch.save(tensors, {"state": json.dumps(plain), "finished": str(int(finished))})
-    write_atomically(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
+    write_parts(folder / f"resume-{n_shards:06d}-{zlib.crc32(content):08x}.safetensors", [content])
 
 
 def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bool]:

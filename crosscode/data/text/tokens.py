@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from crosscode.config.checked import checked
+from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer
 from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, WorkerChunks
-from crosscode.errors import InputError
+from crosscode.errors import InputError, check_settings
 from crosscode.seeds import derived_seed
 
 
@@ -81,6 +81,8 @@ class TokenSequenceLoader:
         self._start: dict[str, Any] | None = None
         self._iterator: _SequenceIterator | None = None
 
+    __signature__ = signature_with(__init__, TokenPolicy)
+
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
         """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""
         return TokenSequenceLoader(self.source, self.tokenizer, self.policy, **changes)
@@ -98,10 +100,7 @@ class TokenSequenceLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it was saved under other settings."""
-        if state["settings"] != self.describe():
-            mine, theirs = json.loads(self.describe()), json.loads(state["settings"])
-            name = next(key for key in mine if mine[key] != theirs.get(key))
-            raise InputError(f"data state: {name} was {theirs.get(name)!r} when it was saved and is {mine[name]!r} now")
+        check_settings(json.loads(self.describe()), json.loads(state["settings"]))
         self._start = dict(state)
         self._iterator = None
 

@@ -6,36 +6,51 @@ Axes: B tokens · I flattened input dims · L latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
-from crosscode.config.registry import ConfigModel, Registry, type_of
+from crosscode.config.registry import ConfigModel, Configured, Registry
 from crosscode.errors import InputError
 
 
-class ActivationFunction(nn.Module, ABC):
+class Selection(NamedTuple):
+    """What an activation keeps: the `k` largest of each token, or the `k * B` largest of the batch."""
+
+    k: int
+    over_batch: bool
+
+
+class ActivationFunction(Configured, nn.Module, ABC):
     """Turns `(x_BI, W_enc, b_enc)` into latents. It owns the encode: a sparse activation has a sparse gradient.
 
-    A subclass is one file in this folder: a nested `Config`, `encode`, and the plain definition `forward`.
+    A subclass is one file in this folder: a nested `Config`, `encode`, and the plain definition `forward`. The rest
+    answers what models, losses and trainers ask of an activation; the answers here are those of ReLU.
     """
 
-    Config: ClassVar[type[ConfigModel]]
+    beside = ("n_latents",)
+    title: ClassVar[str] = ""
+    """name in reports"""
+    n_latents: int
     uses_decoder_norms: bool = False
     """Whether `encode` wants `n_L`, the decoder norms, to rank latents."""
     selects_over_batch: bool = False
     """Whether in train mode the latents of one token depend on the other tokens of the batch."""
     is_screened: bool = False
     """Whether the torch backend can screen its encode (backend "torch:screened")."""
+    keeps_k: ClassVar[bool] = False
+    """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     k_factor: int = 1
     """By what `k` is multiplied for the moment; see `BaseCrosscoder.k_multiplied`."""
 
-    def __init__(self, n_latents: int):
-        super().__init__()
-        self.n_latents = n_latents
+    def _start(self, config: ConfigModel, **beside: Any) -> None:
+        nn.Module.__init__(self)
+        super()._start(config, **beside)
 
     @abstractmethod
     def encode(
@@ -47,6 +62,8 @@ class ActivationFunction(nn.Module, ABC):
     def forward(self, preacts_BL: Tensor) -> Tensor:
         """The definition: dense latents from dense pre-activations."""
 
+    # ---- in training
+
     def before_step(self, step: int, n_steps: int) -> None:
         """Called at the start of each training step."""
         return None
@@ -56,6 +73,41 @@ class ActivationFunction(nn.Module, ABC):
         """Called once per training step with the latents of the whole batch; for running statistics."""
         return None
 
+    @property
+    def tracks_batches(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not ActivationFunction.after_step
+
+    def check_evaluated_at(self, step: int) -> None:
+        """Raise `InputError` where eval mode cannot work yet at `step`, the first evaluation of a run."""
+
+    def multiply_k(self, factor: int) -> None:
+        """From now on keep `factor * k` latents; nothing changes where there is no k."""
+        self.k_factor = factor
+
+    def selection(self) -> Selection | None:
+        """What would select the same over the latents of several source layers; None: each latent by itself decides."""
+        return None
+
+    def batch_thresholds_set(self, threshold_of_factor: Mapping[int, Tensor]) -> AbstractContextManager[None]:
+        """Within the block train mode keeps what reaches the threshold of the current `k_factor`; for activations that
+        select over the batch, and batches in parts."""
+        raise NotImplementedError(f"{self.type_name()} does not select over the batch")
+
+    # ---- thresholds
+
+    def log_thresholds_L(self) -> Tensor | None:
+        """Log of the learned threshold of each latent, itself a parameter; None: it has none."""
+        return None
+
+    def set_thresholds_(self, threshold_L: Tensor) -> None:
+        """Set the learned thresholds, which are positive."""
+        raise NotImplementedError(f"{self.type_name()} has no learned thresholds")
+
+    def tracked_threshold(self) -> Tensor | None:
+        """The one threshold that eval mode applies to what is ranked; None: it has none, or none yet."""
+        return None
+
     def rescale_latents_(self, scale_L: Tensor) -> None:
         """Called when pre-activations are multiplied by `scale_L`: adapt, so that the same latents are active."""
         raise InputError(
@@ -63,10 +115,11 @@ class ActivationFunction(nn.Module, ABC):
             "so decoder norms cannot be folded into the encoder"
         )
 
+    # ---- copies
+
     def for_n_latents(self, n_latents: int) -> Self:
         """A fresh activation of the same config for another number of latents."""
-        names = [name for name in self.Config.model_fields if name != "type"]
-        return type(self)(**{name: getattr(self, name) for name in names}, n_latents=n_latents)
+        return self.of(self.config, n_latents=n_latents)
 
     def to_param_dtype(self, dtype: torch.dtype) -> Self:
         """Trainable parameters in the model's dtype; statistics keep their own."""
@@ -74,17 +127,8 @@ class ActivationFunction(nn.Module, ABC):
             param.data = param.data.to(dtype)
         return self
 
-    def config(self) -> ConfigModel:
-        """The config that builds this activation again."""
-        names = [name for name in self.Config.model_fields if name != "type"]
-        return self.Config(**{name: getattr(self, name) for name in names})
-
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().model_dump().items() if k != "type")
-
-    @classmethod
-    def type_name(cls) -> str:
-        return type_of(cls.Config)
+        return ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items() if k != "type")
 
 
-ACTIVATIONS: Registry[Any] = Registry("activation", __package__ or "")
+ACTIVATIONS: Registry[Any] = Registry("crosscoder.activation", __package__ or "")

@@ -5,16 +5,18 @@ Axes: B tokens · I flattened input dims · L latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents, SparseLatents
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from crosscode.errors import InputError
-from crosscode.models.activations.base import ACTIVATIONS
+from crosscode.models.activations.base import ACTIVATIONS, Selection
 from crosscode.models.activations.topk import AnnealedK, AnnealedKConfig, topk_mask_BL
 
 THRESHOLD_SLACK = 1e-5
@@ -27,8 +29,8 @@ class BatchTopkActivation(AnnealedK):
     """In train mode the `k * B` largest of the batch; in eval mode all above a threshold, so that the result for one
     token does not depend on the others. The threshold is a running mean of the smallest positive kept value.
 
-    A batch that is processed in parts has `batch_thresholds`: the `k * B`-th largest value of the whole batch, by
-    `k_factor`. Then train mode keeps all that reach it, which are the same latents (all of several equal ones).
+    For a batch that is processed in parts, `batch_thresholds_set` gives the `k * B`-th largest value of the whole batch,
+    by `k_factor`. Then train mode keeps all that reach it, which are the same latents (all of several equal ones).
     """
 
     class Config(AnnealedKConfig):
@@ -40,26 +42,15 @@ class BatchTopkActivation(AnnealedK):
         threshold_start_step: NonNegativeInt = 0
         """training step from which the threshold is tracked"""
 
+    title = "BatchTopK"
     selects_over_batch = True
     threshold: Tensor
     n_steps: Tensor
 
-    def __init__(
-        self,
-        k: int,
-        n_latents: int,
-        rank_by: Literal["activation", "decoder_norm_weighted"] = "activation",
-        threshold_ema_decay: float = 0.999,
-        threshold_start_step: int = 0,
-        k_start: int | None = None,
-        k_anneal_fraction: float = 0.1,
-    ):
-        super().__init__(k, n_latents, k_start, k_anneal_fraction)
-        self.rank_by = rank_by
-        self.uses_decoder_norms = rank_by == "decoder_norm_weighted"
-        self.threshold_ema_decay = threshold_ema_decay
-        self.threshold_start_step = threshold_start_step
-        self.batch_thresholds: dict[int, Tensor] = {}
+    def setup(self) -> None:
+        super().setup()
+        self.uses_decoder_norms = self.rank_by == "decoder_norm_weighted"
+        self._batch_thresholds: Mapping[int, Tensor] = {}
         # Statistics stay float32 whatever the parameters are; -1 says that nothing was tracked yet.
         self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float32))
         self.register_buffer("n_steps", torch.tensor(0, dtype=torch.int64))
@@ -68,8 +59,8 @@ class BatchTopkActivation(AnnealedK):
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:
         scale_L = self._rank_scale(n_L)
-        if self.training and self.k_factor in self.batch_thresholds:
-            return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self.batch_thresholds[self.k_factor], scale_L)
+        if self.training and self.k_factor in self._batch_thresholds:
+            return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self._batch_thresholds[self.k_factor], scale_L)
         if self.training:
             return ops.encode_batch_topk(x_BI, W_enc_LI, b_enc_L, self.current_k, scale_L)
         return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self._inference_threshold(), scale_L)
@@ -102,6 +93,28 @@ class BatchTopkActivation(AnnealedK):
         new = torch.where(self.threshold < 0, smallest, mixed)
         self.threshold.copy_(torch.where(tracked, new, self.threshold))
         self.n_steps.add_(1)
+
+    def check_evaluated_at(self, step: int) -> None:
+        if self.threshold_start_step >= step:
+            raise InputError(
+                f"{self.section}.threshold_start_step = {self.threshold_start_step}: must be below the step of the "
+                f"first evaluation, {step} (evaluation.every, or the end of training)"
+            )
+
+    def selection(self) -> Selection | None:
+        # A threshold needs no ranking.
+        return super().selection() if self.training and not self._batch_thresholds else None
+
+    @contextmanager
+    def batch_thresholds_set(self, threshold_of_factor: Mapping[int, Tensor]) -> Iterator[None]:
+        self._batch_thresholds = threshold_of_factor
+        try:
+            yield
+        finally:
+            self._batch_thresholds = {}
+
+    def tracked_threshold(self) -> Tensor | None:
+        return self.threshold if float(self.threshold) > 0 else None
 
     def rescale_latents_(self, scale_L: Tensor) -> None:
         # `a * n` is what it was, so the ranking and its threshold hold; a ranking by `a` alone would change.

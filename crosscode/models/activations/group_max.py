@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from pydantic import PositiveInt
 from torch import Tensor
@@ -27,11 +27,13 @@ class GroupMaxActivation(ActivationFunction):
         k: PositiveInt
         """number of groups, so the largest possible number of active latents; must divide n_latents"""
 
-    def __init__(self, k: int, n_latents: int):
-        if not 0 < k <= n_latents or n_latents % k:
-            raise InputError(f"activation.k = {k}: GroupMax needs a k that divides n_latents = {n_latents}")
-        super().__init__(n_latents)
-        self.k = k
+    title = "GroupMax"
+
+    def setup(self) -> None:
+        if self.n_latents % self.k:
+            raise InputError(
+                f"{self.section}.k = {self.k}: GroupMax needs a k that divides n_latents = {self.n_latents}"
+            )
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from crosscode.config.registry import ConfigModel
-from crosscode.errors import InputError
 from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction
 
 
@@ -35,22 +34,11 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         ste: Literal["anthropic", "gdm"] = "anthropic"
         """whether the pseudo-derivative is taken with respect to the log threshold or to the threshold"""
 
+    title = "JumpReLU"
     log_threshold_L: nn.Parameter
 
-    def __init__(
-        self,
-        n_latents: int,
-        bandwidth: float = 2.0,
-        log_threshold_init: float = 0.1,
-        ste: Literal["anthropic", "gdm"] = "anthropic",
-    ):
-        if bandwidth <= 0:
-            raise InputError(f"activation.bandwidth = {bandwidth}: must be positive")
-        super().__init__(n_latents)
-        self.bandwidth = bandwidth
-        self.log_threshold_init = log_threshold_init
-        self.ste: Literal["anthropic", "gdm"] = ste
-        self.log_threshold_L = nn.Parameter(torch.full((n_latents,), log_threshold_init))
+    def setup(self) -> None:
+        self.log_threshold_L = nn.Parameter(torch.full((self.n_latents,), self.log_threshold_init))
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
@@ -59,6 +47,13 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
 
     def forward(self, preacts_BL: Tensor) -> Tensor:
         return preacts_BL * (preacts_BL > self.log_threshold_L.exp())
+
+    def log_thresholds_L(self) -> Tensor:
+        return self.log_threshold_L
+
+    @torch.no_grad()
+    def set_thresholds_(self, threshold_L: Tensor) -> None:
+        self.log_threshold_L.copy_(threshold_L.log())
 
     @torch.no_grad()
     def rescale_latents_(self, scale_L: Tensor) -> None:

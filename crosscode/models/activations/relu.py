@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class ReLUActivation(ActivationFunction):
 
     class Config(ConfigModel):
         type: Literal["relu"] = "relu"
+
+    title = "ReLU"
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from crosscode_kernels.opset import OpSet
+from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction
+from crosscode.models.activations.base import ACTIVATIONS, ActivationFunction, Selection
 
 
 def topk_mask_BL(rank_BL: Tensor, k: int) -> Tensor:
@@ -39,15 +39,16 @@ class AnnealedKConfig(ConfigModel):
 class AnnealedK(ActivationFunction):
     """An activation that keeps `k` latents; in train mode `k` may be annealed. Eval mode always keeps `k`."""
 
-    def __init__(self, k: int, n_latents: int, k_start: int | None = None, k_anneal_fraction: float = 0.1):
-        for name, value in (("k", k), ("k_start", k if k_start is None else k_start)):
-            if not 0 < value <= n_latents:
-                raise InputError(f"activation.{name} = {value}: must be between 1 and n_latents = {n_latents}")
-        if k_start is not None and k_start < k:
-            raise InputError(f"activation.k_start = {k_start}: must not be below k = {k}")
-        super().__init__(n_latents)
-        self.k, self.k_start, self.k_anneal_fraction = k, k_start, k_anneal_fraction
-        self._annealed_k = k if k_start is None else k_start
+    keeps_k = True
+
+    def setup(self) -> None:
+        for name in ("k", "k_start"):
+            value = getattr(self, name)
+            if value is not None and value > self.n_latents:
+                raise InputError(f"{self.section}.{name} = {value}: must be between 1 and n_latents = {self.n_latents}")
+        if self.k_start is not None and self.k_start < self.k:
+            raise InputError(f"{self.section}.k_start = {self.k_start}: must not be below k = {self.k}")
+        self._annealed_k = self.k if self.k_start is None else self.k_start
 
     def before_step(self, step: int, n_steps: int) -> None:
         if self.k_start is not None:
@@ -63,6 +64,9 @@ class AnnealedK(ActivationFunction):
     def current_k(self) -> int:
         return min(self.wanted_k, self.n_latents)
 
+    def selection(self) -> Selection | None:
+        return Selection(self.wanted_k, self.selects_over_batch)
+
 
 @ACTIVATIONS.register
 class TopkActivation(AnnealedK):
@@ -71,6 +75,7 @@ class TopkActivation(AnnealedK):
     class Config(AnnealedKConfig):
         type: Literal["topk"] = "topk"
 
+    title = "TopK"
     is_screened = True
 
     def encode(

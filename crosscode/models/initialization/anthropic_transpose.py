@@ -5,12 +5,13 @@ Axes: X crosscoding dims · D model dimension · L latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 
 from crosscode.config.registry import ConfigModel
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import (
     INITIALIZATIONS,
     DecoderFirstInit,
@@ -19,9 +20,6 @@ from crosscode.models.initialization.base import (
     require_spaces_match,
     zero_,
 )
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 @INITIALIZATIONS.register
@@ -34,16 +32,13 @@ class AnthropicTransposeInit(DecoderFirstInit):
         dec_init_norm: PositiveFloat = 0.1
         """norm of each decoder vector at the start, per latent and crosscoding position"""
 
-    def __init__(self, dec_init_norm: float = 0.1):
-        self.dec_init_norm = dec_init_norm
-
-    def check_model(self, model: BaseCrosscoder) -> None:
+    def check_model(self, model: Coder) -> None:
         require_spaces_match(model, "anthropic_transpose")
 
-    def init_decoder(self, model: BaseCrosscoder, generator: torch.Generator) -> None:
+    def init_decoder(self, model: Coder, generator: torch.Generator) -> None:
         shape = tuple(model.W_dec_LXoDo.shape)
         model.W_dec_LXoDo.copy_(random_directions(shape, self.dec_init_norm, generator, model.W_dec_LXoDo))
 
-    def derive_encoder(self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None) -> None:
+    def derive_encoder(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None) -> None:
         model.W_enc_LXiDi.copy_(model.W_dec_LXoDo)
         zero_(model.b_enc_L, model.b_dec_XoDo, model.W_skip_XiDiXoDo)

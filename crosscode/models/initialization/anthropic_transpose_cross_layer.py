@@ -5,17 +5,15 @@ Axes: Xo output crosscoding dims · D model dimension · L latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, InitStrategy, SampleBatches, random_directions, zero_
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 @INITIALIZATIONS.register
@@ -32,20 +30,15 @@ class AnthropicTransposeInitCrossLayerTC(InitStrategy):
         dec_init_norm: PositiveFloat = 0.1
         """norm of each decoder vector at the start, per latent and output"""
 
-    def __init__(self, enc_init_norm: float = 1.0, dec_init_norm: float = 0.1):
-        self.enc_init_norm, self.dec_init_norm = enc_init_norm, dec_init_norm
-
-    def check_model(self, model: BaseCrosscoder) -> None:
+    def check_model(self, model: Coder) -> None:
         if model.in_dims != () or model.d_in != model.d_out:
             raise InputError(
-                "init.type = 'anthropic_transpose_cross_layer': needs one input position and equal widths, got "
+                "crosscoder.init.type = 'anthropic_transpose_cross_layer': needs one input position and equal widths, got "
                 f"input {(*model.in_dims, model.d_in)} and output {(*model.out_dims, model.d_out)}"
             )
 
     @torch.no_grad()
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         direction_LD = random_directions((model.n_latents, model.d_in), 1.0, generator, model.W_enc_LXiDi)
         model.W_enc_LXiDi.copy_(direction_LD * self.enc_init_norm)
         repeated_LXoDo = direction_LD.reshape(model.n_latents, *(1,) * len(model.out_dims), model.d_out)

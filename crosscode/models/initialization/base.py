@@ -7,47 +7,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosscode.config.registry import ConfigModel, Registry
+from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
+from crosscode.models.coder import Coder
 
 SampleBatches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """A function that starts an iterator of `(input_BXiDi, target_BXoDo)` batches, for initialisations that read data."""
 
 
-class InitStrategy(ABC):
+class InitStrategy(Configured, ABC):
     """Sets every parameter of a model in place. A subclass is one file in this folder."""
 
-    Config: ClassVar[type[ConfigModel]]
     needs_data: bool = False
     """Whether `init_weights` needs `samples`."""
     takes_compound: bool = False
     """Whether `init_weights` fills all source layers of a compound model; else it is called for each of them."""
 
     @abstractmethod
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         """Fill all parameters. Random numbers come from `generator` (a CPU one) only."""
 
-    def check_model(self, model: BaseCrosscoder) -> None:  # noqa: B027
+    def check_model(self, model: Coder) -> None:
         """Raise `InputError` where this strategy cannot fill the model. Looks at no values."""
 
     @torch.no_grad()
-    def init_output_bias(self, model: BaseCrosscoder, samples: SampleBatches | None) -> None:
+    def init_output_bias(self, model: Coder, samples: SampleBatches | None) -> None:
         """Fill `b_dec` alone, for models that hold it apart from their other weights (compound ones)."""
         zero_(model.b_dec_XoDo)
-
-    def config(self) -> ConfigModel:
-        names = [name for name in self.Config.model_fields if name != "type"]
-        return self.Config(**{name: getattr(self, name) for name in names})
 
 
 class DecoderFirstInit(InitStrategy):
@@ -56,19 +47,17 @@ class DecoderFirstInit(InitStrategy):
     `IdenticalLatentsInit` steps in between the two.
     """
 
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         with torch.no_grad():
             self.init_decoder(model, generator)
             self.derive_encoder(model, generator, samples)
 
     @abstractmethod
-    def init_decoder(self, model: BaseCrosscoder, generator: torch.Generator) -> None:
+    def init_decoder(self, model: Coder, generator: torch.Generator) -> None:
         """Fill `W_dec_LXoDo`."""
 
     @abstractmethod
-    def derive_encoder(self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None) -> None:
+    def derive_encoder(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None) -> None:
         """Fill everything else, from the decoder as it is now."""
 
 
@@ -88,10 +77,10 @@ def random_directions(shape: tuple[int, ...], norm: float, generator: torch.Gene
     return vectors.mul_(norm / vectors.norm(dim=-1, keepdim=True))
 
 
-def require_spaces_match(model: BaseCrosscoder, init_type: str) -> None:
+def require_spaces_match(model: Coder, init_type: str) -> None:
     if not model.spaces_match:
         raise InputError(
-            f"init.type = {init_type!r}: needs equal input and output spaces, got "
+            f"crosscoder.init.type = {init_type!r}: needs equal input and output spaces, got "
             f"{(*model.in_dims, model.d_in)} and {(*model.out_dims, model.d_out)}"
         )
 
@@ -103,4 +92,4 @@ def zero_(*params: Tensor | None) -> None:
             param.zero_()
 
 
-INITIALIZATIONS: Registry[Any] = Registry("init", __package__ or "")
+INITIALIZATIONS: Registry[Any] = Registry("crosscoder.init", __package__ or "")

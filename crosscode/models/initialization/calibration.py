@@ -6,22 +6,19 @@ Axes: T tokens of the sample · B batch · I flattened input dims · L latents �
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crosscode.errors import InputError
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
-    from crosscode.models.initialization.base import SampleBatches
+from crosscode.models.coder import Coder
+from crosscode.models.initialization.base import SampleBatches
 
 CHUNK_ELEMENTS = 1 << 24
 """Largest pre-activation buffer: 64 MiB in float32."""
 
 
-def collect_inputs(model: BaseCrosscoder, samples: SampleBatches, n_tokens: int) -> Tensor:
+def collect_inputs(model: Coder, samples: SampleBatches, n_tokens: int) -> Tensor:
     """`x_TI`: the first `n_tokens` inputs, flattened, on the model's device."""
     batches, n_left = [], n_tokens
     for input_BXiDi, _ in samples():

@@ -5,15 +5,13 @@ Axes: Xi/Xo input/output crosscoding dims · Di/Do widths · L latents of one so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from crosscode.config.registry import ConfigModel
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, InitStrategy, SampleBatches, uniform, zero_
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 @INITIALIZATIONS.register
@@ -26,9 +24,7 @@ class CompoundUniformInit(InitStrategy):
     takes_compound = True
 
     @torch.no_grad()
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         n_layers = len(model.segments)
         for part in model.parts:
             W_enc, W_dec = part.W_enc_LXiDi, part.W_dec_LXoDo

@@ -5,17 +5,15 @@ Axes: M models · P hookpoints · D model dimension · L latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, field_validator
 
-from crosscode.config.registry import Component, ConfigModel, build_component
+from crosscode.config.registry import Component, ConfigModel
 from crosscode.errors import InputError
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, DecoderFirstInit, InitStrategy, SampleBatches
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 @INITIALIZATIONS.register
@@ -28,39 +26,30 @@ class IdenticalLatentsInit(InitStrategy):
         first: Component = Component(type="anthropic_transpose")
         """the initialisation that draws the decoder and derives the encoder, e.g. {type: jan_update}"""
 
-    def __init__(self, first: InitStrategy | BaseModel):
-        built = _build(first) if isinstance(first, BaseModel) else first
+        @field_validator("first", mode="before")
+        @classmethod
+        def _made_already(cls, first: Any) -> Any:
+            config = first.config if isinstance(first, InitStrategy) else first
+            return config.model_dump() if isinstance(config, BaseModel) else config
+
+    def setup(self) -> None:
+        built = INITIALIZATIONS.build(INITIALIZATIONS.resolve(self.first, f"{self.section}.first"))
         if not isinstance(built, DecoderFirstInit):
             raise InputError(
-                f"init.first.type = {built.config().model_dump()['type']!r}: does not derive the encoder "
-                "from the decoder, so it cannot make identical latents; use 'anthropic_transpose' or 'jan_update'"
+                f"{self.section}.first.type = {built.type_name()!r}: does not derive the encoder from the decoder, "
+                "so it cannot make identical latents; use 'anthropic_transpose' or 'jan_update'"
             )
         self.first_init: DecoderFirstInit = built
         self.needs_data = self.first_init.needs_data
 
-    @property
-    def first(self) -> Component:
-        return Component.model_validate(self.first_init.config().model_dump())
-
-    def check_model(self, model: BaseCrosscoder) -> None:
+    def check_model(self, model: Coder) -> None:
         if not model.n_shared_latents:
-            raise InputError("init.type = 'identical_latents': the model has no shared latents (n_shared_latents = 0)")
+            raise InputError(f"{self.section}.type = 'identical_latents': the model has no shared latents")
         self.first_init.check_model(model)
 
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         with torch.no_grad():
             self.first_init.init_decoder(model, generator)
             shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
             shared_SMPD.copy_(shared_SMPD[:, :1].clone().expand_as(shared_SMPD))
             self.first_init.derive_encoder(model, generator, samples)
-
-
-def _build(config: BaseModel) -> InitStrategy:
-    try:
-        return build_component(INITIALIZATIONS, config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("init", "first", *first["loc"])))
-        raise InputError(f"{field} = {first['input']!r}: {first['msg']}") from error

@@ -5,19 +5,16 @@ Axes: I flattened input · Xo output crosscoding dims · Do output width · L la
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-from crosscode.models.activations.jumprelu import AnthropicSTEJumpReLUActivation
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, DecoderFirstInit, SampleBatches, uniform, zero_
 from crosscode.models.initialization.calibration import collect_inputs, firing_share, upper_quantile_L
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 class CalibrationConfig(ConfigModel):
@@ -38,22 +35,18 @@ class UniformDecoderInit(DecoderFirstInit):
 
     needs_data = True
 
-    def __init__(self, initial_approx_firing_pct: float | None = None, n_calibration_tokens: int = 8192):
-        self.initial_approx_firing_pct = initial_approx_firing_pct
-        self.n_calibration_tokens = n_calibration_tokens
-
-    def check_model(self, model: BaseCrosscoder) -> None:
-        if not isinstance(model.activation_fn, AnthropicSTEJumpReLUActivation):
+    def check_model(self, model: Coder) -> None:
+        if model.activation_fn.log_thresholds_L() is None:
             raise InputError(
-                f"init.type = {self.config().model_dump()['type']!r}: calibrates JumpReLU thresholds, "
-                f"got activation.type = {model.activation_fn.type_name()!r}"
+                f"crosscoder.init.type = {self.type_name()!r}: calibrates JumpReLU thresholds, "
+                f"got crosscoder.activation.type = {model.activation_fn.type_name()!r}"
             )
 
-    def init_decoder(self, model: BaseCrosscoder, generator: torch.Generator) -> None:
+    def init_decoder(self, model: Coder, generator: torch.Generator) -> None:
         bound = model.W_enc_LI.shape[1] ** -0.5
         model.W_dec_LXoDo.copy_(uniform(tuple(model.W_dec_LXoDo.shape), bound, generator, model.W_dec_LXoDo))
 
-    def derive_encoder(self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None) -> None:
+    def derive_encoder(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None) -> None:
         n_inputs = model.W_enc_LI.shape[1]
         if model.spaces_match:
             model.W_enc_LXiDi.copy_(model.W_dec_LXoDo)
@@ -67,7 +60,7 @@ class UniformDecoderInit(DecoderFirstInit):
         share = firing_share(self.initial_approx_firing_pct, model.n_latents)
         self.calibrate(model, upper_quantile_L(x_TI, model.W_enc_LI, share))
 
-    def calibrate(self, model: BaseCrosscoder, quantile_L: torch.Tensor) -> None:
+    def calibrate(self, model: Coder, quantile_L: torch.Tensor) -> None:
         """Make each latent fire where `x . W_enc` exceeds its quantile."""
         raise NotImplementedError
 
@@ -79,15 +72,15 @@ class JanUpdateInit(UniformDecoderInit):
     class Config(CalibrationConfig):
         type: Literal["jan_update"] = "jan_update"
 
-    def check_model(self, model: BaseCrosscoder) -> None:
+    def check_model(self, model: Coder) -> None:
         super().check_model(model)
         if model.b_enc_L is None:
             raise InputError(
-                "init.type = 'jan_update': calibrates the encoder bias, but use_encoder_bias is false; "
+                "crosscoder.init.type = 'jan_update': calibrates the encoder bias, but use_encoder_bias is false; "
                 "use 'jan_update_no_encoder_bias'"
             )
 
-    def calibrate(self, model: BaseCrosscoder, quantile_L: torch.Tensor) -> None:
-        assert model.b_enc_L is not None
-        assert isinstance(model.activation_fn, AnthropicSTEJumpReLUActivation)
-        model.b_enc_L.copy_(model.activation_fn.log_threshold_L.exp() - quantile_L)
+    def calibrate(self, model: Coder, quantile_L: torch.Tensor) -> None:
+        log_threshold_L = model.activation_fn.log_thresholds_L()
+        assert model.b_enc_L is not None and log_threshold_L is not None
+        model.b_enc_L.copy_(log_threshold_L.exp() - quantile_L)

@@ -5,16 +5,13 @@ Axes: L latents.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from crosscode.models.activations.jumprelu import AnthropicSTEJumpReLUActivation
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, zero_
 from crosscode.models.initialization.jan_update import CalibrationConfig, UniformDecoderInit
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 SMALLEST_THRESHOLD = 1e-6
 """A threshold is positive; a quantile at or below 0 would make the latent fire more often than wanted."""
@@ -27,7 +24,6 @@ class JanUpdateNoEncoderBiasInit(UniformDecoderInit):
     class Config(CalibrationConfig):
         type: Literal["jan_update_no_encoder_bias"] = "jan_update_no_encoder_bias"
 
-    def calibrate(self, model: BaseCrosscoder, quantile_L: torch.Tensor) -> None:
-        assert isinstance(model.activation_fn, AnthropicSTEJumpReLUActivation)
+    def calibrate(self, model: Coder, quantile_L: torch.Tensor) -> None:
         zero_(model.b_enc_L)
-        model.activation_fn.log_threshold_L.copy_(quantile_L.clamp(min=SMALLEST_THRESHOLD).log())
+        model.activation_fn.set_thresholds_(quantile_L.clamp(min=SMALLEST_THRESHOLD))

@@ -5,17 +5,15 @@ Axes: Xi/Xo input/output crosscoding dims · Di/Do widths · I/O flattened.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 
 from crosscode.errors import InputError
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, randn
 from crosscode.models.initialization.zero_dec_skip import ZeroDecSkipInit
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 @INITIALIZATIONS.register
@@ -28,21 +26,13 @@ class OrthogonalSkipInit(ZeroDecSkipInit):
         skip_gain: PositiveFloat = 1.0
         """length of the skip matrix's orthogonal vectors"""
 
-    def __init__(
-        self,
-        enc_init_norm: float = 1.0,
-        centre_encoder: bool = True,
-        n_mean_tokens: int = 65536,
-        skip_gain: float = 1.0,
-    ):
-        super().__init__(enc_init_norm, centre_encoder, n_mean_tokens)
-        self.skip_gain = skip_gain
-
-    def check_model(self, model: BaseCrosscoder) -> None:
+    def check_model(self, model: Coder) -> None:
         if model.W_skip_XiDiXoDo is None:
-            raise InputError("init.type = 'orthogonal_skip': the model has no linear skip (linear_skip = false)")
+            raise InputError(
+                "crosscoder.init.type = 'orthogonal_skip': the model has no linear skip (linear_skip = false)"
+            )
 
-    def init_skip(self, model: BaseCrosscoder, generator: torch.Generator) -> None:
+    def init_skip(self, model: Coder, generator: torch.Generator) -> None:
         W_skip = model.W_skip_XiDiXoDo
         assert W_skip is not None
         n_in, n_out = model.W_enc_LI.shape[1], model.W_dec_LO.shape[1]

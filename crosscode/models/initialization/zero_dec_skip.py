@@ -5,7 +5,7 @@ Axes: Xi/Xo input/output crosscoding dims · Di/Do widths · I flattened input �
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
+from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, InitStrategy, SampleBatches, random_directions, zero_
-
-if TYPE_CHECKING:
-    from crosscode.models.base import BaseCrosscoder
 
 
 def mean_input_and_target(samples: SampleBatches, n_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,15 +49,8 @@ class ZeroDecSkipInit(InitStrategy):
 
     needs_data = True
 
-    def __init__(self, enc_init_norm: float = 1.0, centre_encoder: bool = True, n_mean_tokens: int = 65536):
-        self.enc_init_norm = enc_init_norm
-        self.centre_encoder = centre_encoder
-        self.n_mean_tokens = n_mean_tokens
-
     @torch.no_grad()
-    def init_weights(
-        self, model: BaseCrosscoder, generator: torch.Generator, samples: SampleBatches | None = None
-    ) -> None:
+    def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         assert samples is not None
         W_enc_LI = random_directions(tuple(model.W_enc_LI.shape), self.enc_init_norm, generator, model.W_enc_LXiDi)
         model.W_enc_LXiDi.copy_(W_enc_LI.reshape(model.W_enc_LXiDi.shape))
@@ -70,11 +61,11 @@ class ZeroDecSkipInit(InitStrategy):
             model.b_enc_L.copy_(-(W_enc_LI @ x_XiDi.flatten()))
         self.init_output_bias(model, samples)
 
-    def init_skip(self, model: BaseCrosscoder, generator: torch.Generator) -> None:
+    def init_skip(self, model: Coder, generator: torch.Generator) -> None:
         zero_(model.W_skip_XiDiXoDo)
 
     @torch.no_grad()
-    def init_output_bias(self, model: BaseCrosscoder, samples: SampleBatches | None) -> None:
+    def init_output_bias(self, model: Coder, samples: SampleBatches | None) -> None:
         if model.b_dec_XoDo is None:
             return
         assert samples is not None

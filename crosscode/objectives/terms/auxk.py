@@ -32,10 +32,6 @@ class AuxKTerm(LossTerm):
 
     needs_whole_batch = True
 
-    def __init__(self, k_aux: int = 256, dead_after_tokens: int = 10_000_000):
-        self.k_aux = k_aux
-        self.dead_after_tokens = dead_after_tokens
-
     def __call__(self, context: LossContext) -> Tensor:
         dead_mask_L = context.tokens_since_fired_L >= self.dead_after_tokens
         k_aux = min(self.k_aux, context.model.n_latents)

@@ -24,9 +24,6 @@ class L1Term(LossTerm):
         weight: Weight = LinearRamp(value=2.0, ramp_steps=1000)
         """coefficient (lambda_s): a number or a schedule"""
 
-    def __init__(self, shared_ratio: float | None = None):
-        self.shared_ratio = shared_ratio
-
     def check_model(self, model: BaseCrosscoder) -> None:
         check_shared_ratio("l1", model, self.shared_ratio)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-from crosscode.models.activations.topk import AnnealedK
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
 from crosscode.objectives.schedules import Weight
@@ -26,15 +25,14 @@ class MultiTopkTerm(LossTerm):
         factor: PositiveInt = 4
         """by what k is multiplied"""
 
-    def __init__(self, factor: int = 4):
-        self.factor = factor
-        self.k_factors = (factor,)
+    def setup(self) -> None:
+        self.k_factors = (self.factor,)
 
     def check_model(self, model: BaseCrosscoder) -> None:
         for activation in model.activation_fns:
-            if not isinstance(activation, AnnealedK):
+            if not activation.keeps_k:
                 raise InputError(
-                    "objective.multi_topk: needs activation.type 'topk' or 'batch_topk', "
+                    "objective.multi_topk: needs crosscoder.activation.type 'topk' or 'batch_topk', "
                     f"got {activation.type_name()!r}"
                 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
 from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L
-from crosscode.objectives.jumprelu import log_thresholds, require_jumprelu
+from crosscode.objectives.jumprelu import require_jumprelu
 from crosscode.objectives.schedules import Weight
 
 
@@ -26,9 +26,6 @@ class PreActTerm(LossTerm):
         weight: Weight = 3e-6
         """coefficient (lambda_p): a number or a schedule"""
 
-    def __init__(self, shared_ratio: float | None = None):
-        self.shared_ratio = shared_ratio
-
     def check_model(self, model: BaseCrosscoder) -> None:
         require_jumprelu("pre_act", model)
         check_shared_ratio("pre_act", model, self.shared_ratio)
@@ -38,7 +35,7 @@ class PreActTerm(LossTerm):
         sizes = [part.n_latents for part in parts]
         of_parts = zip(
             context.result.latents_of_parts,
-            log_thresholds(model),
+            [part.activation_fn.log_thresholds_L() for part in parts],
             context.decoder_norms.n_L.split(sizes),
             lambda_L(context, self.shared_ratio).split(sizes),
             strict=True,

@@ -28,10 +28,6 @@ class TanhTerm(LossTerm):
         c: PositiveFloat = 4.0
         """scale inside the tanh"""
 
-    def __init__(self, c: float = 4.0, shared_ratio: float | None = None):
-        self.c = c
-        self.shared_ratio = shared_ratio
-
     def check_model(self, model: BaseCrosscoder) -> None:
         require_jumprelu("tanh", model)
         check_shared_ratio("tanh", model, self.shared_ratio)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
-from crosscode.config.registry import ConfigModel, Registry, type_of
+from crosscode.config.registry import Configured, Registry
 from crosscode.models.base import BaseCrosscoder
 
 
-class Constraint(ABC):
+class Constraint(Configured, ABC):
     """Keeps weights where they belong. A subclass is one file in this folder.
 
     The trainer calls `check_model` and `start` once, `after_backward` between backward and gradient clipping, and
     `after_step` behind the optimizer.
     """
 
-    Config: ClassVar[type[ConfigModel]]
-
-    def check_model(self, model: BaseCrosscoder) -> None:  # noqa: B027
+    def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this constraint cannot hold for the model."""
 
     def start(self, model: BaseCrosscoder) -> None:
@@ -33,9 +31,5 @@ class Constraint(ABC):
     def after_step(self, model: BaseCrosscoder) -> None:
         """Make the constraint hold exactly."""
 
-    @classmethod
-    def type_name(cls) -> str:
-        return type_of(cls.Config)
 
-
-CONSTRAINTS: Registry[Any] = Registry("constraint", __package__ or "")
+CONSTRAINTS: Registry[Any] = Registry("constraints.{type}", __package__ or "")

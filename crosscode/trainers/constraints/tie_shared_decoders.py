@@ -25,15 +25,15 @@ class TieSharedDecoders(Constraint):
 
     def check_model(self, model: BaseCrosscoder) -> None:
         if not model.n_shared_latents:
-            raise InputError("constraint.type = 'tie_shared_decoders': the model has no shared latents")
+            raise InputError("constraints.tie_shared_decoders: the model has no shared latents")
 
     @torch.no_grad()
     def start(self, model: BaseCrosscoder) -> None:
         shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
         if not torch.equal(shared_SMPD, shared_SMPD[:, :1].expand_as(shared_SMPD)):
             raise InputError(
-                "init: the decoder vectors of shared latents differ between models at the start; "
-                "use init.type = 'identical_latents'"
+                "crosscoder.init: the decoder vectors of shared latents differ between models at the start; "
+                "use crosscoder.init.type = 'identical_latents'"
             )
 
     @torch.no_grad()

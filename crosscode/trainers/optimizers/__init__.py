@@ -2,4 +2,4 @@
 
 from crosscode.trainers.optimizers.adam import Adam as Adam
 from crosscode.trainers.optimizers.base import OPTIMIZERS as OPTIMIZERS
-from crosscode.trainers.optimizers.base import OptimizerRecipe as OptimizerRecipe
+from crosscode.trainers.optimizers.base import OptimizerPlan as OptimizerPlan

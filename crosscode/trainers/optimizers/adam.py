@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from crosscode_kernels.row_sparse_adam import RowSparseAdam
 from pydantic import Field, PositiveFloat, model_validator
-from torch import nn
 
 from crosscode.config.registry import ConfigModel
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.models.base import BaseCrosscoder
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_groups, warmup_and_decay
 
 
 @OPTIMIZERS.register
-class Adam(OptimizerRecipe):
+class Adam(OptimizerPlan):
     """Adam (Kingma & Ba 2015), fused where the device allows."""
 
     class Config(ConfigModel):
@@ -38,29 +38,15 @@ class Adam(OptimizerRecipe):
 
         @model_validator(mode="after")
         def _momentum_moves_every_row(self) -> Adam.Config:
-            _check_row_sparse(self.row_sparse, self.betas)
+            if self.row_sparse and self.betas[0] != 0:
+                raise ValueError(
+                    f"row_sparse needs betas[0] = 0, got betas = {list(self.betas)}: momentum moves rows that have no "
+                    "gradient"
+                )
             return self
 
-    def __init__(
-        self,
-        lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        warmup_fraction: float = 0.05,
-        decay_fraction: float = 0.2,
-        threshold_lr_factor: float = 1.0,
-        row_sparse: bool = False,
-    ):
-        _check_row_sparse(row_sparse, betas)
-        self.row_sparse = row_sparse
-        self.lr, self.betas, self.eps = lr, betas, eps
-        self.warmup_fraction, self.decay_fraction = warmup_fraction, decay_fraction
-        self.threshold_lr_factor = threshold_lr_factor
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        lr = self.lr
-        if lr is None:
-            lr = 2e-4 / math.sqrt(model.n_latents / 2**14)  # pyright: ignore[reportOperatorIssue]
+    def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
+        lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)
         if self.row_sparse:
             return RowSparseAdam(groups, lr=lr, beta2=self.betas[1], eps=self.eps)
@@ -69,18 +55,3 @@ class Adam(OptimizerRecipe):
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         return warmup_and_decay(step, n_steps, self.warmup_fraction, self.decay_fraction)
-
-
-def _check_row_sparse(row_sparse: bool, betas: tuple[float, float]) -> None:
-    if row_sparse and betas[0] != 0:
-        raise ValueError(
-            f"row_sparse needs betas[0] = 0, got betas = {list(betas)}: momentum moves rows that have no gradient"
-        )
-
-
-def lr_groups(model: nn.Module, lr: float, threshold_lr_factor: float) -> list[dict[str, object]]:
-    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it."""
-    thresholds = [p for name, p in model.named_parameters() if "activation_fn" in name]
-    others = [p for name, p in model.named_parameters() if "activation_fn" not in name]
-    pairs = [(others, lr), (thresholds, lr * threshold_lr_factor)]
-    return [{"params": params, "lr": value, "initial_lr": value} for params, value in pairs if params]

@@ -1,34 +1,42 @@
-"""What an optimizer is: a recipe for a `torch.optim.Optimizer` and its learning rate over the run."""
+"""What an optimizer is: a plan of how to make a `torch.optim.Optimizer`, and its learning rate over the run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
 
-from crosscode.config.registry import ConfigModel, Registry
+from crosscode.config.registry import Configured, Registry
+from crosscode.models.base import BaseCrosscoder
 
 
-class OptimizerRecipe(ABC):
+class OptimizerPlan(Configured, ABC):
     """A subclass is one file in this folder."""
 
-    Config: ClassVar[type[ConfigModel]]
+    row_sparse: bool = False
+    """Whether it wants gradients of weights that hold only the rows that a batch touches."""
 
     @abstractmethod
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         """The optimizer over the model's parameters, each group with its peak learning rate in `initial_lr`."""
 
     @abstractmethod
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Factor on every group's `initial_lr` at a step."""
 
-    def start_training(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+    def start_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place at which gradients are taken."""
 
-    def start_evaluation(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+    def start_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place that are evaluated and kept (an average, for schedule-free optimizers)."""
+
+
+def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float = 1.0) -> list[dict[str, object]]:
+    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it."""
+    params_of = model.parameter_groups()
+    pairs = [(params_of["weights"], lr), (params_of["thresholds"], lr * threshold_lr_factor)]
+    return [{"params": params, "lr": value, "initial_lr": value} for params, value in pairs if params]
 
 
 def warmup_and_decay(step: int, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
@@ -42,4 +50,4 @@ def warmup_and_decay(step: int, n_steps: int, warmup_fraction: float, decay_frac
     return rising * falling
 
 
-OPTIMIZERS: Registry[Any] = Registry("optimizer", __package__ or "")
+OPTIMIZERS: Registry[Any] = Registry("train.optimizer", __package__ or "")

@@ -15,10 +15,8 @@ from pydantic import Field, PositiveFloat
 from schedulefree import SGDScheduleFree
 
 from crosscode.config.registry import ConfigModel
-from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.optimizers.adam import lr_groups
-from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerRecipe, warmup_and_decay
+from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_groups, warmup_and_decay
 
 
 class _SignSGD(SGDScheduleFree):
@@ -32,7 +30,7 @@ class _SignSGD(SGDScheduleFree):
 
 
 @OPTIMIZERS.register
-class SignSGDScheduleFree(OptimizerRecipe):
+class SignSGDScheduleFree(OptimizerPlan):
     """Schedule-free SignSGD: no decay, no second moment, half of Adam's memory. Gradient clipping has no effect."""
 
     class Config(ConfigModel):
@@ -46,19 +44,7 @@ class SignSGDScheduleFree(OptimizerRecipe):
         threshold_lr_factor: PositiveFloat = 1.0
         """factor on the learning rate of activation parameters (JumpReLU thresholds)"""
 
-    def __init__(
-        self,
-        lr: float | None = None,
-        momentum: float = 0.95,
-        warmup_fraction: float = 0.05,
-        threshold_lr_factor: float = 1.0,
-    ):
-        if not 0 < momentum < 1:
-            raise InputError(f"optimizer.momentum = {momentum}: must lie between 0 and 1")
-        self.lr, self.momentum = lr, momentum
-        self.warmup_fraction, self.threshold_lr_factor = warmup_fraction, threshold_lr_factor
-
-    def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 5e-3 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         optimizer = _SignSGD(lr_groups(model, lr, self.threshold_lr_factor), lr=lr, momentum=self.momentum)
         self.start_training(optimizer)

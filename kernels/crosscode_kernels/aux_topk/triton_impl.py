@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.triton_impl import row_topk, token_chunks
 from crosscode_kernels.triton_common.heuristics import dead_gemm_config
 from crosscode_kernels.triton_common.launch import INTERPRETED, launch
@@ -64,14 +64,17 @@ def _compact(mask_L: Tensor) -> tuple[Tensor, Tensor]:
 
 def _precision(x_BI: Tensor) -> str:
     """fp32 products follow the user's setting for fp32 matrix products."""
-    tf32 = x_BI.is_cuda and torch.version.hip is None and torch.backends.cuda.matmul.allow_tf32
+    if not x_BI.is_cuda or torch.version.hip is not None:
+        return "ieee"
+    # Where PyTorch has the newer of its two settings, that one holds what was said in either; reading the older one raises
+    # once the newer was written.
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
-@register_kernel("aux_topk", "triton")
-def aux_topk(
-    x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, dead_mask_L: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def aux_topk(encoder: Encoder, dead_mask_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    x_BI, W_enc_LI, b_enc_L = encoder
     (n_tokens, width), n_latents = x_BI.shape, W_enc_LI.shape[0]
     config = dead_gemm_config(width, x_BI.element_size())
     dead_C, n_dead = _compact(dead_mask_L)

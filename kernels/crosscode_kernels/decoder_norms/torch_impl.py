@@ -10,10 +10,8 @@ from torch import Tensor
 
 from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.registry import register_kernel
 
 
-@register_kernel("decoder_norms", "torch")
 def decoder_norms(W_dec_LO: Tensor, segments: list[int], joint: bool) -> tuple[Tensor, Tensor]:
     dtype = acc_dtype(W_dec_LO.dtype)
     norms_LX = torch.stack(
@@ -24,7 +22,6 @@ def decoder_norms(W_dec_LO: Tensor, segments: list[int], joint: bool) -> tuple[T
     return norms_LX, n_L
 
 
-@register_kernel("decoder_norms_backward", "torch")
 def decoder_norms_backward(
     d_norms_LX: Tensor,
     d_n_L: Tensor,

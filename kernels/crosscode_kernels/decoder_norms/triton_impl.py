@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.triton_common.heuristics import norms_config
 from crosscode_kernels.triton_common.launch import launch, runs_of_equal_width
 
@@ -65,7 +64,6 @@ def _decoder_norms_bwd_kernel(
     tl.store(dW_ptr + offs, scale[:, None] * w, mask=mask)
 
 
-@register_kernel("decoder_norms", "triton")
 def decoder_norms(W_dec_LO: Tensor, segments: list[int], joint: bool) -> tuple[Tensor, Tensor]:
     n_latents, width = W_dec_LO.shape
     config = norms_config(max(segments))
@@ -79,7 +77,6 @@ def decoder_norms(W_dec_LO: Tensor, segments: list[int], joint: bool) -> tuple[T
     return norms_LX, torch.linalg.vector_norm(norms_LX, dim=1) if joint else norms_LX.sum(1)
 
 
-@register_kernel("decoder_norms_backward", "triton")
 def decoder_norms_backward(
     d_norms_LX: Tensor, d_n_L: Tensor, W_dec_LO: Tensor, norms_LX: Tensor, n_L: Tensor, segments: list[int], joint: bool
 ) -> Tensor:

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.torch_impl import first_of_equal_topk
 
 _CANDIDATES_PER_KEPT = 2
 
 
-@register_kernel("encode_batch_topk", "torch")
-def encode_batch_topk(
-    x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int, rank_scale_L: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    h_BL = dense_preacts(x_BI, W_enc_LI, b_enc_L)
+def encode_batch_topk(encoder: Encoder, k: int, rank_scale_L: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`row_ptr_B1, latent_idx_N, value_N`, after ReLU."""
+    h_BL = dense_preacts(encoder)
     n_tokens, n_latents = h_BL.shape
     rank_BL = h_BL.relu_()
     if rank_scale_L is not None:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.triton_batch import batch_topk
 from crosscode_kernels.selection.triton_impl import preacts
 
 
-@register_kernel("encode_batch_topk", "triton")
-def encode_batch_topk(
-    x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int, rank_scale_L: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_topk(preacts(x_BI, W_enc_LI, b_enc_L), k * x_BI.shape[0], rank_scale_L)
+def encode_batch_topk(encoder: Encoder, k: int, rank_scale_L: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return batch_topk(preacts(encoder), k * encoder.x_BI.shape[0], rank_scale_L)

@@ -1,6 +1,6 @@
 """encode_groupmax, dense.
 
-Axes: B tokens · I flattened input dims · L latents.
+Axes: B tokens · L latents.
 """
 
 from __future__ import annotations
@@ -8,16 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels.encode_groupmax import spec
-from crosscode_kernels.pre_act.reference import preacts
 from crosscode_kernels.selection.reference import groupmax_mask
 from crosscode_kernels.sparse import DenseLatents
 
 
-def encode_groupmax(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> DenseLatents:
-    """See `spec`."""
-    spec.check(x_BI, W_enc_LI, b_enc_L, k)
-    h_BL = preacts(x_BI, W_enc_LI, b_enc_L)
+def encode_groupmax(h_BL: Tensor, k: int) -> DenseLatents:
     a_BL = h_BL.relu()
     kept_BL = groupmax_mask(a_BL.detach(), k) if k else torch.zeros_like(a_BL, dtype=torch.bool)
     return DenseLatents(a_BL.where(kept_BL, 0))

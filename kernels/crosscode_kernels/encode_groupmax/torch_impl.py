@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 
 
-@register_kernel("encode_groupmax", "torch")
-def encode_groupmax(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    h_BKG = dense_preacts(x_BI, W_enc_LI, b_enc_L).view(x_BI.shape[0], k, -1)
+def encode_groupmax(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
+    h_BKG = dense_preacts(encoder).view(encoder.x_BI.shape[0], k, -1)
     # `max` along a dimension returns the first of several equal maxima, and NaN where there is one.
     value_BK, within_BK = h_BKG.max(dim=2)
-    first_K = torch.arange(k, device=x_BI.device) * h_BKG.shape[2]
+    first_K = torch.arange(k, device=encoder.x_BI.device) * h_BKG.shape[2]
     return (within_BK + first_K).int(), value_BK.relu_()

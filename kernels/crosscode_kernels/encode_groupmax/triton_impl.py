@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.triton_impl import latent_chunks, preacts
 from crosscode_kernels.triton_common.heuristics import groupmax_config, key_layout
 from crosscode_kernels.triton_common.launch import launch
@@ -57,14 +57,12 @@ def group_max(h_BL: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return idx_BK, value_BK
 
 
-@register_kernel("encode_groupmax", "triton")
-def encode_groupmax(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    n_latents = W_enc_LI.shape[0]
-    group_width = n_latents // k
+def encode_groupmax(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
+    group_width = encoder.n_latents // k
     idx_parts: list[Tensor] = []
     value_parts: list[Tensor] = []
-    for chunk in latent_chunks(x_BI.shape[0], n_latents, group_width):
-        h_BL = preacts(x_BI, W_enc_LI[chunk], None if b_enc_L is None else b_enc_L[chunk])
+    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.n_latents, group_width):
+        h_BL = preacts(encoder.of_latents(chunk))
         idx_BK, value_BK = group_max(h_BL, h_BL.shape[1] // group_width)
         idx_parts.append(idx_BK + chunk.start)
         value_parts.append(value_BK)

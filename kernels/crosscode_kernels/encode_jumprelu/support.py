@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crosscode_kernels.backend import Backend
 from crosscode_kernels.blocks import row_blocks
 
 _logger = logging.getLogger("crosscode_kernels")
@@ -62,6 +63,11 @@ def _count(mask_RL: Tensor) -> int:
     return torch.count_nonzero(mask_RL).reshape(1).tolist()[0]
 
 
+def may_measure(x_BI: Tensor) -> bool:
+    """Looking at the data is free on the CPU, and impossible while tracing."""
+    return x_BI.device.type == "cpu" and not torch.compiler.is_compiling() and x_BI.shape[0] > 0
+
+
 def locate(mask_BL: Tensor) -> Support:
     """The entries of a mask."""
     n_tokens, n_latents = mask_BL.shape
@@ -72,15 +78,8 @@ def locate(mask_BL: Tensor) -> Support:
     return Support(row_ptr_B1, (flat_N - token_N * n_latents).int(), flat_N)
 
 
-class ModeLog:
-    """Says in the log which products are sparse, whenever that changes."""
-
-    def __init__(self) -> None:
-        self._modes: dict[str, str] = {}
-
-    def note(self, op: str, mode: str, active: float, support: float) -> None:
-        if self._modes.get(op) != mode:
-            self._modes[op] = mode
-            _logger.info(
-                "%s: %.2f%% of latents active, %.2f%% with a gradient: %s", op, 100 * active, 100 * support, mode
-            )
+def note(backend: Backend, op: str, mode: str, active: float, support: float) -> None:
+    """Say in the log which products are sparse, whenever that changes."""
+    if backend.said.get(op) != mode:
+        backend.said[op] = mode
+        _logger.info("%s: %.2f%% of latents active, %.2f%% with a gradient: %s", op, 100 * active, 100 * support, mode)

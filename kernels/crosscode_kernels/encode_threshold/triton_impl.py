@@ -3,7 +3,7 @@
 Axes: B tokens · I input width · L latents · N kept entries.
 
 How many entries are kept depends on the data, so this waits for the device once per chunk; nothing `B x L` is made. It
-has no gradient: training does not use it, and `FusedOpSet.encode_threshold` serves who asks for one.
+has no gradient: the door serves who asks for one with stock ops.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.triton_impl import preacts, token_chunks
 from crosscode_kernels.sparse import SparseLatents
 from crosscode_kernels.triton_common.heuristics import elementwise_config
@@ -82,15 +83,13 @@ def kept_entries(
     return column_N, value_N
 
 
-def encode_threshold(
-    x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, threshold: Tensor, rank_scale_L: Tensor | None
-) -> SparseLatents:
-    """See `spec`; no gradient. At least one token."""
+def encode_threshold(encoder: Encoder, threshold: Tensor, rank_scale_L: Tensor | None) -> SparseLatents:
+    """No gradient. At least one token."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in token_chunks(x_BI.shape[0], W_enc_LI.shape[0]):
-        h_BL = preacts(x_BI[chunk], W_enc_LI, b_enc_L)
+    for chunk in token_chunks(encoder.x_BI.shape[0], encoder.n_latents):
+        h_BL = preacts(encoder._replace(x_BI=encoder.x_BI[chunk]))
         count_B = kept_counts(h_BL, threshold, rank_scale_L)
         parts.append((count_B, *kept_entries(h_BL, threshold, rank_scale_L, count_B, int(count_B.sum()))))
     count_B, column_N, value_N = (torch.cat(part) for part in zip(*parts, strict=True))
     row_ptr_B1 = torch.nn.functional.pad(torch.cumsum(count_B, 0, dtype=torch.int32), (1, 0))
-    return SparseLatents(row_ptr_B1, column_N, value_N, W_enc_LI.shape[0])
+    return SparseLatents(row_ptr_B1, column_N, value_N, encoder.n_latents)

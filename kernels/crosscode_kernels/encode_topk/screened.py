@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels import host_buffers
-from crosscode_kernels.encode_topk.torch_impl import encode_topk
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encode_topk.torch_impl import encode_topk as dense_encode_topk
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.segments.torch_impl import sorted_gather_dot
 from crosscode_kernels.selection.torch_impl import first_k_of_equal, topk_in_groups
 
@@ -33,22 +33,22 @@ _EXTRA_COLUMNS = 32
 _LARGEST_PRODUCT = 1e30
 
 
-@register_kernel("encode_topk", "torch:screened")
-def encode_topk_screened(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """As `encode_topk`. Other dtypes than float32, other devices and few latents take the dense way."""
+def encode_topk_screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
+    """As that of `torch_impl`. Other dtypes than float32, other devices and few latents take the dense way."""
+    x_BI, W_enc_LI, _ = encoder
     n_latents = W_enc_LI.shape[0]
     n_candidates = k + _spare_candidates(k, W_enc_LI.shape[1])
     if x_BI.dtype != torch.float32 or x_BI.device.type != "cpu" or 8 * n_candidates > n_latents:
-        return encode_topk(x_BI, W_enc_LI, b_enc_L, k)
-    bound_BL, largest_norm = _upper_bounds(x_BI, W_enc_LI, b_enc_L)
+        return dense_encode_topk(encoder, k)
+    bound_BL, largest_norm = _upper_bounds(encoder)
     latent_idx_BC, last_bound_B = _largest_bounds(bound_BL, n_candidates)
-    value_BC = _exact_values(x_BI, W_enc_LI, b_enc_L, latent_idx_BC)
+    value_BC = _exact_values(encoder, latent_idx_BC)
     value_BK, latent_idx_BK = first_k_of_equal(value_BC, latent_idx_BC, k)
     finite_B = torch.linalg.vector_norm(x_BI, dim=1) * largest_norm < _LARGEST_PRODUCT
     proven_B = finite_B & ((last_bound_B < value_BK[:, -1]) | (last_bound_B <= 0))
     redo_R = (~proven_B).nonzero().squeeze(1)
     if redo_R.shape[0]:
-        latent_idx_BK[redo_R], value_BK[redo_R] = encode_topk(x_BI[redo_R], W_enc_LI, b_enc_L, k)
+        latent_idx_BK[redo_R], value_BK[redo_R] = dense_encode_topk(encoder._replace(x_BI=x_BI[redo_R]), k)
     return latent_idx_BK, value_BK
 
 
@@ -57,9 +57,10 @@ def _spare_candidates(k: int, width: int) -> int:
     return max(16, int(1.5 * k * (width / 1536) ** 0.5))
 
 
-def _upper_bounds(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> tuple[Tensor, Tensor]:
+def _upper_bounds(encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Bounds of all pre-activations before their own rounding to bfloat16, and the largest norm of an encoder row (inf or
     NaN where any weight or bias is)."""
+    x_BI, W_enc_LI, b_enc_L = encoder
     (n_tokens, width), n_latents = x_BI.shape, W_enc_LI.shape[0]
     slack = (width + _EXTRA_COLUMNS) * _ACCUMULATION
     x_BA = x_BI.new_zeros(n_tokens, width + _EXTRA_COLUMNS, dtype=torch.bfloat16)
@@ -99,7 +100,8 @@ def _largest_bounds(bound_BL: Tensor, n_candidates: int) -> tuple[Tensor, Tensor
     return latent_idx_BC, last_B + last_B.abs() * 2 * _EPS_BF16
 
 
-def _exact_values(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, latent_idx_BC: Tensor) -> Tensor:
+def _exact_values(encoder: Encoder, latent_idx_BC: Tensor) -> Tensor:
+    x_BI, W_enc_LI, b_enc_L = encoder
     value_N = sorted_gather_dot(latent_idx_BC, x_BI, W_enc_LI)
     if b_enc_L is not None:
         value_N += b_enc_L.index_select(0, latent_idx_BC.view(-1))

@@ -8,16 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.triton_impl import latent_chunks, preacts, row_topk
 
 
-@register_kernel("encode_topk", "triton")
-def encode_topk(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def encode_topk(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     idx_parts: list[Tensor] = []
     value_parts: list[Tensor] = []
-    for chunk in latent_chunks(x_BI.shape[0], W_enc_LI.shape[0]):
-        h_BL = preacts(x_BI, W_enc_LI[chunk], None if b_enc_L is None else b_enc_L[chunk])
+    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.n_latents):
+        h_BL = preacts(encoder.of_latents(chunk))
         idx_BK, value_BK = row_topk(h_BL, min(k, h_BL.shape[1]))
         idx_parts.append(idx_BK + chunk.start)
         value_parts.append(value_BK)

@@ -5,17 +5,16 @@ Axes: B tokens · L latents.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.jumprelu import spec
 
 
 class _JumpReLU(torch.autograd.Function):
-    """The forward is not differentiable in t: its gradient is the straight-through one of `spec`."""
+    """The forward is not differentiable in t: its gradient is the straight-through one of the door."""
 
     @staticmethod
     def forward(ctx: Any, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> Tensor:
@@ -35,7 +34,5 @@ class _JumpReLU(torch.autograd.Function):
         return dh_BL, dt_L.to(ctx.t_dtype), None, None
 
 
-def jumprelu(h_BL: Tensor, t_L: Tensor, eps: float, ste: Literal["anthropic", "gdm"]) -> Tensor:
-    """See `spec`."""
-    spec.check(h_BL, t_L, eps, ste)
-    return _JumpReLU.apply(h_BL, t_L, eps, ste == "gdm")  # type: ignore[no-any-return]
+def jumprelu(h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> Tensor:
+    return _JumpReLU.apply(h_BL, t_L, eps, gdm)  # type: ignore[no-any-return]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.registry import register_kernel
 
 
 def threshold(t_L: Tensor, h_dtype: torch.dtype) -> Tensor:
@@ -21,7 +20,6 @@ def threshold(t_L: Tensor, h_dtype: torch.dtype) -> Tensor:
     return t_L.to(acc_dtype(h_dtype)).exp()
 
 
-@register_kernel("jumprelu", "torch")
 def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
     theta_L = threshold(t_L, h_BL.dtype)
     a_BL = torch.empty_like(h_BL)
@@ -31,26 +29,14 @@ def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
     return a_BL
 
 
-@register_kernel("jumprelu_deficit", "torch")
-def jumprelu_deficit(h_BL: Tensor, t_L: Tensor) -> tuple[Tensor, Tensor]:
-    theta_L = threshold(t_L, h_BL.dtype)
-    a_BL, deficit_L = torch.empty_like(h_BL), torch.zeros_like(theta_L)
-    for rows in row_blocks(h_BL):
-        above_RL = h_BL[rows] - theta_L
-        deficit_L -= above_RL.clamp(max=0).sum(0)
-        a_BL[rows] = above_RL.sign_().relu_().mul_(h_BL[rows].relu())
-    return a_BL, deficit_L
-
-
-@register_kernel("jumprelu_backward", "torch")
 def jumprelu_backward(da_BL: Tensor, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> tuple[Tensor, Tensor]:
-    return jumprelu_deficit_backward(da_BL, None, h_BL, t_L, eps, gdm)
+    return deficit_backward(da_BL, None, h_BL, t_L, eps, gdm)
 
 
-@register_kernel("jumprelu_deficit_backward", "torch")
-def jumprelu_deficit_backward(
+def deficit_backward(
     da_BL: Tensor, d_deficit_L: Tensor | None, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool
 ) -> tuple[Tensor, Tensor]:
+    """`dh_BL, dt_L`; `d_deficit_L` is the gradient of `encode_jumprelu`'s deficit, where that is there."""
     theta_L = threshold(t_L, h_BL.dtype)
     dh_BL = torch.empty_like(h_BL)
     into_window_L, n_silent_L = torch.zeros_like(theta_L), torch.zeros_like(theta_L)

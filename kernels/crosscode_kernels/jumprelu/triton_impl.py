@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.triton_common.dense import dense_backward, dense_forward
 
 
-@register_kernel("jumprelu", "triton")
 def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
     a_BL = dense_forward(h_BL, t_L, jump=True).a_BL
     assert a_BL is not None
     return a_BL
 
 
-@register_kernel("jumprelu_backward", "triton")
 def jumprelu_backward(da_BL: Tensor, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> tuple[Tensor, Tensor]:
     dh_BL, dt_L, _ = dense_backward(h_BL, da_BL, t_L=t_L, jump=True, gdm=gdm, eps=eps)
     return dh_BL, dt_L

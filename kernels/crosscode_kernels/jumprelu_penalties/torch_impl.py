@@ -11,10 +11,8 @@ from torch import Tensor
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.jumprelu.torch_impl import straight_through, threshold, window
-from crosscode_kernels.registry import register_kernel
 
 
-@register_kernel("jumprelu_penalties", "torch")
 def jumprelu_penalties(
     h_BL: Tensor, t_L: Tensor, n_L: Tensor, lambda_tanh_L: Tensor, lambda_pre_L: Tensor, c: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +30,6 @@ def jumprelu_penalties(
     return a_BL, tanh, torch.dot(deficit_L, n_L * lambda_pre_L.to(dtype)) / n_tokens
 
 
-@register_kernel("jumprelu_penalties_backward", "torch")
 def jumprelu_penalties_backward(
     da_BL: Tensor,
     g_tanh: Tensor,

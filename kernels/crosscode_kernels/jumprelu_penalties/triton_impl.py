@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.triton_common.dense import dense_backward, dense_forward
 
 
-@register_kernel("jumprelu_penalties", "triton")
 def jumprelu_penalties(
     h_BL: Tensor, t_L: Tensor, n_L: Tensor, lambda_tanh_L: Tensor, lambda_pre_L: Tensor, c: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +18,6 @@ def jumprelu_penalties(
     return sums.a_BL, sums.penalty, sums.pre
 
 
-@register_kernel("jumprelu_penalties_backward", "triton")
 def jumprelu_penalties_backward(
     da_BL: Tensor, g_tanh: Tensor, g_pre: Tensor, h_BL: Tensor, t_L: Tensor, n_L: Tensor, lambda_tanh_L: Tensor,
     lambda_pre_L: Tensor, eps: float, gdm: bool, c: float,

@@ -5,48 +5,23 @@ Axes: B tokens · O flattened output dims · X crosscoding positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from crosscode_kernels.backend import Backend
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.opset import DecodeReconLoss
-from crosscode_kernels.registration import contiguous, define_op
-from crosscode_kernels.registry import get_kernel
+from crosscode_kernels.recon_loss import torch_impl
+from crosscode_kernels.registration import Arguments, define_op, like
 
 
-def _body(y_BO: Tensor, target_BO: Tensor, segments: list[int], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    if y_BO.shape[0] == 0:
-        per_x_X = y_BO.new_zeros(len(segments), dtype=acc_dtype(y_BO.dtype))
-        return per_x_X.sum(), per_x_X, torch.empty_like(y_BO)
-    y_BO, target_BO = contiguous(y_BO, target_BO)
-    per_x_X, residual_BO = get_kernel("recon_loss", backend)(y_BO, target_BO, list(segments))
-    return per_x_X.sum(), per_x_X, residual_BO
-
-
-def _fake(y_BO: Tensor, target_BO: Tensor, segments: list[int], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = acc_dtype(y_BO.dtype)
-    residual_BO = torch.empty_like(y_BO, memory_format=torch.contiguous_format)
-    return y_BO.new_empty((), dtype=dtype), y_BO.new_empty(len(segments), dtype=dtype), residual_BO
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, ctx.segments, ctx.backend = inputs
-    ctx.save_for_backward(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    (residual_BO,) = ctx.saved_tensors
-    dy_BO = residual_grad(grads[0], grads[1], residual_BO, ctx.segments, ctx.backend)
-    needs_y, needs_target = ctx.needs_input_grad[:2]
-    return dy_BO if needs_y else None, -dy_BO if needs_target else None, None, None
+def zero_loss(target_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss, per_x_X, residual_BO` of an empty batch, and for tracing."""
+    per_x_X = target_BO.new_zeros(len(segments), dtype=acc_dtype(target_BO.dtype))
+    return per_x_X.sum(), per_x_X, like(target_BO)
 
 
 def residual_grad(
-    d_loss: Tensor | None, d_per_x_X: Tensor | None, residual_BO: Tensor, segments: list[int], backend: str
+    d_loss: Tensor | None, d_per_x_X: Tensor | None, residual_BO: Tensor, segments: list[int], backend: Backend
 ) -> Tensor:
     """Gradient of the output from those of `loss` and `per_x_X`."""
     g_X = residual_BO.new_zeros(len(segments), dtype=acc_dtype(residual_BO.dtype))
@@ -54,32 +29,25 @@ def residual_grad(
         g_X = g_X + d_loss
     if d_per_x_X is not None:
         g_X = g_X + d_per_x_X
-    return _recon_loss_backward(g_X, residual_BO, segments, backend)
+    return _recon_loss_backward(g_X, residual_BO, segments, backend=backend)
 
 
-def _backward_body(g_X: Tensor, residual_BO: Tensor, segments: list[int], backend: str) -> Tensor:
-    if residual_BO.shape[0] == 0:
-        return torch.empty_like(residual_BO)
-    return get_kernel("recon_loss_backward", backend)(g_X, residual_BO, list(segments))
+def _backward(a: Arguments, d_loss: Tensor | None, d_per_x_X: Tensor | None, _: None) -> dict[str, Tensor | None]:
+    dy_BO = residual_grad(d_loss, d_per_x_X, a.residual_BO, a.segments, a.backend)
+    return {"y_BO": dy_BO, "target_BO": -dy_BO if "target_BO" in a.needs else None}
 
 
-_recon_loss = define_op(
-    "recon_loss",
-    "(Tensor y_BO, Tensor target_BO, int[] segments, str backend) -> (Tensor, Tensor, Tensor)",
-    body=_body,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-)
 _recon_loss_backward = define_op(
-    "recon_loss_backward",
-    "(Tensor g_X, Tensor residual_BO, int[] segments, str backend) -> Tensor",
-    body=_backward_body,
-    fake=lambda g_X, residual_BO, segments, backend: torch.empty_like(residual_BO),
+    torch_impl.recon_loss_backward,
+    empty=lambda a: torch.empty_like(a.residual_BO) if a.residual_BO.shape[0] == 0 else None,
+    fake=lambda a: torch.empty_like(a.residual_BO),
 )
-
-
-def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int], backend: str) -> DecodeReconLoss:
-    """See `spec`. The residual comes for nothing: it is what backward needs."""
-    loss, per_x_X, residual_BO = _recon_loss(y_BO, target_BO, list(segments), backend)
-    return DecodeReconLoss(loss, per_x_X, residual_BO.detach())
+recon_loss = define_op(
+    torch_impl.recon_loss,
+    empty=lambda a: zero_loss(a.y_BO, a.segments) if a.y_BO.shape[0] == 0 else None,
+    finish=lambda a, result: (result[0].sum(), *result),
+    fake=lambda a: zero_loss(a.y_BO, a.segments),
+    saved=lambda a, output: {"residual_BO": output[2]},
+    backward=_backward,
+    n_results=3,
+)

@@ -11,20 +11,11 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.opset import DecodeReconLoss, ReconLoss
-from crosscode_kernels.recon_loss import spec
 
 
-def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> ReconLoss:
-    """See `spec`."""
-    loss, per_x_X, _ = recon_loss_and_residual(y_BO, target_BO, segments)
-    return ReconLoss(loss, per_x_X)
-
-
-def recon_loss_and_residual(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> DecodeReconLoss:
-    spec.check(y_BO, target_BO, segments)
+def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     dtype = acc_dtype(y_BO.dtype)
     error_BO = y_BO.to(dtype) - target_BO.to(dtype)
     parts = error_BO.split(list(segments), dim=1)
     per_x_X = torch.stack([part.square().sum() for part in parts]) / max(y_BO.shape[0], 1)
-    return DecodeReconLoss(per_x_X.sum(), per_x_X, error_BO.detach())
+    return per_x_X.sum(), per_x_X, error_BO

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
 from crosscode_kernels.triton_common.heuristics import elementwise_config
 from crosscode_kernels.triton_common.launch import launch, runs_of_equal_width
 
@@ -49,7 +48,6 @@ def per_position(partial_BT: Tensor, tiles_X: list[int]) -> Tensor:
     return torch.stack([part_BT.sum() for part_BT in partial_BT.split(tiles_X, dim=1)]) / partial_BT.shape[0]
 
 
-@register_kernel("recon_loss", "triton")
 def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
     n_tokens, width = y_BO.shape
     config = elementwise_config(max(segments))
@@ -66,7 +64,6 @@ def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: list[int]) -> tuple[Te
     return per_position(partial_BT, tiles_X), residual_BO
 
 
-@register_kernel("recon_loss_backward", "triton")
 def recon_loss_backward(g_X: Tensor, residual_BO: Tensor, segments: list[int]) -> Tensor:
     n_tokens, width = residual_BO.shape
     config = elementwise_config(max(segments))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from crosscode_kernels import host_buffers
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.sparse import Entries
 
-_SUM_MODE = 0
+SUM_MODE = 0
 
 
 def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
@@ -44,7 +44,7 @@ def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, 
 
 def _bag_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor) -> Tensor:
     starts_G = ptr_G1[:-1].contiguous()
-    return torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, starts_G, False, _SUM_MODE, False, weight_N)[0]
+    return torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, starts_G, False, SUM_MODE, False, weight_N)[0]
 
 
 def _by_sparse_product(rows: Tensor) -> bool:
@@ -61,70 +61,32 @@ def _has_sparse_product() -> bool:
     return True
 
 
-@register_kernel("latent_order", "torch")
 def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     sorted_N, order_N = torch.sort(latent_idx_N, stable=True)
     latents_L1 = torch.arange(n_latents + 1, dtype=sorted_N.dtype, device=sorted_N.device)
     return order_N.int(), torch.searchsorted(sorted_N, latents_L1, out_int32=True)
 
 
-@register_kernel("sparse_decode", "torch")
-def sparse_decode(
-    row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, W_LO: Tensor, b_O: Tensor | None
-) -> Tensor:
-    return row_sums(row_ptr_B1, latent_idx_N, value_N, W_LO, plus=b_O)
-
-
-@register_kernel("gather_dot", "torch")
-def gather_dot(row_ptr_B1: Tensor, latent_idx_N: Tensor, dy_BO: Tensor, W_LO: Tensor) -> Tensor:
-    token_idx_N = entry_tokens(row_ptr_B1, latent_idx_N.shape[0])
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        dy_BO, W_LO, latent_idx_N, row_ptr_B1[:-1].contiguous(), token_idx_N, _SUM_MODE
-    )
-
-
 def sorted_gather_dot(row_idx_BC: Tensor, x_BI: Tensor, W_LI: Tensor) -> Tensor:
     """`x[b] . W[row_idx[b, c]]`, flat. Visits pairs in order of W's rows, so that a row is read once for all its pairs."""
     row_N, order_N = torch.sort(row_idx_BC.reshape(-1).int())
     token_N = order_N.div(row_idx_BC.shape[1], rounding_mode="floor").int()
-    dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_LI, x_BI, token_N, row_N[:1], row_N, _SUM_MODE)
+    dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(W_LI, x_BI, token_N, row_N[:1], row_N, SUM_MODE)
     return torch.empty_like(dot_N).index_copy_(0, order_N, dot_N)
 
 
-@register_kernel("segment_rows", "torch")
-def segment_rows(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, weight_N: Tensor, rows_BI: Tensor
-) -> tuple[Tensor, Tensor]:
-    token_idx_N = entry_tokens(row_ptr_B1, order_N.shape[0])
-    weight_sorted_N = weight_N.index_select(0, order_N)
-    out_LI = row_sums(latent_ptr_L1, token_idx_N.index_select(0, order_N), weight_sorted_N, rows_BI)
-    return out_LI, _weight_sums(latent_ptr_L1, weight_sorted_N)
+def segment_rows(entries: Entries, rows_BI: Tensor) -> tuple[Tensor, Tensor]:
+    """`out_LI, sum_L`: over each latent's entries the sum of value * rows[token] (zeros where there are none), and of values."""
+    order_N, latent_ptr_L1 = entries.order_N, entries.latent_ptr_L1
+    token_idx_N = entry_tokens(entries.row_ptr_B1, order_N.shape[0])
+    value_sorted_N = entries.value_N.index_select(0, order_N)
+    out_LI = row_sums(latent_ptr_L1, token_idx_N.index_select(0, order_N), value_sorted_N, rows_BI)
+    return out_LI, _weight_sums(latent_ptr_L1, value_sorted_N)
 
 
-@register_kernel("sparse_decode_backward", "torch")
-def sparse_decode_backward(
-    order_N: Tensor,
-    latent_ptr_L1: Tensor,
-    row_ptr_B1: Tensor,
-    latent_idx_N: Tensor,
-    value_N: Tensor,
-    dy_BO: Tensor,
-    W_LO: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Both gradients over entries sorted by latent: a row of W is read once for all its entries, and the rows that are read
-    many times are those of dy, the smaller matrix."""
-    token_N = entry_tokens(row_ptr_B1, order_N.shape[0]).index_select(0, order_N)
-    dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        W_LO, dy_BO, token_N, latent_ptr_L1[:-1].contiguous(), latent_idx_N.index_select(0, order_N), _SUM_MODE
-    )
-    dvalue_N = torch.empty_like(dot_N).index_copy_(0, order_N.long(), dot_N)
-    return dvalue_N, row_sums(latent_ptr_L1, token_N, value_N.index_select(0, order_N), dy_BO)
-
-
-def segment_rows_and_common(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, weight_N: Tensor, rows_BI: Tensor, common_L: Tensor
-) -> tuple[Tensor, Tensor]:
+def segment_rows_and_common(entries: Entries, rows_BI: Tensor, common_L: Tensor) -> tuple[Tensor, Tensor]:
     """`segment_rows` plus `common[l]` times the sum of all rows: one more entry in each latent's sum, no further pass."""
+    row_ptr_B1, _, weight_N, order_N, latent_ptr_L1 = entries
     n_entries, n_latents = order_N.shape[0], common_L.shape[0]
     rows_B1I = torch.cat([rows_BI, rows_BI.sum(0, keepdim=True, dtype=acc_dtype(rows_BI.dtype)).to(rows_BI.dtype)])
     counts_L = latent_ptr_L1.diff()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.registry import register_kernel
+from crosscode_kernels.sparse import Entries
 from crosscode_kernels.triton_common.heuristics import ITEM, segment_config
 from crosscode_kernels.triton_common.launch import launch
 
@@ -38,13 +38,12 @@ def _owner(extra_ptr, item, L):
 
 @triton.jit
 def _segment_rows_kernel(
-    order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, W_ptr, scale_ptr, x_of_o_ptr, out_ptr, sum_ptr,
-    dot_ptr, partial_ptr, partial_sum_ptr, L, N, width, slice_width, X, OVERFLOW: tl.constexpr,
-    HAS_OVERFLOW: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DOT: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ITEM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+    order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, W_ptr, out_ptr, sum_ptr, dot_ptr,
+    partial_ptr, partial_sum_ptr, L, N, width, slice_width, OVERFLOW: tl.constexpr,
+    HAS_OVERFLOW: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DOT: tl.constexpr, ITEM: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """`out[l] = sum_e weight_e rows[token_e]`; with HAS_DOT also `dot_e = W[l] . rows[token_e]`, from the same loads;
-    with HAS_SCALE `out[l, o] += scale[l, x(o)] W[l, o]`, the row of W being at hand."""
+    """`out[l] = sum_e weight_e rows[token_e]`; with HAS_DOT also `dot_e = W[l] . rows[token_e]`, from the same loads."""
     pid = tl.program_id(0)
     if OVERFLOW:
         if pid >= tl.load(extra_ptr + L):
@@ -59,15 +58,14 @@ def _segment_rows_kernel(
     offs_block = tl.arange(0, ITEM // BLOCK_E)
     weight_sum = tl.zeros([BLOCK_E], dtype=tl.float32)
     dots = tl.zeros([ITEM // BLOCK_E, BLOCK_E], dtype=tl.float32)
-    # A row of W without entries is only read where the epilogue wants it.
-    n_read = width if HAS_SCALE else tl.where(start < end, width, 0)
+    n_read = tl.where(start < end, width, 0)  # a row of W without entries is not read
     pid_s = tl.program_id(1)
     first_s = pid_s * slice_width
     for first_o in range(first_s, tl.minimum(first_s + slice_width, width), BLOCK_O):
         offs_o = first_o + tl.arange(0, BLOCK_O)
         mask_o = offs_o < width
         acc = tl.zeros([BLOCK_E, BLOCK_O], dtype=tl.float32)
-        if HAS_DOT or HAS_SCALE:
+        if HAS_DOT:
             w = tl.load(W_ptr + latent * width + offs_o, mask=offs_o < n_read, other=0.0).to(tl.float32)  # [BLOCK_O]
         for first in range(start, end, BLOCK_E):
             mask_e = first + offs_e < end
@@ -91,9 +89,6 @@ def _segment_rows_kernel(
                 first_item = tl.load(extra_ptr + latent).to(tl.int64)
                 for step in range(0, tl.load(extra_ptr + latent + 1) - first_item):
                     total += tl.load(partial_ptr + (first_item + step) * width + offs_o, mask=mask_o, other=0.0)
-            if HAS_SCALE:
-                x = tl.load(x_of_o_ptr + offs_o, mask=mask_o, other=0)
-                total += tl.load(scale_ptr + latent * X + x, mask=mask_o, other=0.0) * w
             tl.store(out_ptr + latent * width + offs_o, total, mask=mask_o)
     if HAS_SUM and pid_s == 0:
         total_weight = tl.sum(weight_sum, 0)
@@ -117,10 +112,11 @@ def token_of_entry(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
     return torch.searchsorted(row_ptr_B1, position_N, right=True, out_int32=True) - 1
 
 
-def _reduce(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, weight_N: Tensor, rows_BO: Tensor, W_LO: Tensor | None,
-    want_sum: bool = False, scale_LX: Tensor | None = None, x_of_O: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def reduce_by_latent(
+    entries: Entries, rows_BO: Tensor, W_LO: Tensor | None, want_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`out_LO`, the sums of values `sum_L` where wanted, and `dot_N` with the rows of W where that is given."""
+    row_ptr_B1, _, weight_N, order_N, latent_ptr_L1 = entries
     n_latents, n_entries, width = latent_ptr_L1.shape[0] - 1, order_N.shape[0], rows_BO.shape[1]
     token_N = token_of_entry(row_ptr_B1, n_entries)[order_N]
     n_overflow = n_entries // ITEM
@@ -138,54 +134,21 @@ def _reduce(
     for overflow in (True, False):
         launch(
             _segment_rows_kernel, (n_overflow if overflow else n_latents, n_slices), order_N, token_N, latent_ptr_L1,
-            extra_ptr_L1, weight_N, rows_BO, _or(W_LO, rows_BO), _or(scale_LX, rows_BO), _or(x_of_O, rows_BO), out_LO,
-            sum_L, dot_SN, partial_TO, partial_sum_T, n_latents, n_entries, width, config.slice_width,
-            0 if scale_LX is None else scale_LX.shape[1],
-            OVERFLOW=overflow, HAS_OVERFLOW=n_overflow > 0, HAS_SUM=want_sum, HAS_DOT=W_LO is not None,
-            HAS_SCALE=scale_LX is not None and not overflow, ITEM=ITEM, BLOCK_E=config.BLOCK_E,
+            extra_ptr_L1, weight_N, rows_BO, rows_BO if W_LO is None else W_LO, out_LO, sum_L, dot_SN, partial_TO,
+            partial_sum_T, n_latents, n_entries, width, config.slice_width, OVERFLOW=overflow,
+            HAS_OVERFLOW=n_overflow > 0, HAS_SUM=want_sum, HAS_DOT=W_LO is not None, ITEM=ITEM, BLOCK_E=config.BLOCK_E,
             BLOCK_O=config.BLOCK_O, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     dot_N = dot_SN[0] if n_slices == 1 else dot_SN.sum(0).to(rows_BO.dtype)
     return out_LO, sum_L, dot_N
 
 
-def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    return placeholder if tensor is None else tensor
-
-
-@register_kernel("latent_order", "triton")
 def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     sorted_N, order_N = torch.sort(latent_idx_N, stable=True)
     bound_L1 = torch.arange(n_latents + 1, dtype=torch.int32, device=latent_idx_N.device)
     return order_N.int(), torch.searchsorted(sorted_N, bound_L1, out_int32=True)
 
 
-@register_kernel("segment_rows", "triton")
-def segment_rows(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, weight_N: Tensor, rows_BI: Tensor
-) -> tuple[Tensor, Tensor]:
-    out_LI, sum_L, _ = _reduce(order_N, latent_ptr_L1, row_ptr_B1, weight_N, rows_BI, None, want_sum=True)
+def segment_rows(entries: Entries, rows_BI: Tensor) -> tuple[Tensor, Tensor]:
+    out_LI, sum_L, _ = reduce_by_latent(entries, rows_BI, None, want_sum=True)
     return out_LI, sum_L
-
-
-@register_kernel("sparse_decode_backward", "triton")
-def sparse_decode_backward(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, dy_BO: Tensor,
-    W_LO: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`(dvalue_N, dW_LO)`: each row of W is read once and each gathered row of dy serves both."""
-    dW_LO, _, dvalue_N = _reduce(order_N, latent_ptr_L1, row_ptr_B1, value_N, dy_BO, W_LO)
-    return dvalue_N, dW_LO
-
-
-@register_kernel("sparse_decode_norms_backward", "triton")
-def sparse_decode_norms_backward(
-    order_N: Tensor, latent_ptr_L1: Tensor, row_ptr_B1: Tensor, latent_idx_N: Tensor, value_N: Tensor, dy_BO: Tensor,
-    W_LO: Tensor, scale_LX: Tensor, segments: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`sparse_decode_backward` with `dW_LO += scale_LX W_LO`: the gradient through decoder norms, as an epilogue."""
-    x_of_O = torch.cat([torch.full((w,), x, dtype=torch.int32, device=W_LO.device) for x, w in enumerate(segments)])
-    dW_LO, _, dvalue_N = _reduce(
-        order_N, latent_ptr_L1, row_ptr_B1, value_N, dy_BO, W_LO, scale_LX=scale_LX, x_of_O=x_of_O
-    )
-    return dvalue_N, dW_LO

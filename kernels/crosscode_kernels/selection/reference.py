@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels.checks import acc_dtype
+
 
 def topk_mask(value_RC: Tensor, k: int) -> Tensor:
     """True at the k largest of each row; equal values: the lowest columns. NaN counts as the largest of all."""
@@ -35,3 +37,11 @@ def groupmax_mask(value_BL: Tensor, n_groups: int) -> Tensor:
     n_tokens, n_latents = value_BL.shape
     groups = value_BL.reshape(n_tokens * n_groups, n_latents // n_groups)
     return topk_mask(groups, 1).view_as(value_BL)
+
+
+def ranking(a_BL: Tensor, rank_scale_L: Tensor | None) -> Tensor:
+    """What batch top-k compares: `a`, scaled per latent where asked. No gradient."""
+    if rank_scale_L is None:
+        return a_BL.detach()
+    dtype = acc_dtype(a_BL.dtype)
+    return a_BL.detach().to(dtype) * rank_scale_L.to(dtype)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.triton_common.heuristics import (
     KeyLayout,
     RowSelectConfig,
@@ -159,8 +160,9 @@ def _launch_row_select(
     )  # fmt: skip
 
 
-def preacts(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None) -> Tensor:
+def preacts(encoder: Encoder) -> Tensor:
     """`h_BL = x W_enc^T + b_enc`, the vendor's GEMM."""
+    x_BI, W_enc_LI, b_enc_L = encoder
     return x_BI @ W_enc_LI.T if b_enc_L is None else torch.addmm(b_enc_L, x_BI, W_enc_LI.T)
 
 

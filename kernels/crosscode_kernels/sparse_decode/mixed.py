@@ -12,31 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels.backend import Backend
 from crosscode_kernels.segments.autograd import weight_grad
-from crosscode_kernels.sparse import SparseLatents
-from crosscode_kernels.sparse_decode.autograd import sparse_decode
+from crosscode_kernels.sparse import Entries, SparseLatents
+from crosscode_kernels.sparse_decode.autograd import entries_decode
 
 
 class _MixedDecode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value_BL: Tensor, active: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: str
+        ctx: Any, value_BL: Tensor, active: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: Backend
     ) -> Tensor:
-        order_N, latent_ptr_L1 = active.transpose()
-        ctx.save_for_backward(active.row_ptr_B1, active.value_N, order_N, latent_ptr_L1, W_LO)
+        entries = active.entries(active.transpose())
+        ctx.save_for_backward(*entries, W_LO)
         ctx.backend = backend
-        return sparse_decode(active, W_LO, b_O, backend)
+        return entries_decode(entries, W_LO, b_O, backend=backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy_BO = grads[0].contiguous()
-        row_ptr_B1, value_N, order_N, latent_ptr_L1, W_LO = ctx.saved_tensors
+        *entries, W_LO = ctx.saved_tensors
         needs_value, _, needs_W, needs_b, _ = ctx.needs_input_grad
         dvalue_BL = dy_BO @ W_LO.T if needs_value else None
-        dW_LO = weight_grad(order_N, latent_ptr_L1, row_ptr_B1, value_N, dy_BO, ctx.backend)[0] if needs_W else None
+        dW_LO = weight_grad(Entries(*entries), dy_BO, ctx.backend)[0] if needs_W else None
         return dvalue_BL, None, dW_LO, dy_BO.sum(0) if needs_b else None, None
 
 
-def mixed_decode(value_BL: Tensor, active: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: str) -> Tensor:
+def mixed_decode(value_BL: Tensor, active: SparseLatents, W_LO: Tensor, b_O: Tensor | None, backend: Backend) -> Tensor:
     """`y_BO`. `active` holds the entries of `value_BL` that are not 0, without gradient."""
     return _MixedDecode.apply(value_BL, active, W_LO, b_O, backend)

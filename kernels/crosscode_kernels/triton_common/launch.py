@@ -27,6 +27,41 @@ INTERPRETED: bool = not isinstance(_probe_kernel, JITFunction)
 """Whether kernels run in the interpreter (`TRITON_INTERPRET=1`); fixed when Triton is imported."""
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What `benches/static_compile.py` compiles for, and CUDA devices after the first of these, which have all that it has.
+_LOWEST_CAPABILITY, _ROCM_ARCHITECTURES = (8, 0), ("gfx942",)
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str:
+    """Why these kernels cannot serve tensors of `dtype` on `device`; "" where they can."""
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not float16, bfloat16 or float32"
+    if device.type == "cuda":
+        if INTERPRETED:
+            return "kernels run in the interpreter here (TRITON_INTERPRET is set)"
+        return _unsupported_gpu(device)
+    if device.type == "cpu":
+        return "" if INTERPRETED else "on the CPU kernels run in the interpreter only: set TRITON_INTERPRET=1"
+    return f"device {device} is neither CUDA nor ROCm"
+
+
+def _unsupported_gpu(device: torch.device) -> str:
+    """Why the kernels do not run on this GPU; "" where they do."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA or ROCm device"
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if architecture not in _ROCM_ARCHITECTURES:
+            return (
+                f"architecture {architecture} is not among those it is compiled for: {', '.join(_ROCM_ARCHITECTURES)}"
+            )
+        return ""
+    capability, lowest = torch.cuda.get_device_capability(device), _LOWEST_CAPABILITY
+    if capability < lowest:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *lowest)
+    return ""
+
+
 class Launch(NamedTuple):
     """One launch: what would be handed to Triton."""
 

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.sparse import Latents
-from crosscode_kernels.weighted_tanh import spec
 
 
 def weighted_tanh(latents: Latents, n_L: Tensor, lambda_L: Tensor, c: float) -> Tensor:
-    """See `spec`."""
-    spec.check(latents, n_L, lambda_L, c)
     a_BL = latents.to_dense()
     dtype = acc_dtype(a_BL.dtype)
     penalty_BL = lambda_L.detach().to(dtype) * (c * a_BL.to(dtype) * n_L.to(dtype)).tanh()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosscode.analysis.report import HeldoutText
 from crosscode.models import ModelHookpointAcausalCrosscoder, TopkActivation
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 TEXT = 'def f(x):\n    return x + 1\nprint("naïve → 日本語 🙂")\n# a <b>comment</b> & more\n' * 3
 

@@ -14,7 +14,7 @@ from crosscode.analysis.diffing import FiringStats, diff_latents, tag_of
 from crosscode.analysis.encoded import collect, encode_heldout
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.errors import InputError
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 SPLIT = split_for("model_hookpoint_acausal")
 NAMES = ["base/h", "tuned/h"]

@@ -6,7 +6,7 @@ from crosscode_kernels.sparse import DenseLatents, SparseLatents
 
 from crosscode.analysis.encoded import active_entries, collect, encode_heldout
 from crosscode.errors import InputError
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 SPLIT = split_for("model_hookpoint_acausal")
 

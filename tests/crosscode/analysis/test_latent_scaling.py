@@ -6,7 +6,7 @@ import torch
 
 from crosscode.analysis.encoded import collect, encode_heldout
 from crosscode.analysis.latent_scaling import LatentScaling
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 SPLIT = split_for("model_hookpoint_acausal")
 

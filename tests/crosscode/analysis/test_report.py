@@ -14,7 +14,7 @@ from crosscode.analysis.latents_pass import pairs_to_compare, short_names, sprea
 from crosscode.analysis.report import HeldoutText, write_report
 from crosscode.errors import InputError
 from crosscode.models import CompoundCrossLayerTranscoder, CrossLayerTranscoder, SAEOrTranscoder, TopkActivation
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 EVIL = "<img src=x onerror=alert(1)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import resolve_backend
 
 from crosscode.commands.cli import main
 from crosscode.commands.parts import self_test

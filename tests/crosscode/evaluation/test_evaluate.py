@@ -12,12 +12,12 @@ import torch
 from crosscode.evaluation.heldout import measure_reconstruction
 from crosscode.evaluation.precision import autocast, float32_products
 from crosscode.models import (
-    MODELS,
+    ARCHITECTURES,
     AnthropicSTEJumpReLUActivation,
     BatchTopkActivation,
     ModelHookpointAcausalCrosscoder,
 )
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 NAMES = ["a", "b"]
 
@@ -105,9 +105,8 @@ def test_every_architecture_is_evaluated_like_a_loop_over_tokens(kind, dims, fol
     split = split_for(kind)
     activation = AnthropicSTEJumpReLUActivation(12)
     skip = {"linear_skip": True} if "transcoder" in kind else {}
-    model = MODELS[split.model_kind](
-        **split.model_dims(*dims), n_latents=12, activation_fn=activation, backend="torch", **skip
-    )
+    dims_of_model = ARCHITECTURES[kind].dims_for(*dims)
+    model = ARCHITECTURES[kind](**dims_of_model, n_latents=12, activation_fn=activation, backend="torch", **skip)
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator))

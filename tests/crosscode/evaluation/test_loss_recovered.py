@@ -20,7 +20,7 @@ from crosscode.models import (
     ReLUActivation,
     SAEOrTranscoder,
 )
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 
 WIDTH = 16
 RESID, IN, OUT = "blocks.{}.hook_resid_post", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"

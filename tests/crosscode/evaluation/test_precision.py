@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosscode.evaluation.precision import float32_products
+from crosscode.evaluation.precision import float32_products, full_precision
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 SCHEMES = {
@@ -50,3 +50,19 @@ def test_the_tf32_switch_holds_for_the_run_alone(tf32, expected):
     with float32_products(tf32=tf32):
         assert torch.get_float32_matmul_precision() == expected
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this PyTorch has one setting")
+@pytest.mark.parametrize("own", ["ieee", "tf32"])
+def test_a_setting_made_by_the_newer_interface_is_put_back(own):
+    matmul, on_cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before, on_cpu_before = matmul.fp32_precision, on_cpu.fp32_precision
+    try:
+        matmul.fp32_precision, on_cpu.fp32_precision = own, "ieee"
+        with float32_products(tf32=own == "ieee"):
+            assert matmul.fp32_precision == ("tf32" if own == "ieee" else "ieee")
+            with full_precision():
+                assert matmul.fp32_precision == "ieee"
+        assert (matmul.fp32_precision, on_cpu.fp32_precision) == (own, "ieee")
+    finally:
+        matmul.fp32_precision, on_cpu.fp32_precision = before, on_cpu_before

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels.resolve import resolve_backend
+from crosscode_kernels import resolve_backend
 from crosscode_kernels.sparse import DenseLatents
 
 from crosscode.errors import InputError
@@ -167,7 +167,10 @@ def test_jumprelu_gradients_are_the_written_pseudo_derivatives(ste, backend):
         (lambda: TopkActivation(0, 12), "activation.k = 0"),
         (lambda: BatchTopkActivation(13, 12), "activation.k = 13"),
         (lambda: TopkActivation(4, 12, k_start=2), "k_start = 2: must not be below k = 4"),
-        (lambda: AnthropicSTEJumpReLUActivation(12, bandwidth=0.0), "activation.bandwidth = 0.0: must be positive"),
+        (
+            lambda: AnthropicSTEJumpReLUActivation(12, bandwidth=0.0),
+            "activation.bandwidth = 0.0: input should be greater than 0",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
@@ -180,4 +183,4 @@ def test_every_registered_activation_builds_again_from_its_config():
         needs_k = "k" in ACTIVATIONS[name].Config.model_fields
         activation = ACTIVATIONS[name](n_latents=12, **({"k": 3} if needs_k else {}))
         again = activation.for_n_latents(6)
-        assert again.config() == activation.config() and again.n_latents == 6
+        assert again.config == activation.config and again.n_latents == 6

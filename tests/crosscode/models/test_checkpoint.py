@@ -64,7 +64,7 @@ def test_damaged_config(saved):
 
 def test_another_format(saved):
     (saved / "config.json").write_text('{"format_version": 99}')
-    with pytest.raises(InputError, match="format_version = 99; this version reads 1"):
+    with pytest.raises(InputError, match="format_version = 99: this version reads a saved model of version 1"):
         BaseCrosscoder.load(saved)
 
 

@@ -161,7 +161,7 @@ def test_jan_update_refuses_models_without_encoder_bias_and_without_jumprelu():
     with pytest.raises(InputError, match="use 'jan_update_no_encoder_bias'"):
         model.init_weights(JanUpdateInit(0.1), samples=samples)
     topk = SAEOrTranscoder(8, 8, L, TopkActivation(4, L))
-    with pytest.raises(InputError, match=r"calibrates JumpReLU thresholds, got activation.type = 'topk'"):
+    with pytest.raises(InputError, match=r"calibrates JumpReLU thresholds, got crosscoder.activation.type = 'topk'"):
         topk.init_weights(JanUpdateInit(0.1), samples=samples)
 
 
@@ -190,7 +190,7 @@ def test_identical_latents(first):
     torch.testing.assert_close(W_enc_LMPD, factor * W_dec_LMPD, msg="the encoder is derived after the copy")
     if first["type"] == "jan_update":
         assert (model.encode(x) > 0).double().mean().item() == pytest.approx(0.99, abs=0.01)
-    assert strategy.config().first.type == first["type"]
+    assert strategy.config.first.type == first["type"]
     assert strategy.needs_data == (first["type"] == "jan_update")
 
 
@@ -277,11 +277,6 @@ def test_spaces_that_do_not_match_are_refused():
 
 def test_every_strategy_builds_again_from_its_config():
     for name in INITIALIZATIONS:
-        config = INITIALIZATIONS[name].Config()
-        built = INITIALIZATIONS[name](**{k: getattr(config, k) for k in type(config).model_fields if k != "type"})
-        assert (
-            built.config().model_dump()
-            == INITIALIZATIONS[name](**{k: getattr(built, k) for k in type(config).model_fields if k != "type"})
-            .config()
-            .model_dump()
-        )
+        built = INITIALIZATIONS[name]()
+        again = INITIALIZATIONS.build(built.config.model_dump())
+        assert type(again) is type(built) and again.config == built.config

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from crosscode.errors import InputError
-from crosscode.models import MODELS, TopkActivation
-from crosscode.models.split import SPLITS, split_for
+from crosscode.models import ARCHITECTURES, TopkActivation
+from crosscode.models.architecture import split_for
 
 NAMES = [["a/0", "a/1", "a/2", "a/3"]]
 
@@ -63,13 +63,13 @@ def test_compound_takes_all_inputs_then_all_outputs():
     assert split.input_names(NAMES) == ["a/0", "a/1"] and split.output_names(NAMES) == ["a/2", "a/3"]
 
 
-@pytest.mark.parametrize("kind", list(SPLITS))
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
 def test_the_model_of_a_split_takes_what_it_yields(kind):
     n_models = 2 if kind == "model_hookpoint_acausal" else 1
     n_hookpoints = {"sae": 1, "transcoder": 2}.get(kind, 4)
     split = split_for(kind)
-    dims = split.model_dims(n_models, n_hookpoints, 5)
-    model = MODELS[split.model_kind](**dims, n_latents=8, activation_fn=TopkActivation(2, 8))
+    dims = ARCHITECTURES[kind].dims_for(n_models, n_hookpoints, 5)
+    model = ARCHITECTURES[kind](**dims, n_latents=8, activation_fn=TopkActivation(2, 8))
     with torch.no_grad():
         for param in model.parameters():
             param.fill_(0.1)
@@ -88,8 +88,8 @@ def test_any_leading_axes(leading):
 @pytest.mark.parametrize(
     ("kind", "n_models", "n_hookpoints", "message"),
     [
-        ("sae", 2, 1, "sae: reads one language model, got 2"),
-        ("sae", 1, 2, r"sae: reads and reconstructs exactly one hookpoint, got 2 hookpoint\(s\)"),
+        ("sae", 2, 1, "crosscoder.type = 'sae': reads one language model, got 2"),
+        ("sae", 1, 2, r"crosscoder.type = 'sae': reads and reconstructs exactly one hookpoint, got 2 hookpoint\(s\)"),
         ("transcoder", 1, 3, "exactly two hookpoints"),
         ("cross_layer_transcoder", 1, 1, "at least two hookpoints"),
         ("compound_cross_layer_transcoder", 1, 3, "as many output as input hookpoints"),
@@ -102,5 +102,5 @@ def test_hookpoints_that_do_not_fit_are_refused(kind, n_models, n_hookpoints, me
 
 
 def test_an_unknown_architecture_gets_a_hint():
-    with pytest.raises(InputError, match=r"unknown architecture 'transcode' \(did you mean 'transcoder'\?\)"):
+    with pytest.raises(InputError, match=r"crosscoder: unknown type 'transcode' \(did you mean 'transcoder'\?\)"):
         split_for("transcode")

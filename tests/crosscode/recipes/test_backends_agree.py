@@ -23,17 +23,16 @@ from crosscode.build.experiment import Experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config, dump_config, read_yaml
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.recipes import recipe_names
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BACKENDS = [
     pytest.param(("triton", "cpu"), id="triton-interpreted")
     if INTERPRETED
     else pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(("torch", "cuda"), id="torch-gpu", marks=_gpu),
-    pytest.param(("triton", "cuda"), id="triton-gpu", marks=_gpu),
+    pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
 ]
 N_STEPS, BATCH, WIDTH, N_LATENTS, K = 3, 8, 10, 24, 3
 
@@ -156,7 +155,7 @@ def _interpreter() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from crosscode_kernels.triton_common.interpreter import repaired_interpreter
+    from triton_interpreter import repaired_interpreter
 
     with repaired_interpreter():
         yield

@@ -96,8 +96,8 @@ def test_the_trained_model_on_a_full_disk_is_one_line_and_the_run_can_be_finishe
     trainer = make_trainer(n_steps=4, checkpoint_every=2)
     save_checkpoint = trainer.save_checkpoint
 
-    def save_and_fill():
-        save_checkpoint()
+    def save_and_fill(**options):
+        save_checkpoint(**options)
         if trainer.step == 4:
             small_files(1000)
 

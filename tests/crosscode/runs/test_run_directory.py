@@ -71,6 +71,28 @@ def interrupt(monkeypatch):
     return interrupt
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def lay(write, interrupt, kept):
+    """`lay("finished", at)`, `lay("unfinished", at)`: a run of the tiny config at a folder, trained once for all tests."""
+
+    def lay(state, at):
+        if not (kept / state).exists():
+            arguments = ["train", write(run_dir=str(kept / state))]
+            if state == "finished":
+                assert main(arguments) == 0
+            else:
+                interrupt(6, *arguments)
+        shutil.copytree(kept / state, at)
+        return at
+
+    return lay
+
+
 def refused(arguments, capfd, *words):
     capfd.readouterr()
     assert main(arguments) == 2
@@ -92,6 +114,7 @@ def test_the_working_and_the_home_folder_are_refused(command, folder, write, tmp
         (made / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
         (made / "metrics.jsonl").write_text("mine")
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MPLCONFIGDIR", "/tmp")
     monkeypatch.chdir(project)
     folder = folder.replace("HOME", str(home))
     before = tree(tmp_path)
@@ -132,9 +155,8 @@ def test_what_is_no_run_is_never_replaced(given, write, tmp_path, capfd):
 # ---- replacing
 
 
-def test_only_what_crosscode_wrote_goes_and_the_rest_is_named(write, tmp_path, caplog):
-    run = tmp_path / "run"
-    assert main(["train", write()]) == 0
+def test_only_what_crosscode_wrote_goes_and_the_rest_is_named(write, tmp_path, lay, caplog):
+    run = lay("finished", tmp_path / "run")
     marker = json.loads((run / MARKER).read_text())
     assert marker["kind"] == "run" and {"config.yaml", "checkpoints", "final"} <= set(marker["writes"])
     assert yaml.safe_load((run / "config.yaml").read_text())["overwrite"] is False
@@ -162,9 +184,8 @@ def test_only_what_crosscode_wrote_goes_and_the_rest_is_named(write, tmp_path, c
     assert all((run / name).read_text() == f"mine: {name}" for name in mine)
 
 
-def test_an_unfinished_run_goes_only_where_that_is_typed(write, tmp_path, interrupt, capfd):
-    run = tmp_path / "run"
-    interrupt(6, "train", write(overwrite=True))
+def test_an_unfinished_run_goes_only_where_that_is_typed(write, tmp_path, lay, capfd):
+    run = lay("unfinished", tmp_path / "run")
     before = tree(run)
     refused(["train", write(overwrite=True)], capfd, f"crosscode train --resume {run}", "--overwrite", "not over")
     refused(["train", write()], capfd, f"crosscode train --resume {run}")
@@ -177,9 +198,8 @@ def test_an_unfinished_run_goes_only_where_that_is_typed(write, tmp_path, interr
     assert main(["train", write(), "--overwrite"]) == 0 and read_marker(run)["made_by"] == "train"
 
 
-def test_the_old_run_stays_until_the_new_one_has_a_checkpoint(write, tmp_path, interrupt, capfd, caplog):
-    run = tmp_path / "run"
-    assert main(["train", write()]) == 0
+def test_the_old_run_stays_until_the_new_one_has_a_checkpoint(write, tmp_path, lay, interrupt, caplog):
+    run = lay("finished", tmp_path / "run")
     old = {name: hash for name, hash in tree(run).items() if name != LOCK_FILE}
     for step in (1, 2, 3):  # each start dies before its checkpoint
         interrupt(step, "train", write(train={"log_every": 1}), "--overwrite")
@@ -193,10 +213,9 @@ def test_the_old_run_stays_until_the_new_one_has_a_checkpoint(write, tmp_path, i
     assert main(["train", "--resume", str(run)]) == 0
 
 
-def test_a_kill_anywhere_while_a_run_is_put_by_loses_nothing(write, tmp_path, monkeypatch):
+def test_a_kill_anywhere_while_a_run_is_put_by_loses_nothing(lay, tmp_path):
     """In forked processes that end at the n-th change of the file system, for every n."""
-    assert main(["train", write()]) == 0
-    whole = tmp_path / "run"
+    whole = lay("finished", tmp_path / "run")
     old = {name: hash for name, hash in tree(whole).items() if name != LOCK_FILE}
     n, n_old, n_new = 0, 0, 0
     while True:
@@ -228,7 +247,7 @@ def test_a_kill_anywhere_while_a_run_is_put_by_loses_nothing(write, tmp_path, mo
         again.recover()
         again.recover()
         if (run / "config.yaml").read_text() == "name: new\n":
-            assert {name: hash for name, hash in tree(run / ASIDE).items()} == old
+            assert tree(run / ASIDE) == old
             n_new += 1
         else:
             kept = {name: hash for name, hash in tree(run).items() if name not in (LOCK_FILE, ASIDE)}
@@ -239,25 +258,23 @@ def test_a_kill_anywhere_while_a_run_is_put_by_loses_nothing(write, tmp_path, mo
     assert n_old > 20 and n_new >= 1
 
 
-def test_a_run_left_half_replaced_is_put_back_by_the_same_command(write, tmp_path, capfd):
-    run = tmp_path / "run"
-    assert main(["train", write()]) == 0
+def test_a_run_left_half_replaced_is_put_back_by_the_same_command(write, tmp_path, lay, capfd):
+    run = lay("finished", tmp_path / "run")
     old = tree(run)
-    move = lambda: run_files.move_aside(run)  # noqa: E731
-    move()
+    run_files.move_aside(run)
     refused(["evaluate", str(run)], capfd, "--resume")
     refused(["train", write()], capfd, "holds a run")  # not typed: but put back
     assert tree(run) == old
-    move()
+    run_files.move_aside(run)
     assert main(["train", "--resume", str(run)]) == 0
-    move()
+    run_files.move_aside(run)
     assert main(["train", write(), "--overwrite"]) == 0
 
 
 # ---- starts that fail
 
 
-def wandb_without_a_key(monkeypatch, tmp_path):
+def wandb_without_a_key(monkeypatch):
     module = type(sys)("wandb")
 
     def init(dir, **options):
@@ -280,19 +297,14 @@ FAILING = {
 
 @pytest.mark.parametrize("there", ["finished", "unfinished", "nothing"])
 @pytest.mark.parametrize("case", FAILING)
-def test_a_start_that_fails_leaves_everything_as_it_was(
-    case, there, write, tiny_config, tmp_path, interrupt, monkeypatch
-):
+def test_a_start_that_fails_leaves_everything_as_it_was(case, there, write, tiny_config, tmp_path, lay, monkeypatch):
     run = tmp_path / "runs/run"
-    if there == "finished":
-        assert main(["train", write(run_dir=str(run))]) == 0
-    elif there == "unfinished":
-        interrupt(6, "train", write(run_dir=str(run)))
     if there != "nothing":
+        lay(there, run)
         (run / "notes.txt").write_text("mine")
     before = tree(tmp_path / "runs") if there != "nothing" else None
     if case == "wandb without a key":
-        wandb_without_a_key(monkeypatch, tmp_path)
+        wandb_without_a_key(monkeypatch)
     else:
         monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -314,9 +326,8 @@ def test_a_start_that_fails_leaves_everything_as_it_was(
 # ---- resume
 
 
-def test_a_resume_removes_its_own_temporaries_only(write, tmp_path, interrupt):
-    run = tmp_path / "run"
-    interrupt(6, "train", write())
+def test_a_resume_removes_its_own_temporaries_only(tmp_path, lay):
+    run = lay("unfinished", tmp_path / "run")
     mine = [".git/HEAD", ".notes", ".config.yaml.swp", ".crosscode-tmp-notes", "checkpoints/.keep", "checkpoints/.x/y"]
     for name in mine:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -336,9 +347,9 @@ def test_a_resume_removes_its_own_temporaries_only(write, tmp_path, interrupt):
     ["checkpoints", "checkpoints/step_4", "metrics.jsonl", "final", "lock", MARKER, ASIDE, "tensorboard", "wandb"],
 )
 @pytest.mark.parametrize("command", ["resume", "overwrite", "evaluate"])
-def test_links_in_a_run_directory_are_refused(name, command, write, tmp_path, interrupt, capfd):
-    run, home = tmp_path / "run", tmp_path / "home"
-    interrupt(6, "train", write())
+def test_links_in_a_run_directory_are_refused(name, command, write, tmp_path, lay, capfd):
+    run, home = lay("unfinished", tmp_path / "run"), tmp_path / "home"
+    write()
     (home / ".ssh").mkdir(parents=True)
     (home / ".ssh/key").write_text("mine")
     link = run / name
@@ -428,9 +439,9 @@ def test_a_sweep_replaces_its_own_runs_only(write, tmp_path, capfd, monkeypatch)
         (folder / name).write_text("mine")
     before = tree(folder)
     refused(arguments, capfd, "holds a sweep (2 of 2 runs done)", "--overwrite")
-    wandb_without_a_key(monkeypatch, tmp_path)
-    failing = write(train={"wandb_project": "x"}, overwrite=True)
-    assert main([*arguments[:1], failing, *arguments[2:]]) == 2
+    wandb_without_a_key(monkeypatch)
+    assert main(["sweep", write(train={"wandb_project": "x"}, overwrite=True), *arguments[2:]]) == 2
+    write()
     assert tree(folder) == before
     assert main([*arguments, "--overwrite"]) == 0
     assert all((folder / name).read_text() == "mine" for name in ("notes.txt", "k=2/notes.txt"))

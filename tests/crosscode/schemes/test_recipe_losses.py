@@ -15,7 +15,7 @@ import torch
 
 from crosscode.build.experiment import build_model, build_objective
 from crosscode.build.schema import check_config, read_yaml
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.recipes import recipe_names
 
 N_STEPS, L, WIDTH, N_DEAD = 1000, 288, 5, 40
@@ -65,7 +65,7 @@ def test_the_loss_of_a_recipe_is_its_formula(name, randomise, context, dictionar
     values["backend"] = "torch"
     config = check_config(values)
     split = split_for(config.crosscoder.type)
-    model = randomise(build_model(config, split, WIDTH).double(), seed=2)
+    model = randomise(build_model(config, WIDTH).double(), seed=2)
     generator = torch.Generator().manual_seed(1)
     dims = (16, len(config.language_models), len(config.hookpoints), WIDTH)
     acts_BMPD = torch.randn(dims, generator=generator, dtype=torch.float64)

@@ -47,7 +47,7 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         ("feb_update_diffing_jumprelu", {"crosscoder__activation": {"type": "topk", "k": 8}}, "JumpReLU"),
         (
             "topk_crosscoder",
-            {"crosscoder__options": {"n_shared_latents": 5000}},
+            {"crosscoder__n_shared_latents": 5000},
             "n_shared_latents = 5000: must be between 0 and n_latents = 1024",
         ),
         ("topk_crosscoder", {"objective": JUMPRELU_PENALTIES}, "objective.tanh: a penalty of JumpReLU models"),
@@ -67,7 +67,7 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         (
             "feb_update_diffing_topk",
             {"crosscoder__init": {"type": "identical_latents", "first": {"type": "jan_update", "sped": 1}}},
-            r"init.first.sped = 1: Extra inputs are not permitted",
+            r"crosscoder.init.first.sped: unknown field \(value 1\)",
         ),
         (
             "feb_update_diffing_topk",

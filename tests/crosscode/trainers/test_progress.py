@@ -48,6 +48,25 @@ def test_the_last_step_and_the_evaluation_after_it_have_lines(clock, capsys):
     ]
 
 
+def test_work_of_unknown_length_has_no_time_left_and_counts_from_its_first_report(clock, capsys):
+    with Progress(None, what="harvest", unit="activation") as bar:
+        for done in (1000, 2000, 5000):
+            bar.show(done, "0.01 GiB")
+            clock.now += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "activation 2000  100.0 activations/s  0.01 GiB",
+        "activation 5000  200.0 activations/s  0.01 GiB",
+    ]
+
+
+def test_more_than_was_asked_for_is_the_end(clock, capsys):
+    with Progress(150, unit="activation") as bar:
+        for done in (100, 200):
+            bar.show(done, "")
+            clock.now += 2
+    assert capsys.readouterr().err == "activation 200/150  50.0 activations/s  0:00 left\n"
+
+
 def test_on_a_terminal_there_is_one_bar_and_warnings_do_not_break_it(monkeypatch, capsys, caplog):
     monkeypatch.setattr(progress, "_is_terminal", lambda: True)
     with Progress(3) as bar:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from crosscode_kernels import Backend
 
 from crosscode.build.experiment import open_experiment
 from crosscode.build.resume import ResumePoint
@@ -85,7 +86,7 @@ def test_screened_encode_gives_the_losses_without_it(train):
     changes = {"crosscoder__n_latents": 256, "crosscoder__activation": {"type": "topk", "k": 4}, "train__log_every": 1}
     plain, _ = train("plain", **changes)
     screened, trainer = train("screened", backend="torch:screened", **changes)
-    assert trainer.model.ops.backend == "torch:screened"
+    assert trainer.model.ops.backend == Backend("torch", ("screened",))
     assert screened == pytest.approx(plain, rel=1e-5)
 
 
@@ -93,7 +94,7 @@ def test_both_together(train):
     changes = {"crosscoder__n_latents": 256, "train__log_every": 1}
     plain, _ = train("plain", train__optimizer=DENSE, **changes)
     both, trainer = train("both", backend="torch:screened", train__optimizer=ROWS, **changes)
-    assert trainer.model.ops.backend == "torch:screened+rows"
+    assert trainer.model.ops.backend == Backend("torch", ("screened", "rows"))
     assert both == pytest.approx(plain, rel=1e-5)
 
 

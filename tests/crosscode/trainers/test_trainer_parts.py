@@ -12,7 +12,7 @@ from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.heldout import measure_reconstruction
 from crosscode.files import new_folder, write_text
 from crosscode.models import AnthropicTransposeInit, ModelHookpointAcausalCrosscoder, TopkActivation
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory, open_run
 from crosscode.runs.state import read_state, write_state
 from crosscode.trainers.firing import FiringTracker

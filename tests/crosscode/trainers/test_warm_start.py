@@ -14,7 +14,7 @@ from crosscode.models import (
     ModelHookpointAcausalCrosscoder,
     SAEOrTranscoder,
 )
-from crosscode.models.split import split_for
+from crosscode.models.architecture import split_for
 from crosscode.trainers.warm_start import warm_start
 
 N_LATENTS, WIDTH = 40, 8

@@ -9,8 +9,7 @@ import logging
 
 import pytest
 import torch
-from crosscode_kernels import DenseLatents, SparseLatents, resolve_backend
-from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, resolve_backend
 from crosscode_kernels.encode_jumprelu import measured
 
 MODES = {"dense": 0.0, "mixed": 0.45, "sparse": 1.1}
@@ -27,7 +26,7 @@ def step(ops, p, ste, activation="jumprelu", pre_act=True):
         penalty = ops.weighted_tanh(latents, n_L, p.lambda_L, 4.0)
         if pre_act:
             penalty = penalty + ops.pre_act_penalty(latents, p.t_L, n_L, 0.1 * p.lambda_L)
-    y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
     loss = ops.recon_loss(y_BO, p.target_BO, p.segments).loss + penalty
     loss.backward()
     return loss.detach(), latents
@@ -39,7 +38,7 @@ def step(ops, p, ste, activation="jumprelu", pre_act=True):
 def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, make_problem, monkeypatch):
     monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
     p, q = (make_problem(33, 12, 70, 9, segments=(4, 5)) for _ in range(2))
-    loss, latents = step(TorchOpSet(), p, ste, pre_act=pre_act)
+    loss, latents = step(OpSet(Backend("torch")), p, ste, pre_act=pre_act)
     expected, _ = step(resolve_backend("reference", "cpu"), q, ste, pre_act=pre_act)
     is_expected = {
         "dense": isinstance(latents, DenseLatents) and latents.active is None,
@@ -56,7 +55,7 @@ def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, mak
 def test_relu_in_both_modes(mode, make_problem, monkeypatch):
     monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
     p, q = (make_problem(33, 12, 70, 9) for _ in range(2))
-    loss, latents = step(TorchOpSet(), p, "gdm", "relu")
+    loss, latents = step(OpSet(Backend("torch")), p, "gdm", "relu")
     expected, _ = step(resolve_backend("reference", "cpu"), q, "gdm", "relu")
     assert isinstance(latents, SparseLatents if mode == "sparse" else DenseLatents)
     torch.testing.assert_close(loss, expected)
@@ -67,7 +66,7 @@ def test_relu_in_both_modes(mode, make_problem, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_latents_on_their_threshold_are_neither_active_nor_silent(mode, monkeypatch):
     monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
-    ops = TorchOpSet()
+    ops = OpSet(Backend("torch"))
     # theta = 1 exactly; pre-activations -1, 1 and 3 below, on and above it.
     x_BI, W_LI = torch.eye(3), torch.tensor([[-1.0, 1.0, 3.0]]).requires_grad_()
     t_L = torch.zeros(1, requires_grad=True)
@@ -84,7 +83,7 @@ def test_nan_is_seen_in_every_mode(mode, monkeypatch):
     monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
     x_BI = torch.zeros(4, 2)
     x_BI[2, 1] = float("nan")
-    ops = TorchOpSet()
+    ops = OpSet(Backend("torch"))
     t_L = torch.zeros(6)
     latents = ops.encode_jumprelu(x_BI, torch.ones(6, 2), None, t_L, 1.0, "anthropic")
     assert latents.to_dense()[2].isnan().all()
@@ -92,7 +91,7 @@ def test_nan_is_seen_in_every_mode(mode, monkeypatch):
 
 
 def test_a_switch_is_logged_once(caplog, make_problem):
-    ops = TorchOpSet()
+    ops = OpSet(Backend("torch"))
     p = make_problem(40, 12, 70, 9)
     b_silent_L = p.b_enc_L.detach() - 100
     with caplog.at_level(logging.INFO, logger="crosscode_kernels"):

@@ -145,7 +145,7 @@ def test_edge_shapes(backend, encoder, B, L, k, make_problem):
     dead_L = torch.ones(L, dtype=torch.bool, device=backend.device)
     latents = encode(backend.ops, encoder, p, k, dead_L)
     assert latents.to_dense().shape == (B, L)
-    y_BO = backend.ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = backend.ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
     assert y_BO.shape == (B, 3)
     y_BO.sum().backward()
     assert p.W_dec_LO.grad is not None and p.W_dec_LO.grad.isfinite().all()
@@ -169,8 +169,8 @@ def test_expanded_and_transposed_arguments(backend, make_problem):
     strided = backend.ops.encode_topk(x_1I.expand(6, 8), W_IL.t(), p.b_enc_L, 4)
     plain = backend.ops.encode_topk(x_1I.repeat(6, 1), p.W_enc_LI, p.b_enc_L, 4)
     assert torch.equal(strided.to_dense(), plain.to_dense())
-    backend.ops.decode(strided, p.W_dec_LO, None).sum().backward()
-    backend.ops.decode(plain, p.W_dec_LO, None).sum().backward()
+    backend.ops.sparse_decode(strided, p.W_dec_LO, None).sum().backward()
+    backend.ops.sparse_decode(plain, p.W_dec_LO, None).sum().backward()
     torch.testing.assert_close(W_IL.grad, p.W_enc_LI.grad.t())
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels import Backend, OpSet
 from crosscode_kernels.encode_topk import screened
+from crosscode_kernels.encoder import Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 K = 4
+DENSE, SCREENED = OpSet(Backend("torch")), OpSet(Backend("torch", ("screened",)))
 
 
 def problem(B, I, L, seed, scale=1.0):  # noqa: E741
@@ -23,8 +25,8 @@ def problem(B, I, L, seed, scale=1.0):  # noqa: E741
 
 
 def dense_and_screened(x_BI, W_LI, b_L, k=K):
-    dense = TorchOpSet().encode_topk(x_BI, W_LI, b_L, k)
-    return dense, TorchOpSet(screened_encode=True).encode_topk(x_BI, W_LI, b_L, k)
+    dense = DENSE.encode_topk(x_BI, W_LI, b_L, k)
+    return dense, SCREENED.encode_topk(x_BI, W_LI, b_L, k)
 
 
 @given(
@@ -33,7 +35,7 @@ def dense_and_screened(x_BI, W_LI, b_L, k=K):
 @settings(max_examples=40, deadline=None)
 def test_the_bound_holds_for_every_latent(B, I, L, seed, scale):  # noqa: E741
     x_BI, W_LI, b_L = problem(B, I, L, seed, scale)
-    bound_BL, largest = screened._upper_bounds(x_BI, W_LI, b_L)
+    bound_BL, largest = screened._upper_bounds(Encoder(x_BI, W_LI, b_L))
     rounded_up_BL = bound_BL.double() + bound_BL.double().abs() * 2 * screened._EPS_BF16
     h_BL = x_BI.double() @ W_LI.double().T + b_L.double()
     assert (rounded_up_BL >= h_BL).all()
@@ -56,13 +58,13 @@ def test_rows_that_cannot_be_proven_are_done_densely(monkeypatch):
     x_BI[:3] = 0
     x_BI[:3, 0] = 100
     rows = []
-    dense_encode = screened.encode_topk
+    dense_encode = screened.dense_encode_topk
 
-    def spy(x_RI, *arguments):
-        rows.append(x_RI.shape[0])
-        return dense_encode(x_RI, *arguments)
+    def spy(encoder, k):
+        rows.append(encoder.x_BI.shape[0])
+        return dense_encode(encoder, k)
 
-    monkeypatch.setattr(screened, "encode_topk", spy)
+    monkeypatch.setattr(screened, "dense_encode_topk", spy)
     dense, fast = dense_and_screened(x_BI, W_LI, torch.zeros(600))
     assert rows and 3 <= rows[0] < 8
     assert torch.equal(fast.to_dense()[:3], dense.to_dense()[:3])
@@ -71,7 +73,7 @@ def test_rows_that_cannot_be_proven_are_done_densely(monkeypatch):
 
 def test_equal_values_keep_the_lowest_index():
     x_BI, W_LI = torch.ones(5, 1), torch.where(torch.arange(600) % 7 == 3, 2.0, 1.0).unsqueeze(1)
-    fast = TorchOpSet(screened_encode=True).encode_topk(x_BI, W_LI, None, K)
+    fast = SCREENED.encode_topk(x_BI, W_LI, None, K)
     assert fast.latent_idx_N.view(5, K).sort(1).values.tolist() == [[3, 10, 17, 24]] * 5
 
 
@@ -103,7 +105,7 @@ def test_other_dtypes_take_the_dense_way():
 
 def test_gradients_are_those_of_the_dense_encode():
     grads = []
-    for ops in (TorchOpSet(), TorchOpSet(screened_encode=True)):
+    for ops in (DENSE, SCREENED):
         x_BI, W_LI, b_L = (tensor.requires_grad_() for tensor in problem(9, 24, 600, 4))
         ops.encode_topk(x_BI, W_LI, b_L, K).to_dense().square().sum().backward()
         grads.append((x_BI.grad, W_LI.grad, b_L.grad))

@@ -142,7 +142,7 @@ def test_encode_jumprelu_and_its_penalties(backend, ste, scale, make_problem, or
     n_L = ops.decoder_norms(p.W_dec_LO, p.segments, "sum").n_L
     tanh = ops.weighted_tanh(latents, n_L, p.lambda_L, c)
     pre_act = ops.pre_act_penalty(latents, p.t_L, n_L, p.lambda_L)
-    y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
     loss = ops.recon_loss(y_BO, p.target_BO, p.segments).loss + tanh + pre_act
     loss.backward()
 
@@ -170,7 +170,7 @@ def test_encode_jumprelu_and_its_penalties(backend, ste, scale, make_problem, or
 
 def test_encode_relu_matches_its_definition(backend, make_problem):
     p, q = make_problem(20, 8, 50, 6, device=backend.device), make_problem(20, 8, 50, 6, device=backend.device)
-    y_BO = backend.ops.decode(backend.ops.encode_relu(p.x_BI, p.W_enc_LI, p.b_enc_L), p.W_dec_LO, p.b_dec_O)
+    y_BO = backend.ops.sparse_decode(backend.ops.encode_relu(p.x_BI, p.W_enc_LI, p.b_enc_L), p.W_dec_LO, p.b_dec_O)
     expected_BO = (q.x_BI @ q.W_enc_LI.T + q.b_enc_L).relu() @ q.W_dec_LO + q.b_dec_O
     torch.testing.assert_close(y_BO, expected_BO)
     y_BO.square().sum().backward()

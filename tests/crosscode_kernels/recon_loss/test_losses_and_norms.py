@@ -18,7 +18,7 @@ def test_recon_loss(backend, dtype, segments, B, within_budget):
     O = sum(segments)  # noqa: E741
     y_BO = torch.randn(B, O).to(backend.device, dtype).requires_grad_()
     target_BO = torch.randn(B, O).to(backend.device, dtype).requires_grad_()
-    loss, per_x_X = backend.ops.recon_loss(y_BO, target_BO, segments)
+    loss, per_x_X, _ = backend.ops.recon_loss(y_BO, target_BO, segments)
     weight_X = torch.rand(len(segments))
     (0.5 * loss + (per_x_X * weight_X.to(backend.device)).sum()).backward()
 
@@ -40,7 +40,7 @@ def test_recon_loss(backend, dtype, segments, B, within_budget):
 
 def test_recon_loss_of_an_empty_batch_is_zero(backend):
     y_BO = torch.zeros(0, 6, device=backend.device, requires_grad=True)
-    loss, per_x_X = backend.ops.recon_loss(y_BO, torch.zeros(0, 6, device=backend.device), (2, 4))
+    loss, per_x_X, _ = backend.ops.recon_loss(y_BO, torch.zeros(0, 6, device=backend.device), (2, 4))
     assert loss.item() == 0
     assert per_x_X.tolist() == [0, 0]
     loss.backward()
@@ -50,7 +50,7 @@ def test_recon_loss_of_an_empty_batch_is_zero(backend):
 def test_recon_loss_passes_nan_on(backend):
     y_BO = torch.ones(3, 4, device=backend.device)
     y_BO[1, 3] = float("nan")
-    loss, per_x_X = backend.ops.recon_loss(y_BO, torch.zeros(3, 4, device=backend.device), (2, 2))
+    loss, per_x_X, _ = backend.ops.recon_loss(y_BO, torch.zeros(3, 4, device=backend.device), (2, 2))
     assert loss.isnan()
     assert per_x_X[0].item() == pytest.approx(2)
     assert per_x_X[1].isnan()

@@ -10,16 +10,15 @@ import os
 import pytest
 import torch
 from crosscode_kernels import DenseLatents, SparseLatents, resolve_backend
+from crosscode_kernels.registration import kernel_names
 
 B, I, L, O, K = 5, 6, 24, 8, 3  # noqa: E741
 NAME = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 """Whose kernels registered ops are told to take: Triton's run here in the interpreter only."""
 named = pytest.mark.parametrize("name", [pytest.param(NAME, id=f"{NAME}-interpreted" if NAME == "triton" else NAME)])
-OF_ONE_BACKEND = {
-    "torch": {"encode_jumprelu", "encode_jumprelu_backward"},
-    "triton": {"sparse_decode_norms", "sparse_decode_norms_backward"},
-}
-"""Ops that are registered where that backend has been imported, in whatever process."""
+BACKEND = (NAME, [])
+TORCH_ONLY = {"encode_jumprelu", "encode_jumprelu_backward"}
+"""Ops whose kernels are the torch backend's; the others compose what they do."""
 ENCODERS = ["encode_topk", "encode_batch_topk", "encode_groupmax", "aux_topk"]
 
 
@@ -44,70 +43,50 @@ def op_calls():
     t_L, n_L, lam_L = torch.zeros(L, requires_grad=True), torch.rand(L, requires_grad=True), torch.rand(L)
     dead_L = torch.arange(L) % 2 == 0
     s = sparse_batch()
-    order_N, ptr_L1 = s.transpose()
     value_N = s.value_N.detach().requires_grad_()
     a_BL, y_BO, g = h_BL.detach().relu().requires_grad_(), torch.randn(B, O, requires_grad=True), torch.ones(())
     norms = torch.rand(L, 2), torch.rand(L)
     plain_LO, plain_BL, plain_BO = W_LO.detach(), h_BL.detach(), y_BO.detach()
-    csr = (s.row_ptr_B1, s.latent_idx_N)
-    by_latent = (order_N, ptr_L1)
-    penalty = (s.latent_idx_N, value_N, *by_latent, n_L, lam_L, B)
-    plain_penalty = (s.latent_idx_N, s.value_N, *by_latent, n_L.detach(), lam_L, B)
+    entries, values = s.entries(s.by_latent), s.entries(s.by_latent)._replace(value_N=value_N)
     calls = {
-        "encode_topk": (x_BI, W_LI, b_L, None, K, True, NAME),
-        "encode_groupmax": (x_BI, W_LI, b_L, None, K, True, NAME),
-        "aux_topk": (x_BI, W_LI, b_L, dead_L, K, True, NAME),
-        "encode_batch_topk": (x_BI, W_LI, b_L, K, torch.rand(L), True, NAME),
-        "encode_jumprelu": (x_BI, W_LI, b_L, plain_BL, t_L, 2.0, False, NAME),
-        "encode_jumprelu_backward": (plain_BL, torch.rand(L), plain_BL, t_L.detach(), 2.0, True, NAME),
-        "latent_order": (s.latent_idx_N, L, NAME),
-        "gather_dot": (*csr, plain_BO, plain_LO, NAME),
-        "segment_rows": (*by_latent, s.row_ptr_B1, s.value_N, plain_BO, NAME),
-        "sparse_decode": (*csr, value_N, W_LO, b_O, *by_latent, NAME),
-        "sparse_decode_backward": (*by_latent, *csr, s.value_N, plain_BO, plain_LO, NAME),
-        "decode_recon": (*csr, value_N, W_LO, b_O, *by_latent, torch.randn(B, O), [3, 5], NAME),
-        "decoder_norms": (W_LO, [3, 5], False, NAME),
-        "decoder_norms_backward": (*norms, plain_LO, *norms, [3, 5], True, NAME),
-        "recon_loss": (y_BO, torch.randn(B, O), [3, 5], NAME),
-        "recon_loss_backward": (torch.ones(2), plain_BO, [3, 5], NAME),
-        "jumprelu": (h_BL, t_L, 2.0, True, NAME),
-        "jumprelu_backward": (plain_BL, plain_BL, t_L.detach(), 2.0, False, NAME),
-        "dense_l1": (a_BL, n_L, lam_L, None, NAME),
-        "dense_l1_backward": (g, a_BL.detach(), n_L.detach(), lam_L, None, NAME),
-        "dense_tanh": (a_BL, n_L, lam_L, 4.0, NAME),
-        "dense_tanh_backward": (g, a_BL.detach(), n_L.detach(), lam_L, 4.0, NAME),
-        "sparse_l1": (*penalty, None, NAME),
-        "sparse_l1_backward": (g, *plain_penalty, None, NAME),
-        "sparse_tanh": (*penalty, 4.0, NAME),
-        "sparse_tanh_backward": (g, *plain_penalty, 4.0, NAME),
-        "pre_act": (h_BL, t_L, n_L, lam_L, NAME),
-        "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L, NAME),
-        "jumprelu_penalties": (h_BL, t_L, n_L, lam_L, lam_L, 2.0, False, 4.0, NAME),
+        "encode_topk": (x_BI, W_LI, b_L, K, True),
+        "encode_groupmax": (x_BI, W_LI, b_L, K, True),
+        "aux_topk": (x_BI, W_LI, b_L, dead_L, K, True),
+        "encode_batch_topk": (x_BI, W_LI, b_L, K, torch.rand(L), True),
+        "encode_jumprelu": (plain_BL, t_L, x_BI, W_LI, b_L, 2.0, False),
+        "encode_jumprelu_backward": (plain_BL, torch.rand(L), plain_BL, t_L.detach(), 2.0, True),
+        "latent_order": (s.latent_idx_N, L),
+        "gather_dot": (*entries, plain_BO, plain_LO),
+        "segment_rows": (*entries, plain_BO),
+        "sparse_decode": (*values, W_LO, b_O),
+        "sparse_decode_backward": (*entries, plain_BO, plain_LO),
+        "decode_recon": (*values, W_LO, b_O, torch.randn(B, O), [3, 5]),
+        "decoder_norms": (W_LO, [3, 5], False),
+        "decoder_norms_backward": (*norms, plain_LO, *norms, [3, 5], True),
+        "recon_loss": (y_BO, torch.randn(B, O), [3, 5]),
+        "recon_loss_backward": (torch.ones(2), plain_BO, [3, 5]),
+        "jumprelu": (h_BL, t_L, 2.0, True),
+        "jumprelu_backward": (plain_BL, plain_BL, t_L.detach(), 2.0, False),
+        "dense_penalty": (a_BL, n_L, lam_L, 4.0),
+        "dense_penalty_backward": (g, a_BL.detach(), n_L.detach(), lam_L, 4.0),
+        "sparse_penalty": (*values, n_L, lam_L, None),
+        "sparse_penalty_backward": (g, *entries, n_L.detach(), lam_L, None),
+        "pre_act": (h_BL, t_L, n_L, lam_L),
+        "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L),
+        "jumprelu_penalties": (h_BL, t_L, n_L, lam_L, lam_L, 4.0, 2.0, False),
         "jumprelu_penalties_backward": (
             *(plain_BL, g, g, plain_BL, t_L.detach(), n_L.detach(), lam_L, lam_L),
-            *(2.0, False, 4.0, NAME),
+            *(2.0, False, 4.0),
         ),
     }
-    if NAME == "triton":
-        fused = (*by_latent, *csr, value_N, W_LO, b_O, [3, 5], False, NAME)
-        calls = {name: call for name, call in calls.items() if name not in OF_ONE_BACKEND["torch"]}
-        calls |= {
-            "sparse_decode_norms": fused,
-            "sparse_decode_norms_backward": (
-                *by_latent, *csr, s.value_N, plain_BO, plain_LO, torch.rand(L, 2), [3, 5], NAME,
-            ),
-        }  # fmt: skip
-    return calls
+    names = calls if NAME == "torch" else calls.keys() - TORCH_ONLY
+    return {name: (*calls[name], *BACKEND) for name in calls if name in names}
 
 
 @named
 def test_every_registered_op_is_checked(name):
-    resolve_backend(name, "cpu")
-    registered = {
-        op.split("::")[1].split(".")[0] for op in torch._C._dispatch_get_all_op_names() if "crosscode::" in op
-    }
-    elsewhere = OF_ONE_BACKEND["torch" if name == "triton" else "triton"]
-    assert registered - elsewhere == set(op_calls())
+    elsewhere = TORCH_ONLY if name == "triton" else set()
+    assert set(kernel_names()) - elsewhere == set(op_calls())
 
 
 @named
@@ -141,7 +120,7 @@ def train_loss(ops, scheme, x_BI, W_LI, b_L, W_LO, b_O, t_L, target_BO):
     else:
         latents = encode(ops, scheme, x_BI, W_LI, b_L)
         penalty = ops.weighted_tanh(latents, norms.n_L, lam_L, 4.0) + ops.weighted_l1(latents, norms.n_L, lam_L)
-    y_BO = ops.decode(latents, W_LO, b_O)
+    y_BO = ops.sparse_decode(latents, W_LO, b_O)
     return ops.recon_loss(y_BO, target_BO, (3, 5)).loss + penalty
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels.backends.torch import TorchOpSet
+from crosscode_kernels import Backend, OpSet, row_sparse_adam
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, coalesced, grad_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def sparse_grad(touched_R, R, D, generator):
@@ -125,7 +126,7 @@ def test_training_with_row_sparse_gradients_is_training_with_dense_ones(make_pro
     for sparse in (True, False):
         p = make_problem(16, 8, 200, 6)
         params = [p.W_enc_LI, p.b_enc_L, p.W_dec_LO, p.b_dec_O]
-        ops = TorchOpSet(row_sparse_grads=sparse)
+        ops = OpSet(Backend("torch", ("rows",) if sparse else ()))
         betas = {"beta2": 0.99} if sparse else {"betas": (0.0, 0.99)}
         optimizer = (RowSparseAdam if sparse else torch.optim.Adam)(params, lr=0.01, **betas)
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +134,7 @@ def test_training_with_row_sparse_gradients_is_training_with_dense_ones(make_pro
         for _ in range(12):
             x_BI = torch.randn(16, 8, generator=generator)
             latents = ops.encode_topk(x_BI, p.W_enc_LI, p.b_enc_L, 3)
-            y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+            y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
             loss = ops.recon_loss(y_BO, x_BI[:, :6], (6,)).loss
             optimizer.zero_grad()
             loss.backward()
@@ -154,3 +155,39 @@ def test_ascending_rows_are_coalesced_without_a_copy_and_others_are_added_up():
         grad = torch.sparse_coo_tensor([rows_Q], values_QD, (9, 4), check_invariants=True)
         assert torch.equal(coalesced(grad).to_dense(), grad.to_dense())
         assert coalesced(grad).indices()[0].tolist() == sorted(set(rows_Q))
+
+
+class CountedOps(TorchDispatchMode):
+    n_ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n_ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_device_few_launches_do_what_many_cache_sized_blocks_do_on_the_cpu(monkeypatch):
+    R, D = 1000, 512
+    generator = torch.Generator().manual_seed(0)
+    start_RD = torch.randn(R, D, generator=generator)
+    grads = [sparse_grad(torch.rand(R, generator=generator) < share, R, D, generator) for share in (1, 0.3, 0.6)]
+    results, n_ops = [], []
+    for elements in (row_sparse_adam._CPU_CHUNK_ELEMENTS, row_sparse_adam._DEVICE_CHUNK_ELEMENTS):
+        monkeypatch.setattr(row_sparse_adam, "_CPU_CHUNK_ELEMENTS", elements)
+        param_RD = start_RD.clone().requires_grad_()
+        optimizer = RowSparseAdam([param_RD], lr=0.03, beta2=0.95)
+        with CountedOps() as counted:
+            for param_RD.grad in grads:
+                optimizer.step()
+        results.append(param_RD.detach())
+        n_ops.append(counted.n_ops / len(grads))
+    assert torch.equal(*results)
+    assert n_ops[1] < 40 < n_ops[0]
+    # The case that had 124,000 launches: both weights of 131,072 latents of width 4608.
+    n_chunks = 131072 / (row_sparse_adam._DEVICE_CHUNK_ELEMENTS // 4608)
+    assert 2 * n_chunks * n_ops[1] < 1000
+
+
+def test_a_device_is_updated_in_large_chunks():
+    assert row_sparse_adam._chunk_rows(torch.device("cuda"), 4608) == row_sparse_adam._DEVICE_CHUNK_ELEMENTS // 4608
+    assert row_sparse_adam._chunk_rows(torch.device("cpu"), 4608) == row_sparse_adam._CPU_CHUNK_ELEMENTS // 4608
+    assert row_sparse_adam._chunk_rows(torch.device("cuda"), 1 << 30) == 1

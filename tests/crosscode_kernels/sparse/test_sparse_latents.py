@@ -57,8 +57,8 @@ def test_slices_decode_to_the_whole(fast_backend, make_problem):
     p = make_problem(9, 5, 24, 7, device=fast_backend.device)
     ops = fast_backend.ops
     latents = ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 4)
-    parts = [ops.decode(latents.slice_latents(lo, lo + 8), p.W_dec_LO[lo : lo + 8], None) for lo in (0, 8, 16)]
-    torch.testing.assert_close(sum(parts), ops.decode(latents, p.W_dec_LO, None))
+    parts = [ops.sparse_decode(latents.slice_latents(lo, lo + 8), p.W_dec_LO[lo : lo + 8], None) for lo in (0, 8, 16)]
+    torch.testing.assert_close(sum(parts), ops.sparse_decode(latents, p.W_dec_LO, None))
 
 
 def test_construction_from_topk_keeps_stored_zeros():

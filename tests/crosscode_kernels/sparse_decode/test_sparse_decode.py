@@ -29,7 +29,7 @@ def test_forward_and_gradients(backend, dtype, shape, zipf, form, make_problem, 
     p = make_problem(B, 2, L, O, dtype, backend.device)
     a_BL = (torch.rand(B, L) + 0.1).mul(sparse_pattern(B, L, k, zipf)).to(backend.device, dtype).requires_grad_()
     latents = SparseLatents.from_dense(a_BL) if form == "sparse" else DenseLatents(a_BL)
-    y_BO = backend.ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = backend.ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
 
     p64, eager = p.double(), p.clone()
     a64_BL, a_eager_BL = (a_BL.detach().cpu().double().requires_grad_(), a_BL.detach().clone().requires_grad_())
@@ -52,7 +52,7 @@ def test_stored_zeros_receive_the_gradient_of_their_value(backend, make_problem)
     value_N = torch.tensor([1.0, 0.0, 0.0, 2.0], device=backend.device, requires_grad=True)
     row_ptr_B1 = torch.tensor([0, 2, 4], dtype=torch.int32, device=backend.device)
     latent_idx_N = torch.tensor([3, 0, 1, 2], dtype=torch.int32, device=backend.device)
-    backend.ops.decode(SparseLatents(row_ptr_B1, latent_idx_N, value_N, 4), p.W_dec_LO, None).sum().backward()
+    backend.ops.sparse_decode(SparseLatents(row_ptr_B1, latent_idx_N, value_N, 4), p.W_dec_LO, None).sum().backward()
     torch.testing.assert_close(value_N.grad, p.W_dec_LO.detach().sum(1)[[3, 0, 1, 2]])
     assert p.W_dec_LO.grad is not None
     assert p.W_dec_LO.grad[[0, 1]].count_nonzero() == 0
@@ -62,7 +62,7 @@ def test_stored_zeros_receive_the_gradient_of_their_value(backend, make_problem)
 def test_gradients_of_any_layout(backend, layout, make_problem):
     p = make_problem(6, 4, 20, 6, device=backend.device)
     latents = backend.ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 3)
-    y_BO = backend.ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = backend.ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
     dy_BO = {
         "expanded": torch.ones(1, 1).expand(6, 6),
         "transposed": torch.randn(6, 6).t(),
@@ -77,14 +77,14 @@ def test_gradients_of_any_layout(backend, layout, make_problem):
 def test_a_frozen_decoder_still_passes_gradients_to_the_encoder(backend, make_problem):
     p = make_problem(6, 4, 20, 6, device=backend.device)
     latents = backend.ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 3)
-    backend.ops.decode(latents, p.W_dec_LO.detach(), None).sum().backward()
+    backend.ops.sparse_decode(latents, p.W_dec_LO.detach(), None).sum().backward()
     assert p.W_enc_LI.grad is not None and p.W_enc_LI.grad.any()
 
 
 def test_a_frozen_encoder_leaves_the_decoder_trainable(backend, make_problem):
     p = make_problem(6, 4, 20, 6, device=backend.device)
     latents = backend.ops.encode_topk(p.x_BI.detach(), p.W_enc_LI.detach(), p.b_enc_L.detach(), 3)
-    backend.ops.decode(latents, p.W_dec_LO, p.b_dec_O).sum().backward()
+    backend.ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O).sum().backward()
     expected_LO = latents.to_dense().detach().sum(0).unsqueeze(1).expand_as(p.W_dec_LO)
     torch.testing.assert_close(p.W_dec_LO.grad, expected_LO)
 
@@ -97,7 +97,7 @@ def test_errors(backend, W_shape, b_shape, message, make_problem):
     p = make_problem(6, 4, 20, 6, device=backend.device)
     latents = backend.ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 3)
     with pytest.raises(ValueError, match=message):
-        backend.ops.decode(
+        backend.ops.sparse_decode(
             latents, torch.ones(W_shape, device=backend.device), torch.ones(b_shape, device=backend.device)
         )
 
@@ -113,7 +113,7 @@ def test_indices_made_by_hand(backend, index_dtype, make_problem):
     n_L = torch.rand(4, device=backend.device, requires_grad=True)
     losses = []
     for form in (latents, dense):
-        y_BO = ops.decode(form, p.W_dec_LO, p.b_dec_O)
+        y_BO = ops.sparse_decode(form, p.W_dec_LO, p.b_dec_O)
         recon = ops.decode_recon_loss(form, p.W_dec_LO, p.b_dec_O, p.target_BO, (3,)).loss
         penalty = ops.weighted_l1(form, n_L, p.lambda_L) + ops.weighted_tanh(form, n_L, p.lambda_L, 2.0)
         losses.append(y_BO.sum() + recon + penalty)

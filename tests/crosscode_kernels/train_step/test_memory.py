@@ -36,7 +36,7 @@ def test_a_top_k_step_keeps_input_residual_and_16_bytes_a_latent(fast_backend, e
 
     def loss_of():
         latents = getattr(ops, encoder)(x_BI, p.W_enc_LI, p.b_enc_L, K)
-        y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+        y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
         return ops.recon_loss(y_BO, x_BI, (I // 2, I // 2)).loss
 
     limit = 1.1 * (2 * B * I * 4 + 16 * B * K)
@@ -57,7 +57,7 @@ def test_a_sparse_jumprelu_step_keeps_no_dense_latents(make_problem):
         penalty = ops.weighted_tanh(latents, n_L, p.lambda_L, 4.0) + ops.pre_act_penalty(
             latents, p.t_L, n_L, p.lambda_L
         )
-        return ops.recon_loss(ops.decode(latents, p.W_dec_LO, p.b_dec_O), x_BI, (I,)).loss + penalty
+        return ops.recon_loss(ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O), x_BI, (I,)).loss + penalty
 
     assert saved_bytes(loss_of, parameters) < B * L * 4 / 2
 
@@ -69,7 +69,7 @@ def test_no_dense_matrix_beside_the_preactivations_is_made(make_problem):
     host_buffers.clear()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         latents = ops.encode_topk(x_BI, p.W_enc_LI, p.b_enc_L, K)
-        ops.recon_loss(ops.decode(latents, p.W_dec_LO, p.b_dec_O), x_BI, (I,)).loss.backward()
+        ops.recon_loss(ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O), x_BI, (I,)).loss.backward()
     from torch._C._profiler import _EventType
 
     sizes, queue = [], list(profile.profiler.kineto_results.experimental_event_tree())

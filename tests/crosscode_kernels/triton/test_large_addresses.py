@@ -58,19 +58,22 @@ def row(seed, width=WIDTH):
 
 
 def test_decode_gathers_the_last_row(huge_rows):
+    from crosscode_kernels.sparse import SparseLatents
     from crosscode_kernels.sparse_decode.triton_impl import gather_dot, sparse_decode
 
     huge_rows[-1] = row(0)
     row_ptr_B1 = torch.tensor([0, 1], dtype=torch.int32)
     idx_N = torch.tensor([ROWS - 1], dtype=torch.int32)
-    y_BO = sparse_decode(row_ptr_B1, idx_N, torch.tensor([2.0]).half(), huge_rows, None)
+    entries = SparseLatents(row_ptr_B1, idx_N, torch.tensor([2.0]).half(), ROWS).entries(None)
+    y_BO = sparse_decode(entries, huge_rows, None)
     torch.testing.assert_close(y_BO[0], 2 * row(0))
-    dot_N = gather_dot(row_ptr_B1, idx_N, row(1).unsqueeze(0), huge_rows)
+    dot_N = gather_dot(entries, row(1).unsqueeze(0), huge_rows)
     torch.testing.assert_close(dot_N[0].float(), row(0).float() @ row(1).float(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_last_row_of_a_weight_gradient(huge_rows, run_at, monkeypatch):
     from crosscode_kernels.segments import triton_impl
+    from crosscode_kernels.sparse import Entries
 
     # The output is as large as the weights: it is taken from the same reserved memory.
     monkeypatch.setattr(Tensor, "new_empty", _new_empty_or(huge_rows), raising=True)
@@ -82,7 +85,7 @@ def test_the_last_row_of_a_weight_gradient(huge_rows, run_at, monkeypatch):
     rows_BI = torch.stack([row(0), row(1)])
     huge_rows[-2:] = torch.nan
     out_LI, sum_L = run_at(
-        lambda: triton_impl.segment_rows(order_N, latent_ptr_L1, row_ptr_B1, weight_N, rows_BI),
+        lambda: triton_impl.segment_rows(Entries(row_ptr_B1, order_N, weight_N, order_N, latent_ptr_L1), rows_BI),
         "_segment_rows_kernel",
         (ROWS - 1, 0, 0),
     )

@@ -35,7 +35,7 @@ def oracle_loss(oracle, p, kept_BL, joint):
 
 def triton_loss(ops, encoder, p, k, joint):
     latents = getattr(ops, encoder)(p.x_BI, p.W_enc_LI, p.b_enc_L, k)
-    y_BO = ops.decode(latents, p.W_dec_LO, p.b_dec_O)
+    y_BO = ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O)
     n_L = ops.decoder_norms(p.W_dec_LO, p.segments, "joint" if joint else "sum").n_L
     recon = ops.recon_loss(y_BO, p.target_BO, p.segments)
     l1 = ops.weighted_l1(latents, n_L, p.lambda_L)
@@ -142,14 +142,14 @@ def test_dense_latents_have_the_same_penalties_as_sparse_ones(ops, make_problem)
 
 
 def test_the_fused_decode_gives_the_loss_of_its_parts(ops, make_problem, dtype):
-    from crosscode_kernels.registry import get_kernel
+    from crosscode_kernels.registration import kernel_of
 
     p = make_problem(6, 8, 30, 45, dtype, segments=(20, 20, 5))
     with torch.no_grad():
         latents = ops.encode_topk(p.x_BI, p.W_enc_LI, p.b_enc_L, 4)
-        expected = ops.recon_loss(ops.decode(latents, p.W_dec_LO, p.b_dec_O), p.target_BO, p.segments)
-        per_x_X, residual_BO = get_kernel("decode_recon", "triton")(
-            latents.row_ptr_B1, latents.latent_idx_N, latents.value_N, p.W_dec_LO, p.b_dec_O, p.target_BO, [20, 20, 5]
+        expected = ops.recon_loss(ops.sparse_decode(latents, p.W_dec_LO, p.b_dec_O), p.target_BO, p.segments)
+        per_x_X, residual_BO = kernel_of("decode_recon", "triton")(
+            latents.entries(None), p.W_dec_LO, p.b_dec_O, p.target_BO, [20, 20, 5]
         )
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(per_x_X, expected.per_x_X, rtol=tolerance, atol=0)

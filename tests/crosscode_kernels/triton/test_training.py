@@ -39,18 +39,18 @@ class Trainee:
             )
             latents, penalty = DenseLatents(out.latents_BL), out.tanh + out.pre_act
         elif scheme == "l1":
-            latents = DenseLatents(ops.relu(ops.preacts(*encoder)))
+            latents = ops.encode_relu(*encoder)
             penalty = ops.weighted_l1(latents, n_L, self.lambda_L)
         else:
             scale = (n_L.detach(),) if scheme == "encode_batch_topk" else ()
             latents = getattr(ops, scheme)(*encoder, 2 if scheme == "encode_groupmax" else K, *scale)
-        y_BO = ops.decode(latents, self.W_dec_LO, self.b_dec_O)
+        y_BO = ops.sparse_decode(latents, self.W_dec_LO, self.b_dec_O)
         loss = ops.recon_loss(y_BO, x_BI, SEGMENTS).loss + penalty
         if scheme == "encode_topk":
             dead_L = latents.firing_counts_L() == 0
             aux = ops.aux_topk(*encoder, dead_L, 4)
             error_BO = (x_BI - y_BO).detach()
-            loss = loss + ops.recon_loss(ops.decode(aux, self.W_dec_LO), error_BO, SEGMENTS).loss / 32
+            loss = loss + ops.recon_loss(ops.sparse_decode(aux, self.W_dec_LO), error_BO, SEGMENTS).loss / 32
         return loss
 
     def losses(self, scheme: str) -> list[float]:
@@ -73,36 +73,6 @@ def test_losses_are_those_of_the_reference(scheme):
     assert Trainee("triton").losses(scheme) == pytest.approx(Trainee("reference").losses(scheme), rel=2e-6)
 
 
-def sparse_batch(ops, requires_grad=True):
-    g = torch.Generator().manual_seed(1)
-    idx_BK = torch.rand(4, L, generator=g).argsort(1)[:, :K]
-    latents = SparseLatents.from_topk(idx_BK, torch.rand(4, K, generator=g), L).with_transpose()
-    W_LO = torch.randn(L, sum(SEGMENTS), generator=g, requires_grad=requires_grad)
-    b_O = torch.randn(sum(SEGMENTS), generator=g, requires_grad=requires_grad)
-    value_N = latents.value_N.clone().requires_grad_(requires_grad)
-    return latents.row_ptr_B1, latents.latent_idx_N, value_N, latents.by_latent, W_LO, b_O
-
-
-@pytest.mark.parametrize("mode", ["sum", "joint"])
-def test_decode_with_norms_is_decode_and_norms(mode):
-    ops = resolve_backend("triton", "cpu")
-    results = []
-    for fused in (True, False):
-        row_ptr_B1, idx_N, value_N, order, W_LO, b_O = sparse_batch(ops)
-        with torch.no_grad():
-            W_LO[3, :6] = 0
-        latents = SparseLatents(row_ptr_B1, idx_N, value_N, L, order)
-        if fused:
-            y_BO, norms = ops.decode_with_norms(latents, W_LO, b_O, SEGMENTS, mode)
-        else:
-            y_BO, norms = ops.decode(latents, W_LO, b_O), ops.decoder_norms(W_LO, SEGMENTS, mode)
-        (y_BO.square().sum() + norms.norms_LX.square().sum() + norms.n_L.sum()).backward()
-        results.append((y_BO.detach(), norms.n_L.detach(), value_N.grad, W_LO.grad, b_O.grad))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
-        assert one.isfinite().all()
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_threshold_encode_agrees_with_the_reference(scaled, dtype):
     one = Trainee("triton", dtype)
@@ -116,15 +86,14 @@ def test_threshold_encode_agrees_with_the_reference(scaled, dtype):
 
 def test_slices_of_the_width_add_up(monkeypatch):
     from crosscode_kernels.segments import triton_impl
+    from crosscode_kernels.sparse_decode.triton_impl import sparse_decode_backward
     from crosscode_kernels.triton_common.heuristics import SegmentConfig
 
-    ops = resolve_backend("triton", "cpu")
-    row_ptr_B1, idx_N, value_N, order, _, _ = sparse_batch(ops, requires_grad=False)
-    W_LO, dy_BO = torch.randn(L, 150), torch.randn(4, 150)
-    arguments = (*order, row_ptr_B1, idx_N, value_N, dy_BO, W_LO)
-    whole = triton_impl.sparse_decode_backward(*arguments)
+    latents = SparseLatents.from_topk(torch.rand(4, L).argsort(1)[:, :K], torch.rand(4, K), L)
+    arguments = (latents.entries(latents.transpose()), torch.randn(4, 150), torch.randn(L, 150))
+    whole = sparse_decode_backward(*arguments)
     monkeypatch.setattr(triton_impl, "segment_config", lambda *_: SegmentConfig(2, 32, 64))
-    sliced = triton_impl.sparse_decode_backward(*arguments)
+    sliced = sparse_decode_backward(*arguments)
     for one, other in zip(sliced, whole, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -14,6 +14,7 @@ from crosscode.data.permutation import permuted
 from crosscode.data.store.format import Layout, StoreError, pack, row_sums, unpack
 from crosscode.data.store.rows import StoredRows
 from crosscode.data.store.window import WindowedOrder
+from crosscode.data.store.writer import check_can_write
 from crosscode.errors import InputError
 
 DIMS = (2, 1, 12)
@@ -519,3 +520,38 @@ def test_a_store_is_not_begun_among_other_files(tmp_path):
         write(tmp_path, rows_of(4))
     assert (tmp_path / "thesis.tmp").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "thesis.tmp"]
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "lock", "shard-000000.safetensors", "resume-000009-abcdef01.safetensors", "x"]
+)
+def test_links_in_a_store_are_refused_and_nothing_is_written_through_one(name, tmp_path):
+    store, mine = tmp_path / "store", tmp_path / "mine"
+    write(store, rows_of(40))
+    mine.write_text("years of work")
+    (store / name).unlink(missing_ok=True)
+    (store / name).symlink_to(mine)
+    for use in (
+        ActivationCache,
+        lambda path: write(path, rows_of(40)),
+        lambda path: check_can_write(path, manifest_of()),
+    ):
+        with pytest.raises(StoreError, match=rf"{name}' is a link"):
+            use(store)
+    assert mine.read_text() == "years of work" and (store / name).is_symlink()
+
+
+def test_only_leftovers_of_exactly_our_names_are_cleaned_up(tmp_path):
+    write(tmp_path, rows_of(40), finish=False)
+    mine = [
+        "shard-mine.safetensors.tmp",
+        "resume-000001-mine.safetensors",
+        "resume-notes.safetensors",
+        ".crosscode-tmp-x",
+    ]
+    for name in mine:
+        (tmp_path / name).write_text("years of work")
+    (tmp_path / ".crosscode-tmp-manifest.json-abcd1234").write_text("half")
+    write(tmp_path, rows_of(40))
+    assert all((tmp_path / name).read_text() == "years of work" for name in mine)
+    assert not (tmp_path / ".crosscode-tmp-manifest.json-abcd1234").exists()

@@ -19,10 +19,10 @@ from crosscode.data import (
     TokenSequenceLoader,
     harvest_to_store,
     make_manifest,
-    store_writer,
     wrap_documents,
 )
 from crosscode.data.rows import HarvestedRows
+from crosscode.data.store import writer as store_writer
 from crosscode.errors import InputError
 
 NAMES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -191,7 +191,7 @@ import torch
 torch.set_num_threads(1)
 import conftest
 from crosscode.data import *
-from crosscode.data.store.reader import writer as store_writer
+from crosscode.data.store import writer as store_writer
 from crosscode.data.rows import HarvestedRows
 
 tokenizer = conftest.make_tokenizer()
@@ -238,7 +238,7 @@ print(f"kills {kills}, of which {torn} left a torn file; stores completed {store
 
 
 def run_script(code, *arguments):
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), here, *map(str, arguments)],
         capture_output=True,

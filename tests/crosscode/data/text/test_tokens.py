@@ -1,5 +1,6 @@
 """Token sequences: what is packed, what is masked, where it continues."""
 
+import inspect
 import json
 
 import pytest
@@ -203,6 +204,13 @@ def test_a_policy_and_keywords_say_the_same(tokenizer, documents):
         InputError, match=r"seed = 'x': .*; sequence_lenght: unknown field .* did you mean 'sequence_length'"
     ):
         TokenSequenceLoader(source, tokenizer, policy, seed="x", sequence_lenght=8)
+
+
+def test_help_shows_the_fields_of_the_policy():
+    shown = inspect.signature(TokenSequenceLoader).parameters
+    assert list(shown)[:4] == ["source", "tokenizer", "policy", "shuffle"]
+    assert (shown["sequence_length"].default, shown["batch_size"].default) == (inspect.Parameter.empty, 8)
+    assert list(shown)[3:] == list(TokenPolicy.model_fields)
 
 
 def test_stores_and_positions_record_the_fields_that_they_always_did(tokenizer):

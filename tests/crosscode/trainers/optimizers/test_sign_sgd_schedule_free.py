@@ -10,7 +10,7 @@ from crosscode.trainers.optimizers import OPTIMIZERS
 
 
 @pytest.fixture
-def recipe():
+def plan():
     return OPTIMIZERS["sign_sgd_schedule_free"](lr=0.1, momentum=0.9)
 
 
@@ -21,9 +21,9 @@ def set_gradients(model, seed):
     return [param.grad.clone() for param in model.parameters()]
 
 
-def test_three_steps_follow_the_written_recursion(recipe, make_case):
+def test_three_steps_follow_the_written_recursion(plan, make_case):
     model = make_case("acausal_2x1").model
-    optimizer = recipe.build(model)
+    optimizer = plan.build(model)
     z = [param.detach().clone() for param in model.parameters()]
     x = [param.clone() for param in z]
     for step in range(3):
@@ -34,27 +34,27 @@ def test_three_steps_follow_the_written_recursion(recipe, make_case):
         y = [0.1 * fast + 0.9 * average for fast, average in zip(z, x, strict=True)]
         for param, expected in zip(model.parameters(), y, strict=True):
             torch.testing.assert_close(param.detach(), expected)
-    recipe.start_evaluation(optimizer)
+    plan.start_evaluation(optimizer)
     for param, expected in zip(model.parameters(), x, strict=True):
         torch.testing.assert_close(param.detach(), expected)
-    recipe.start_training(optimizer)
+    plan.start_training(optimizer)
     for param, expected in zip(model.parameters(), y, strict=True):
         torch.testing.assert_close(param.detach(), expected)
 
 
 def test_thresholds_have_a_learning_rate_of_their_own(make_case):
     for name in ("adam", "sign_sgd_schedule_free"):
-        recipe = OPTIMIZERS[name](lr=0.01, threshold_lr_factor=0.1)
+        plan = OPTIMIZERS[name](lr=0.01, threshold_lr_factor=0.1)
         for architecture in ("acausal_2x1", "compound"):
             model = make_case(architecture, "jumprelu").model
-            groups = recipe.build(model).param_groups
+            groups = plan.build(model).param_groups
             rates = {id(param): group["lr"] for group in groups for param in group["params"]}
             assert {rates[id(p)] for p in model.parameter_groups()["thresholds"]} == {0.01 * 0.1}
             assert {rates[id(p)] for p in model.parameter_groups()["weights"]} == {0.01}
 
 
-def test_the_learning_rate_warms_up_and_never_decays(recipe):
-    assert [recipe.lr_factor(step, 100) for step in (0, 4, 50, 99)] == pytest.approx([0.2, 1.0, 1.0, 1.0])
+def test_the_learning_rate_warms_up_and_never_decays(plan):
+    assert [plan.lr_factor(step, 100) for step in (0, 4, 50, 99)] == pytest.approx([0.2, 1.0, 1.0, 1.0])
 
 
 def test_the_default_rate_falls_with_the_root_of_the_number_of_latents(make_case):

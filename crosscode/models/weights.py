@@ -1,0 +1,126 @@
+"""What a sparse coder holds: sizes, weights and how to look at them.
+
+Axes: Xi/Xo any input/output crosscoding dims · Di/Do input/output width · I/O flattened · X crosscoding positions of the
+output · L latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from crosscode_kernels import AnyBackend, Backend, OpSet, resolve_backend
+from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from torch import Tensor, nn
+
+from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.coder import Coder
+from crosscode.models.row_view import row_view
+from crosscode.models.shapes import check_sizes
+
+
+class CoderWeights(nn.Module, Coder):
+    """The part of `BaseCrosscoder` that computes no latents."""
+
+    default_decoder_norm: ClassVar[NormMode] = "sum"
+    n_shared_latents: int = 0
+    use_pre_bias: bool = False
+
+    def __init__(
+        self,
+        in_dims: tuple[int, ...],
+        d_in: int,
+        out_dims: tuple[int, ...],
+        d_out: int,
+        n_latents: int,
+        decoder_norm: NormMode | None,
+        backend: AnyBackend,
+    ):
+        nn.Module.__init__(self)
+        check_sizes(in_dims=in_dims, d_in=d_in, out_dims=out_dims, d_out=d_out, n_latents=n_latents)
+        self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
+        self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
+        self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
+        self.backend = Backend.parse(backend)
+        self._ops: tuple[Any, OpSet] | None = None
+        self.register_buffer("folded_scaling_in_Xi", None)
+        self.register_buffer("folded_scaling_out_Xo", None)
+
+    # ---- views and facts
+
+    @property
+    def W_enc_LI(self) -> Tensor:
+        return row_view(self.W_enc_LXiDi, "rows" in self.backend.options)
+
+    @property
+    def W_dec_LO(self) -> Tensor:
+        return row_view(self.W_dec_LXoDo, "rows" in self.backend.options)
+
+    @property
+    def W_enc_XiDiL(self) -> Tensor:
+        return self.W_enc_LXiDi.movedim(0, -1)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Widths of the crosscoding positions along O."""
+        return (self.d_out,) * math.prod(self.out_dims)
+
+    @property
+    def spaces_match(self) -> bool:
+        """Whether input and output have the same crosscoding dims and width."""
+        return (self.in_dims, self.d_in) == (self.out_dims, self.d_out)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether activation scaling is folded in: the model takes and returns raw activations."""
+        return self.folded_scaling_in_Xi is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].W_enc_LXiDi.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].W_enc_LXiDi.dtype
+
+    @property
+    def parts(self) -> Sequence[Coder]:
+        """The models with weights of their own: this one, or the source layers of a compound model."""
+        return (self,)
+
+    @property
+    def activation_fns(self) -> list[ActivationFunction]:
+        return [part.activation_fn for part in self.parts]
+
+    @property
+    def ops(self) -> OpSet:
+        """The ops of the chosen backend, for where the parameters are now."""
+        key = (self.backend, self.device, self.dtype)
+        if self._ops is None or self._ops[0] != key:
+            self._ops = (key, resolve_backend(*key))
+        return self._ops[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ops": None}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters: `weights`, and the activations' `thresholds`, which may want another learning rate."""
+        thresholds = [param for activation in self.activation_fns for param in activation.parameters()]
+        ids = {id(param) for param in thresholds}
+        return {"weights": [p for p in self.parameters() if id(p) not in ids], "thresholds": thresholds}
+
+    # ---- decoder norms
+
+    def decoder_norms(self) -> DecoderNorms:
+        """Norms of the decoder vectors per crosscoding position and per latent."""
+        return self.ops.decoder_norms(self.W_dec_LO, self.segments, self.decoder_norm)
+
+    def ranking_norms_L(self) -> Tensor:
+        """`n_L` in the space of training: folding rescales the decoder, which must not change what is selected."""
+        norms = self.decoder_norms()
+        if self.folded_scaling_out_Xo is None:
+            return norms.n_L
+        norms_LX = norms.norms_LX * self.folded_scaling_out_Xo.flatten()
+        return norms_LX.sum(1) if self.decoder_norm == "sum" else norms_LX.norm(dim=1)

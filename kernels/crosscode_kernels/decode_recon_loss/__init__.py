@@ -1,0 +1,54 @@
+"""decode_recon_loss: `recon_loss` of `sparse_decode` in one op, for a step that has no other use for the output.
+
+Axes: B tokens · O flattened output dims · L latents · X crosscoding positions · N stored entries.
+
+    per_x[x] = (1 / B) sum over b and o in segment x of ((a W_dec + b_dec)_bo - target_bo)^2;  loss = sum of per_x
+
+Shapes: Latents over L, W_dec_LO, b_dec_O (optional), target_BO, segments -> as `recon_loss`.
+Saved for backward: the residual, the sparse batch and W_dec; the output is neither kept nor, where the kernel manages, written.
+Dense latents, batches without entries and autocast take the two ops one after the other. Gradients are theirs.
+Errors (ValueError): theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from crosscode_kernels.backend import AnyBackend, backend_for
+from crosscode_kernels.checks import check_float, check_segments
+from crosscode_kernels.decode_recon_loss.autograd import decode_recon
+from crosscode_kernels.opset import door
+from crosscode_kernels.recon_loss import ReconLoss, recon_loss
+from crosscode_kernels.sparse import DenseLatents, Latents
+from crosscode_kernels.sparse_decode import check_decoder, sparse_decode
+from crosscode_kernels.sparse_decode.autograd import ordered_entries
+
+
+@door
+def decode_recon_loss(
+    latents: Latents,
+    W_dec_LO: Tensor,
+    b_dec_O: Tensor | None,
+    target_BO: Tensor,
+    segments: Sequence[int],
+    *,
+    backend: AnyBackend = "auto",
+) -> ReconLoss:
+    """The reconstruction loss of `a W_dec + b_dec`."""
+    backend = backend_for(backend, target_BO)
+    in_two = backend.name == "reference" or torch.is_autocast_enabled(target_BO.device.type)
+    if in_two or isinstance(latents, DenseLatents) or latents.value_N.shape[0] == 0:
+        y_BO = sparse_decode(latents, W_dec_LO, b_dec_O, backend=backend)
+        return recon_loss(y_BO, target_BO, segments, backend=backend)
+    check_decoder(latents, latents.value_N, W_dec_LO, b_dec_O)
+    expected = (latents.batch_size, W_dec_LO.shape[1])
+    if tuple(target_BO.shape) != expected:
+        raise ValueError(f"recon_loss: target_BO has shape {tuple(target_BO.shape)}; must be {expected}")
+    check_float("recon_loss", target_BO=target_BO, W_dec_LO=W_dec_LO)
+    check_segments("recon_loss", "target_BO", target_BO.shape[1], segments)
+    entries = ordered_entries(latents.with_int32(), W_dec_LO, backend)
+    loss, per_x_X, residual_BO = decode_recon(entries, W_dec_LO, b_dec_O, target_BO, list(segments), backend=backend)
+    return ReconLoss(loss, per_x_X, residual_BO.detach())

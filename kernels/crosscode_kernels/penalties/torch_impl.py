@@ -1,0 +1,70 @@
+"""The penalties in stock ops: tanh of `c a n`, or `a n` (l1) where `c` is None, which is linear in each latent's sum.
+
+Axes: B tokens · L latents · N stored entries · R rows of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscode_kernels.blocks import row_blocks
+from crosscode_kernels.checks import acc_dtype
+from crosscode_kernels.segments.torch_impl import latent_sum
+from crosscode_kernels.sparse import Entries
+
+
+def _coefficients(value: Tensor, n_L: Tensor, lambda_L: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    dtype = acc_dtype(value.dtype)
+    return n_L.to(dtype), lambda_L.to(dtype) / batch_size
+
+
+def dense_penalty(a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None) -> Tensor:
+    """tanh only: `weighted_l1` of dense latents is three stock ops with a gradient of their own."""
+    assert c is not None
+    n_L, lambda_L = _coefficients(a_BL, n_L, lambda_L, a_BL.shape[0])
+    tanh_L, slope_L = torch.zeros_like(n_L), c * n_L
+    for rows in row_blocks(a_BL):
+        tanh_L += (a_BL[rows] * slope_L).tanh_().sum(0)
+    return torch.dot(tanh_L, lambda_L)
+
+
+def dense_penalty_backward(
+    g: Tensor, a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None
+) -> tuple[Tensor, Tensor]:
+    """`da_BL, dn_L`."""
+    assert c is not None
+    n_acc_L, lambda_L = _coefficients(a_BL, n_L, lambda_L, a_BL.shape[0])
+    coef_L = g * c * lambda_L
+    da_BL, slope_sum_L = torch.empty_like(a_BL), torch.zeros_like(n_acc_L)
+    for rows in row_blocks(a_BL):
+        slope_RL = (a_BL[rows] * (c * n_acc_L)).tanh_().square_().neg_().add_(1)
+        slope_sum_L += (slope_RL * a_BL[rows]).sum(0)
+        da_BL[rows] = slope_RL.mul_(coef_L * n_acc_L)
+    return da_BL, (coef_L * slope_sum_L).to(n_L.dtype)
+
+
+def sparse_penalty(entries: Entries, n_L: Tensor, lambda_L: Tensor, c: float | None) -> Tensor:
+    value_N, latent_idx_N = entries.value_N, entries.latent_idx_N
+    n_L, lambda_L = _coefficients(value_N, n_L, lambda_L, entries.n_tokens)
+    if c is None:
+        return value_N.to(n_L.dtype) @ (n_L * lambda_L).index_select(0, latent_idx_N)
+    tanh_N = (value_N * (c * n_L).index_select(0, latent_idx_N)).tanh_()
+    return tanh_N @ lambda_L.index_select(0, latent_idx_N)
+
+
+def sparse_penalty_backward(
+    g: Tensor, entries: Entries, n_L: Tensor, lambda_L: Tensor, c: float | None
+) -> tuple[Tensor, Tensor]:
+    """`dvalue_N, dn_L`."""
+    _, latent_idx_N, value_N, order_N, latent_ptr_L1 = entries
+    n_acc_L, lambda_L = _coefficients(value_N, n_L, lambda_L, entries.n_tokens)
+    if c is None:
+        dvalue_N = (g * n_acc_L * lambda_L).index_select(0, latent_idx_N)
+        dn_L = g * lambda_L * latent_sum(order_N, latent_ptr_L1, value_N.to(n_acc_L.dtype))
+    else:
+        n_N = n_acc_L.index_select(0, latent_idx_N)
+        slope_N = (value_N * (c * n_N)).tanh_().square_().neg_().add_(1)
+        slope_N *= (g * c * lambda_L).index_select(0, latent_idx_N)
+        dvalue_N, dn_L = slope_N * n_N, latent_sum(order_N, latent_ptr_L1, slope_N * value_N)
+    return dvalue_N.to(value_N.dtype), dn_L.to(n_L.dtype)
