@@ -67,10 +67,12 @@ RUN = Format("run directory", 1, "format")
 
 # ---- configs: fields by dotted path, through mappings only
 
-RENAMED: dict[str, str] = {}
+_OPTIONS = ("own_layer", "topk_scope", "n_shared_latents", "use_pre_bias")
+RENAMED: dict[str, str] = {f"crosscoder.options.{name}": f"crosscoder.{name}" for name in _OPTIONS}
 """Earlier spelling -> today's."""
-GONE: dict[str, Any] = {"crosscoder.options": {}}
-"""Fields that are no more, each with the value that said nothing: with it they are passed over."""
+GONE: dict[str, Any] = {"crosscoder.options": {}, "crosscoder.shared_fraction": None}
+"""Fields that are no more (or not of every architecture), each with the value that said nothing: with it they are passed
+over."""
 
 
 def today(values: Mapping[str, Any], where: str) -> Content:
@@ -80,10 +82,6 @@ def today(values: Mapping[str, Any], where: str) -> Content:
         InputError: both spellings of a field are given.
     """
     values = copy.deepcopy(dict(values))
-    for path, nothing in GONE.items():
-        holder, name = _holder(values, path)
-        if name in holder and holder[name] == nothing:
-            del holder[name]
     changed = []
     for path, new_path in RENAMED.items():
         holder, name = _holder(values, path)
@@ -94,6 +92,10 @@ def today(values: Mapping[str, Any], where: str) -> Content:
             raise InputError(f"{where}: {path} is the earlier spelling of {new_path}: give one of the two")
         new_holder[new_name] = holder.pop(name)
         changed.append(f"{path} is {new_path} now")
+    for path, nothing in GONE.items():
+        holder, name = _holder(values, path)
+        if name in holder and holder[name] == nothing:
+            del holder[name]
     if changed:
         _warn_once(f"{where}: earlier spellings are read: {', '.join(changed)}")
     return values

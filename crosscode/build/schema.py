@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, create_model
 
 from crosscode.config.checked import checked
-from crosscode.config.experiment import CrosscoderConfig, ExperimentConfig, TrainConfig
+from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.reading import read_yaml
 from crosscode.config.registry import ConfigModel, Registry
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
@@ -29,11 +29,10 @@ def experiment_class() -> type[ExperimentConfig]:
         "activation": (ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
         "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
     }
-    architectures = tuple(
-        create_model(made.__qualname__.replace(".", ""), __base__=made, __doc__=made.__doc__, **components)
-        for made in ARCHITECTURES.config_classes().values()
-    )
-    crosscoder = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
+    # The default comes last: it is the one that the help shows.
+    types = sorted(ARCHITECTURES, key=lambda name: name == DEFAULT_ARCHITECTURE)
+    architectures = tuple(_resolved(ARCHITECTURES.config_class(name), components) for name in types)
+    crosscoder: Any = Annotated[Union[architectures], Field(discriminator="type")]  # noqa: UP007
     adam = OPTIMIZERS["adam"].Config()
     train = create_model(
         "TrainConfig",
@@ -51,6 +50,14 @@ def experiment_class() -> type[ExperimentConfig]:
         constraints=(constraints, _like(ExperimentConfig, "constraints", default=constraints())),
         train=(train, _like(ExperimentConfig, "train")),
     )
+
+
+def _resolved(architecture: type[BaseModel], components: dict[str, Any]) -> type[BaseModel]:
+    """An architecture's `Config` with the fields of its components."""
+    kind: Any = architecture.model_fields["type"]
+    fields = {"type": (kind.annotation, _like(CrosscoderConfig, "type", default=kind.default)), **components}
+    name = architecture.__qualname__.replace(".", "")
+    return create_model(name, __base__=architecture, __doc__=architecture.__doc__, **fields)
 
 
 def _by_name(class_name: str, registry: Registry[Any]) -> type[ConfigModel]:

@@ -36,7 +36,10 @@ def explain(
     """One line: each problem with its field (as `shown`), its value and what would be right."""
     problems = []
     for problem in error.errors():
-        written = [*([section] if section else []), *_as_written(problem["loc"], values)]
+        written = [
+            *([section] if section else []),
+            *_as_written(problem["loc"], values, missing=problem["type"] == "missing"),
+        ]
         hint = _near(problem["loc"], config_class) if problem["type"] == "extra_forbidden" else ""
         problems.append(problem_text(shown(".".join(written)), problem) + hint)
     return "; ".join(problems)
@@ -67,7 +70,7 @@ def signature_with(constructor: Callable[..., Any], config_class: type[BaseModel
     return inspect.Signature([*own[1:], *inspect.signature(config_class).parameters.values()])
 
 
-def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
+def _as_written(loc: Sequence[int | str], given: Any, *, missing: bool) -> Iterable[str]:
     """A location without the tags that pydantic adds for unions: only what stands in the config."""
     values: Any = given
     for i, part in enumerate(loc):
@@ -76,7 +79,7 @@ def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
         if is_key or is_index:
             values = cast(Any, values)[part]
             yield str(part)
-        elif i == len(loc) - 1 and isinstance(values, dict):
+        elif missing and i == len(loc) - 1:
             yield str(part)
 
 

@@ -16,12 +16,14 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveI
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel
 
+DEFAULT_ARCHITECTURE = "model_hookpoint_acausal"
+
 
 class CrosscoderConfig(ConfigModel):
     """The model that is trained: what all architectures share. Each has its own fields besides, in its own file."""
 
     model_config = ConfigDict(extra="allow")
-    type: Any = "model_hookpoint_acausal"
+    type: Any = DEFAULT_ARCHITECTURE
     """architecture; decides how harvested activations become input and target"""
     n_latents: PositiveInt | None = None
     """number of latents; give this or expansion_factor"""
@@ -144,16 +146,8 @@ class ExperimentConfig(HarvestConfig):
 
     @field_validator("crosscoder", mode="before")
     @classmethod
-    def _as_it_was_written(cls, crosscoder: Any) -> Any:
-        """The type may be left out. Older configs have fields of the architecture in `options`, and state
-        `shared_fraction: null` for all of them."""
-        if not isinstance(crosscoder, Mapping):
-            return crosscoder
-        values = {"type": CrosscoderConfig.model_fields["type"].default, **crosscoder}
-        values |= values.pop("options", None) or {}
-        if values.get("shared_fraction", "") is None:
-            del values["shared_fraction"]
-        return values
+    def _typed(cls, crosscoder: Any) -> Any:
+        return {"type": DEFAULT_ARCHITECTURE, **crosscoder} if isinstance(crosscoder, Mapping) else crosscoder
 
     def run_path(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name))

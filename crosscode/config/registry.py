@@ -103,6 +103,8 @@ class Configured:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.__init__: arguments are the fields of Config; make the rest in `setup`")
         if "Config" in cls.__dict__:
             cls.__signature__ = _signature(cls)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -132,6 +134,10 @@ def _signature(cls: type[Configured]) -> inspect.Signature:
     return inspect.Signature([parameter(name) for name in (*required, *cls.beside, *optional)])
 
 
+def _configs_of(cls: Any) -> dict[str, Any]:
+    return {type_of(config_class): config_class for config_class in getattr(cls, "Configs", None) or (cls.Config,)}
+
+
 class Registry(Generic[T]):
     """Classes of one kind by name, e.g. all activations. `section` is where a config names one, `{type}` its name."""
 
@@ -139,17 +145,14 @@ class Registry(Generic[T]):
         self.section = section
         self._package = package
         self._classes: dict[str, T] = {}
-        self._configs: dict[str, type[BaseModel]] = {}
 
     def register(self, cls: ClassT) -> ClassT:
         """Class decorator; the class must have a nested `Config` with a literal `type`, or several as `Configs`."""
-        for config_class in getattr(cls, "Configs", None) or (cls.Config,):  # pyright: ignore[reportAttributeAccessIssue]
-            name = type_of(config_class)
+        for name in _configs_of(cls):
             if self._classes.get(name, cls).__qualname__ != cls.__qualname__:
                 raise ValueError(f"two classes register as {self.section} {name!r}: {self._classes[name]} and {cls}")
             cls.section = self.section.format(type=name)  # pyright: ignore[reportAttributeAccessIssue]
             self._classes[name] = cls  # pyright: ignore[reportArgumentType]
-            self._configs[name] = config_class
         return cls
 
     def discover(self) -> None:
@@ -173,10 +176,10 @@ class Registry(Generic[T]):
 
     def config_class(self, name: str) -> Any:
         """The `Config` that is chosen by this `type`."""
-        return self[name] and self._configs[name]
+        return _configs_of(self[name])[name]
 
     def config_classes(self) -> dict[str, type[BaseModel]]:
-        return {name: self._configs[name] for name in self}
+        return {name: self.config_class(name) for name in self}
 
     def config_union(self) -> Any:
         """The type of a config field that takes any component of this kind, told apart by `type`."""

@@ -71,7 +71,7 @@ def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: to
     spec = dict(read_config(path)["model"])
     kind = spec.pop("kind")
     model_class = class_of_kind(kind)
-    if model_class is None or not issubclass(model_class, cls):
+    if model_class is None or cls not in model_class.__mro__:
         raise InputError(f"model path {str(path)!r}: holds a {kind!r} model, not a {cls.__name__}")
     activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
     is_folded, dtype = spec.pop("is_folded"), getattr(torch, spec.pop("dtype"))

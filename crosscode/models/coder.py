@@ -41,6 +41,7 @@ class Coder(Protocol):
     W_skip_XiDiXoDo: nn.Parameter | None
     folded_scaling_in_Xi: Tensor | None
     folded_scaling_out_Xo: Tensor | None
+    """What training multiplied activations with, once it is folded into the weights."""
 
     @property
     def parts(self) -> Sequence[Coder]: ...

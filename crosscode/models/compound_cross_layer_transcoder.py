@@ -48,7 +48,6 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
 
     class Config(ArchitectureConfig):
         type: Literal["compound_cross_layer_transcoder"] = "compound_cross_layer_transcoder"
-        """the first half of the hookpoints in, the second half out"""
         own_layer: bool = True
         """whether a source layer decodes to its own layer, too, not only to later ones"""
         topk_scope: TopkScope = "layer"

@@ -13,6 +13,7 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.architecture import ARCHITECTURES, ArchitectureConfig
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
+from crosscode.models.weights import view
 
 
 @ARCHITECTURES.register
@@ -24,7 +25,6 @@ class CrossLayerTranscoder(BaseCrosscoder):
 
     class Config(ArchitectureConfig):
         type: Literal["cross_layer_transcoder"] = "cross_layer_transcoder"
-        """the first hookpoint in, all others out"""
         title = "cross-layer transcoder"
         split = Split(
             type,
@@ -35,6 +35,11 @@ class CrossLayerTranscoder(BaseCrosscoder):
 
     own_arguments = ("n_out_hookpoints", "d_in", "d_out")
     default_decoder_norm = "joint"
+
+    W_enc_DL: Tensor = view("W_enc_XiDiL")
+    W_dec_LPD: Tensor = view("W_dec_LXoDo")
+    b_dec_PD: Tensor | None = view("b_dec_XoDo")
+    W_skip_DPD: Tensor | None = view("W_skip_XiDiXoDo")
 
     def __init__(
         self,
@@ -52,19 +57,3 @@ class CrossLayerTranscoder(BaseCrosscoder):
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
         return {"n_out_hookpoints": n_hookpoints - 1, "d_in": d_model, "d_out": d_model}
-
-    @property
-    def W_enc_DL(self) -> Tensor:
-        return self.W_enc_XiDiL
-
-    @property
-    def W_dec_LPD(self) -> Tensor:
-        return self.W_dec_LXoDo
-
-    @property
-    def b_dec_PD(self) -> Tensor | None:
-        return self.b_dec_XoDo
-
-    @property
-    def W_skip_DPD(self) -> Tensor | None:
-        return self.W_skip_XiDiXoDo

@@ -15,6 +15,7 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
+from crosscode.models.weights import view
 
 
 @ARCHITECTURES.register
@@ -32,7 +33,6 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
 
     class Config(PreBiasConfig):
         type: Literal["model_hookpoint_acausal"] = "model_hookpoint_acausal"
-        """all hookpoints of all models, read and reconstructed"""
         shared_fraction: float | None = Field(default=None, ge=0, le=1)
         """model diffing: share of latents whose decoder vectors are one and the same for both models"""
         n_shared_latents: NonNegativeInt = 0
@@ -52,6 +52,10 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
             return options if share is None else options | {"n_shared_latents": round(share * n_latents)}
 
     own_arguments = ("n_models", "n_hookpoints", "d_model", "n_shared_latents")
+
+    W_enc_MPDL: Tensor = view("W_enc_XiDiL")
+    W_dec_LMPD: Tensor = view("W_dec_LXoDo")
+    b_dec_MPD: Tensor | None = view("b_dec_XoDo")
 
     def __init__(
         self,
@@ -76,18 +80,6 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
         return {"n_models": n_models, "n_hookpoints": n_hookpoints, "d_model": d_model}
-
-    @property
-    def W_enc_MPDL(self) -> Tensor:
-        return self.W_enc_XiDiL
-
-    @property
-    def W_dec_LMPD(self) -> Tensor:
-        return self.W_dec_LXoDo
-
-    @property
-    def b_dec_MPD(self) -> Tensor | None:
-        return self.b_dec_XoDo
 
     def norms_LMP(self) -> Tensor:
         """Norm of each latent's decoder vector, per model and hookpoint."""

@@ -13,13 +13,13 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
+from crosscode.models.weights import view
 
 
 class SAEConfig(PreBiasConfig):
     """A sparse autoencoder: reads and reconstructs one hookpoint."""
 
     type: Literal["sae"] = "sae"
-    """one hookpoint, read and reconstructed"""
     title = "SAE"
     split = Split(type, lambda p: (0, 0), lambda p: p == 1, "reads and reconstructs exactly one hookpoint")
 
@@ -28,7 +28,6 @@ class TranscoderConfig(PreBiasConfig):
     """A transcoder: reads the first hookpoint and predicts the second."""
 
     type: Literal["transcoder"] = "transcoder"
-    """the first hookpoint in, the second out"""
     title = "transcoder"
     split = Split(type, lambda p: (0, 1), lambda p: p == 2, "needs exactly two hookpoints, [input, output]")
 
@@ -42,25 +41,14 @@ class SAEOrTranscoder(BaseCrosscoder):
     own_arguments = ("d_in", "d_out")
     Configs = (SAEConfig, TranscoderConfig)
 
+    W_enc_DL: Tensor = view("W_enc_XiDiL")
+    W_dec_LD: Tensor = view("W_dec_LXoDo")
+    b_dec_D: Tensor | None = view("b_dec_XoDo")
+    W_skip_DD: Tensor | None = view("W_skip_XiDiXoDo")
+
     def __init__(self, d_in: int, d_out: int, n_latents: int, activation_fn: ActivationFunction, **options: Any):
         super().__init__((), d_in, (), d_out, n_latents, activation_fn, **options)
 
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
         return {"d_in": d_model, "d_out": d_model}
-
-    @property
-    def W_enc_DL(self) -> Tensor:
-        return self.W_enc_XiDiL
-
-    @property
-    def W_dec_LD(self) -> Tensor:
-        return self.W_dec_LXoDo
-
-    @property
-    def b_dec_D(self) -> Tensor | None:
-        return self.b_dec_XoDo
-
-    @property
-    def W_skip_DD(self) -> Tensor | None:
-        return self.W_skip_XiDiXoDo

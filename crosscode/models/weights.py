@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +22,19 @@ from crosscode.models.row_view import row_view
 from crosscode.models.shapes import check_sizes
 
 
+def view(name: str) -> Any:
+    """A property: another name, of other axes, for the weight that `name` gives."""
+    return property(attrgetter(name))
+
+
 class CoderWeights(nn.Module, Coder):
     """The part of `BaseCrosscoder` that computes no latents."""
 
     default_decoder_norm: ClassVar[NormMode] = "sum"
     n_shared_latents: int = 0
     use_pre_bias: bool = False
+    folded_scaling_in_Xi: Tensor | None
+    folded_scaling_out_Xo: Tensor | None
 
     def __init__(
         self,

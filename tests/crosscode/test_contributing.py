@@ -37,8 +37,7 @@ def example(tmp_path, monkeypatch):
     """Load one example as if its file lay in its folder, and forget it afterwards."""
 
     def load(path: str, registry: Registry):
-        for known in ("_classes", "_configs"):
-            monkeypatch.setattr(registry, known, dict(getattr(registry, known)))
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
         experiment_class.cache_clear()
         file = tmp_path / Path(path).name
         file.write_text(EXAMPLES[path], encoding="utf-8")

@@ -91,7 +91,7 @@ def read_words(arguments: Sequence[str], options: type[BaseModel], config: type[
             raise InputError(f"unknown option {word.partition('=')[0]}{hint}")
         members = [member for annotation in annotations for member in members_of(annotation)]
         if not has_text and _stands_alone(members, words[0] if words else None):
-            value: Any = True if bool in members else {}
+            value: Any = True if bool in members or Any in members else {}
         elif has_text or (words and not words[0].startswith("--")):
             value = _value(
                 text if has_text else words.popleft(), members, word, cut=path[0] not in options.model_fields

@@ -31,11 +31,12 @@ class PreActTerm(LossTerm):
         check_shared_ratio("pre_act", model, self.shared_ratio)
 
     def __call__(self, context: LossContext) -> Tensor:
-        model, parts = context.model, context.model.parts
-        sizes = [part.n_latents for part in parts]
+        model = context.model
+        sizes = [part.n_latents for part in model.parts]
+        log_thresholds = [log_L for fn in model.activation_fns if (log_L := fn.log_thresholds_L()) is not None]
         of_parts = zip(
             context.result.latents_of_parts,
-            [part.activation_fn.log_thresholds_L() for part in parts],
+            log_thresholds,
             context.decoder_norms.n_L.split(sizes),
             lambda_L(context, self.shared_ratio).split(sizes),
             strict=True,

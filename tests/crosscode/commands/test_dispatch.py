@@ -185,4 +185,4 @@ def test_a_flag_of_a_component_may_stand_before_the_config(tiny_config, tmp_path
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config))
     assert main(["train", "--train.optimizer.row_sparse", str(config), "--backend", "reference"]) == 2
-    assert "train.optimizer.row_sparse = True" in capfd.readouterr().err
+    assert "crosscode: train.optimizer: row_sparse needs betas[0] = 0" in capfd.readouterr().err

@@ -12,13 +12,13 @@ from crosscode.errors import InputError
 
 class Own(ConfigModel):
     n_tokens: int | None = Field(default=None, title="N")
-    grid: list[str] = []
+    grid: list[str] = Field(default=[])
 
 
 class Inner(ConfigModel):
     batch_size: int = 1
     fast: bool = False
-    names: list[str] = []
+    names: list[str] = Field(default=[])
     rates: tuple[float, float] = (0.0, 0.0)
     clip: float | None = 1.0
 
@@ -39,7 +39,7 @@ class Config(ConfigModel):
     inner: Inner = Inner()
     part: Annotated[One | Two, Field(discriminator="type")] | None = None
     component: Component = Component(type="x")
-    terms: dict[str, dict[str, object]] = {}
+    terms: dict[str, dict[str, object]] = Field(default={})
 
 
 def values(*words):

@@ -10,13 +10,14 @@ from crosscode.build.experiment import build_model
 from crosscode.build.resume import check_changes, config_values
 from crosscode.build.schema import check_config, read_yaml
 from crosscode.errors import InputError
+from crosscode.formats import today
 from crosscode.models import ARCHITECTURES, BaseCrosscoder, CompoundCrossLayerTranscoder
 
 
 def crosscoder_of(recipe, **fields):
     values = read_yaml(recipe)
     values["crosscoder"] |= fields
-    return check_config(values)
+    return check_config(today(values, recipe))
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
@@ -46,15 +47,19 @@ def test_shared_latents_are_given_as_a_share_or_a_number():
     assert build_model(config, width=4).n_shared_latents == 7
 
 
-@pytest.mark.parametrize(("recipe", "options"), [("sae_topk", {}), ("compound_clt", {"own_layer": False})])
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("sae_topk", {"use_pre_bias": True}), ("sae_topk", {}), ("compound_clt", {"own_layer": False})],
+)
 def test_configs_of_older_versions_are_read_and_resumed(recipe, options):
     now = crosscoder_of(recipe, **options)
     old = config_values(now)
     fields = ("use_pre_bias", "n_shared_latents", "own_layer", "topk_scope")
     old["crosscoder"] = {name: value for name, value in old["crosscoder"].items() if name not in fields}
     old["crosscoder"] |= {"options": options, "shared_fraction": None}
-    assert check_config(old) == now
-    check_changes(config_values(check_config(old)), config_values(now))
+    then = check_config(today(old, "config.yaml"))
+    assert then == now
+    check_changes(config_values(then), config_values(now))
 
 
 def test_without_a_type_it_is_a_crosscoder():

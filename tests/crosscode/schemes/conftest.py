@@ -157,7 +157,7 @@ class Dictionary:
 
     def latents(self, k: int | None = None) -> list[Tensor]:
         k = k or self.k
-        if getattr(self.model, "topk_scope", "layer") == "all_layers":
+        if self.model.selects_over_parts:
             a_BL = self.activation(self.sources[0], torch.cat(self.h_S, 1), torch.cat(self.n_S), k)
             return list(a_BL.split([h.shape[1] for h in self.h_S], 1))
         zipped = zip(self.sources, self.h_S, self.n_S, strict=True)

@@ -8,7 +8,6 @@ from typing import Literal
 import pytest
 import torch
 
-from crosscode.config.registry import ConfigModel
 from crosscode.trainers.whole_batch import concat_tokens, needs_whole_batch
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
@@ -57,11 +56,11 @@ def plain_sgd(monkeypatch):
     from crosscode.trainers.optimizers.adam import Adam
 
     class Sgd(Adam):
-        class Config(ConfigModel):
+        class Config(Adam.Config):
             type: Literal["sgd_for_tests"] = "sgd_for_tests"
-
-        def __init__(self):
-            super().__init__(lr=0.003, warmup_fraction=0.0, decay_fraction=0.0)
+            lr: float = 0.003
+            warmup_fraction: float = 0.0
+            decay_fraction: float = 0.0
 
         def build(self, model):
             groups = [{"params": list(model.parameters()), "lr": self.lr, "initial_lr": self.lr}]
