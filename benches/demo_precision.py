@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from crosscode.build.schema import check_config, read_yaml
-from crosscode.commands.cli import run_training
+from crosscode.commands.train import run_training
 
 RESULTS = Path(__file__).parent / "results" / "demo_precision.json"
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.nested import flatten
+from crosscode.config.reading import load_yaml
 from crosscode.errors import InputError
 from crosscode.formats import today
 from crosscode.models.checkpoint import read_config
@@ -77,7 +76,7 @@ class ResumePoint:
 
 def config_values(config: ExperimentConfig) -> dict[str, Any]:
     """A config as checkpoints keep it, to tell what has changed when a run goes on."""
-    return yaml.safe_load(dump_config(config))
+    return load_yaml(dump_config(config), "config")
 
 
 def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -12,12 +12,10 @@ from pydantic import BaseModel, Field, create_model
 
 from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
+from crosscode.config.reading import read_yaml
 from crosscode.config.registry import ConfigModel, Registry
-from crosscode.errors import InputError
-from crosscode.formats import today
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
-from crosscode.recipes import recipe_path
 from crosscode.trainers.constraints import CONSTRAINTS
 from crosscode.trainers.optimizers import OPTIMIZERS
 
@@ -81,26 +79,6 @@ def given_components(components: BaseModel | Mapping[str, Any]) -> dict[str, Bas
 
 
 # ---- from and to files
-
-
-def read_yaml(config: str | Path) -> dict[str, Any]:
-    """The values of a config file, or of a recipe by its name.
-
-    Raises:
-        InputError: no such file or recipe, or not a YAML mapping.
-    """
-    path = recipe_path(str(config)) or Path(config)
-    if path.is_dir():
-        path = path / "config.yaml"
-    if not path.is_file():
-        raise InputError(f"config: {str(config)!r} is neither a file nor a recipe; see `crosscode recipes`")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config: {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
-    return today(values, str(path))
 
 
 def load_config(config: str | Path) -> ExperimentConfig:

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from crosscode.build.data import Activations, build_token_loader, open_activations
-from crosscode.commands.overrides import Command
+from pydantic import BaseModel, Field, PositiveInt
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.commands.parts.options import merged
 from crosscode.config.checked import checked
 from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.data.store.harvest import harvest_to_store
-from crosscode.data.store.reader import ActivationCache
+from crosscode.config.reading import read_yaml
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError, Interrupted, at_field
-from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.progress import Progress
 
-HELP_HEAD = """Write the activations of a config's text to the store `data.cache`, ahead of training.
-CONFIG.yaml is that of a run (a file, a run directory, a recipe's name), of which only the fields below are read; without
-it, give these as options. What was stopped or killed goes on after its last whole shard with the same command.
---store DIR is short for --data.cache.path DIR; --n-tokens N stops at N activations (default: one pass over the text).
-A run reads the store with --data.stores '["DIR"]', or reads and completes it with --data.cache.path DIR."""
-HARVEST = Command("harvest", HELP_HEAD, lambda: HarvestConfig, needs_file=False)
+if TYPE_CHECKING:
+    from crosscode.data.store.reader import ActivationCache
+
+TEXT = """write activations to a store ahead of training
+The activations of a config's text go to the store `data.cache`. CONFIG.yaml is that of a run (a file, a run directory, a
+recipe's name), of which only the fields below are read; without it, give these as options. What was stopped or killed
+goes on after its last whole shard with the same command. A run reads the store with --data.stores DIR, or reads and
+completes it with --data.cache.path DIR."""
+
+
+class Options(ConfigModel):
+    config: str | None = Field(default=None, title="CONFIG.yaml")
+    """what to take the fields below from"""
+    store: str | None = Field(default=None, title="DIR")
+    """the folder of the store; short for --data.cache.path"""
+    n_tokens: PositiveInt | None = None
+    """where to stop; null: after one pass over the text"""
+
+
+def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
+    store = {} if options.store is None else {"data": {"cache": {"path": options.store}}}
+    typed = merged(fields(HarvestConfig), store)
+    config = harvest_config(merged(read_yaml(options.config) if options.config else {}, typed))
+    quiet_libraries()
+    cache = run_harvest(config, options.n_tokens)
+    M, P, D = cache.dims
+    print(f"store       {cache.path}")
+    print(f"activations {cache.n_rows} of {M} x {P} x {D}, {cache.layout.dtype}")
+    print(f"size        {cache.n_bytes / 2**20:.1f} MiB in {len(cache.shards)} shards")
+    for names, norms in zip(config.position_names(), cache.mean_norm_MP().tolist(), strict=True):
+        for name, norm in zip(names, norms, strict=True):
+            print(f"mean norm   {norm:.4g}  {name}")
 
 
 def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
@@ -47,6 +74,11 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
         Interrupted: a signal came; what was harvested is stored.
         InputError: bad config; a store that holds something else; StoreError where it cannot be written.
     """
+    from crosscode.build.data import Activations, build_token_loader, open_activations
+    from crosscode.data.store.harvest import harvest_to_store
+    from crosscode.trainers.interruption import StopSignals
+    from crosscode.trainers.progress import Progress
+
     cache = config.data.cache
     assert cache is not None
     activations = Activations(config=config, **open_activations(config))
@@ -72,3 +104,6 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     if store.n_rows == 0:
         raise InputError(f"data.cache.max_gb = {cache.max_gb}: too small for the activations of one harvest")
     return store
+
+
+COMMAND = Command(TEXT, run, Options, positional="config", outline=HarvestConfig)

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crosscode.analysis.report import HeldoutText, write_report
-from crosscode.build.experiment import open_experiment
-from crosscode.build.schema import load_config
-from crosscode.runs.directory import open_run
+from pydantic import Field, PositiveInt
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+
+
+class Options(ConfigModel):
+    run_dir: str = Field(title="RUN")
+    """run directory"""
+    n_tokens: PositiveInt | None = None
+    """held-out activations; null: as in the run's config"""
+    csv: Path | None = Field(default=None, title="FILE")
+    """also write the whole table of latents"""
+
+
+def run(options: Options) -> None:
+    quiet_libraries()
+    print(report_run(options.run_dir, options.n_tokens, options.csv))
 
 
 def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None) -> Path:
@@ -17,6 +32,11 @@ def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Pa
         n_tokens: held-out tokens to look at; default: as configured.
         latents_csv: also write the whole diffing table of the first pair of positions there.
     """
+    from crosscode.analysis.report import HeldoutText, write_report
+    from crosscode.build.experiment import open_experiment
+    from crosscode.build.schema import load_config
+    from crosscode.runs.directory import open_run
+
     run = open_run(run_dir)
 
     def heldout() -> HeldoutText:
@@ -25,3 +45,6 @@ def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Pa
         return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
 
     return write_report(run.path, heldout=heldout, latents_csv=latents_csv)
+
+
+COMMAND = Command("write RUN/report.html", run, Options, positional="run_dir")

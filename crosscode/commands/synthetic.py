@@ -1,49 +1,46 @@
-"""`crosscode synthetic [SCHEME ...] [--field value ...]`."""
+"""`crosscode synthetic`: which scheme recovers what of a planted dictionary."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from crosscode.commands.overrides import Command, option_values
+from crosscode.commands.parts.command import Command
 from crosscode.config.checked import checked
+from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
-from crosscode.synthetic.runs import SyntheticConfig, SyntheticResult, markdown_table, run_synthetic
+from crosscode.synthetic.config import SyntheticConfig
 from crosscode.synthetic.schemes import SCHEMES
 
-HELP_HEAD = f"""Train crosscoders on activations from a planted dictionary and report what each scheme recovers.
+if TYPE_CHECKING:
+    from crosscode.synthetic.runs import SyntheticResult
+
+TEXT = f"""which scheme recovers what of a planted dictionary
+Train crosscoders on activations from a planted dictionary and report what each scheme recovers.
 SCHEME is one or several of {", ".join(SCHEMES)}; default: all.
 Matched cosine: features and latents paired one to one (Hungarian). Precision and recall: of the features that only one
 model has, by a latent's share of decoder norm. About 10 s a scheme."""
 
 
-class Options(SyntheticConfig):
-    """What the command line takes."""
-
-    json_file: Path | None = Field(default=None, alias="json")
+class Options(ConfigModel):
+    schemes: list[str] = Field(default=[], title="SCHEME")
+    """schemes to train"""
+    json_file: Path | None = Field(default=None, alias="json", title="FILE")
     """also write all figures to this file, as JSON"""
 
 
-COMMAND = Command("synthetic", HELP_HEAD, lambda: Options, needs_file=False, positional="[SCHEME ...]")
-
-
-def run_command(arguments: list[str]) -> None:
-    """Train, print the table, and write the figures where `--json` says.
-
-    Raises:
-        InputError: before anything is trained.
-    """
-    n_schemes = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    schemes = {"schemes": arguments[:n_schemes]} if n_schemes else {}
-    given = option_values(arguments[n_schemes:], COMMAND) | schemes
-    values = checked(Options, given).model_dump()
-    file: Path | None = values.pop("json_file")
+def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
+    schemes = {"schemes": options.schemes} if options.schemes else {}
+    config = checked(SyntheticConfig, fields(SyntheticConfig) | schemes)
+    file = options.json_file
     if file is not None and not file.resolve().parent.is_dir():
         raise InputError(f"--json = {str(file)!r}: no such folder: {str(file.resolve().parent)!r}")
-    config = SyntheticConfig.model_validate(values)
+    from crosscode.synthetic.runs import markdown_table, run_synthetic
+
     results: list[SyntheticResult] = []
     for result in run_synthetic(config, progress=True):
         results.append(result)
@@ -55,3 +52,6 @@ def run_command(arguments: list[str]) -> None:
 def as_json(config: SyntheticConfig, results: list[SyntheticResult]) -> dict[str, Any]:
     """Everything that decides the figures, and the figures."""
     return {"config": config.model_dump(mode="json"), "schemes": [result.to_json() for result in results]}
+
+
+COMMAND = Command(TEXT, run, Options, positional="schemes", outline=SyntheticConfig)

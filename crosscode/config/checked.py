@@ -26,13 +26,22 @@ def checked(config_class: type[ConfigT], values: Mapping[str, Any], section: str
         raise InputError(explain(error, values, config_class, section)) from error
 
 
-def explain(error: ValidationError, values: Any, config_class: type[BaseModel], section: str = "") -> str:
-    """One line: each problem with its field, its value and what would be right."""
+def explain(
+    error: ValidationError,
+    values: Any,
+    config_class: type[BaseModel],
+    section: str = "",
+    shown: Callable[[str], str] = str,
+) -> str:
+    """One line: each problem with its field (as `shown`), its value and what would be right."""
     problems = []
     for problem in error.errors():
-        written = [*([section] if section else []), *_as_written(problem["loc"], values)]
+        written = [
+            *([section] if section else []),
+            *_as_written(problem["loc"], values, missing=problem["type"] == "missing"),
+        ]
         hint = _near(problem["loc"], config_class) if problem["type"] == "extra_forbidden" else ""
-        problems.append(problem_text(".".join(written), problem) + hint)
+        problems.append(problem_text(shown(".".join(written)), problem) + hint)
     return "; ".join(problems)
 
 
@@ -61,7 +70,7 @@ def signature_with(constructor: Callable[..., Any], config_class: type[BaseModel
     return inspect.Signature([*own[1:], *inspect.signature(config_class).parameters.values()])
 
 
-def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
+def _as_written(loc: Sequence[int | str], given: Any, *, missing: bool) -> Iterable[str]:
     """A location without the tags that pydantic adds for unions: only what stands in the config."""
     values: Any = given
     for i, part in enumerate(loc):
@@ -70,7 +79,7 @@ def _as_written(loc: Sequence[int | str], given: Any) -> Iterable[str]:
         if is_key or is_index:
             values = cast(Any, values)[part]
             yield str(part)
-        elif i == len(loc) - 1 and isinstance(values, dict):
+        elif missing and i == len(loc) - 1:
             yield str(part)
 
 

@@ -14,9 +14,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crosscode.config.checked import checked
+from crosscode.config.counts import as_count, members_of
 from crosscode.errors import InputError
 
 T = TypeVar("T", bound=type)
@@ -27,6 +28,20 @@ class ConfigModel(BaseModel):
     """Base of every config: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_counts(cls, values: Any) -> Any:
+        """`1e6`, `2.5M` or `64k` where an integer is wanted."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            name: as_count(value)
+            if isinstance(value, str) and name in fields and int in members_of(fields[name].annotation)
+            else value
+            for name, value in values.items()
+        }
 
 
 class Component(BaseModel):

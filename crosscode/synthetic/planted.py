@@ -7,45 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscode.config.registry import ConfigModel
 from crosscode.data.scaling import estimate_scaling
 from crosscode.errors import InputError
 from crosscode.seeds import derived_seed
-
-
-class PlantedConfig(ConfigModel):
-    """A planted dictionary, and how its features fire."""
-
-    n_features: PositiveInt = 256
-    """planted features F"""
-    n_exclusive: NonNegativeInt = 64
-    """of these, features of one model alone, dealt out to the models in turn"""
-    n_models: PositiveInt = 2
-    """models M"""
-    n_hookpoints: PositiveInt = 1
-    """hookpoints P"""
-    d_model: PositiveInt = 64
-    """width D of each (model, hookpoint)"""
-    shared_directions: Literal["same", "independent"] = "same"
-    """whether a shared feature has one direction in all models, or one of its own in each"""
-    mean_active: PositiveFloat = 8.0
-    """features that fire on a token, on average"""
-    zipf_exponent: NonNegativeFloat = 0.6
-    """firing rates fall with rank to this power; 0: all alike"""
-    correlation: float = Field(default=0.0, ge=0, lt=1)
-    """correlation of the hidden variables of features in one group: above 0 they fire together"""
-    group_size: PositiveInt = 8
-    """features of one correlated group"""
-    noise: NonNegativeFloat = 0.02
-    """standard deviation of the noise in each coordinate; a feature's mean length is 1"""
-    seed: NonNegativeInt = 0
-    """seed of dictionary and activations"""
+from crosscode.synthetic.config import PlantedConfig
 
 
 class PlantedDictionary:

@@ -11,68 +11,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from crosscode.build.data import available_device
 from crosscode.build.experiment import check_backend
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import CrosscodeError, InputError, Interrupted
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
+from crosscode.synthetic.config import SyntheticConfig
 from crosscode.synthetic.ground_truth import GroundTruth, compare_with_planted
-from crosscode.synthetic.planted import PlantedConfig, PlantedDictionary, SyntheticActivations
-from crosscode.synthetic.schemes import SCHEMES, SyntheticScheme
+from crosscode.synthetic.planted import PlantedDictionary, SyntheticActivations
+from crosscode.synthetic.scheme import SyntheticScheme
 from crosscode.trainers.constraints import constraints_for
 from crosscode.trainers.trainer import Trainer
 
 MATCHED_WITHIN = 0.05
 """An L0 this close to the wanted one, as a share of it, is not improved further."""
-
-
-class SyntheticConfig(ConfigModel):
-    """What to plant, which schemes to train on it, and for how long."""
-
-    planted: PlantedConfig = PlantedConfig()
-    """the planted dictionary"""
-    schemes: list[str] = Field(default=list(SCHEMES), min_length=1)
-    """schemes to train, by name"""
-    l0: PositiveInt | None = None
-    """wanted L0: the k of TopK styles, the aim of max_runs for the others; null: planted.mean_active, rounded"""
-    n_latents: PositiveInt | None = None
-    """latents of each crosscoder; null: 5/4 of the planted features, rounded up to a multiple of the wanted L0"""
-    penalty: PositiveFloat = 1.0
-    """factor on the sparsity penalties of the L1 and JumpReLU schemes"""
-    max_runs: PositiveInt = 1
-    """L1 and JumpReLU schemes: how often one may be trained to find the penalty with which its L0 is as wanted (within 5 %)"""
-    shared_fraction: float = Field(default=0.75, ge=0, le=1)
-    """share of latents that the model-diffing schemes tie between the models"""
-    n_steps: PositiveInt = 1200
-    """training steps of each run"""
-    batch_size: PositiveInt = 512
-    """activations of a step"""
-    n_heldout_tokens: PositiveInt = 16_384
-    """activations for FVU and L0"""
-    exclusive_threshold: PositiveFloat = Field(default=0.9, lt=1)
-    """relative decoder norm above which a latent is called exclusive to a model"""
-    seed: NonNegativeInt = 0
-    """seed of initialisation and activations (planted.seed is that of the dictionary)"""
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """kernels"""
-    device: str = "auto"
-    """device of the crosscoders: auto, cpu, cuda, cuda:1, mps"""
-
-    def wanted_l0(self) -> int:
-        return self.l0 or max(1, round(self.planted.mean_active))
-
-    def scheme(self, name: str, penalty: float | None = None) -> SyntheticScheme:
-        k = self.wanted_l0()
-        n_latents = self.n_latents or k * math.ceil(1.25 * self.planted.n_features / k)
-        return SyntheticScheme(name, k, n_latents, self.shared_fraction, self.penalty if penalty is None else penalty)
 
 
 @dataclass(frozen=True)
@@ -112,7 +70,7 @@ def run_synthetic(config: SyntheticConfig, *, progress: bool = False) -> Iterato
         check_backend(config.backend, device)
     planted = config.planted
     for name in config.schemes:
-        scheme = config.scheme(name)
+        scheme = SyntheticScheme.of(config, name)
         if scheme.n_latents < planted.n_features:
             raise InputError(
                 f"n_latents = {scheme.n_latents}: at least one for each of the {planted.n_features} planted features"
@@ -128,7 +86,7 @@ def _best_run(name: str, config: SyntheticConfig, dictionary: PlantedDictionary,
     wanted, runs = config.wanted_l0(), list[tuple[float, float]]()
     best, best_miss, penalty = None, math.inf, config.penalty
     for _ in range(config.max_runs):
-        result = _run_scheme(config.scheme(name, penalty), config, dictionary, progress)
+        result = _run_scheme(SyntheticScheme.of(config, name, penalty), config, dictionary, progress)
         if result.penalty is None:
             return result
         runs.append((penalty, max(result.l0, 1e-3)))

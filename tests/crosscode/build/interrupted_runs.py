@@ -16,6 +16,7 @@ import torch
 from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import load_config
 from crosscode.commands import cli
+from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers import saver as saver_module
 from crosscode.trainers.trainer import Trainer
@@ -65,7 +66,7 @@ def train(scenario):
 
 def main(scenarios_file, results_file):
     torch.set_num_threads(1)
-    cli._quiet_libraries()
+    quiet_libraries()
     scenarios = json.loads(Path(scenarios_file).read_text())
     # What is slow the first time is done before the forks. No backward pass: autograd does not survive a fork.
     for _ in open_experiment(load_config(scenarios[0]["config"])).heldout_activations():

@@ -44,7 +44,7 @@ def rows(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume"], "usage: crosscode train --resume RUN"),
+        (["--resume"], "--resume: expects RUN"),
         (["--resume", "/nowhere"], "/nowhere"),
         (["--resume", "RUN", "--train.log_every", "3"], "usage: crosscode train --resume RUN"),
     ],

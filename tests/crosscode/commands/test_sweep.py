@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from crosscode.commands.cli import main
-from crosscode.commands.sweep_grid import grid_points, parse_grid
+from crosscode.commands.parts.sweep_grid import grid_points, parse_grid
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.errors import InputError
 from crosscode.trainers.trainer import Trainer

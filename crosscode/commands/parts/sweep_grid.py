@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from crosscode.build.schema import check_config
+from crosscode.commands.parts.options import annotations_at, near_field
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.reading import load_yaml
 from crosscode.errors import InputError
 
 OWN_SECTIONS = ("name", "run_dir", "overwrite", "backend", "crosscoder", "objective", "constraints", "finetune_from")
@@ -31,10 +30,14 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for option in options:
         path, separator, text = option.partition("=")
+        path = path.replace("-", "_")
         if not separator or not path or not text:
             raise InputError(
                 f"sweep: --grid {option!r}: expected FIELD=VALUE,VALUE,... such as train.optimizer.lr=1e-3"
             )
+        if not annotations_at([ExperimentConfig], path.split(".")):
+            near = near_field(path, [ExperimentConfig])
+            raise InputError(f"sweep: --grid: unknown field {path!r}{f'; did you mean {near!r}?' if near else ''}")
         if path in grid:
             raise InputError(f"sweep: --grid names {path!r} twice")
         values = [_value(part) for part in text.split(",")]
@@ -48,7 +51,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = load_yaml(text, "sweep: --grid")
     if isinstance(value, str):  # YAML reads 1e-3 as a word
         try:
             return float(value)
@@ -64,6 +67,8 @@ def grid_points(values: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) ->
     Raises:
         InputError: a bad value, or a field that decides the stream of activations, which all runs share.
     """
+    from crosscode.build.schema import check_config
+
     folder = check_config(values).run_path()
     varied = [path for path in grid if len(grid[path]) > 1]
     points: list[GridPoint] = []

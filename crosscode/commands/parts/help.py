@@ -1,0 +1,239 @@
+"""Help pages, from what pydantic models say of their fields: an overview, a command, a section of a config, a field."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from crosscode.commands.parts.options import SEVERAL, fields_of, is_model
+from crosscode.config.counts import members_of
+from crosscode.errors import InputError
+
+if TYPE_CHECKING:
+    from crosscode.commands.parts.command import Command
+
+_COLUMN = 28
+_DEEPEST = 6
+_WIDEST = 60
+
+
+def overview(commands: Mapping[str, Command], description: str, epilog: str) -> str:
+    lines = [_entry(name, command.text.splitlines()[0]) for name, command in commands.items()]
+    lines += [_entry("--version", "the version of crosscode")]
+    return "\n".join(["usage: crosscode COMMAND ...", "", description, "", *lines, "", epilog])
+
+
+def describe(command: Command, name: str, topic: str | None = None) -> str:
+    """The page of a command, or of one section, component type or field of its config (`train.optimizer`, `topk`).
+
+    Raises:
+        InputError: no such section, type or field.
+    """
+    if topic is None:
+        return "\n".join(_command_page(command, name))
+    config = command.whole() if command.whole else command.outline
+    roots = [command.options, *([config] if config else [])]
+    sections = {section.path: section for section in _sections(roots)}
+    fields = {
+        path: info for section in [_Section("", "", "", roots), *sections.values()] for path, info in section.fields()
+    }
+    path = topic.lstrip("-").replace("-", "_")
+    found = _shortest(path, [*sections, *fields])
+    if found is None:
+        near = get_close_matches(path, [*sections, *fields], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{name}: --help {topic}: no such section, type or field{hint}")
+    return "\n".join(sections[found].page()) if found in sections else _entry(*_shown(found, fields[found]))
+
+
+def _shortest(name: str, paths: Sequence[str]) -> str | None:
+    """A path itself, or the shortest that ends with it."""
+    return min((path for path in paths if f".{path}".endswith(f".{name}")), key=len, default=None)
+
+
+def usage(command: Command, name: str) -> str:
+    words = [option_name(command, command.positional)] if command.positional else []
+    if words and get_origin(fields_of(command.options)[str(command.positional)].annotation) is list:
+        words = [f"{words[0]} ..."]
+    if words and not fields_of(command.options)[str(command.positional)].is_required():
+        words = [f"[{words[0]}]"]
+    own = [f"[{_own(command, field)}]" for field in fields_of(command.options) if field != command.positional]
+    more = ["[--section.field VALUE ...]"] if command.outline else []
+    return " ".join(["usage: crosscode", name, *words, *own, *more])
+
+
+def option_name(command: Command, field: str) -> str:
+    """As a user writes it: the metavariable of what needs no name, `--n-tokens` of what does."""
+    info = fields_of(command.options).get(field.split(".")[0])
+    if field == command.positional and info is not None:
+        return info.title or field.upper()
+    return f"--{field.replace('_', '-')}"
+
+
+def _own(command: Command, field: str) -> str:
+    info = fields_of(command.options)[field]
+    kind = "" if field == command.positional or info.annotation is bool else info.title or _kind(info.annotation)
+    return f"{option_name(command, field)} {kind}".rstrip()
+
+
+# ---- pages
+
+
+def _command_page(command: Command, name: str) -> Iterator[str]:
+    yield from (usage(command, name), "", command.text, "")
+    for field, info in fields_of(command.options).items():
+        yield _entry(_own(command, field), _text(info) if info.default is None else _meaning(info))
+    if command.outline is None:
+        return
+    example = next(_sections([command.outline])).path
+    yield "\nFields of the config, each of them an option; dashes and underscores are alike, 1e6 and 1M are counts."
+    yield f"`crosscode {name} --help SECTION` shows all of a section, a component or a field, such as `--help {example}`.\n"
+    inner = []
+    for field, info in command.outline.model_fields.items():
+        if field in fields_of(command.options):
+            continue
+        models = [member for member in _members(info.annotation) if is_model(member)]
+        if models or get_origin(info.annotation) is dict:
+            names = ", ".join(dict.fromkeys(name for model in models for name in model.model_fields))
+            inner.append(_entry(field, f"{_text(info)}: {names}" if names else _text(info)))
+        else:
+            left, _ = _shown(field, info)
+            yield _entry(left, re.split(r"[.;:]\s", _text(info))[0] + _default_of(info))
+    yield from ("\nSections:", *inner)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A part of a config that has fields of its own: one model, or one for each type of a component."""
+
+    path: str
+    prefix: str
+    """of its fields: without the type, where the path ends with one"""
+    meaning: str
+    models: Sequence[type[BaseModel]]
+
+    def fields(self) -> Iterator[tuple[str, FieldInfo]]:
+        for model in self.models:
+            yield from ((f"{self.prefix}.{name}".lstrip("."), info) for name, info in fields_of(model).items())
+
+    def page(self) -> Iterator[str]:
+        """What all types have stands first, once."""
+        yield textwrap.fill(f"{self.path}: {self.meaning}", _width())
+        own = [
+            {name: _shown(f"{self.prefix}.{name}", info) for name, info in fields_of(one).items()}
+            for one in self.models
+        ]
+        shared = [name for name in own[0] if len(own) > 1 and all(each.get(name) == own[0][name] for each in own)]
+        yield from (["", "every type", *(_entry(*own[0][name]) for name in shared)] if shared else [])
+        for model, entries in zip(self.models, own, strict=True):
+            kind, doc = _type_of(model), _doc_of(model) if len(own) > 1 or self.path != self.prefix else ""
+            yield ""
+            yield from textwrap.wrap(
+                ": ".join(part for part in (f"type {kind}" if kind else "", doc) if part), _width()
+            )
+            hidden = {*shared, *(["type"] if kind else [])}
+            yield from (_entry(*entry) for name, entry in entries.items() if name not in hidden)
+
+
+def _sections(classes: Sequence[Any], prefix: str = "", depth: int = 0) -> Iterator[_Section]:
+    """All that are below; each type of a component is one, too."""
+    for model in classes if depth < _DEEPEST else []:
+        for name, info in fields_of(model).items():
+            inner = [member for member in _members(info.annotation) if is_model(member)]
+            if not inner:
+                continue
+            path = f"{prefix}{name}"
+            yield _Section(path, path, _meaning(info), inner)
+            yield from (
+                _Section(f"{path}.{_type_of(one)}", path, _meaning(info), [one]) for one in inner if _type_of(one)
+            )
+            yield from _sections(inner, f"{path}.", depth + 1)
+
+
+def _doc_of(model: type[BaseModel]) -> str:
+    """First paragraph of a config's docstring, or of the component's whose `Config` it is."""
+    outer = getattr(sys.modules[model.__module__], model.__qualname__.rpartition(".")[0], None)
+    doc = vars(model).get("__doc__") or getattr(outer, "__doc__", None) or ""
+    return " ".join(doc.split("\n\n")[0].split())
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """Members of a union, and those of a list's items."""
+    for member in members_of(annotation):
+        if get_origin(member) in SEVERAL:
+            yield from _members(get_args(member)[0])
+        else:
+            yield member
+
+
+def _type_of(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    choices = get_args(field.annotation) if field is not None else ()
+    return choices[0] if len(choices) == 1 else None
+
+
+# ---- one field
+
+
+def _shown(path: str, info: FieldInfo) -> tuple[str, str]:
+    return f"--{path} {_kind(info.annotation)}".rstrip(), _meaning(info)
+
+
+def _kind(annotation: Any) -> str:
+    """What a value looks like."""
+    kinds = []
+    for member in members_of(annotation):
+        if get_origin(member) is Literal:
+            kinds.append("{" + ",".join(map(str, get_args(member))) + "}")
+        elif get_origin(member) in SEVERAL:
+            kinds.append(f"[{_kind(get_args(member)[0])}, ...]")
+        elif is_model(member):
+            kinds.append(_type_of(member) or "...")
+        elif member is bool:
+            kinds.append("[true|false]")
+        elif isinstance(member, type) and member is not type(None):
+            kinds.append(member.__name__)
+    shown = "|".join(dict.fromkeys(kinds))
+    return shown if len(shown) < _WIDEST else "..."
+
+
+def _meaning(info: FieldInfo) -> str:
+    return _text(info) + _default_of(info)
+
+
+def _text(info: FieldInfo) -> str:
+    return " ".join((info.description or "").split())
+
+
+def _default_of(info: FieldInfo) -> str:
+    if info.is_required():
+        return " (required)"
+    value = info.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return f" (default: {value.type})" if hasattr(value, "type") else ""  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, list | tuple):
+        return f" (default: {', '.join(map(str, value))})" if value else ""
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f" (default: {shown})"
+
+
+def _entry(left: str, text: str) -> str:
+    """Two columns; a long left side stands on a line of its own."""
+    lines = textwrap.wrap(text, _width() - _COLUMN) or [""]
+    first = f"  {left}".ljust(_COLUMN)
+    if not first.endswith(" "):
+        lines.insert(0, "")
+    return "\n".join([first + lines[0], *(" " * _COLUMN + line for line in lines[1:])]).rstrip()
+
+
+def _width() -> int:
+    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns))

@@ -1,0 +1,95 @@
+"""`crosscode train`: one run from a config, or on from where one stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.commands.parts.options import experiment_values
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
+
+if TYPE_CHECKING:
+    from crosscode.trainers.trainer import Trainer
+
+TEXT = """train from a config file or recipe
+CONFIG.yaml is a file, a run directory, or a recipe's name (`crosscode recipes`); fields of it are replaced by options.
+Ctrl-C or SIGTERM finishes the step, saves, and exits with code 75; a second one exits at once.
+`crosscode train --resume RUN` goes on with a run that was stopped, as if it never had been; --overwrite replaces it."""
+
+
+class Options(ConfigModel):
+    """What the command takes beside the fields of a config."""
+
+    config: str | None = Field(default=None, title="CONFIG.yaml")
+    """what to train"""
+    resume: str | None = Field(default=None, title="RUN")
+    """go on with this run; its config is its own, as it stands"""
+
+
+def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
+    quick = fields(ExperimentConfig)
+    if options.resume is not None:
+        if quick or options.config is not None:
+            raise InputError("train: usage: crosscode train --resume RUN (the config is the run's own, as it stands)")
+        resume_training(Path(options.resume))
+        return
+    if options.config is None:
+        raise InputError("train: no config given; usage: crosscode train CONFIG.yaml [--section.field VALUE ...]")
+    experiment_values(options.config, quick)  # what is wrong in it is said before torch is imported
+    from crosscode.build.schema import check_config, experiment_class
+
+    config = check_config(experiment_values(options.config, fields(experiment_class())))
+    run_training(config, typed_overwrite="overwrite" in quick)
+
+
+def run_training(config: ExperimentConfig, *, typed_overwrite: bool = False, made_by: str = "train") -> None:
+    """Train, evaluate and write the summary of one experiment. What the options mean: `build_trainer`."""
+    from crosscode.build.experiment import open_experiment
+    from crosscode.build.replacing import check_may_begin
+    from crosscode.build.run import build_trainer
+
+    check_may_begin(config, typed_overwrite)
+    quiet_libraries()
+    _run_to_the_end(build_trainer(open_experiment(config), typed_overwrite=typed_overwrite, made_by=made_by))
+
+
+def resume_training(run_dir: Path) -> None:
+    """Continue a run from its newest whole checkpoint."""
+    from crosscode.build.experiment import open_experiment
+    from crosscode.build.resume import ResumePoint
+    from crosscode.build.run import build_trainer
+
+    point = ResumePoint.find(run_dir)
+    quiet_libraries()
+    _run_to_the_end(build_trainer(open_experiment(point.config), resume=point))
+
+
+def _run_to_the_end(trainer: Trainer) -> None:
+    trainer.train()
+    summary = trainer.run.read_summary()
+    print(f"run         {trainer.run.path}")
+    print(f"model       {trainer.run.path / 'final'}")
+    for name, value in summary["fvu_by_position"].items():
+        print(f"FVU         {value:.4f}  {name}")
+    for name, value in summary["loss_recovered"].items():
+        shown = "zeros do not hurt here" if value is None else f"{value:.4f}"
+        print(f"recovered   {shown}  {name}")
+    print(f"L0          {summary['l0']:.1f}")
+    print(f"dead        {100 * summary['dead_fraction']:.2f} % of latents")
+    print(f"speed       {summary['tokens_per_s']:.0f} tokens/s ({summary['backend']} backend, {summary['device']})")
+
+
+def _whole() -> type[BaseModel]:
+    from crosscode.build.schema import experiment_class
+
+    return experiment_class()
+
+
+COMMAND = Command(TEXT, run, Options, positional="config", outline=ExperimentConfig, whole=_whole)

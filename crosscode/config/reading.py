@@ -1,0 +1,101 @@
+"""YAML from anyone: each key once, no deeper and no larger than a config can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crosscode.errors import InputError
+from crosscode.formats import today
+from crosscode.recipes import recipe_path
+
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+"""values of one text, those that an alias stands for counted each time"""
+
+
+class _Loader(yaml.SafeLoader):
+    """`SafeLoader` that refuses what the standard one passes over or drowns in."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _refusal(f"nested more than {MAX_DEPTH} deep", self.peek_event())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, Any] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                first = seen.setdefault(key.value, key)
+                if first is not key:
+                    raise _refusal(f"{key.value!r} is given twice (first in line {_line(first)})", key)
+        return node
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _n_values(node, {}) > MAX_VALUES:
+            raise _refusal(f"more than {MAX_VALUES:,} values, aliases counted in full", node)
+        return node
+
+
+def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _n_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node. An alias is the node itself once more; one that holds itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = MAX_VALUES  # what it counts if it is met within itself
+        inner = [item for pair in node.value for item in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = inner if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(_n_values(item, known) for item in below)
+    return known[id(node)]
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """Plain values. `name`: what the text is, for errors.
+
+    Raises:
+        InputError: not valid YAML, a key that is given twice, or nesting, aliases or size out of all bounds.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise InputError(f"{name}{line}: {' '.join(problem.split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(config: str | Path) -> dict[str, Any]:
+    """The values of a config file, of a run directory's, or of a recipe by its name.
+
+    Raises:
+        InputError: no such file or recipe, or not a YAML mapping.
+    """
+    path = recipe_path(str(config)) or Path(config)
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"config: {str(config)!r} is neither a file nor a recipe; see `crosscode recipes`")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"config: {str(path)!r} is not valid YAML: it is no UTF-8 text") from error
+    values = load_yaml(text, f"config: {str(path)!r}")
+    if not isinstance(values, dict):
+        raise InputError(f"config: {str(path)!r} must hold a mapping of fields, got {type(values).__name__}")
+    return today(values, str(path))

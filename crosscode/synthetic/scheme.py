@@ -1,0 +1,67 @@
+"""A scheme of a comparison: its model, objective, initialisation and training.
+
+Axes: M models · P hookpoints · D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from crosscode_kernels import BackendName
+
+from crosscode.config.experiment import TrainConfig
+from crosscode.config.registry import Component
+from crosscode.errors import InputError
+from crosscode.models import ACTIVATIONS, INITIALIZATIONS, ModelHookpointAcausalCrosscoder
+from crosscode.models.initialization import InitStrategy
+from crosscode.objectives import Objective, objective_from
+from crosscode.synthetic.config import SyntheticConfig
+from crosscode.synthetic.schemes import SCHEMES
+
+
+class SyntheticScheme:
+    """A scheme for `k` active latents of `n_latents`; `penalty` multiplies the coefficient of an L1 or tanh term.
+
+    Coefficients are tuned by hand to about 8 active latents on the default dictionary.
+    """
+
+    def __init__(self, name: str, k: int, n_latents: int, shared_fraction: float, penalty: float = 1.0):
+        if name not in SCHEMES:
+            raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
+        self.name, self.n_latents, self.penalty = name, n_latents, penalty
+        is_diffing = name.startswith("feb_update")
+        self.n_shared_latents = round(shared_fraction * n_latents) if is_diffing else 0
+        parts = SCHEMES[name](k, n_latents, penalty)
+        self.is_penalised = bool(parts["objective"].keys() & {"l1", "tanh"})
+        self.parts = parts
+        if is_diffing:
+            parts["init"] = {"type": "identical_latents", "first": parts["init"]}
+
+    @classmethod
+    def of(cls, config: SyntheticConfig, name: str, penalty: float | None = None) -> SyntheticScheme:
+        """A scheme as a config asks for it; `penalty` in place of the config's."""
+        k = config.wanted_l0()
+        n_latents = config.n_latents or k * math.ceil(1.25 * config.planted.n_features / k)
+        return cls(name, k, n_latents, config.shared_fraction, config.penalty if penalty is None else penalty)
+
+    def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
+        """An uninitialised crosscoder over `(M, P, D)`."""
+        activation = ACTIVATIONS.build(self.parts["activation"], n_latents=self.n_latents)
+        return ModelHookpointAcausalCrosscoder(
+            *dims, self.n_latents, activation, n_shared_latents=self.n_shared_latents, backend=backend
+        )
+
+    def objective(self) -> Objective:
+        terms = {"recon": {}, **self.parts["objective"]}
+        return objective_from({name: Component(type=name, **fields) for name, fields in terms.items()})
+
+    def init(self) -> InitStrategy:
+        return INITIALIZATIONS.build(self.parts["init"])
+
+    def train_config(self, n_steps: int, batch_size: int) -> TrainConfig:
+        return TrainConfig(
+            n_tokens=n_steps * batch_size,
+            batch_size=batch_size,
+            optimizer=Component(**self.parts["optimizer"]),
+            log_every=max(1, n_steps // 5),
+        )
