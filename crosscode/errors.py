@@ -1,6 +1,7 @@
 """Errors that a user can act on."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +22,31 @@ class InputError(CrosscodeError, ValueError):
 
 
 @contextmanager
-def at_field(field: str) -> Iterator[None]:
-    """Put the place in the config before the message of bad input."""
+def at_field(field: str, inside: Container[str] = ()) -> Iterator[None]:
+    """Put the place in the config before the message of bad input, as one path where that begins with one of the fields
+    `inside` it."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f"{field}: {error}") from error
+        raise type(error)(f"{field}{'.' if _first_name(error) in inside else ': '}{error}") from error
+
+
+@contextmanager
+def in_section(section: str, fields: Container[str]) -> Iterator[None]:
+    """Make the name with which the message of bad input begins a path in the config, where it is one of the section's
+    fields; constructors know their arguments, but not where a config names them."""
+    try:
+        yield
+    except InputError as error:
+        if _first_name(error) not in fields:
+            raise
+        raise type(error)(f"{section}.{error}") from error
+
+
+def _first_name(error: InputError) -> str:
+    """The first part of the path with which a message begins, as in `k = 0: ...` or `stores.0: ...`."""
+    match = re.match(r"(\w+)[\w.]*(?: = |: )", str(error))
+    return match[1] if match else ""
 
 
 def first_line(error: BaseException) -> str:

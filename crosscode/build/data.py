@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.build.stores import Stores
-from crosscode.config.data import DemoCorpus, HarvestConfig, HubDataset, LanguageModelConfig, LocalDataset, Mixture
+from crosscode.config.data import (
+    DataConfig,
+    DemoCorpus,
+    HarvestConfig,
+    HubDataset,
+    LanguageModelConfig,
+    LocalDataset,
+    Mixture,
+)
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel, available_device, load_language_model
 from crosscode.data.rows import HarvestedRows, RowSource
@@ -22,7 +30,7 @@ from crosscode.data.text.sources import load_documents, wrap_documents
 from crosscode.data.text.token_chunks import is_on_side
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.demo import demo_model_path
-from crosscode.errors import InputError, at_field
+from crosscode.errors import InputError, at_field, in_section
 
 log = logging.getLogger("crosscode")
 
@@ -61,7 +69,7 @@ def _locate(path: str) -> str:
 
 def build_documents(source: Any, field: str) -> DocumentSource:
     """The documents of a configured source. `field` is its place in the config, for messages."""
-    with at_field(field):
+    with at_field(field, type(source).model_fields):
         return _open_documents(source)
 
 
@@ -158,7 +166,8 @@ def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> 
 
 def build_token_loader(activations: Activations, *, heldout: bool) -> TokenSequenceLoader:
     documents = activations.heldout_documents if heldout else activations.documents
-    return TokenSequenceLoader(documents, activations.tokenizer, activations.config.token_policy(heldout=heldout))
+    with in_section("data", DataConfig.model_fields):
+        return TokenSequenceLoader(documents, activations.tokenizer, activations.config.token_policy(heldout=heldout))
 
 
 def build_rows(activations: Activations) -> RowSource:
@@ -169,6 +178,7 @@ def build_rows(activations: Activations) -> RowSource:
         stores = activations.stores or Stores.open(activations.config, activations.harvester.models)
         return stores.rows(tokens, activations.harvester)
     if data.cache is None:
-        return HarvestedRows(tokens, activations.harvester)
+        with in_section("data", DataConfig.model_fields):
+            return HarvestedRows(tokens, activations.harvester)
     with at_field("data.cache"):
         return HarvestThroughStore(tokens, activations.harvester, data.cache.path, **data.cache.arguments())

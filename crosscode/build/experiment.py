@@ -17,7 +17,7 @@ from crosscode.build.data import Activations, available_device, build_token_load
 from crosscode.build.schema import given_components
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
-from crosscode.errors import InputError
+from crosscode.errors import InputError, in_section
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
@@ -36,13 +36,14 @@ def build_model(config: ExperimentConfig, width: int) -> BaseCrosscoder:
     cc = cast(ArchitectureConfig, config.crosscoder)
     n_latents = cc.n_latents or int((cc.expansion_factor or 0) * width)
     model_class = ARCHITECTURES[cc.type]
-    return model_class(
-        **model_class.dims_for(len(config.language_models), len(config.hookpoints), width),
-        n_latents=n_latents,
-        activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
-        backend=backend_of(config),
-        **cc.options(n_latents),
-    )
+    with in_section("crosscoder", type(cc).model_fields):
+        return model_class(
+            **model_class.dims_for(len(config.language_models), len(config.hookpoints), width),
+            n_latents=n_latents,
+            activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
+            backend=backend_of(config),
+            **cc.options(n_latents),
+        )
 
 
 def backend_of(config: ExperimentConfig) -> AnyBackend:

@@ -20,9 +20,10 @@ from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
 from crosscode.build.stores import check_stores_outside
+from crosscode.config.data import DataConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.dataloader import ActivationsDataloader
-from crosscode.errors import InputError
+from crosscode.errors import InputError, in_section
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import RunDirectory
@@ -104,17 +105,18 @@ def _run_directory(
 def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
     """Scaled, shuffled training activations."""
     config, rows = experiment.config, build_rows(experiment)
-    return ActivationsDataloader(
-        rows,
-        batch_size=config.train.batch_size,
-        shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
-        seed=config.seed,
-        scale=config.data.scale,
-        n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
-        drop_last=True,
-        prefetch=config.data.prefetch,
-        device=experiment.harvester.device,
-    )
+    with in_section("data", DataConfig.model_fields):
+        return ActivationsDataloader(
+            rows,
+            batch_size=config.train.batch_size,
+            shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
+            seed=config.seed,
+            scale=config.data.scale,
+            n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
+            drop_last=True,
+            prefetch=config.data.prefetch,
+            device=experiment.harvester.device,
+        )
 
 
 def initialise(

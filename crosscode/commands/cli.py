@@ -66,7 +66,9 @@ def _dispatch(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
-        load_command(name).start(name, rest)
+        from crosscode.commands.parts.start import start
+
+        start(load_command(name), name, rest)
     else:
         near = get_close_matches(name, command_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(command_names())}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from pydantic import Field, PositiveInt
 
@@ -26,7 +27,7 @@ class Options(ConfigModel):
 
 
 def run(options: Options) -> None:
-    changes = {"run_dir": options.run_dir, "backend": options.backend}
+    changes: dict[str, Any] = {"run_dir": options.run_dir, "backend": options.backend}
     if options.n_tokens is not None:
         changes["train"] = {"n_tokens": options.n_tokens}
     values = experiment_values("demo", changes)

@@ -9,17 +9,15 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.options import SEVERAL, fields_of, is_model
 from crosscode.config.counts import members_of
 from crosscode.errors import InputError
-
-if TYPE_CHECKING:
-    from crosscode.commands.parts.command import Command
 
 _COLUMN = 28
 _DEEPEST = 6

@@ -130,12 +130,14 @@ BAD = {
     "missing data": (change("data.source.path", "/nowhere/text.jsonl"), "data.source", "/nowhere/text.jsonl"),
     "unknown hookpoint": (change("hookpoints", ["blocks.1.hook_resid_pst"]), "hookpoints", "blocks.1.hook_resid_post"),
     "layer that is not there": (change("hookpoints", ["blocks.9.hook_resid_post"]), "hookpoints", "blocks.9"),
-    "no such column": (change("data.source.column", "body"), "column", "body", "text"),
+    "no such column": (change("data.source.column", "body"), "data.source.column", "body", "text"),
     "unknown loss term": (change("objective.recno", {}), "objective.recno", "recon"),
     "unknown activation": (change("crosscoder.activation.type", "topq"), "crosscoder.activation", "topq", "topk"),
     "both sizes": (change("crosscoder.expansion_factor", 2), "n_latents", "expansion_factor"),
-    "sequence too long": (change("data.sequence_length", 4096), "sequence_length", "4096", "64"),
+    "sequence too long": (change("data.sequence_length", 4096), "data.sequence_length", "4096", "64"),
     "accumulation": (change("train.grad_accumulation", 7), "grad_accumulation", "7", "64"),
+    "too many shared latents": (change("crosscoder.n_shared_latents", 99), "crosscoder.n_shared_latents = 99", "32"),
+    "small buffer": (change("data.shuffle_buffer_size", 3), "data.shuffle_buffer_size: 3", "64"),
     "unknown backend": (change("backend", "cuda"), "backend", "cuda", "triton"),
 }
 

@@ -1,0 +1,69 @@
+"""From the words after a command's name to its run: its help, or its options, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.help import describe, option_name, usage
+from crosscode.commands.parts.options import Words, fields_of, read_words
+from crosscode.config.checked import explain
+from crosscode.errors import InputError
+
+
+def start(command: Command, name: str, arguments: Sequence[str]) -> None:
+    """Run a command, or print the help that is asked for.
+
+    Raises:
+        InputError: an option that there is not, or a bad value of the command's own.
+    """
+    for i, word in enumerate(arguments):
+        if word.partition("=")[0] in ("--help", "-h"):
+            topic = word.partition("=")[2] or next(iter(arguments[i + 1 : i + 2]), None)
+            print(describe(command, name, topic))
+            return
+    with _hinting(name):
+        words = read_words(arguments, command.options, command.outline)
+        if words.guessed and not words.positional and command.whole:
+            words = read_words(arguments, command.options, command.whole())
+    options = _own(command, name, words)
+
+    def fields(config_class: type[BaseModel]) -> dict[str, Any]:
+        with _hinting(name):
+            typed = read_words(arguments, command.options, config_class).values
+        return {field: value for field, value in typed.items() if field not in fields_of(command.options)}
+
+    command.run(options, fields) if command.outline else command.run(options)
+
+
+def _own(command: Command, name: str, words: Words) -> Any:
+    """The command's own options, checked."""
+    known = fields_of(command.options)
+    own = {field: value for field, value in words.values.items() if field in known}
+    slot = known[command.positional] if command.positional else None
+    several = slot is not None and get_origin(slot.annotation) is list
+    if words.positional and command.positional:
+        own[command.positional] = words.positional if several else words.positional[0]
+    if len(words.positional) > (command.positional is not None) and not several:
+        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {usage(command, name)}")
+    if slot is not None and slot.is_required() and command.positional not in own:
+        raise InputError(f"{name}: no {slot.title} given; {usage(command, name)}")
+    try:
+        return command.options.model_validate(own)
+    except ValidationError as error:
+        shown = explain(error, own, command.options, shown=lambda field: option_name(command, field))
+        raise InputError(f"{name}: {shown}") from error
+
+
+@contextmanager
+def _hinting(name: str) -> Iterator[None]:
+    """Put the command before what is wrong with its options, and say where to read on."""
+    try:
+        yield
+    except InputError as error:
+        hint = "" if str(error).endswith("?") else f"; see `crosscode {name} --help`"
+        raise InputError(f"{name}: {error}{hint}") from error
