@@ -12,7 +12,7 @@ def derived_seed(seed: int, *numbers: int, base: int = 1_000_003) -> int:
     """The seed of the stream that `numbers` (an epoch, a part, a window) name below `seed`."""
     for number in numbers:
         seed = seed * base + number
-    return seed
+    return seed % 2**64  # what a generator of PyTorch takes
 
 
 def number_of(text: str) -> int:

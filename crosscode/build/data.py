@@ -45,10 +45,10 @@ def load_model(config: LanguageModelConfig, field: str, default_device: str) -> 
     with at_field(f"{field}.path = {config.path!r}"):
         log.info("loading language model %s", config.path)
         options = config.model_dump(exclude={"path", "name", "device"})
-        return load_language_model(_locate(config.path), device=config.device or default_device, **options)
+        return load_language_model(locate(config.path), device=config.device or default_device, **options)
 
 
-def _locate(path: str) -> str:
+def locate(path: str) -> str:
     """The folder or file of an embedded model (`demo:NAME`) or of one that a package ships (`package:NAME/FILE`)."""
     scheme, _, rest = path.partition(":")
     if scheme == "demo":

@@ -14,6 +14,7 @@ from crosscode_kernels import AnyBackend, Backend, BackendName, resolve_backend
 from torch import Tensor
 
 from crosscode.build.data import Activations, available_device, build_token_loader, open_activations
+from crosscode.build.foresight import check_language_models, check_memory
 from crosscode.build.schema import given_components
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
@@ -152,11 +153,15 @@ def open_experiment(
         find_model(config.finetune_from)
     if config.backend != "auto":
         check_backend(config.backend, device)
-    # A model made for a width of 1 costs nothing and finds every mistake that does not depend on the width.
-    if config.crosscoder.n_latents is not None:
-        with torch.device("meta"):
-            check_parts(config)
-    return Experiment(config=config, split=split, **open_activations(config, models, to_train=to_train))
+    width = None if models is not None else check_language_models(config)
+    if config.crosscoder.n_latents is not None or width is not None:
+        check_parts(config, width or 1)
+    if to_train and width is not None:
+        check_fits(config, width, device)
+    opened = open_activations(config, models, to_train=to_train)
+    if to_train and width is None:
+        check_fits(config, opened["harvester"].dims[2], device)
+    return Experiment(config=config, split=split, **opened)
 
 
 def check_backend(name: BackendName, device: torch.device) -> None:
@@ -167,9 +172,17 @@ def check_backend(name: BackendName, device: torch.device) -> None:
         raise InputError(str(error)) from error
 
 
-def check_parts(config: ExperimentConfig) -> None:
-    """Build everything that needs no language model, to find contradictions early."""
-    model = build_model(config, width=1)
-    model.check_init(INITIALIZATIONS.build(config.crosscoder.init))
-    build_objective(config).check_model(model)
-    build_constraints(config, model)
+def check_parts(config: ExperimentConfig, width: int) -> None:
+    """Build everything that needs no language model, to find contradictions early. On the meta device that costs
+    nothing; a width of 1 finds all that do not depend on the width."""
+    with torch.device("meta"):
+        model = build_model(config, width)
+        model.check_init(INITIALIZATIONS.build(config.crosscoder.init))
+        build_objective(config).check_model(model)
+        build_constraints(config, model)
+
+
+def check_fits(config: ExperimentConfig, width: int, device: torch.device) -> None:
+    """Raise `InputError` where the model, its optimizer or the shuffle buffer cannot fit into memory."""
+    with torch.device("meta"):
+        check_memory(config, build_model(config, width), width, device)

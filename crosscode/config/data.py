@@ -172,7 +172,7 @@ class TokenRules(ConfigModel):
     """train on position 0 as well (an attention sink: its norm outweighs all others)"""
     mask_special_tokens: bool = False
     """leave out activations at the tokenizer's special tokens"""
-    mask_token_ids: list[int] = Field(default=[])
+    mask_token_ids: list[NonNegativeInt] = Field(default=[])
     """leave out activations at these token ids"""
     template_tokens: TemplateTokens = "keep"
     """chats: whether activations at tokens that the chat template adds are used"""
@@ -222,9 +222,9 @@ class DataConfig(TokenRules, TextConfig):
     """consecutive activations of a store that are read together; they end up apart, in one window of
     shuffle_buffer_size. null: as many as 32 KiB hold, at most 16. A few hundred read a disk at its full speed; 1
     shuffles without any such tie, slower"""
-    token_workers: NonNegativeInt = 0
+    token_workers: int = Field(default=0, ge=0, le=1024)
     """threads that tokenize ahead of the harvest; 0: none. Batches are the same for any number"""
-    prefetch: NonNegativeInt = 0
+    prefetch: int = Field(default=0, ge=0, le=1024)
     """harvests (or reads) that a thread may run ahead of training; changes no batch"""
     shuffle_buffer_size: NonNegativeInt | None = None
     """activations to draw batches from; 0: no shuffling; null: 65,536. Checkpoints hold the buffer. Stores are read
@@ -251,7 +251,7 @@ class DataConfig(TokenRules, TextConfig):
 class HarvestConfig(ConfigModel):
     """Everything that decides which activations there are."""
 
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initialisation, data order and shuffling"""
     device: str = "auto"
     """device of the crosscoder, and of language models that name none: auto, cpu, cuda, cuda:1, mps"""

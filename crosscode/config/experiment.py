@@ -149,5 +149,14 @@ class ExperimentConfig(HarvestConfig):
     def _typed(cls, crosscoder: Any) -> Any:
         return {"type": DEFAULT_ARCHITECTURE, **crosscoder} if isinstance(crosscoder, Mapping) else crosscoder
 
+    @model_validator(mode="after")
+    def _buffer_holds_a_batch(self) -> ExperimentConfig:
+        capacity = self.data.shuffle_buffer_size
+        if capacity and capacity < self.train.batch_size:
+            raise ValueError(
+                f"data.shuffle_buffer_size = {capacity}: must be 0 or at least train.batch_size = {self.train.batch_size}"
+            )
+        return self
+
     def run_path(self) -> Path:
         return Path(self.run_dir.replace("{name}", self.name))

@@ -25,9 +25,9 @@ ClassT = TypeVar("ClassT", bound=type)
 
 
 class ConfigModel(BaseModel):
-    """Base of every config: frozen, and an unknown field is an error."""
+    """Base of every config: frozen; an unknown field is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

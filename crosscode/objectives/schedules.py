@@ -13,7 +13,7 @@ class Constant(ConfigModel):
     """The same value at every step."""
 
     type: Literal["constant"] = "constant"
-    value: float
+    value: NonNegativeFloat
     """the coefficient"""
 
     def __call__(self, step: int, n_steps: int) -> float:
@@ -27,9 +27,9 @@ class LinearRamp(ConfigModel):
     """
 
     type: Literal["linear_ramp"] = "linear_ramp"
-    value: float
+    value: NonNegativeFloat
     """the final coefficient"""
-    start: float = 0.0
+    start: NonNegativeFloat = 0.0
     """the coefficient at step 0"""
     ramp_steps: NonNegativeInt | None = None
     """steps until the final value; None: use ramp_fraction"""
@@ -46,7 +46,7 @@ class WarmUp(ConfigModel):
     """0 for `wait_fraction` of the run, then in a straight line to `value` over `warmup_fraction`, then stays."""
 
     type: Literal["warm_up"] = "warm_up"
-    value: float
+    value: NonNegativeFloat
     """the final coefficient"""
     wait_fraction: float = Field(default=0.0, ge=0, le=1)
     """share of the run in which the coefficient is 0"""
@@ -62,7 +62,7 @@ class WarmUp(ConfigModel):
 
 
 Schedule = Annotated[Constant | LinearRamp | WarmUp, Field(discriminator="type")]
-Weight = float | Schedule
+Weight = NonNegativeFloat | Schedule
 """What a config may give as a coefficient: a number, or a schedule."""
 
 

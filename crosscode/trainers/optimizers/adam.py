@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from crosscode_kernels.row_sparse_adam import RowSparseAdam
@@ -12,6 +12,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from crosscode.config.registry import ConfigModel
 from crosscode.models.base import BaseCrosscoder
 from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_groups, warmup_and_decay
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @OPTIMIZERS.register
@@ -22,7 +24,7 @@ class Adam(OptimizerPlan):
         type: Literal["adam"] = "adam"
         lr: PositiveFloat | None = None
         """peak learning rate; null: 2e-4 / sqrt(n_latents / 2**14) (Gao et al. 2024)"""
-        betas: tuple[float, float] = (0.9, 0.999)
+        betas: tuple[Decay, Decay] = (0.9, 0.999)
         """decay rates of the two moments"""
         eps: PositiveFloat = 1e-8
         """added to the root of the second moment"""
@@ -44,6 +46,9 @@ class Adam(OptimizerPlan):
                     "gradient"
                 )
             return self
+
+    def setup(self) -> None:
+        self.states_per_weight = 1 if self.row_sparse else 2
 
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr

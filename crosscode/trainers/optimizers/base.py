@@ -16,6 +16,8 @@ class OptimizerPlan(Configured, ABC):
 
     row_sparse: bool = False
     """Whether it wants gradients of weights that hold only the rows that a batch touches."""
+    states_per_weight: int = 1
+    """Numbers that it keeps for each weight."""
 
     @abstractmethod
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:

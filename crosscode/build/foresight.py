@@ -1,0 +1,106 @@
+"""What can be told of a run before a language model is loaded: its names, its lengths, whether it fits into memory.
+
+Axes: M models · P hookpoints · D width.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from crosscode.build.data import locate
+from crosscode.config.data import HarvestConfig, LanguageModelConfig
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.harvest.harvester import check_hookpoints
+from crosscode.data.harvest.language_models import LanguageModel, load_skeleton
+from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.errors import InputError, at_field
+from crosscode.trainers.optimizers import OPTIMIZERS
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_language_models(config: HarvestConfig) -> int | None:
+    """Hookpoints and sequence length against each model's configuration. Returns the width D, if a model tells it.
+
+    Raises:
+        InputError: naming the field, its value and what would be right.
+    """
+    widths = []
+    for i, lm in enumerate(config.language_models):
+        skeleton = _skeleton(lm, f"language_models.{i}")
+        if skeleton is None:
+            continue
+        check_hookpoints(skeleton, config.hookpoints)
+        limit = skeleton.max_sequence_length
+        if limit is not None and config.data.sequence_length > limit:
+            raise InputError(
+                f"data.sequence_length = {config.data.sequence_length}: language_models.{i} ({lm.short_name()}) takes "
+                f"at most {limit} positions"
+            )
+        widths.append(skeleton.d_model)
+    return max(widths, default=None)
+
+
+def _skeleton(config: LanguageModelConfig, field: str) -> LanguageModel | None:
+    """None for a GGUF file, which has no configuration apart from its weights."""
+    if config.gguf_file is not None or config.path.endswith(".gguf"):
+        return None
+    with at_field(f"{field}.path = {config.path!r}"):
+        return load_skeleton(locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device: torch.device) -> None:
+    """Raise `InputError` where weights, gradients and optimizer state, or the shuffle buffer, cannot fit.
+
+    Args:
+        model: the model of the config, on any device (the meta device will do).
+    """
+    copies = 2 + OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    n_bytes = copies * sum(param.numel() * param.element_size() for param in model.parameters())
+    size = "n_latents" if config.crosscoder.n_latents else "expansion_factor"
+    what = "weights, gradients and optimizer state"
+    _check_fits(f"crosscoder.{size}", getattr(config.crosscoder, size), n_bytes, device, what)
+    M, P, capacity = len(config.language_models), len(config.hookpoints), config.data.shuffle_buffer_size
+    rows = (0 if config.data.stores else DEFAULT_CAPACITY) if capacity is None else capacity
+    n_bytes = rows * M * P * width * _BYTES[config.data.activation_dtype]
+    what = f"activations of {M} x {P} x {width}"
+    _check_fits("data.shuffle_buffer_size", rows, n_bytes, torch.device("cpu"), what)
+
+
+def _check_fits(field: str, value: float, n_bytes: int, device: torch.device, what: str) -> None:
+    there = _memory(device)
+    if there is not None and n_bytes > there:
+        raise InputError(
+            f"{field} = {value}: {what} take {n_bytes / 2**30:.1f} GiB, more than the {there / 2**30:.1f} GiB that are "
+            f"free on {device}; about {value * there / n_bytes:.3g} would fit"
+        )
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_number(Path("/proc/meminfo"), "MemAvailable:", 1024)]
+    group = Path("/sys/fs/cgroup")
+    most, used = _number(group / "memory.max"), _number(group / "memory.current")
+    limits.append(None if most is None or used is None else most - used)
+    if hasattr(os, "sysconf"):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = _number(Path("/proc/self/status"), "VmSize:", 1024)
+        limits.append(None if most == resource.RLIM_INFINITY or used is None else most - used)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _number(file: Path, line: str = "", unit: int = 1) -> int | None:
+    """The number of a file of the kernel's, or of the line that begins so."""
+    try:
+        text = next(text for text in file.read_text().splitlines() if text.startswith(line))
+        return int(text.removeprefix(line).split()[0]) * unit
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None

@@ -1,0 +1,100 @@
+"""What is refused before a language model is loaded: each with its field, its value and what would be right."""
+
+import math
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosscode.build import experiment as experiment_module
+from crosscode.build.experiment import open_experiment
+from crosscode.build.schema import check_config
+from crosscode.errors import InputError
+from crosscode.seeds import derived_seed
+
+
+@pytest.fixture
+def refusal(tiny_config, monkeypatch):
+    """The message with which a changed config is refused; loading a language model fails the test."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("a language model was about to be loaded")
+
+    monkeypatch.setattr(experiment_module, "open_activations", never)
+
+    def refuse(**changes):
+        for path, value in changes.items():
+            section, *rest = path.split("__")
+            target = tiny_config
+            for name in [section, *rest][:-1]:
+                target = target[name]
+            target[[section, *rest][-1]] = value
+        with pytest.raises(InputError) as error:
+            open_experiment(check_config(tiny_config))
+        message = str(error.value)
+        assert "\n" not in message
+        return message
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 2**63}, "seed = 9223372036854775808"),
+        ({"seed": -1}, "seed = -1"),
+        ({"train__optimizer": {"type": "adam", "betas": [0.9, 1.0]}}, "train.optimizer.betas.1 = 1.0"),
+        ({"train__optimizer": {"type": "adam", "betas": [-0.1, 0.9]}}, "train.optimizer.betas.0 = -0.1"),
+        ({"train__optimizer": {"type": "adam", "lr": math.inf}}, "train.optimizer.lr = inf"),
+        ({"train__optimizer": {"type": "adam", "eps": math.nan}}, "train.optimizer.eps = nan"),
+        ({"train__clip_grad_norm": math.inf}, "train.clip_grad_norm = inf"),
+        ({"objective": {"recon": {"weight": -1.0}}}, "objective.recon.weight"),
+        ({"objective": {"recon": {"weight": math.nan}}}, "objective.recon.weight"),
+        ({"data__mask_token_ids": [-3]}, "data.mask_token_ids.0 = -3"),
+        ({"data__token_workers": 5000}, "data.token_workers = 5000"),
+        ({"data__shuffle_buffer_size": 3}, "data.shuffle_buffer_size = 3"),
+    ],
+)
+def test_values_out_of_their_domain(refusal, changes, named):
+    assert named in refusal(**changes)
+
+
+def test_a_hookpoint_beyond_the_last_layer(refusal):
+    assert "blocks.99.hook_resid_post" in refusal(hookpoints=["blocks.99.hook_resid_post"])
+
+
+def test_a_sequence_longer_than_the_model_takes(refusal):
+    message = refusal(data__sequence_length=100_000)
+    assert message.startswith("data.sequence_length = 100000: ") and "at most" in message
+
+
+def test_a_shuffle_buffer_that_no_memory_holds(refusal):
+    message = refusal(data__shuffle_buffer_size=10**12)
+    assert message.startswith("data.shuffle_buffer_size = 1000000000000: ") and "would fit" in message
+
+
+def test_a_dictionary_that_no_memory_holds_and_one_that_the_process_may_not_take(refusal):
+    assert refusal(crosscoder__n_latents=10**10).startswith("crosscoder.n_latents = 10000000000: ")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = int(next(line for line in status if line.startswith("VmSize")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    try:
+        message = refusal(crosscoder__n_latents=4_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert message.startswith("crosscoder.n_latents = 4000000: ")
+
+
+def test_the_corrected_size_is_taken(refusal, tiny_config):
+    message = refusal(crosscoder__n_latents=10**10)
+    fits = int(float(message.rpartition("about ")[2].split()[0]) * 0.5)
+    tiny_config["crosscoder"]["n_latents"] = fits - fits % 8
+    with pytest.raises(AssertionError, match="about to be loaded"):
+        open_experiment(check_config(tiny_config))
+
+
+def test_seeds_of_streams_fit_a_generator_and_are_what_they_were():
+    assert derived_seed(7, 3, 5) == (7 * 1_000_003 + 3) * 1_000_003 + 5
+    torch.Generator().manual_seed(derived_seed(2**63 - 1, 3, 5))
