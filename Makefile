@@ -1,14 +1,16 @@
 # Every target sets itself up from nothing: a virtual environment in .venv, then what it needs.
 # PYTHON=python3.12 make demo    takes another interpreter (3.11 or newer)
 # PIP_ARGS="--index-url URL"     takes another package index
+# CONSTRAINTS=constraints-lowest.txt    takes the lowest versions that are promised
 
 PYTHON ?= python3
 PIP_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS)
 
-.PHONY: help demo test lint types tests check bench bench-schemes bench-static clean
+.PHONY: help demo test lint types tests check soak bench bench-schemes bench-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,7 +19,7 @@ help:  ## list the targets
 demo: $(VENV)/installed  ## train, evaluate and report a crosscoder between two embedded language models
 	$(BIN)/crosscode demo
 
-test: lint types tests  ## lint, types and all tests
+test: lint types tests  ## lint, types and tests: what every change must pass
 
 lint: $(VENV)/installed-dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -36,13 +38,16 @@ ON_CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 tests: $(VENV)/installed-dev  ## pytest: without a GPU; Triton's kernels in its interpreter; on the GPU where there is one
-	$(ON_CPU) $(PYTEST) -m "not gpu" tests --ignore tests/crosscode_kernels/triton --ignore tests/check
-	$(ON_CPU) TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" $(INTERPRETED)
+	$(ON_CPU) $(PYTEST) -m "not gpu and not soak" tests --ignore tests/crosscode_kernels/triton --ignore tests/check
+	$(ON_CPU) TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not soak" $(INTERPRETED)
 	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; \
-	  then set -x; $(BIN)/pytest -m gpu tests; else echo "no CUDA or ROCm device here: tests marked gpu are not run"; fi
+	  then set -x; $(BIN)/pytest -m "gpu and not soak" tests; else echo "no CUDA or ROCm device here: tests marked gpu are not run"; fi
 
 check: $(VENV)/installed-dev  ## slower checks from outside: the pinned versions resolve on every platform
-	$(BIN)/pytest tests/check
+	$(BIN)/pytest -m "not soak" tests/check
+
+soak: $(VENV)/installed-dev  ## tests that take hours: every crash point, every seed; kept with date and machine in benches/results/soak.txt
+	{ date -u; uname -srm; git rev-parse HEAD; $(ON_CPU) $(PYTEST) -m soak tests; } 2>&1 | tee benches/results/soak.txt
 
 BENCH = $(BIN)/python -m pytest -c benches/pytest.ini
 
@@ -72,7 +77,7 @@ $(VENV)/bin/python:
 	  { echo "crosscode needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing crosscode into $(VENV) (some minutes the first time)"
 	$(INSTALL) -e .
 	@touch $@

@@ -90,7 +90,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             raise InputError(f"n_latents = {n_latents}: must divide by the {n_sources} source layers")
         if topk_scope == "all_layers" and not activation_fn.keeps_k:
             raise InputError(
-                f"topk_scope = 'all_layers': needs crosscoder.activation.type 'topk' or 'batch_topk', "
+                f"crosscoder.topk_scope = 'all_layers': needs crosscoder.activation.type 'topk' or 'batch_topk', "
                 f"got {activation_fn.type_name()!r}"
             )
         self.layers = nn.ModuleList(

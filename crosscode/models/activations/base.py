@@ -111,7 +111,7 @@ class ActivationFunction(Configured, nn.Module, ABC):
     def rescale_latents_(self, scale_L: Tensor) -> None:
         """Called when pre-activations are multiplied by `scale_L`: adapt, so that the same latents are active."""
         raise InputError(
-            f"activation.type = {self.type_name()!r}: which latents are kept depends on their scale, "
+            f"{self.section}.type = {self.type_name()!r}: which latents are kept depends on their scale, "
             "so decoder norms cannot be folded into the encoder"
         )
 

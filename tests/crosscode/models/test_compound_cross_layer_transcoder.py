@@ -146,7 +146,7 @@ def test_sparse_latents_stay_sparse(x_BPD, randomise):
         ),
         (
             lambda: CompoundCrossLayerTranscoder(3, 4, 4, 24, GroupMaxActivation(4, 24), topk_scope="all_layers"),
-            "topk_scope = 'all_layers': needs activation.type 'topk' or 'batch_topk', got 'groupmax'",
+            "crosscoder.topk_scope = 'all_layers': needs crosscoder.activation.type 'topk' or 'batch_topk', got 'groupmax'",
         ),
         (
             lambda: CompoundCrossLayerTranscoder(1, 4, 4, 24, TopkActivation(2, 24), own_layer=False),

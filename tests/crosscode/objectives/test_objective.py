@@ -28,14 +28,18 @@ from crosscode.objectives import (
 def test_jumprelu_penalties_need_a_jumprelu_model(term, activation, make_case):
     model = make_case("acausal_2x1", activation).model
     objective = Objective({"penalty": (term, as_schedule(1.0))})
-    with pytest.raises(InputError, match=rf"a penalty of JumpReLU models, but activation.type = '{activation[:5]}"):
+    with pytest.raises(
+        InputError, match=rf"a penalty of JumpReLU models, but crosscoder.activation.type = '{activation[:5]}"
+    ):
         objective.check_model(model)
     objective.check_model(make_case("compound", "jumprelu").model)
 
 
 @pytest.mark.parametrize("activation", ["relu", "groupmax", "jumprelu"])
 def test_multi_topk_needs_topk(activation, make_case):
-    with pytest.raises(InputError, match=r"objective.multi_topk: needs activation.type 'topk' or 'batch_topk'"):
+    with pytest.raises(
+        InputError, match=r"objective.multi_topk: needs crosscoder.activation.type 'topk' or 'batch_topk'"
+    ):
         MultiTopkTerm().check_model(make_case("sae", activation).model)
     MultiTopkTerm().check_model(make_case("sae", "topk").model)
 

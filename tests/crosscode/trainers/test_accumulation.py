@@ -52,19 +52,20 @@ def curves(make_trainer, rows_of, name, n_parts, scheme, backend="torch", **opti
 @pytest.fixture(autouse=True)
 def plain_sgd(monkeypatch):
     """Makes `sgd_for_tests` an optimizer for the time of a test."""
+    from crosscode.config.registry import ConfigModel
     from crosscode.trainers.optimizers import OPTIMIZERS
-    from crosscode.trainers.optimizers.adam import Adam
+    from crosscode.trainers.optimizers.base import OptimizerPlan, lr_groups
 
-    class Sgd(Adam):
-        class Config(Adam.Config):
+    class Sgd(OptimizerPlan):
+        class Config(ConfigModel):
             type: Literal["sgd_for_tests"] = "sgd_for_tests"
             lr: float = 0.003
-            warmup_fraction: float = 0.0
-            decay_fraction: float = 0.0
 
         def build(self, model):
-            groups = [{"params": list(model.parameters()), "lr": self.lr, "initial_lr": self.lr}]
-            return torch.optim.SGD(groups, lr=self.lr)
+            return torch.optim.SGD(lr_groups(model, self.lr), lr=self.lr)
+
+        def lr_factor(self, step, n_steps):
+            return 1.0
 
     monkeypatch.setitem(OPTIMIZERS._classes, "sgd_for_tests", Sgd)
 

@@ -118,7 +118,7 @@ def test_both_together(train):
         ({"backend": "torch:fast"}, "backend"),
         (
             {"backend": "torch:screened", "crosscoder": {"activation": {"type": "batch_topk", "k": 4}}},
-            "backend = 'torch:screened': screens the encode of activation.type 'topk', got 'batch_topk'",
+            "backend = 'torch:screened': screens the encode of crosscoder.activation.type 'topk', got 'batch_topk'",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_shared_latents_that_differ_at_the_start_are_refused(make_case):
     model = make_case("acausal_shared", dtype=torch.float32).model
     TieSharedDecoders().start(model)
     model.init_weights(AnthropicTransposeInit())
-    with pytest.raises(InputError, match=r"use init.type = 'identical_latents'"):
+    with pytest.raises(InputError, match=r"use crosscoder.init.type = 'identical_latents'"):
         TieSharedDecoders().start(model)
 
 
