@@ -13,6 +13,7 @@ import yaml
 
 from crosscode.build import schema
 from crosscode.commands.cli import main
+from crosscode.commands.parts import options
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, is_temporary, new_folder, write_text
 from crosscode.runs import directory as run_directory
@@ -396,9 +397,9 @@ def test_a_folder_beside_or_below_the_working_one_may_be_filled(tmp_path, monkey
 def tiny_demo(tiny_config, write, monkeypatch):
     """`crosscode demo` on the tiny models; the arguments of the command."""
     write()
-    read_yaml = schema.read_yaml
+    read_yaml = options.read_yaml
     copy = lambda: json.loads(json.dumps(tiny_config | {"name": "demo"}))  # noqa: E731
-    monkeypatch.setattr(schema, "read_yaml", lambda name: copy() if name == "demo" else read_yaml(name))
+    monkeypatch.setattr(options, "read_yaml", lambda name: copy() if name == "demo" else read_yaml(name))
     return ["demo", "--run-dir", tiny_config["run_dir"], "--backend", "torch"]
 
 
