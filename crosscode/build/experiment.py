@@ -153,9 +153,11 @@ def open_experiment(
         find_model(config.finetune_from)
     if config.backend != "auto":
         check_backend(config.backend, device)
+    if config.crosscoder.n_latents is not None:
+        check_parts(config, width=1)
     width = None if models is not None else check_language_models(config)
-    if config.crosscoder.n_latents is not None or width is not None:
-        check_parts(config, width or 1)
+    if config.crosscoder.n_latents is None and width is not None:
+        check_parts(config, width)
     if to_train and width is not None:
         check_fits(config, width, device)
     opened = open_activations(config, models, to_train=to_train)

@@ -137,7 +137,7 @@ BAD = {
     "sequence too long": (change("data.sequence_length", 4096), "data.sequence_length", "4096", "64"),
     "accumulation": (change("train.grad_accumulation", 7), "grad_accumulation", "7", "64"),
     "too many shared latents": (change("crosscoder.n_shared_latents", 99), "crosscoder.n_shared_latents = 99", "32"),
-    "small buffer": (change("data.shuffle_buffer_size", 3), "data.shuffle_buffer_size: 3", "64"),
+    "small buffer": (change("data.shuffle_buffer_size", 3), "data.shuffle_buffer_size = 3", "64"),
     "unknown backend": (change("backend", "cuda"), "backend", "cuda", "triton"),
 }
 
