@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _PROBE_TEXT = "The quick brown fox, 3.14 <tags> naïve\n\tdef f(x):  # 你好 🙂\n"
 _FINGERPRINT_BLOCKS = 256
+_POSITIONS = re.compile(r"(wpe|(?<!rel_)(?<!relative_)pos\w*)$")
+"""Last part of the path of a table with a row for each absolute position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +66,18 @@ class LanguageModel:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Longest sequence the position embedding allows, or None where the configuration names no limit."""
+        """Longest sequence that the configuration names and the tables of positions hold; None: no limit is known.
+
+        A table with a row for padding counts positions from the row after it (RoBERTa), or from its `offset` (OPT).
+        """
         limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        limits = [int(limit)] if limit else []
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(path):
+                after_padding = 0 if module.padding_idx is None else module.padding_idx + 1
+                first = getattr(module, "offset", None) or after_padding
+                limits.append(module.num_embeddings - first)
+        return min(limits, default=None)
 
     @property
     def device(self) -> torch.device:
