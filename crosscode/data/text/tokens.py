@@ -27,6 +27,7 @@ from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, row_ends
 from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, WorkerChunks
+from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError, check_settings
 from crosscode.seeds import derived_seed
 
@@ -105,7 +106,7 @@ class TokenSequenceLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it was saved under other settings."""
-        check_settings(json.loads(self.describe()), json.loads(state["settings"]))
+        check_settings(json.loads(self.describe()), json.loads(state["settings"]), may_lack=["tokenizer"])
         self._start = dict(state)
         self._iterator = None
 
@@ -120,6 +121,7 @@ class TokenSequenceLoader:
             "pad_id": self.pad_id,
             "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16],
             "dataset": self.source.fingerprint,
+            "tokenizer": tokenizer_rules(self.tokenizer),
         }
         return json.dumps(settings, sort_keys=True)
 
@@ -129,7 +131,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def __init__(self, loader: TokenSequenceLoader, start: dict[str, Any] | None) -> None:
         self._loader = loader
-        self._policy = policy = loader.policy
+        self._policy = loader.policy
         state = start or {}
         self._epoch = int(state.get("epoch", 0))
         self._n_sequences = int(state.get("n_sequences", 0))

@@ -1,5 +1,7 @@
 """A beginning-of-sequence token is never doubled, whoever brings it."""
 
+import itertools
+
 import pytest
 
 from crosscode.data import TokenSequenceLoader, wrap_documents
@@ -16,7 +18,7 @@ def sequences(documents, tokenizer, **policy):
 
 
 def doubled(rows):
-    return [row for row in rows if any(a == b == BOS for a, b in zip(row, row[1:], strict=False))]
+    return [row for row in rows if any(a == b == BOS for a, b in itertools.pairwise(row))]
 
 
 @pytest.mark.parametrize("bos", ["sequence", "document", "none"])
