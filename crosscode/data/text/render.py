@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crosscode.config.data import TemplateTokens
-from crosscode.data.text.chats import render_chat
+from crosscode.data.text.chats import chat_text, render_chat
 from crosscode.data.text.documents import Document
 from crosscode.errors import InputError
 
@@ -69,7 +69,7 @@ class DocumentRenderer:
         if not texts:
             return []
         if self._tokenizer is None:
-            raise InputError("tokenizer: none given, but the dataset holds text")
+            raise InputError("dataset: it holds text, but the language model has no tokenizer; give token ids")
         try:
             encoded = self._tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
@@ -91,9 +91,14 @@ class DocumentRenderer:
         return ids
 
     def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
-        text, spans = render_chat(self._tokenizer, messages)
         if self._template_tokens == "keep":
-            return self._tokenize([text])[0], None
+            return self._tokenize([chat_text(self._tokenizer, messages)])[0], None
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise InputError(
+                f"template_tokens: mask takes a tokenizer that knows which characters a token stands for, and a "
+                f"{type(self._tokenizer).__name__} does not; set template_tokens: keep"
+            )
+        text, spans = render_chat(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
         masked = [
             not any(begin < last and first < end for begin, end in spans)
