@@ -156,7 +156,11 @@ def open_experiment(
     if config.crosscoder.n_latents is not None:
         with torch.device("meta"):
             check_parts(config)
-    return Experiment(config=config, split=split, **open_activations(config, models, to_train=to_train))
+    return Experiment(
+        config=config,
+        split=split,
+        **open_activations(config, models, to_train=to_train, batch_size=config.train.batch_size),
+    )
 
 
 def check_backend(name: BackendName, device: torch.device) -> None:

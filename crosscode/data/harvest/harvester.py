@@ -52,10 +52,10 @@ class ActivationHarvester:
         self.hookpoints = list(hookpoints)
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device) if device is not None else models[0].device
-        self._runs = [make_run(model, self.hookpoints, path) for model in self.models]
-        self.widths_MP = [probe_widths(run, self.hookpoints) for run in self._runs]
+        self.runs = [make_run(model, self.hookpoints, path) for model in self.models]
+        self.widths_MP = [probe_widths(run, self.hookpoints) for run in self.runs]
         self._check_widths()
-        for run in self._runs:
+        for run in self.runs:
             check_names(run, self.hookpoints)
 
     @property
@@ -66,11 +66,11 @@ class ActivationHarvester:
     @property
     def paths(self) -> list[str]:
         """How each model is read: "modules" or "bridge"."""
-        return [run.kind for run in self._runs]
+        return [run.kind for run in self.runs]
 
     def bridge(self, m: int) -> Any | None:
         """The TransformerBridge in which model m is read; None where it runs as the plain model."""
-        run = self._runs[m]
+        run = self.runs[m]
         return run.bridge if isinstance(run, BridgeRun) else None
 
     @property
@@ -95,7 +95,7 @@ class ActivationHarvester:
         self._check_tokens(tokens_HS)
         positions_HS = None if segments_HS is None else positions_within_segments(segments_HS)
         out_HSMPD = torch.empty((H, S, *self.dims), dtype=self.dtype, device=self.device)
-        for m, run in enumerate(self._runs):
+        for m, run in enumerate(self.runs):
             n_at_once = _sequences_at_once(run.model, H, S)
             for first in range(0, H, n_at_once):
                 part = slice(first, first + n_at_once)

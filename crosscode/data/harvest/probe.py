@@ -163,7 +163,8 @@ def _takes(harvester: ActivationHarvester, length: int) -> bool:
     if any(model.device.type != "cpu" for model in harvester.models):
         return True
     try:
-        harvester.harvest(_random_tokens(harvester, 1, length))
+        for run in harvester.runs:
+            run(_random_tokens(run.model, 1, length), None, lambda _p, _act: None)
     except (IndexError, RuntimeError) as error:
         if isinstance(error, InputError) or "memory" in str(error):
             raise
