@@ -104,7 +104,8 @@ def _kind_of(tokenizer: Any) -> str:
     pieces = [piece for piece in tokenizer.get_vocab() if piece not in special]
     if any(_SPACE in piece or piece.endswith(_WORD_END) for piece in pieces):
         return "text"
-    if not callable(tokenizer) or any(piece.startswith("##") for piece in pieces):
+    can_encode = callable(tokenizer)
+    if not can_encode or any(piece.startswith("##") for piece in pieces):
         return "words"
 
     def pieces_of(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from crosscode.data.harvest.harvester import ActivationHarvester
-from crosscode.data.harvest.probe import check_isolation, check_length
+from crosscode.data.harvest.trials import check_isolation, check_length
 from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
 from crosscode.errors import InputError
 

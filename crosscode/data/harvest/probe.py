@@ -1,26 +1,20 @@
 """What a harvest takes on trust, tried once on a handful of tokens: one vector a position, no look ahead, names that say
-what they give, documents that stay apart, a sequence length that the model takes.
+what they give.
 
-H sequences · S sequence · M models · D width.
+H sequences · S sequence · D width.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.harvest.model_runs import BridgeRun, ModuleRun
 from crosscode.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from crosscode.data.harvest.harvester import ActivationHarvester
 
 _TOKENS = 11
 """No model has as many attention heads, so that a tensor of (2, heads, ...) is not taken for one of (2, tokens, ...)."""
@@ -39,7 +33,7 @@ def probe_widths(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> list[
     model = run.model
     S = min(_TOKENS, model.max_sequence_length or _TOKENS)
     n_alike = S // 2
-    tokens_HS = _random_tokens(model, 2, S)
+    tokens_HS = random_tokens(model, 2, S)
     tokens_HS[1, :n_alike] = tokens_HS[0, :n_alike]
     acts: dict[int, torch.Tensor] = {}
 
@@ -51,11 +45,11 @@ def probe_widths(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> list[
             )
         acts[p] = act.clone()
 
-    with _words(f"hookpoints: {', '.join(hookpoints)} of {model.name!r} cannot be read"):
+    with in_words(f"hookpoints: {', '.join(hookpoints)} of {model.name!r} cannot be read"):
         run(tokens_HS, None, keep)
     for p, act in acts.items():
         one, two = act[:, :n_alike].flatten(2)
-        if not _same(one, two, model):
+        if not same(one, two, model):
             raise InputError(
                 f"hookpoints: {hookpoints[p]!r} of {model.name!r} ({type(model.model).__name__}) sees later tokens (its "
                 "attention is bidirectional), and padding and neighbours with them; causal models, or a hookpoint "
@@ -78,8 +72,8 @@ def check_names(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> None:
     wanted = [f"{block}.{part}" for block in dict.fromkeys(block for _, block, _ in asked) for part in parts]
     model = run.model
     S = min(_TOKENS, model.max_sequence_length or _TOKENS)
-    with _words(f"hookpoints: {asked[0][0]!r} of {model.name!r} cannot be read"):
-        acts = run.read([*wanted, *(name for name, _, _ in asked)], _random_tokens(model, 2, S))
+    with in_words(f"hookpoints: {asked[0][0]!r} of {model.name!r} cannot be read"):
+        acts = run.read([*wanted, *(name for name, _, _ in asked)], random_tokens(model, 2, S))
     for name, block, part in asked:
         of_block = {other[len(block) + 1 :]: act for other, act in acts.items() if other.startswith(f"{block}.")}
         if part in _NEURONS:
@@ -117,71 +111,15 @@ def _is_received(part: str, acts: dict[str, torch.Tensor], eps: float) -> bool |
     return any(verdicts) if verdicts else None
 
 
-def check_isolation(harvester: ActivationHarvester) -> None:
-    """Raise InputError for a model that lets a document see the one before it, though told where each begins.
-
-    `transformers` makes a block-diagonal mask of the positions; models with attention of their own (BLOOM, OPT, ...) or
-    with layers that carry a state (Mamba, hybrids) do not ask for it and say nothing. Found by trying: after two
-    different first documents the same second one is, to rounding, the same, and what it is alone.
-    """
-    limit = min(16, harvester.max_sequence_length or 16)
-    n_first = limit // 2
-    tokens_HS = _random_tokens(harvester, 2, limit)
-    tokens_HS[1, n_first:] = tokens_HS[0, n_first:]
-    segments_HS = (torch.arange(limit) >= n_first).long().expand(2, limit)
-    words = "isolate_documents: positions of their own for each document cannot be given to the models"
-    with _words(f"{words}; set pack: false, or isolate_documents: false"):
-        isolated_HSMPD = harvester.harvest(tokens_HS, segments_HS)[:, n_first:]
-    alone_SMPD = harvester.harvest(tokens_HS[:1, n_first:])[0].double()
-    for m, model in enumerate(harvester.models):
-        one, two = isolated_HSMPD[:, :, m].flatten(2)
-        alone = alone_SMPD[:, m].flatten(1)
-        # Other shapes take other kernels, whose rounding a deep model amplifies.
-        far = 1e-3 if model.dtype == torch.float32 else 0.1
-        is_like_alone = bool((one.double() - alone).norm() <= far * alone.norm())
-        if not (is_like_alone and _same(one, two, model)):
-            raise InputError(
-                f"isolate_documents: {model.name!r} ({type(model.model).__name__}) cannot keep attention inside a "
-                "document; set pack: false, or isolate_documents: false"
-            )
-
-
-def check_length(harvester: ActivationHarvester, length: int) -> None:
-    """Raise InputError for sequences that are longer than a model takes: as its configuration and its table of positions
-    say, and on a CPU by trying (on a GPU an index that is out of range ends the process' use of it)."""
-    limit = harvester.max_sequence_length
-    if (limit is None or length <= limit) and not _takes(harvester, length):
-        least, limit = 1, length - 1
-        while least < limit:
-            middle = (least + limit + 1) // 2
-            least, limit = (middle, limit) if _takes(harvester, middle) else (least, middle - 1)
-    if limit is not None and length > limit:
-        raise InputError(f"sequence_length: {length} is above the models' limit of {limit} positions")
-
-
-def _takes(harvester: ActivationHarvester, length: int) -> bool:
-    if any(model.device.type != "cpu" for model in harvester.models):
-        return True
-    try:
-        for run in harvester.runs:
-            run(_random_tokens(run.model, 1, length), None, lambda _p, _act: None)
-    except (IndexError, RuntimeError) as error:
-        if isinstance(error, InputError) or "memory" in str(error):
-            raise
-        return False
-    return True
-
-
-def _random_tokens(model: LanguageModel | ActivationHarvester, H: int, S: int) -> torch.Tensor:
-    """Of ids that no model takes for padding: some count no position there."""
+def random_tokens(model: LanguageModel, H: int, S: int) -> torch.Tensor:
+    """Of ids that the model does not take for padding: some count no position there."""
     tokens_HS = torch.randint(model.vocab_size, (H, S), generator=torch.Generator().manual_seed(0))
-    for part in [model] if isinstance(model, LanguageModel) else model.models:
-        pad_id = getattr(part.config, "pad_token_id", None)
-        tokens_HS[tokens_HS == pad_id] = 0 if pad_id else model.vocab_size - 1
+    pad_id = getattr(model.config, "pad_token_id", None)
+    tokens_HS[tokens_HS == pad_id] = 0 if pad_id else model.vocab_size - 1
     return tokens_HS
 
 
-def _same(one_SD: torch.Tensor, two_SD: torch.Tensor, model: LanguageModel) -> bool:
+def same(one_SD: torch.Tensor, two_SD: torch.Tensor, model: LanguageModel) -> bool:
     """Whether each position is the same, but for the model's rounding as its layers amplify it."""
     one_SD, two_SD = one_SD.double(), two_SD.double()
     rounding = min(64 * torch.finfo(model.dtype).eps, 0.05)
@@ -189,7 +127,7 @@ def _same(one_SD: torch.Tensor, two_SD: torch.Tensor, model: LanguageModel) -> b
 
 
 @contextmanager
-def _words(place: str) -> Iterator[None]:
+def in_words(place: str) -> Iterator[None]:
     """What a model raises on a trial, in one line."""
     try:
         yield

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from crosscode.data import ActivationHarvester, TokenSequenceLoader, wrap_documents, wrap_language_model
-from crosscode.data.harvest.probe import check_isolation, check_length
+from crosscode.data.harvest.trials import check_isolation, check_length
 from crosscode.data.rows import HarvestedRows
 from crosscode.errors import InputError
 
