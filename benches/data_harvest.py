@@ -60,7 +60,7 @@ def main(rounds: int, cases: Sequence[str]) -> None:
 def ways_of(exact: Any, rounded: Any, name: str, tokens_HS: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Every way returns `acts_HSD`."""
     bridged = ActivationHarvester([exact], [name], path="bridge")
-    bridge = bridged._runs[0].bridge
+    bridge = bridged.bridge(0)
     plain, plain_bf16 = ActivationHarvester([exact], [name]), ActivationHarvester([rounded], [name])
 
     def run_with_cache() -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Errors that a user can act on."""
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,10 +54,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
-def check_settings(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise `InputError` for the first setting that is another than when a position of the data was saved."""
+def check_settings(now: Mapping[str, Any], saved: Mapping[str, Any], may_lack: Collection[str] = ()) -> None:
+    """Raise `InputError` for the first setting that is another than when a position of the data was saved.
+
+    `may_lack`: settings that earlier versions did not save.
+    """
     for name, mine in now.items():
-        if saved.get(name) != mine:
+        if saved.get(name) != mine and not (name in may_lack and name not in saved):
             raise InputError(f"data state: {name} was {saved.get(name)!r} when it was saved and is {mine!r} now")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's sign for a space."""
+_WORD_END = "</w>"
+_BEYOND_ASCII = "é你"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class DisplayToken:
 
 
 class TokenDisplay:
-    """Shows token ids of a `transformers` tokenizer.
+    """Shows token ids of a `transformers` tokenizer; without one (None) the numbers themselves.
 
     Works on the tokenizer's pieces and never on a decoded text, as decoding may merge or drop spaces. Pieces that are
     bytes are put together before they are decoded: a character whose bytes are spread over tokens is shown once, whole.
@@ -40,12 +43,10 @@ class TokenDisplay:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        parts = "" if backend is None else repr(backend.decoder) + repr(backend.pre_tokenizer)
-        self._is_byte_level = "ByteLevel" in parts or hasattr(tokenizer, "byte_decoder")
-        # pieces of whole words do not say where a space is, unless they continue a word
-        self._is_words = not self._is_byte_level and not any(_SPACE in piece for piece in tokenizer.get_vocab())
+        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+        self._added = {token_id: str(token) for token_id, token in added.items() if token_id not in self._special_ids}
+        self._kind = "none" if tokenizer is None else _kind_of(tokenizer)
 
     def __call__(self, token_ids: Sequence[int], strengths: Sequence[float], peak: int = -1) -> list[DisplayToken]:
         """Tokens with their strengths; `peak` is the index of the peak, -1 for none."""
@@ -70,20 +71,53 @@ class TokenDisplay:
 
     def piece(self, token_id: int) -> bytes | str:
         """The bytes that a token stands for; its text where it is not made of bytes (special tokens, unknown ids)."""
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        piece = None if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return f"[{token_id}]"
         if token_id in self._special_ids:
             return piece
+        if token_id in self._added and self._kind != "words":
+            return self._added[token_id].encode()
         byte = _BYTE_PIECE.fullmatch(piece)
         if byte:
             return bytes([int(byte[1], 16)])
-        if self._is_byte_level:
+        if self._kind == "byte-level":
             table = _bytes_of_characters()
             return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece
-        if self._is_words:
+        if self._kind == "bytes":
+            return piece.encode("latin-1") if max(piece, default="") <= "\xff" else piece
+        if self._kind == "words":
             return piece.removeprefix("##") if piece.startswith("##") else f" {piece}"
+        if piece.endswith(_WORD_END):
+            return f"{piece.removesuffix(_WORD_END)} ".encode()
         return piece.replace(_SPACE, " ").encode()
+
+
+def _kind_of(tokenizer: Any) -> str:
+    """What pieces are made of: GPT-2's alphabet ("byte-level"), a character for each byte ("bytes"), text that says where
+    spaces are ("text"), or whole words that do not ("words")."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = "" if backend is None else repr(backend.decoder) + repr(backend.pre_tokenizer)
+    if "ByteLevel" in parts or hasattr(tokenizer, "byte_decoder"):
+        return "byte-level"
+    special = {*getattr(tokenizer, "all_special_tokens", ())}
+    pieces = [piece for piece in tokenizer.get_vocab() if piece not in special]
+    if any(_SPACE in piece or piece.endswith(_WORD_END) for piece in pieces):
+        return "text"
+    can_encode = callable(tokenizer)
+    if not can_encode or any(piece.startswith("##") for piece in pieces):
+        return "words"
+
+    def pieces_of(text: str) -> str:
+        return "".join(
+            map(str, tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        )
+
+    if pieces_of(_BEYOND_ASCII) == _BEYOND_ASCII.encode().decode("latin-1"):
+        return "bytes"
+    texts = [one + two for one, two in itertools.pairwise(pieces[:: max(1, len(pieces) // 64)])]
+    n_joined = sum(pieces_of(text) == text for text in texts)
+    return "text" if n_joined > len(texts) / 2 else "words"
 
 
 @cache

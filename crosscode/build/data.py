@@ -109,11 +109,16 @@ class Activations:
 
 
 def open_activations(
-    config: HarvestConfig, models: Sequence[LanguageModel] | None = None, *, to_train: bool = True
+    config: HarvestConfig,
+    models: Sequence[LanguageModel] | None = None,
+    *,
+    to_train: bool = True,
+    batch_size: int = 1,
 ) -> dict[str, Any]:
     """The fields of `Activations`: everything is checked that can be, then the language models are loaded.
 
-    `models` stand in for those that the config names. `to_train=False` leaves stores alone.
+    `models` stand in for those that the config names. `to_train=False` leaves stores alone; else the text
+    must fill a batch of `batch_size` activations.
 
     Raises:
         InputError: naming the field, its value and what would be right.
@@ -136,31 +141,68 @@ def open_activations(
                 f"data.heldout: the same text as a part of data.source ({part.name}); training would see it"
             )
     if stores is not None:
-        check_validation_split(config, documents)
+        check_documents(config, documents)
         stores.check_text(documents)
     if models is None:
         models = [load_model(lm, f"language_models.{i}", str(device)) for i, lm in enumerate(config.language_models)]
+    if to_train:
+        check_usable(config, documents, models[0].tokenizer, field="data.source", least=batch_size)
+        if heldout is not None:
+            check_usable(config, heldout_documents, models[0].tokenizer, field="data.heldout", heldout=True)
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {
         "documents": documents, "heldout_documents": heldout_documents, "harvester": harvester, "stores": stores,
     }  # fmt: skip
 
 
-def check_validation_split(config: HarvestConfig, documents: DocumentSource) -> None:
-    """Raise InputError where no document is left for evaluation, before training rather than at its end."""
-    if config.data.heldout is not None:
-        return
+def check_documents(config: HarvestConfig, documents: DocumentSource) -> None:
+    """Raise InputError where all documents are the same, or one side of the validation split gets none."""
     fraction = config.data.validation_fraction
-    policy = config.token_policy(heldout=True)
-    n_enough, n_read = int(_ENOUGH_FOR_VALIDATION / fraction), 0
+    policies = [] if config.data.heldout is not None else [config.token_policy(heldout=side) for side in (True, False)]
+    # As many as leave none on one side with a probability of e^-20.
+    n_enough = int(_ENOUGH_FOR_VALIDATION / min(fraction, 1 - fraction))
+    sides: set[bool] = set()
+    first, all_same, n_read = None, True, 0
     for document in islice(documents.open(), n_enough):
-        if is_on_side(document, policy):
-            return
         n_read += 1
-    if n_read < n_enough:
+        first = document if n_read == 1 else first
+        all_same &= document == first
+        sides |= {policy.split == "validation" for policy in policies if is_on_side(document, policy)}
+        if not all_same and len(sides) == len(policies):
+            return
+    if all_same and n_read > 1:
         raise InputError(
-            f"data.validation_fraction = {fraction}: no document of the {n_read} in data.source is left for evaluation; "
-            "raise it, name other text as data.heldout, or cut the text into more documents (text_unit: paragraph)"
+            f"data.source: the {n_read} documents that it begins with are all the same; give a text of several"
+        )
+    if n_read < n_enough and len(sides) < len(policies):
+        side, change = ("training", "lower") if True in sides else ("evaluation", "raise")
+        raise InputError(
+            f"data.validation_fraction = {fraction}: no document of the {n_read} in data.source is left for {side}; "
+            f"{change} it, name other text as data.heldout, or cut the text into more documents (text_unit: paragraph)"
+        )
+
+
+def check_usable(
+    config: HarvestConfig,
+    documents: DocumentSource,
+    tokenizer: Any,
+    *,
+    field: str,
+    heldout: bool = False,
+    least: int = 1,
+) -> None:
+    """Raise InputError where the beginning of a text cannot be made into tokens, or where the whole of it has fewer
+    usable tokens than `least`."""
+    with at_field(field):
+        loader = TokenSequenceLoader(documents, tokenizer, config.token_policy(heldout=heldout), epochs=1, n_workers=0)
+        n_usable = 0
+        for batch in loader:
+            n_usable += int(batch.mask_HS.sum())
+            if n_usable >= least:
+                return
+        raise InputError(
+            f"{documents.name!r} has {n_usable} usable tokens, less than one batch; give more text, or set "
+            f"train.batch_size (now {least}) to at most {n_usable}"
         )
 
 

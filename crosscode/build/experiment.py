@@ -160,7 +160,7 @@ def open_experiment(
         check_parts(config, width)
     if to_train and width is not None:
         check_fits(config, width, device)
-    opened = open_activations(config, models, to_train=to_train)
+    opened = open_activations(config, models, to_train=to_train, batch_size=config.train.batch_size)
     if to_train and width is None:
         check_fits(config, opened["harvester"].dims[2], device)
     return Experiment(config=config, split=split, **opened)

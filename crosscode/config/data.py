@@ -99,8 +99,8 @@ class Mixture(ConfigModel):
     parts: list[MixturePart] = Field(min_length=1)
     """texts and their weights, such as [{source: {type: local, path: code.jsonl}, weight: 2}, ...]"""
     stop: Literal["first", "all"] = "first"
-    """an epoch ends with the first text that ends (no document comes twice), or when all were read once (shorter ones
-    start again)"""
+    """an epoch ends with the first text that ends (no document comes twice; the next epoch reads streams on), or when all
+    were read once (shorter ones start again)"""
 
 
 Source = Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture, Field(discriminator="type")]

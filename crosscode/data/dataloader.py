@@ -110,7 +110,7 @@ class ActivationsDataloader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it belongs to other settings."""
-        check_settings(self._settings(), state)
+        check_settings(self._settings(), state, may_lack=["tokens.tokenizer"])
         self._scaling_MP = self._check_scaling(state["scaling_MP"])
         self._start = dict(state)
         self.close()

@@ -6,7 +6,6 @@ H harvest batch (sequences) · S sequence · R rows that arrive together · M mo
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.harvest.trials import check_isolation, check_length
 from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
 from crosscode.errors import InputError
 
@@ -78,11 +78,8 @@ class HarvestedRows:
     shuffled = False
 
     def __init__(self, token_loader: TokenSequenceLoader, harvester: ActivationHarvester) -> None:
-        limit, policy = harvester.max_sequence_length, token_loader.policy
-        if limit is not None and policy.sequence_length > limit:
-            raise InputError(
-                f"sequence_length: {policy.sequence_length} is above the models' limit of {limit} positions"
-            )
+        policy = token_loader.policy
+        check_length(harvester, policy.sequence_length)
         if policy.isolate_documents and "bridge" in harvester.paths:
             raise InputError(
                 f"isolate_documents: {harvester.hookpoints} need TransformerBridge, which has no document isolation; "
@@ -137,29 +134,3 @@ def harvest_usable(harvester: ActivationHarvester, batch: TokenBatch) -> torch.T
     """Activations `acts_RMPD` of the usable positions of a token batch, in reading order."""
     acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS)
     return acts_HSMPD[batch.mask_HS.to(acts_HSMPD.device)]
-
-
-def check_isolation(harvester: ActivationHarvester) -> None:
-    """Raise InputError for a model that lets a document see the one before it, though told where each begins.
-
-    `transformers` makes a block-diagonal mask of the positions; models with attention of their own (BLOOM, OPT, ...) or
-    with none (Mamba) do not ask for it and say nothing. Found by trying: two first documents, the same second one.
-    """
-    generator = torch.Generator().manual_seed(0)
-    limit = harvester.max_sequence_length or 16
-    S, n_first = min(16, limit), min(16, limit) // 2
-    tokens_HS = torch.randint(harvester.vocab_size, (2, S), generator=generator)
-    tokens_HS[:, n_first:] = tokens_HS[0, n_first:]
-    segments_HS = (torch.arange(S) >= n_first).long().expand(2, S)
-    isolated_HSMPD = harvester.harvest(tokens_HS, segments_HS)[:, n_first:].double()
-    together_HSMPD = harvester.harvest(tokens_HS)[:, n_first:].double()
-    for m, model in enumerate(harvester.models):
-        left, seen = (
-            float((acts_HSMPD[0, :, m] - acts_HSMPD[1, :, m]).norm()) for acts_HSMPD in (isolated_HSMPD, together_HSMPD)
-        )
-        rounding = torch.finfo(model.dtype).eps * float(isolated_HSMPD[:, :, m].norm())
-        if not math.isfinite(left) or left > 0.2 * seen + rounding:
-            raise InputError(
-                f"isolate_documents: {model.name!r} ({type(model.model).__name__}) cannot keep attention inside a "
-                "document; set pack: false, or isolate_documents: false"
-            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from crosscode.data.text.tokenizers import load_tokenizer, tokenizer_difference
 from crosscode.errors import InputError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
@@ -24,15 +26,17 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_PROBE_TEXT = "The quick brown fox, 3.14 <tags> naïve\n\tdef f(x):  # 你好 🙂\n"
 _FINGERPRINT_BLOCKS = 256
+_POSITIONS = re.compile(r"(wpe|(?<!rel_)(?<!relative_)pos\w*)$")
+"""Last part of the path of a table with a row for each absolute position."""
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A `transformers` causal language model, ready to be read.
 
-    `model` is in eval mode and none of its parameters require gradients. `name` is what the user called it (hub name,
+    `model` is in eval mode and none of its parameters require gradients. `tokenizer` is None where a model comes without
+    one: it is run on token ids. `name` is what the user called it (hub name,
     folder, or a free name for an in-memory model), `revision` the hub revision asked for, if any. `lock` is held by
     whoever has hooks on the modules: training and evaluation may harvest from one model in different threads.
     """
@@ -63,9 +67,18 @@ class LanguageModel:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Longest sequence the position embedding allows, or None where the configuration names no limit."""
+        """Longest sequence that the configuration names and the tables of positions hold; None: no limit is known.
+
+        A table with a row for padding counts positions from the row after it (RoBERTa), or from its `offset` (OPT).
+        """
         limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        limits = [int(limit)] if limit else []
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(path):
+                after_padding = 0 if module.padding_idx is None else module.padding_idx + 1
+                first = getattr(module, "offset", None) or after_padding
+                limits.append(module.num_embeddings - first)
+        return min(limits, default=None)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +125,7 @@ def load_language_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load a model and its tokenizer with `transformers`.
+    """Load a model and its tokenizer, if it has one, with `transformers`.
 
     `name_or_path`: a hub name, a folder, or a `.gguf` file (the same as its folder plus `gguf_file`).
     `dtype`: "float32", "bfloat16" or "float16", of the weights and of the run.
@@ -122,7 +135,7 @@ def load_language_model(
         raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     source, gguf_file = _find_source(name_or_path, gguf_file)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -130,7 +143,8 @@ def load_language_model(
     dense = _dense_gguf_options() if gguf_file is not None else {}
     with _one_line_errors(name_or_path, revision):
         place = available_device(device)
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        _check_no_adapter(source, revision)
+        tokenizer = load_tokenizer(source, common)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
         )
@@ -138,6 +152,22 @@ def load_language_model(
         _check_nothing_is_missing(model, info["missing_keys"])
     name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
     return _freeze(model.to(place), tokenizer, name, revision)
+
+
+def _check_no_adapter(source: str, revision: str | None) -> None:
+    """`transformers` reads the weights beside an adapter and passes over it, or over them, as other packages are there."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(source)
+    if folder.is_dir():
+        found = next((file.name for file in sorted(folder.iterdir()) if file.name.startswith("adapter_")), None)
+    else:
+        found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
+    if found is not None:
+        raise InputError(
+            f"{found!r} is there, an adapter, which would not be applied; merge it into the weights (peft: "
+            "merge_and_unload, then save_pretrained) and name that folder, or move the adapter away"
+        )
 
 
 def available_device(name: str | torch.device) -> torch.device:
@@ -189,6 +219,8 @@ def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | N
     if gguf_file is not None and not (path / gguf_file).is_file():
         raise InputError(f"gguf_file: {gguf_file!r} is not in folder {str(path)!r}")
     if gguf_file is None and not (path / "config.json").is_file():
+        with _one_line_errors(name_or_path, None):
+            _check_no_adapter(str(path), None)
         raise InputError(f"language model {name_or_path!r}: the folder holds no config.json")
     return str(path), gguf_file
 
@@ -230,27 +262,9 @@ def check_common_tokenizer(models: Sequence[LanguageModel]) -> None:
     """
     first = models[0]
     for other in models[1:]:
-        difference = _tokenizer_difference(first.tokenizer, other.tokenizer)
+        difference = tokenizer_difference(first.tokenizer, other.tokenizer)
         if difference:
             raise InputError(f"models {first.name!r} and {other.name!r} have different tokenizers: {difference}")
-
-
-def _tokenizer_difference(one: Any, two: Any) -> str | None:
-    if one is two:
-        return None
-    if one is None or two is None:
-        return "one of them has none"
-    vocab_one, vocab_two = one.get_vocab(), two.get_vocab()
-    if vocab_one != vocab_two:
-        tokens = sorted(vocab_one.keys() | vocab_two.keys(), key=lambda token: (vocab_one.get(token, 1 << 60), token))
-        token = next(token for token in tokens if vocab_one.get(token) != vocab_two.get(token))
-        return (
-            f"token {token!r} is {vocab_one.get(token, 'absent')} in the first (of {len(vocab_one)}) "
-            f"and {vocab_two.get(token, 'absent')} in the second (of {len(vocab_two)})"
-        )
-    ids_one = one(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    ids_two = two(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    return None if ids_one == ids_two else f"the text {_PROBE_TEXT[:19]!r}... gives {ids_one[:8]} and {ids_two[:8]}"
 
 
 def _freeze(model: Any, tokenizer: Any, name: str, revision: str | None) -> LanguageModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,20 +12,37 @@ Span = tuple[int, int]
 
 # Neither in a template nor, in all likelihood, in a chat: two characters for private use around the message's number.
 _MARK = "\ue0f1{}\ue0f2"
+# The last planes are for private use, a character for each of a chat's.
+_FIRST_PRIVATE, _N_PRIVATE = 0xF0000, 0x110000 - 0xF0000
+_LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-    """The text of `messages`, and where in it each message's own content begins and ends, in order.
+    """The text of `messages`, and where in it what their contents say begins and ends, in order.
 
-    Raises InputError for messages without role or content, and where the template refuses them.
+    Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
+    a way that leaves their places unknown.
     """
+    text = chat_text(tokenizer, messages)
+    spans = _spans_by_marks(tokenizer, messages, text)
+    if spans is None:
+        spans = _spans_by_characters(tokenizer, messages, text)
+    if spans is None:
+        raise InputError(
+            "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
+            f"template adds ({text[:60]!r}...); set template_tokens: keep"
+        )
+    return text, spans
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of `messages`, with errors as `render_chat` has them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("dataset: it holds chats, but the tokenizer has no chat template")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & {*message}:
             raise InputError(f'dataset: a chat message is {str(message)[:60]!r}; "role" and "content" are needed')
-    text = _apply(tokenizer, messages)
-    return text, _spans_by_marks(tokenizer, messages, text) or _spans_by_search(messages, text)
+    return _apply(tokenizer, messages)
 
 
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -66,20 +84,72 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
     return spans if text[end:] == frame[frame_end:] else None
 
 
-def _spans_by_search(messages: Sequence[Mapping[str, Any]], text: str) -> list[Span]:
-    """Where the contents are found, each after the last; one that the template changed is found nowhere."""
-    spans, end = [], 0
+def _spans_by_characters(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
+    """Places for a template that cuts or reorders contents (drops earlier thinking, puts the system into a turn).
+
+    Each character of a content that is not white space, nor in what templates look for (tags, brackets), is replaced by
+    one for private use of its own; where these come out is where the content does. None where the text around them is
+    not that of the real contents. A content that is changed, not cut, has no span.
+    """
+    originals: list[tuple[int, str, int]] = []  # by number: which text, the text, which character of it
+    n_texts = 0
+
+    def tagged(content: str) -> str:
+        nonlocal n_texts
+        n_texts += 1
+        parts, at = [], 0
+        for kept in [*_LOOKED_FOR.finditer(content), None]:
+            end = len(content) if kept is None else kept.start()
+            parts += [chr(_FIRST_PRIVATE + len(originals) + i) for i in range(end - at)]
+            originals.extend((n_texts, content, i) for i in range(at, end))
+            if kept is not None:
+                parts.append(kept[0])
+                at = kept.end()
+        return "".join(parts)
+
+    if sum(len(content) for message in messages for content in _texts(message.get("content"))) > _N_PRIVATE:
+        return None
+    twins = []
     for message in messages:
-        for content in _texts(message.get("content")):
-            begin = text.find(content, end)
-            if begin >= 0:
-                end = begin + len(content)
-                spans.append((begin, end))
-    return spans
+        content = message.get("content")
+        if isinstance(content, str):
+            content = tagged(content)
+        elif isinstance(content, list):
+            content = [
+                {**part, "text": tagged(part["text"])} if isinstance(part, Mapping) and _texts([part]) else part
+                for part in content
+            ]
+        twins.append({**message, "content": content} if "content" in message else message)
+    try:
+        frame = _apply(tokenizer, twins)
+    except InputError:
+        return None
+    if len(frame) != len(text):
+        return None
+    spans: list[Span] = []
+    changed: set[int] = set()
+    last: tuple[int, int, int] | None = None  # which text, which character of it, where it came out
+    owners: list[int] = []
+    for place, (shown, mark) in enumerate(zip(text, frame, strict=True)):
+        number = ord(mark) - _FIRST_PRIVATE
+        if not 0 <= number < len(originals):
+            if shown != mark:
+                return None
+            continue
+        owner, content, i = originals[number]
+        if content[i] != shown:
+            changed.add(owner)
+        if last and last[0] == owner and last[1] < i and content[last[1] + 1 : i] == text[last[2] + 1 : place]:
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+            owners.append(owner)
+        last = (owner, i, place)
+    return [span for span, owner in zip(spans, owners, strict=True) if owner not in changed]
 
 
 def _texts(content: Any) -> list[str]:
     """The texts of a content: itself, or those of its parts ({"type": "text", "text": ...})."""
     parts = [{"text": content}] if isinstance(content, str) else content or ()
     found = [part.get("text") for part in parts if isinstance(part, Mapping)]
-    return [text.strip() for text in found if isinstance(text, str) and text.strip()]
+    return [text for text in found if isinstance(text, str) and text.strip()]

@@ -22,6 +22,10 @@ class DocumentStream(ABC, Iterator[Document]):
     @abstractmethod
     def state(self) -> str: ...
 
+    def next_epoch(self) -> str:
+        """Where the pass after this one, which has ended, begins: a state, or "" for the start."""
+        return ""
+
 
 class DocumentSource(ABC):
     """Documents that can be opened many times.
@@ -32,6 +36,8 @@ class DocumentSource(ABC):
 
     name: str
     fingerprint: str
+    keeps_order = False
+    """whether it ignores `order_seed`"""
 
     @abstractmethod
     def open(self, *, order_seed: int | None = None, state: str | None = None) -> DocumentStream:

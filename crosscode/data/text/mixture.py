@@ -17,7 +17,8 @@ class MixedDocuments(DocumentSource):
     """Each next document comes from source i with probability `weights[i]`.
 
     `stop="first"` ends an epoch when one source has no more documents: no document is repeated within it and the
-    weights hold throughout. `stop="all"` ends it when every source has been read once; those that end earlier start
+    weights hold throughout. The next epoch reads the others in another order, or, where their order is fixed, on from
+    where it was. `stop="all"` ends it when every source has been read once; those that end earlier start
     again. Which source comes next depends on `seed` (and the epoch, where documents are shuffled) and on how many
     documents came before, so that any position can be restored.
     """
@@ -44,7 +45,8 @@ class MixedDocuments(DocumentSource):
 
 
 class _MixedStream(DocumentStream):
-    """Position: how many documents came, and each source's own position and number of passes."""
+    """Position: how many documents came, and each source's own position, number of passes, and whether its pass began
+    in an epoch before: then it starts again at its end, as what comes was not read in this epoch."""
 
     def __init__(self, mixture: MixedDocuments, order_seed: int | None, state: str | None) -> None:
         saved = json.loads(state) if state else {}
@@ -53,6 +55,7 @@ class _MixedStream(DocumentStream):
         self._order_seed = order_seed
         self._count = saved.get("count", 0)
         self._passes = saved.get("passes", [0] * n)
+        self._read_on = saved.get("read_on", [False] * n)
         states = saved.get("states", [None] * n)
         self._streams = [self._open(i, states[i]) for i in range(n)]
 
@@ -66,9 +69,11 @@ class _MixedStream(DocumentStream):
         i = self._choose()
         document = next(self._streams[i], None)
         if document is None:
-            self._passes[i] += 1
-            if self._mixture.stop == "first" or all(self._passes):
-                raise StopIteration
+            if not self._read_on[i]:
+                self._passes[i] += 1
+                if self._mixture.stop == "first" or all(self._passes):
+                    raise StopIteration
+            self._read_on[i] = False
             self._streams[i] = self._open(i)
             document = next(self._streams[i], None)
             if document is None:
@@ -86,7 +91,16 @@ class _MixedStream(DocumentStream):
 
     def state(self) -> str:
         states = [stream.state() for stream in self._streams]
-        return json.dumps({"count": self._count, "passes": self._passes, "states": states})
+        position = {"count": self._count, "passes": self._passes, "states": states, "read_on": self._read_on}
+        return json.dumps(position)
+
+    def next_epoch(self) -> str:
+        read_on = [
+            self._mixture.stop == "first" and not n_passes and (source.keeps_order or self._order_seed is None)
+            for source, n_passes in zip(self._mixture.sources, self._passes, strict=True)
+        ]
+        states = [stream.state() if on else None for stream, on in zip(self._streams, read_on, strict=True)]
+        return json.dumps({"states": states, "read_on": read_on}) if any(read_on) else ""
 
 
 def parts_of(documents: DocumentSource) -> Sequence[DocumentSource]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crosscode.config.data import TemplateTokens
-from crosscode.data.text.chats import render_chat
+from crosscode.data.text.chats import chat_text, render_chat
 from crosscode.data.text.documents import Document
 from crosscode.errors import InputError
 
@@ -26,19 +26,29 @@ class DocumentRenderer:
     """Turns texts, token lists and chats into `(tokens_T, flags_T)`.
 
     `bos_id` starts every document that does not start with it already, `separator_id` ends every one that does not
-    end with it already (None: neither). `template_tokens="mask"` masks what a chat template adds around the messages.
+    end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
+    Where one token is BOS and separator, a document's own BOS goes: what stands before the document is one.
+    `template_tokens="mask"` masks what a chat template adds around the messages.
     """
 
     def __init__(
-        self, tokenizer: Any, *, bos_id: int | None, separator_id: int | None, template_tokens: TemplateTokens
+        self,
+        tokenizer: Any,
+        *,
+        bos_id: int | None,
+        row_bos_id: int | None,
+        separator_id: int | None,
+        template_tokens: TemplateTokens,
     ) -> None:
         self._tokenizer = tokenizer
         self._bos_id = bos_id
+        self._row_bos_id = row_bos_id
+        self._own_bos_goes = separator_id is not None and separator_id == getattr(tokenizer, "bos_token_id", None)
         self._separator_id = separator_id
         self._template_tokens = template_tokens
 
     def __call__(self, documents: Sequence[Document], *, pad_to: int | None, pad_id: int) -> list[Rendered]:
-        """`pad_to` fills each document up to a multiple of it, so that the next one starts a new sequence."""
+        """`pad_to`: the length of the sequences of which each document fills its own (None: documents share them)."""
         texts = [document for document in documents if isinstance(document, str)]
         ids_of_texts = iter(self._tokenize(texts))
         rendered = []
@@ -49,6 +59,8 @@ class DocumentRenderer:
                 ids, masked = self._render_chat(document)
             else:
                 ids, masked = self._check_ids(document), None
+            if self._own_bos_goes and len(ids) and ids[0] == self._separator_id:
+                ids, masked = ids[1:], masked and masked[1:]
             if len(ids):
                 rendered.append(self._finish(ids, masked, pad_to, pad_id))
         return rendered
@@ -57,7 +69,7 @@ class DocumentRenderer:
         if not texts:
             return []
         if self._tokenizer is None:
-            raise InputError("tokenizer: none given, but the dataset holds text")
+            raise InputError("dataset: it holds text, but the language model has no tokenizer; give token ids")
         try:
             encoded = self._tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
@@ -79,9 +91,14 @@ class DocumentRenderer:
         return ids
 
     def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
-        text, spans = render_chat(self._tokenizer, messages)
         if self._template_tokens == "keep":
-            return self._tokenize([text])[0], None
+            return self._tokenize([chat_text(self._tokenizer, messages)])[0], None
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise InputError(
+                f"template_tokens: mask takes a tokenizer that knows which characters a token stands for, and a "
+                f"{type(self._tokenizer).__name__} does not; set template_tokens: keep"
+            )
+        text, spans = render_chat(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
         masked = [
             not any(begin < last and first < end for begin, end in spans)
@@ -102,10 +119,23 @@ class DocumentRenderer:
             flags_T = torch.nn.functional.pad(flags_T, (0, 1))
         flags_T[0] |= DOCUMENT_START
         if pad_to is not None:
-            n_missing = -tokens_T.numel() % pad_to
+            n_missing = row_ends(tokens_T, pad_to, self._row_bos_id)[-1] - tokens_T.numel()
             tokens_T = torch.nn.functional.pad(tokens_T, (0, n_missing), value=pad_id)
             flags_T = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING)
         return tokens_T, flags_T
+
+
+def row_ends(tokens_T: torch.Tensor, length: int, bos_id: int | None, at_most: int | None = None) -> list[int]:
+    """Where the sequences end that a run of tokens is cut into, the last perhaps beyond it.
+
+    Each takes `length` tokens, or one fewer where `bos_id` (None: no BOS) goes before them: where they do not begin
+    with it already.
+    """
+    ends, at = [], 0
+    while at < tokens_T.numel() and len(ends) != at_most:
+        at += length - (bos_id is not None and int(tokens_T[at]) != bos_id)
+        ends.append(at)
+    return ends
 
 
 def _is_unicode(text: str) -> bool:

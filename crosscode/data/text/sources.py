@@ -91,7 +91,7 @@ def load_documents(
     path = Path(path_or_name).expanduser()
     try:
         if path.exists():
-            data = _load_local(path, split=split, streaming=streaming, text_unit=text_unit)
+            data = _load_local(path, column=column, split=split, streaming=streaming, text_unit=text_unit)
         elif path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1 or _kind_of(path):
             raise InputError(f"dataset {path_or_name!r}: no such file or folder")
         else:
@@ -145,7 +145,7 @@ def _wrap_stream(data: Any, column: str | None, name: str) -> DocumentSource:
     return StreamedDocuments(lambda: fresh_stream(data), column, name=name)
 
 
-def _load_local(path: Path, *, split: str, streaming: bool, text_unit: str) -> Any:
+def _load_local(path: Path, *, column: str, split: str, streaming: bool, text_unit: str) -> Any:
     import datasets
 
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
@@ -164,9 +164,20 @@ def _load_local(path: Path, *, split: str, streaming: bool, text_unit: str) -> A
     if all(file.stat().st_size == 0 for file in files):
         raise InputError(f"dataset {str(path)!r} is empty")
     kind = str(kinds.pop())
-    options: dict[str, Any] = {"sample_by": text_unit} if kind == "text" else {}
     names = [str(file) for file in files]
+    options: dict[str, Any] = {"sample_by": text_unit} if kind == "text" else {}
+    if kind == "csv":
+        options = _cells_as_written(names[0], column)
     return datasets.load_dataset(kind, data_files={split: names}, split=split, streaming=streaming, **options)
+
+
+def _cells_as_written(file: str, column: str) -> dict[str, Any]:
+    """Options for a CSV by which a cell that reads NA, null or 007 is that text, not a missing value or a number."""
+    import pandas
+
+    if column not in pandas.read_csv(file, nrows=0).columns:
+        return {}
+    return {"usecols": [column], "converters": {column: str}, "keep_default_na": False}
 
 
 def _kind_of(file: Path) -> str | None:

@@ -16,6 +16,8 @@ _FINGERPRINT_DOCUMENTS = 8
 class StreamedDocuments(DocumentSource):
     """A `datasets` stream, or any function that opens a fresh iterable: read in order, one after another."""
 
+    keeps_order = True
+
     def __init__(self, open_rows: Callable[[], Any], column: str | None, *, name: str) -> None:
         self._open_rows = open_rows
         self._column = column

@@ -70,6 +70,11 @@ class ChunkReader:
         self._render = render
         self._ended = False
 
+    @property
+    def next_epoch(self) -> Start:
+        """Where the next epoch begins, once this one has ended."""
+        return Start(self._stream.next_epoch(), 0)
+
     def __iter__(self) -> Iterator[Chunk]:
         while (read := self.read()) is not None:
             yield self.render(*read)

@@ -12,12 +12,12 @@ mask says which positions may reach training: never padding, never the first pos
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ import torch
 from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import DocumentSource
-from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer
+from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, row_ends
 from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, WorkerChunks
+from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError, check_settings
 from crosscode.seeds import derived_seed
 
@@ -69,10 +70,15 @@ class TokenSequenceLoader:
         self.masked_ids = sorted({*policy.mask_token_ids, *(special if policy.mask_special_tokens else ())})
         eos_id = getattr(tokenizer, "eos_token_id", None)
         self.bos_id: int | None = None if policy.bos == "none" else getattr(tokenizer, "bos_token_id", None)
-        self.separator_id = eos_id if policy.separator == "eos" and policy.pack else None
+        self.row_bos_id = self.bos_id if policy.bos == "sequence" else None
+        document_bos_id = self.bos_id if policy.bos == "document" else None
+        # Where they are one token, the next document's BOS separates.
+        is_separated = policy.separator == "eos" and policy.pack and (eos_id is None or eos_id != document_bos_id)
+        self.separator_id = eos_id if is_separated else None
         self.render = DocumentRenderer(
             tokenizer,
-            bos_id=self.bos_id if policy.bos == "document" else None,
+            bos_id=document_bos_id,
+            row_bos_id=self.row_bos_id,
             separator_id=self.separator_id,
             template_tokens=policy.template_tokens,
         )
@@ -100,7 +106,7 @@ class TokenSequenceLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it was saved under other settings."""
-        check_settings(json.loads(self.describe()), json.loads(state["settings"]))
+        check_settings(json.loads(self.describe()), json.loads(state["settings"]), may_lack=["tokenizer"])
         self._start = dict(state)
         self._iterator = None
 
@@ -115,6 +121,7 @@ class TokenSequenceLoader:
             "pad_id": self.pad_id,
             "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16],
             "dataset": self.source.fingerprint,
+            "tokenizer": tokenizer_rules(self.tokenizer),
         }
         return json.dumps(settings, sort_keys=True)
 
@@ -124,8 +131,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def __init__(self, loader: TokenSequenceLoader, start: dict[str, Any] | None) -> None:
         self._loader = loader
-        self._policy = policy = loader.policy
-        self._body = policy.sequence_length - (1 if policy.bos == "sequence" and loader.bos_id is not None else 0)
+        self._policy = loader.policy
         state = start or {}
         self._epoch = int(state.get("epoch", 0))
         self._n_sequences = int(state.get("n_sequences", 0))
@@ -136,6 +142,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         self._tokens_T = torch.empty(0, dtype=torch.long)
         self._flags_T = torch.empty(0, dtype=torch.uint8)
         self._chunks: Iterator[Chunk] | None = None
+        self._reader: ChunkReader | None = None
         self._starts: deque[tuple[Start, int]] = deque()
         self._next_start, self._n_skipped = start, n_used
         self._n_read, self._at_end = start.n_read, False
@@ -144,7 +151,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         start, n_used = self._next_start, self._n_skipped
         if self._starts:
             start, n_tokens = self._starts[0]
-            n_used = n_tokens - (self._tokens_T.numel() - sum(n for _, n in islice(self._starts, 1, None)))
+            n_used = n_tokens - (self._tokens_T.numel() - sum(n for _, n in itertools.islice(self._starts, 1, None)))
         return {
             "settings": self._loader.describe(),
             "epoch": self._epoch,
@@ -165,28 +172,32 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def _cut_batch(self) -> TokenBatch | None:
         """The next batch of this epoch that has a usable position, or None at the epoch's end."""
-        wanted = self._body * self._policy.batch_size
+        length, n_rows = self._policy.sequence_length, self._policy.batch_size
+        wanted = length * n_rows
         while True:
             while self._tokens_T.numel() < wanted and not self._at_end:
                 self._read_chunk()
             if self._tokens_T.numel() == 0:
                 return None
-            n_tokens = min(wanted, self._tokens_T.numel())
-            batch = self._make_batch(self._tokens_T[:n_tokens], self._flags_T[:n_tokens])
-            self._tokens_T, self._flags_T = self._tokens_T[n_tokens:], self._flags_T[n_tokens:]
+            ends = row_ends(self._tokens_T, length, self._loader.row_bos_id, n_rows)
+            batch = self._make_batch(ends)
+            self._tokens_T, self._flags_T = self._tokens_T[ends[-1] :], self._flags_T[ends[-1] :]
             self._forget_used_chunks()
             if batch is not None:
                 self._n_sequences += batch.tokens_HS.shape[0]
                 return batch
 
-    def _make_batch(self, tokens_T: torch.Tensor, flags_T: torch.Tensor) -> TokenBatch | None:
+    def _make_batch(self, ends: list[int]) -> TokenBatch | None:
+        """The sequences that end there, the first from the beginning of the tokens that wait."""
         loader, policy = self._loader, self._policy
-        n_missing = -tokens_T.numel() % self._body
-        tokens_HS = torch.nn.functional.pad(tokens_T, (0, n_missing), value=loader.pad_id).view(-1, self._body)
-        flags_HS = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING).view(-1, self._body)
-        if self._body < policy.sequence_length:
-            tokens_HS = torch.nn.functional.pad(tokens_HS, (1, 0), value=loader.bos_id or 0)
-            flags_HS = torch.nn.functional.pad(flags_HS, (1, 0), value=DOCUMENT_START)
+        tokens_HS = torch.full((len(ends), policy.sequence_length), loader.pad_id)
+        flags_HS = torch.full((len(ends), policy.sequence_length), PADDING, dtype=torch.uint8)
+        for h, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
+            tokens_T, at = self._tokens_T[begin:end], policy.sequence_length - (end - begin)
+            if at:
+                tokens_HS[h, 0], flags_HS[h, 0] = loader.row_bos_id or 0, DOCUMENT_START
+            tokens_HS[h, at : at + tokens_T.numel()] = tokens_T
+            flags_HS[h, at : at + tokens_T.numel()] = self._flags_T[begin:end]
         mask_HS = (flags_HS & (PADDING | MASKED)) == 0
         if loader.masked_ids:
             mask_HS &= ~torch.isin(tokens_HS, torch.tensor(loader.masked_ids))
@@ -194,7 +205,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         if policy.isolate_documents:
             starts_HS = (flags_HS & DOCUMENT_START) != 0
             starts_HS[:, 0] = True
-            if self._body < policy.sequence_length:
+            if loader.row_bos_id is not None:
                 starts_HS[:, 1] = False
             segments_HS = starts_HS.long().cumsum(dim=1) - 1
             if not policy.keep_first_position:
@@ -212,7 +223,8 @@ class _SequenceIterator(Iterator[TokenBatch]):
             raise InputError(self._nothing_usable())
         self._epoch += 1
         self._n_sequences = 0
-        self._begin(Start("", 0), 0)
+        assert self._reader is not None
+        self._begin(self._reader.next_epoch, 0)
 
     def _nothing_usable(self) -> str:
         policy, name = self._policy, self._loader.source.name
@@ -242,16 +254,16 @@ class _SequenceIterator(Iterator[TokenBatch]):
     def _forget_used_chunks(self) -> None:
         """Keep the chunks that have tokens left, or at least the last one: it knows the position."""
         n_left = self._tokens_T.numel()
-        while len(self._starts) > 1 and sum(n for _, n in islice(self._starts, 1, None)) >= n_left:
+        while len(self._starts) > 1 and sum(n for _, n in itertools.islice(self._starts, 1, None)) >= n_left:
             self._starts.popleft()
 
     def _open_chunks(self) -> Iterator[Chunk]:
         loader, policy = self._loader, self._policy
         order_seed = derived_seed(policy.seed, self._epoch) if policy.shuffle else None
-        reader = ChunkReader(
+        self._reader = reader = ChunkReader(
             loader.source.open(order_seed=order_seed, state=self._next_start.source or None),
             self._next_start,
             policy,
-            partial(loader.render, pad_to=None if policy.pack else self._body, pad_id=loader.pad_id),
+            partial(loader.render, pad_to=None if policy.pack else policy.sequence_length, pad_id=loader.pad_id),
         )
         return WorkerChunks(reader, policy.n_workers) if policy.n_workers else iter(reader)

@@ -1,6 +1,10 @@
 """What a reader sees of a token."""
 
+import copy
+
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,3 +85,44 @@ def test_word_pieces_are_spaced(pieces, text):
 
 def test_control_characters_are_visible():
     assert shown(Pieces(["<s>", "▁", "a\x00b\u200bc"]), [2]) == ["a\\u0000b\\u200bc"]
+
+
+def test_added_tokens_are_the_text_that_they_were_added_as(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_tokens(["naïve", "¿qué?", "Ġ  ▁"])
+    text = "the naïve café ¿qué? Ġ  ▁ x"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(shown(tokenizer, ids)) == text
+
+
+def test_a_tokenizer_of_bytes_reads_as_text():
+    tokenizer = transformers.ByT5Tokenizer()
+    text = "café fox 你好 🙂"
+    assert "".join(shown(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])) == text
+
+
+@pytest.mark.parametrize("pieces", ["abc ", "ACDEFGHIKLMNPQRSTVWY", "é你 x", ["AC", "GT", *"ACGT"]])
+def test_a_tokenizer_of_characters_puts_no_spaces_between_them(pieces):
+    vocab = {piece: i for i, piece in enumerate(["<s>", "[UNK]", *pieces])}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocab, unk_token="[UNK]")
+        if isinstance(pieces, str)
+        else tokenizers.models.BPE(vocab, [("A", "C"), ("G", "T")])
+    )
+    if isinstance(pieces, str):
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", behavior="isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="[UNK]")
+    text = "".join(reversed([*pieces])) * 2
+    assert "".join(shown(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])) == text
+
+
+def test_whole_words_are_set_apart():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1, "a": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert shown(words, [2, 1]) == [" a", " fox"]
+    assert shown(Pieces(["<s>", "fox</w>", "es</w>", "jump"]), [1, 3, 2]) == ["fox ", "jump", "es "]
+
+
+def test_without_a_tokenizer_ids_are_shown():
+    assert shown(None, [3, 0]) == ["[3]", "[0]"]

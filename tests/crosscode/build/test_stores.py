@@ -311,7 +311,8 @@ def test_text_that_leaves_nothing_to_evaluate_on_is_refused_at_once(with_data, t
     one = {"type": "local", "path": str(tmp_path / "one.jsonl")}
     with pytest.raises(InputError, match=r"validation_fraction = 0.2: no document of the 1 in data.source is left"):
         open_experiment(check_config(with_data(source=one)))
-    open_experiment(check_config(with_data(source=one, heldout={"type": "local", "path": tiny_corpus})))
+    with pytest.raises(InputError, match=r"data.source: .*one.jsonl' has 4 usable tokens, less than one batch"):
+        open_experiment(check_config(with_data(source=one, heldout={"type": "local", "path": tiny_corpus})))
 
 
 @pytest.mark.parametrize("field", ["stores", "cache"])

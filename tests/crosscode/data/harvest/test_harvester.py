@@ -199,5 +199,5 @@ def test_two_threads_may_harvest_from_one_model(model_pair):
 
 def test_attention_patterns_are_no_activations(model_pair):
     """(sequences, heads, positions, positions): not one vector a position, however many heads there are."""
-    with pytest.raises(InputError, match=r"'blocks.1.attn.hook_pattern' of 'tiny-0' .* \(1, 11, width\) is needed"):
+    with pytest.raises(InputError, match=r"'blocks.1.attn.hook_pattern' of 'tiny-0' .* \(2, 11, width\) is needed"):
         ActivationHarvester(model_pair, ["blocks.1.attn.hook_pattern"])

@@ -102,7 +102,16 @@ def _cut(folder):
         (lambda folder: _change_config(folder, num_hidden_layers=5), "18 of its 48 weights are not in the files"),
         (lambda folder: _change_config(folder, hidden_size=32), "other shapes than its config.json describes"),
         (_cut, "deserializing header"),
-        (lambda folder: [path.unlink() for path in folder.glob("token*")], "tokenizer from one of: .*tokenizers"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            "'adapter_config.json' is there, an adapter",
+        ),
+        (lambda folder: (folder / "adapter_model.safetensors").touch(), "'adapter_model.safetensors' is there"),
+        (
+            lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+            "'adapter_config.json' is there, an adapter, which would not be applied; merge it",
+        ),
     ],
 )
 def test_weights_that_are_missing_or_wrong_are_never_random(damage, message, folder):
@@ -110,6 +119,14 @@ def test_weights_that_are_missing_or_wrong_are_never_random(damage, message, fol
     with pytest.raises(InputError, match=message) as error:
         load_language_model(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_tokenizer_runs_on_token_ids(folder):
+    for path in folder.glob("token*"):
+        path.unlink()
+    model = load_language_model(str(folder))
+    assert model.tokenizer is None
+    assert ActivationHarvester([model], ["blocks.1.hook_resid_post"]).harvest(TOKENS_HS).shape == (1, 5, 1, 1, 16)
 
 
 def test_hookpoints_are_checked_without_weights(folder):

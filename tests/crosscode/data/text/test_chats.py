@@ -1,8 +1,10 @@
 """Chats: which tokens the messages wrote, and what is refused."""
 
 import pytest
+import transformers
 
 from crosscode.data import TokenSequenceLoader, wrap_documents
+from crosscode.data.text.chats import render_chat
 from crosscode.errors import InputError
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content']|trim }} </s> {% endfor %}"
@@ -60,3 +62,64 @@ def test_a_template_that_changes_contents_masks_what_it_changed(build_tokenizer)
 def test_chats_that_cannot_be_rendered_are_refused(messages, template, message, build_tokenizer):
     with pytest.raises(InputError, match=message):
         used_tokens(messages, build_tokenizer(chat_template=template))
+
+
+LOOP = "{% for m in messages %}[{{ m['role'] }}]{{ BODY }}|{% endfor %}"
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ (first if loop.first else '') + m['content'] | trim }}|{% endfor %}"
+)
+MISTRAL = (
+    "{% set system = messages[0]['content'] %}{% for m in messages[1:] %}"
+    "[{{ m['role'] }}]{{ (system + '\n\n' if loop.last else '') + m['content'] }}|{% endfor %}"
+)
+THINKING = LOOP.replace("BODY", "m['content'].split('</think>')[-1].lstrip('\n') if not loop.last else m['content']")
+THOUGHT = "<think>\nno user here\n</think>\n\nuser two"
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "text", "written"),
+    [
+        (THINKING, ["user", THOUGHT, "three"], "[r]user|[r]user two|[r]three|", ["user", "user two", "three"]),
+        (THINKING, ["a", THOUGHT], f"[r]a|[r]{THOUGHT}|", ["a", THOUGHT]),
+        (THINKING, [THOUGHT, "a <b> c"], "[r]user two|[r]a <b> c|", ["user two", "a <b> c"]),
+        (
+            GEMMA,
+            ["system be brief", " system ", "r"],
+            "[r]system be brief\n\nsystem|[r]r|",
+            ["system be brief", "system", "r"],
+        ),
+        (MISTRAL, ["be r", "r", "one", "r"], "[r]r|[r]one|[r]be r\n\nr|", ["r", "one", "be r", "r"]),
+        (LOOP.replace("BODY", "m['content'].lstrip()"), ["  a b ", " r"], "[r]a b |[r]r|", ["a b", "r"]),
+        (LOOP.replace("BODY", "m['content'].split('[/x]')[1]"), ["a[/x]r", "a[/x]b"], "[r]r|[r]b|", ["r", "b"]),
+        (LOOP.replace("BODY", "m['content'] + m['content'] | trim"), [" a"], "[r] aa|", ["a", "a"]),
+        (LOOP.replace("BODY", "m['content'] | upper"), ["a", "B"], "[r]A|[r]B|", ["B"]),
+    ],
+)
+def test_turns_that_a_template_cuts_merges_or_reorders(template, contents, text, written, build_tokenizer):
+    messages = [
+        {"role": "system" if i == 0 and template is GEMMA else "r", "content": content}
+        for i, content in enumerate(contents)
+    ]
+    rendered, spans = render_chat(build_tokenizer(chat_template=template), messages)
+    assert rendered == text
+    assert [rendered[begin:end] for begin, end in spans] == written
+
+
+@pytest.mark.parametrize(
+    "body", ["m['content'] | replace('w', 'www')", "m['content'] | tojson | tojson", "m['content'] | urlencode"]
+)
+def test_a_template_that_leaves_no_place_known_is_refused(body, build_tokenizer):
+    tokenizer = build_tokenizer(chat_template=LOOP.replace("BODY", body))
+    with pytest.raises(InputError, match=r"rewrites a chat .* set template_tokens: keep"):
+        render_chat(tokenizer, [{"role": "r", "content": 'w1 "w2"'}])
+
+
+def test_a_tokenizer_without_offsets_is_refused_in_words():
+    tokenizer = transformers.ByT5Tokenizer(chat_template=LOOP.replace("BODY", "m['content']"))
+    chats = wrap_documents([[{"role": "r", "content": "w1"}]])
+    loader = TokenSequenceLoader(chats, tokenizer, sequence_length=16, epochs=1, template_tokens="mask")
+    with pytest.raises(InputError, match=r"template_tokens: mask takes .* a ByT5Tokenizer does not; .* keep"):
+        next(iter(loader))
+    assert next(iter(loader.fresh(template_tokens="keep"))).tokens_HS.shape == (1, 16)

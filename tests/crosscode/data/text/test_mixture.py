@@ -53,6 +53,31 @@ def test_it_is_a_source_like_any_other(tokenizer):
     assert [batch.tokens_HS.tolist() for batch in resumed] == [batch.tokens_HS.tolist() for batch in batches[5:]]
 
 
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_is_read_in_order_goes_on_in_the_next_epoch(tokenizer, shuffle, n_workers):
+    """A short text ends each epoch; a long stream comes to its end in spite of it, and then from its beginning."""
+    long = wrap_documents(lambda: iter([[100 + i] * 3 for i in range(60)]), name="long")
+    short = wrap_documents([[6], [7], [8], [9]])
+    loader = TokenSequenceLoader(
+        MixedDocuments([long, short], [3, 1]), tokenizer, sequence_length=2, batch_size=1, epochs=9, seed=1,
+        bos="none", separator="none", keep_first_position=True, shuffle=shuffle, n_workers=n_workers,
+    )  # fmt: skip
+    iterator, rows, states = iter(loader), [], []
+    for batch in iterator:
+        rows.append((batch.epoch, batch.tokens_HS[batch.mask_HS].tolist()))
+        states.append(loader.state_dict())
+    tokens = [token for _, row in rows for token in row]
+    order = [token for token in tokens if token >= 100][::3]
+    assert len(order) > 70
+    assert order == [100 + i % 60 for i in range(len(order))]
+    assert Counter(token for token in tokens if token < 100) == dict.fromkeys((6, 7, 8, 9), 9)
+    for n in (10, len(rows) // 2):
+        resumed = loader.fresh()
+        resumed.load_state_dict(states[n - 1])
+        assert [(batch.epoch, batch.tokens_HS[batch.mask_HS].tolist()) for batch in resumed] == rows[n:]
+
+
 @pytest.mark.parametrize(
     ("weights", "stop", "message"),
     [([1], "first", "weights"), ([1, 0], "first", "weights"), ([1, 1], "last", "stop 'last' is not one of")],

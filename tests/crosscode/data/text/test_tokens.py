@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from crosscode.config.data import TokenPolicy
 from crosscode.data import TokenSequenceLoader, load_documents, wrap_documents
+from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError
 
 
@@ -216,7 +217,7 @@ def test_help_shows_the_fields_of_the_policy():
 def test_stores_and_positions_record_the_fields_that_they_always_did(tokenizer):
     """Under these names and with these values, or what lies on disk is refused."""
     told = json.loads(loader_of(["w0"], tokenizer, worker=(1, 2), mask_special_tokens=True).describe())
-    assert told.pop("dataset")
+    assert told.pop("dataset") and told.pop("tokenizer") == tokenizer_rules(tokenizer)
     assert told == {
         "sequence_length": 8, "batch_size": 3, "shuffle": False, "seed": 0, "bos": "sequence", "separator": "eos",
         "pack": True, "isolate_documents": False, "keep_first_position": False, "template_tokens": "keep",
