@@ -108,11 +108,13 @@ class DiffTable:
     def write_csv(self, path: Path) -> None:
         """The whole table; the first line is a comment that says what a and b are."""
         buffer = io.StringIO()
-        buffer.write(f"# a = {self.name_a}; b = {self.name_b}; relative_norm 0 = only in a, 1 = only in b\n")
+        buffer.write(
+            f"# a = {as_cell(self.name_a)}; b = {as_cell(self.name_b)}; relative_norm 0 = only in a, 1 = only in b\n"
+        )
         writer = csv.DictWriter(buffer, self.columns(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.row(latent) for latent in range(self.n_latents))
-        write_text(path, buffer.getvalue())
+        _write_out(path, buffer.getvalue())
 
     def write_jsonl(self, path: Path) -> None:
         """The whole table, one JSON object per latent, with the names of both positions in each."""
@@ -129,9 +131,26 @@ class DiffTable:
         return candidates[on_side][order][:n].tolist()
 
 
+def _write_out(path: Path, text: str) -> None:
+    """A new file whole or not at all; a pipe or a device, such as /dev/stdout, takes the text and stays what it is."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        with path.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+    else:
+        write_text(path, text)
+
+
+def as_cell(value: Any) -> Any:
+    """Text as a spreadsheet may show it: none that it would run as a formula, no control characters."""
+    if not isinstance(value, str):
+        return value
+    text = "".join(c if c.isprintable() else " " for c in value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+
+
 def _cell(value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return value
+        return as_cell(value)
     number = value.item()
     if isinstance(number, int):
         return number

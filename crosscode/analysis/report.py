@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,4 +110,8 @@ def render(
         "groups": [] if study is None else cards.card_groups(study, tokenizer),
         "table": None if study is None else cards.latent_table(study),
     }
-    return environment.get_template("report.html.j2").render(context)
+    template = environment.get_template("report.html.j2")
+    script = template.render(context, content_security_policy="").rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return template.render(context, content_security_policy=policy)

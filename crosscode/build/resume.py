@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from crosscode.build.schema import check_config, dump_config, load_config
+from crosscode.build.schema import check_config, dump_config, load_own_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.nested import flatten
 from crosscode.config.reading import load_yaml
@@ -51,8 +51,9 @@ class ResumePoint:
     step: int | None
 
     @classmethod
-    def find(cls, path: str | Path) -> ResumePoint:
-        """Reads every byte of the newest checkpoint, for its checksums, but loads no model.
+    def find(cls, path: str | Path, trust_remote_code: bool = False) -> ResumePoint:
+        """Reads every byte of the newest checkpoint, for its checksums, but loads no model. `trust_remote_code`: as of
+        `load_own_config`.
 
         Raises:
             InputError: no run there, links in it, all checkpoints damaged, or a config that was changed too much.
@@ -63,7 +64,7 @@ class ResumePoint:
             run.recover()
         run = open_run(path)
         run.check_not_held()
-        config = load_config(run.config_file)
+        config = load_own_config(run.config_file, trust_remote_code)
         step = Checkpoints(run).newest_whole()
         if step is not None:
             before = read_config(run.checkpoint(step))["metadata"].get("config")

@@ -14,6 +14,7 @@ from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.reading import read_yaml
 from crosscode.config.registry import ConfigModel, Registry
+from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.trainers.constraints import CONSTRAINTS
@@ -84,6 +85,25 @@ def given_components(components: BaseModel | Mapping[str, Any]) -> dict[str, Bas
 def load_config(config: str | Path) -> ExperimentConfig:
     """A checked config from a YAML file, a run directory or a recipe's name."""
     return check_config(read_yaml(config))
+
+
+def load_own_config(run: str | Path, trust_remote_code: bool) -> ExperimentConfig:
+    """The config of a run that is there, whoever made it.
+
+    Args:
+        trust_remote_code: that language models may run code of their own was said now, not only in that config.
+
+    Raises:
+        InputError: the config asks for it, and it was not.
+    """
+    config = load_config(run)
+    for i, model in enumerate(config.language_models):
+        if model.trust_remote_code and not trust_remote_code:
+            raise InputError(
+                f"language_models.{i}.trust_remote_code = True in {str(run)!r}: would run code that comes with "
+                f"{model.path!r}; if you trust it, add --trust-remote-code to the command"
+            )
+    return config
 
 
 def check_config(values: Mapping[str, Any]) -> ExperimentConfig:

@@ -17,17 +17,19 @@ class Options(ConfigModel):
     """run directory"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     from crosscode.build.experiment import open_experiment
-    from crosscode.build.schema import load_config
+    from crosscode.build.schema import load_own_config
     from crosscode.runs.directory import open_run
     from crosscode.trainers.warm_start import find_model, load_folded
 
     quiet_libraries()
     run = open_run(options.run_dir)
-    config = load_config(run.config_file)
+    config = load_own_config(run.config_file, options.trust_remote_code)
     folder = find_model(str(run.path), "run")
     if folder != run.final:
         print(f"crosscode: training is not over: these are figures of {folder}", file=sys.stderr)

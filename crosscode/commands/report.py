@@ -18,29 +18,36 @@ class Options(ConfigModel):
     """held-out activations; null: as in the run's config"""
     csv: Path | None = Field(default=None, title="FILE")
     """also write the whole table of latents"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     quiet_libraries()
-    print(report_run(options.run_dir, options.n_tokens, options.csv))
+    print(report_run(options.run_dir, options.n_tokens, options.csv, options.trust_remote_code))
 
 
-def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None) -> Path:
+def report_run(
+    run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None, trust_remote_code: bool = False
+) -> Path:
     """Write `report.html` of a run; returns its path.
 
     Args:
         n_tokens: held-out tokens to look at; default: as configured.
         latents_csv: also write the whole diffing table of the first pair of positions there.
+        trust_remote_code: as of `load_own_config`.
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.experiment import open_experiment
-    from crosscode.build.schema import load_config
+    from crosscode.build.schema import load_own_config
     from crosscode.runs.directory import open_run
 
     run = open_run(run_dir)
 
+    config = load_own_config(run.config_file, trust_remote_code)
+
     def heldout() -> HeldoutText:
-        experiment = open_experiment(load_config(run.config_file), to_train=False)
+        experiment = open_experiment(config, to_train=False)
         batches = experiment.heldout_batches(n_tokens)
         return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
 

@@ -25,17 +25,19 @@ class Options(ConfigModel):
     """replace runs that are there, even if they are not over"""
     resume: str | None = Field(default=None, title="FOLDER")
     """go on with an interrupted sweep, its folder alone given"""
+    trust_remote_code: bool = False
+    """let its language models run code of their own, where the runs' configs say so"""
 
 
 def run(options: Options) -> None:
     if options.resume is not None:
-        if options != Options(resume=options.resume):
+        if options != Options(resume=options.resume, trust_remote_code=options.trust_remote_code):
             raise InputError("sweep: usage: crosscode sweep --resume FOLDER (the configs are the runs' own)")
         folder = Path(options.resume)
         from crosscode.commands.parts.sweep_runs import resume_sweep
 
         quiet_libraries()
-        results = resume_sweep(folder)
+        results = resume_sweep(folder, trust_remote_code=options.trust_remote_code)
     else:
         if options.config is None:
             raise InputError("sweep: name a config file or a recipe, or --resume FOLDER")

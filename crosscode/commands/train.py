@@ -31,6 +31,8 @@ class Options(ConfigModel):
     """what to train"""
     resume: str | None = Field(default=None, title="RUN")
     """go on with this run; its config is its own, as it stands"""
+    trust_remote_code: bool = False
+    """let the language models of a run that is there run code of their own, where its config says so"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
@@ -38,13 +40,15 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     if options.resume is not None:
         if quick or options.config is not None:
             raise InputError("train: usage: crosscode train --resume RUN (the config is the run's own, as it stands)")
-        resume_training(Path(options.resume))
+        resume_training(Path(options.resume), options.trust_remote_code)
         return
     if options.config is None:
         raise InputError("train: no config given; usage: crosscode train CONFIG.yaml [--section.field VALUE ...]")
     experiment_values(options.config, quick)  # what is wrong in it is said before torch is imported
-    from crosscode.build.schema import check_config, experiment_class
+    from crosscode.build.schema import check_config, experiment_class, load_own_config
 
+    if Path(options.config).is_dir():
+        load_own_config(options.config, options.trust_remote_code)
     config = check_config(experiment_values(options.config, fields(experiment_class())))
     run_training(config, typed_overwrite="overwrite" in quick)
 
@@ -60,13 +64,13 @@ def run_training(config: ExperimentConfig, *, typed_overwrite: bool = False, mad
     _run_to_the_end(build_trainer(open_experiment(config), typed_overwrite=typed_overwrite, made_by=made_by))
 
 
-def resume_training(run_dir: Path) -> None:
+def resume_training(run_dir: Path, trust_remote_code: bool = False) -> None:
     """Continue a run from its newest whole checkpoint."""
     from crosscode.build.experiment import open_experiment
     from crosscode.build.resume import ResumePoint
     from crosscode.build.run import build_trainer
 
-    point = ResumePoint.find(run_dir)
+    point = ResumePoint.find(run_dir, trust_remote_code)
     quiet_libraries()
     _run_to_the_end(build_trainer(open_experiment(point.config), resume=point))
 

@@ -10,16 +10,17 @@ from crosscode.config.registry import ConfigModel
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 TemplateTokens = Literal["keep", "mask"]
+_PRINTABLE = r"^[^\x00-\x1f\x7f]+$"  # a name is printed, and stands in files
 SequenceLength = Annotated[int, Field(ge=2)]
 
 
 class LanguageModelConfig(ConfigModel):
     """A language model whose activations are harvested."""
 
-    path: str
+    path: str = Field(pattern=_PRINTABLE)
     """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`), or `package:NAME/FILE` for a
     file that an installed Python package ships"""
-    name: str | None = None
+    name: str | None = Field(default=None, pattern=_PRINTABLE)
     """short name in metrics and reports; null: the last part of the path"""
     revision: str | None = None
     """git revision of a hub model"""

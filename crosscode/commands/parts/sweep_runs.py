@@ -144,7 +144,7 @@ def run_sweep(
         return _train_side_by_side(trainers, data, file, progress)
 
 
-def resume_sweep(folder: Path, progress: bool = True) -> list[dict[str, Any]]:
+def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Go on with the runs of an interrupted sweep that are neither done nor failed, each from its newest checkpoint.
 
     The stream starts where the run is that is furthest behind; others join in when it reaches them.
@@ -153,7 +153,7 @@ def resume_sweep(folder: Path, progress: bool = True) -> list[dict[str, Any]]:
     for label in file.rows:  # finished by `crosscode train --resume`, or just before a kill
         if (file.path(label) / "summary.json").is_file():
             file.note(label, **RunDirectory(file.path(label)).read_summary())
-    points = {label: ResumePoint.find(file.path(label)) for label in file.unfinished()}
+    points = {label: ResumePoint.find(file.path(label), trust_remote_code) for label in file.unfinished()}
     log.info("sweep: %s, %d to go on with", file.state(), len(points))
     if not points:
         return list(file.rows.values())

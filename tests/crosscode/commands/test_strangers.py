@@ -1,0 +1,76 @@
+"""A run that somebody else made: what its config asks for counts only if it is typed, what it is called is shown as text."""
+
+import base64
+import hashlib
+import html
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crosscode.analysis.diffing import as_cell
+from crosscode.build.schema import check_config
+from crosscode.commands.cli import main
+from crosscode.errors import InputError
+
+RUN = Path(__file__).parents[2] / "fixtures" / "v1" / "run"
+
+
+@pytest.fixture
+def strange_run(tmp_path):
+    """A run whose config lets its first language model run code of its own."""
+    import shutil
+
+    run = tmp_path / "strange"
+    shutil.copytree(RUN, run)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["language_models"][0]["trust_remote_code"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    return run
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["train", "--resume"], ["train"]])
+def test_code_of_a_model_runs_only_if_that_was_typed(strange_run, command, capsys):
+    before = {file: file.read_bytes() for file in strange_run.rglob("*") if file.is_file()}
+    assert main([*command, str(strange_run)]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "language_models.0.trust_remote_code = True" in message and "--trust-remote-code" in message
+    after = {file: file.read_bytes() for file in strange_run.rglob("*") if file.is_file() and file.name != "lock"}
+    assert after == {file: content for file, content in before.items() if file.name != "lock"}
+
+
+def test_cells_that_a_spreadsheet_would_run_are_text():
+    assert as_cell('=HYPERLINK("x")') == '\'=HYPERLINK("x")'
+    assert as_cell(" @sum") == "' @sum"
+    assert as_cell("a\nb\x1b[31m") == "a b [31m"
+    assert as_cell("base/blocks.2") == "base/blocks.2"
+    assert as_cell(-1.5) == -1.5
+
+
+def test_names_have_no_control_characters(tiny_config):
+    tiny_config["language_models"][0]["name"] = "a\x1b[31mb"
+    with pytest.raises(InputError, match=r"language_models\.0\.name"):
+        check_config(tiny_config)
+
+
+def test_a_table_can_be_streamed_and_the_device_stays(tmp_path):
+    code = (
+        "from pathlib import Path; from crosscode.analysis.diffing import _write_out; "
+        "_write_out(Path('/dev/stdout'), 'a,b\\n'); _write_out(Path('/dev/null'), 'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "a,b\n"
+    assert Path("/dev/null").is_char_device() and Path("/dev/stdout").is_symlink()
+
+
+def test_the_policy_of_the_page_names_its_script_alone(tmp_path):
+    from crosscode.analysis.report import write_report
+
+    page = write_report(RUN, output=tmp_path / "page.html").read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"sha256-([A-Za-z0-9+/=]+)", page) == digests
+    assert "default-src 'none'" in html.unescape(page)
