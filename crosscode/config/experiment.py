@@ -68,7 +68,8 @@ class TrainConfig(ConfigModel):
     clip_grad_norm: PositiveFloat | None = 1.0
     """largest gradient norm; null: no clipping"""
     dead_after_tokens: PositiveInt = 1_000_000
-    """a latent counts as dead when it was not active for this many tokens (AuxK has its own number)"""
+    """a latent counts as dead when it was not active for this many tokens, in figures and, unless objective.auxk has a
+    number of its own, for AuxK"""
     log_every: PositiveInt = 50
     """steps between rows of metrics.jsonl"""
     histogram_every: PositiveInt | None = None
