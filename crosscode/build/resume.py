@@ -42,6 +42,7 @@ CHECKED_BY_FINGERPRINT = (
 )  # fmt: skip
 MOVED = (
     "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path",
+    "data.source.files.*.path", "data.source.heldout_files.*.path",
 )  # fmt: skip
 
 

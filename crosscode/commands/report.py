@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+
+if TYPE_CHECKING:
+    from crosscode.build.finished import FinishedRun
 
 
 class Options(ConfigModel):
@@ -25,7 +29,7 @@ def run(options: Options) -> None:
     print(report_run(options.run_dir, options.n_tokens, options.csv))
 
 
-def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None) -> Path:
+def report_run(run_dir: str | Path | FinishedRun, n_tokens: int | None = None, latents_csv: Path | None = None) -> Path:
     """Write `report.html` of a run; returns its path.
 
     Args:
@@ -33,14 +37,12 @@ def report_run(run_dir: str | Path, n_tokens: int | None = None, latents_csv: Pa
         latents_csv: also write the whole diffing table of the first pair of positions there.
     """
     from crosscode.analysis.report import HeldoutText, write_report
-    from crosscode.build.experiment import open_experiment
-    from crosscode.build.schema import load_config
-    from crosscode.runs.directory import open_run
+    from crosscode.build.finished import FinishedRun
 
-    run = open_run(run_dir)
+    run = run_dir if isinstance(run_dir, FinishedRun) else FinishedRun(run_dir)
 
     def heldout() -> HeldoutText:
-        experiment = open_experiment(load_config(run.config_file), to_train=False)
+        experiment = run.experiment
         batches = experiment.heldout_batches(n_tokens)
         return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
 
