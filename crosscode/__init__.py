@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return version("crosscode")
     if name == "__all__":
-        return sorted(_homes())
+        return sorted(_homes().keys() - {"open"})  # which `import *` must not put in the place of Python's own
     if name.startswith("__") or name not in _homes():
         raise AttributeError(f"module 'crosscode' has no attribute {name!r}")
     module, name_there = _homes()[name]

@@ -18,8 +18,11 @@ from crosscode.analysis.examples import Example
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
 from crosscode.analysis.metrics_file import read_metrics
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
-from crosscode.build.experiment import Experiment
+from crosscode.api.given import given_arrays
+from crosscode.build.experiment import Experiment, open_experiment
 from crosscode.build.finished import FinishedRun
+from crosscode.build.resume import ResumePoint
+from crosscode.build.run import build_trainer
 from crosscode.commands.report import report_run
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.errors import InputError
@@ -123,7 +126,9 @@ class Run(FinishedRun):
             entries = active_entries(self.model.encode_latents(experiment.split.activations(acts_SMPD)[0]))
         index_2N = torch.stack([entries.token_N, entries.latent_N]).cpu()
         size = (len(ids), entries.n_latents)
-        values_SL = torch.sparse_coo_tensor(index_2N, entries.value_N.float().cpu(), size).to_sparse_csr()
+        values_SL = torch.sparse_coo_tensor(
+            index_2N, entries.value_N.float().cpu(), size, check_invariants=True
+        ).to_sparse_csr()
         display = TokenDisplay(tokenizer)
         shown = [display([token_id], [0.0])[0].text for token_id in ids]
         return TextLatents(shown, ids, values_SL)
@@ -177,9 +182,11 @@ class Run(FinishedRun):
         Raises:
             InputError: nothing to go on from, another source, or one that has no position.
         """
-        from crosscode.api.training import resume_run
-
-        return resume_run(self.path, acts, progress=progress, callbacks=callbacks, **given)
+        point = ResumePoint.find(self.path)
+        arrays = None if acts is None else given_arrays(acts, **given)
+        experiment = open_experiment(point.config, arrays=arrays)
+        build_trainer(experiment, resume=point, callbacks=callbacks, progress=progress).train()
+        return Run(self.path)
 
     # ---- parts
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosscode.api.arguments import name_for, sorted_fields, train_signature
 from crosscode.errors import InputError
+
+if TYPE_CHECKING:
+    from crosscode.api.run import Run
 
 _OWN = ("acts", "crosscoder", "run_dir", "names", "heldout", "tokens", "tokenizer", "callbacks", "loggers", "progress")
 
@@ -25,8 +28,8 @@ def train(
     loggers: Sequence[Any] = (),
     progress: bool = True,
     **fields: Any,
-) -> Any:
-    """Train on activations of your own, or from a config as `crosscode train` does. Returns a `crosscode.Run`.
+) -> Run:
+    """Train on activations of your own, or from a config as `crosscode train` does.
 
     ```python
     run = crosscode.train(acts, {"type": "sae", "n_latents": 4096, "activation": {"type": "topk", "k": 32}}, run_dir="runs/a")
@@ -98,7 +101,7 @@ def name_for_config(run_dir: str | Path | None) -> dict[str, str]:
     return {} if run_dir is None else {"run_dir": str(run_dir)}
 
 
-def _train_config(path: str, values: dict[str, Any], callbacks: Any, loggers: Any, progress: bool) -> Any:
+def _train_config(path: str, values: dict[str, Any], callbacks: Any, loggers: Any, progress: bool) -> Run:
     from crosscode.commands.parts.options import experiment_values
 
     checked_values = experiment_values(path, values)  # what is wrong in it is said before torch is imported
@@ -110,7 +113,7 @@ def _train_config(path: str, values: dict[str, Any], callbacks: Any, loggers: An
 
 def _run(
     config: Any, given: Any, model: Any, callbacks: Any, loggers: Any, progress: bool, *, typed_overwrite: bool
-) -> Any:
+) -> Run:
     from crosscode.api.run import Run
     from crosscode.build.experiment import open_experiment
     from crosscode.build.replacing import check_may_begin
@@ -128,21 +131,6 @@ def _run(
         typed_overwrite=typed_overwrite,
     ).train()
     return Run(config.run_path())
-
-
-def resume_run(path: str | Path, acts: Any = None, *, progress: bool, callbacks: Any, **given: Any) -> Any:
-    """See `Run.resume`."""
-    from crosscode.api.given import given_arrays
-    from crosscode.api.run import Run
-    from crosscode.build.experiment import open_experiment
-    from crosscode.build.resume import ResumePoint
-    from crosscode.build.run import build_trainer
-
-    point = ResumePoint.find(path)
-    arrays = None if acts is None else given_arrays(acts, **given)
-    experiment = open_experiment(point.config, arrays=arrays)
-    build_trainer(experiment, resume=point, callbacks=callbacks, progress=progress).train()
-    return Run(path)
 
 
 train.__signature__ = train_signature(train)  # pyright: ignore[reportFunctionMemberAccess]

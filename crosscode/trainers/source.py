@@ -6,6 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from inspect import getattr_static
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,9 @@ def as_source(data: ActivationSource | Iterable[Tensor]) -> ActivationSource:
     model; to go on with it from a checkpoint is refused.
     """
     names = ("scaling_MP", "state_dict", "load_state_dict", "close")
-    return data if all(hasattr(data, name) for name in names) else _Completed(data)  # pyright: ignore[reportReturnType]
+    # Looked up without asking: a dataloader reads activations to know its scaling.
+    whole = all(getattr_static(data, name, None) is not None for name in names)
+    return data if whole else _Completed(data)  # pyright: ignore[reportReturnType]
 
 
 class _Completed:
