@@ -39,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_homes(), "__version__"})
+    return sorted({*(name for name in globals() if name.startswith("__")), *_homes(), "__version__"})

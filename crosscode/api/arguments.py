@@ -62,7 +62,4 @@ def name_for(run_dir: str | Path | None) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump()
-    config = getattr(value, "config", None)
-    return config.model_dump() if isinstance(config, BaseModel) else value  # an `Adam(...)`, say
+    return value.model_dump() if isinstance(value, BaseModel) else value

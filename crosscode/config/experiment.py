@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel
@@ -92,6 +101,13 @@ class TrainConfig(ConfigModel):
     """also log to this wandb project (needs the extra `wandb`)"""
     tensorboard: bool = False
     """also log to RUN/tensorboard (needs the extra `tensorboard`)"""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _made_in_python(cls, optimizer: Any) -> Any:
+        """`Adam(lr=1e-3)` is as good as its config."""
+        config = getattr(optimizer, "config", optimizer)
+        return config.model_dump() if isinstance(config, BaseModel) and not isinstance(config, Component) else optimizer
 
     @model_validator(mode="after")
     def _whole_parts(self) -> TrainConfig:
