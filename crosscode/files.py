@@ -19,6 +19,7 @@ from crosscode.errors import InputError
 
 _PREFIX = ".crosscode-tmp-"
 _VIEWS_PER_WRITE = 512
+_BYTES_HELD = 32 << 20
 _TEMPORARY = re.compile(r"\.crosscode-tmp-.+-[a-z0-9_]{8}")
 
 
@@ -26,7 +27,7 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
     """A file that is whole or not there, whatever happens: written under a temporary name, flushed to disk, renamed.
 
     Args:
-        parts: bytes or arrays, which follow one another in the file.
+        parts: bytes or arrays, which follow one another in the file; taken as they are needed.
 
     Raises:
         InputError: `path` is a link.
@@ -36,7 +37,8 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb", buffering=0):
-            _write_all(handle, [memoryview(part).cast("B") for part in parts if len(part)])
+            for views in _large_pieces(parts):
+                _write_all(handle, views)
             os.fsync(handle)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -44,6 +46,19 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def _large_pieces(parts: Iterable[Any]) -> Iterator[list[memoryview]]:
+    """Parts that may be made one after the other, never all in memory."""
+    views, n_bytes = list[memoryview](), 0
+    for part in parts:
+        if len(part):
+            views.append(memoryview(part).cast("B"))
+            n_bytes += views[-1].nbytes
+        if n_bytes >= _BYTES_HELD:
+            yield views
+            views, n_bytes = [], 0
+    yield views
 
 
 def _write_all(handle: int, views: list[memoryview]) -> None:

@@ -32,6 +32,7 @@ ARROWS = {
     "build": BUILD_DOWN - {"build"},
     "synthetic": BUILD_DOWN,
     "commands": BUILD_DOWN | {"analysis", "synthetic"},
+    "api": BUILD_DOWN | {"analysis", "commands"},
 }
 OPEN_TO_ALL = {"errors", "files", "formats", "recipes", "seeds"}
 

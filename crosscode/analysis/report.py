@@ -102,7 +102,7 @@ def render(
         "problems": problems,
         "tiles": header.tiles(record),
         "config_yaml": record.config_yaml,
-        "curves": training_figures(record.metrics),
+        "curves": training_figures(record.metrics, record.summary.get("callbacks") or ()),
         "evaluation": header.evaluation_table(record),
         "facts": header.facts(record),
         "latents": latent_plots.latents_section(study),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from crosscode.analysis import plots
@@ -12,8 +13,8 @@ from crosscode.analysis.wording import distinct_labels
 Lines = dict[str, tuple[list[float], list[float]]]
 
 
-def training_figures(metrics: Metrics) -> list[Plot]:
-    """Curves over training; those without data are left out."""
+def training_figures(metrics: Metrics, callback_figures: Iterable[str] = ()) -> list[Plot]:
+    """Curves over training; those without data are left out. `callback_figures`: names of further ones."""
     x = "tokens" if metrics.last("tokens") is not None else "step"
     x_label = "training tokens" if x == "tokens" else "training step"
     found: list[Plot] = []
@@ -59,6 +60,8 @@ def training_figures(metrics: Metrics) -> list[Plot]:
         "% of latents",
         least_top=1.0,
     )
+    for name in callback_figures:
+        add(name, {name: metrics.series(name, x)}, f"{name}, as a callback gave it.", name)
     return found
 
 

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from crosscode_kernels import AnyBackend, Backend, BackendName, resolve_backend
 from torch import Tensor
 
-from crosscode.build.data import Activations, available_device, build_token_loader, open_activations
+from crosscode.build.arrays import GivenArrays, open_arrays
+from crosscode.build.data import Activations, available_device, build_rows, build_token_loader, open_activations
 from crosscode.build.foresight import check_language_models, check_memory
+from crosscode.build.heldout import AnyExperiment, HeldoutBatch
 from crosscode.build.schema import given_components
+from crosscode.config.arrays import ArraysSource
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.rows import RowSource
 from crosscode.errors import InputError, in_section
-from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.architecture import ArchitectureConfig, split_for
-from crosscode.models.split import Split
 from crosscode.objectives import Objective, objective_from
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -39,7 +42,7 @@ def build_model(config: ExperimentConfig, width: int) -> BaseCrosscoder:
     model_class = ARCHITECTURES[cc.type]
     with in_section("crosscoder", type(cc).model_fields):
         return model_class(
-            **model_class.dims_for(len(config.language_models), len(config.hookpoints), width),
+            **model_class.dims_for(*config.n_positions(), width),
             n_latents=n_latents,
             activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
             backend=backend_of(config),
@@ -77,32 +80,30 @@ def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[C
 # ---- a whole run
 
 
-@dataclass(frozen=True)
-class HeldoutBatch:
-    """Held-out sequences, where their activations count, and the raw activations (float32)."""
-
-    tokens_HS: Tensor
-    mask_HS: Tensor
-    acts_HSMPD: Tensor
-
-    def usable(self) -> Tensor:
-        """`acts_BMPD` of the usable positions."""
-        return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
-
-
 @dataclass(frozen=True, kw_only=True)
-class Experiment(Activations):
-    """A checked config, and what must be loaded before anything else can be made."""
+class Experiment(Activations, AnyExperiment):
+    """On text, through language models."""
 
     config: ExperimentConfig
-    split: Split
 
-    def output_names(self) -> list[str]:
-        """Names of the output's crosscoding positions, flattened."""
-        return self.split.output_names(self.config.position_names())
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        return self.harvester.dims
+
+    @property
+    def device(self) -> torch.device:
+        return self.harvester.device
+
+    def rows(self) -> RowSource:
+        return build_rows(self)
+
+    def language_model_facts(self) -> list[dict[str, Any]]:
+        return [
+            {"path": lm.path, "name": lm.short_name(), "revision": lm.revision, "fingerprint": loaded.fingerprint()}
+            for lm, loaded in zip(self.config.language_models, self.harvester.models, strict=True)
+        ]
 
     def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
-        """Held-out sequences until `n_tokens` usable activations were seen (default: as configured)."""
         wanted = n_tokens or self.config.evaluation.n_tokens
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
@@ -111,19 +112,12 @@ class Experiment(Activations):
             if wanted <= 0:
                 return
 
-    def heldout_activations(self, n_tokens: int | None = None) -> Iterator[Tensor]:
-        """Raw held-out `acts_BMPD` of usable positions."""
-        for batch in self.heldout_batches(n_tokens):
-            yield batch.usable()
-
     def evaluate(
         self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
     ) -> EvaluationResult:
-        """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`."""
+        """Reconstruction, and what it costs to splice it into the language models."""
         settings = self.config.evaluation
-        result = measure_reconstruction(
-            model, self.heldout_activations(n_tokens), self.split, self.output_names(), scaling_MP
-        )
+        result = super().evaluate(model, scaling_MP, n_tokens)
         if settings.loss_recovered == "never" or (settings.loss_recovered == "end" and scaling_MP is not None):
             return result
         found = measure_loss_recovered(
@@ -139,15 +133,20 @@ class Experiment(Activations):
 
 
 def open_experiment(
-    config: ExperimentConfig, models: Sequence[LanguageModel] | None = None, *, to_train: bool = True
-) -> Experiment:
-    """Check what can be checked without data, then load the language models.
+    config: ExperimentConfig,
+    models: Sequence[LanguageModel] | None = None,
+    *,
+    arrays: GivenArrays | None = None,
+    to_train: bool = True,
+) -> AnyExperiment:
+    """Check what can be checked without data, then load the language models, or open the arrays.
 
     `models`: in-memory models (`wrap_language_model`) in place of those that the config names, whose `path` is then
-    only a name. `to_train=False` asks for no training data: stores of activations need not be there.
+    only a name. `arrays`: in place of files that the config names. `to_train=False` asks for no training data: stores
+    and arrays of activations need not be there.
     """
     split = split_for(config.crosscoder.type)
-    split.check(len(config.language_models), len(config.hookpoints))
+    split.check(*config.n_positions())
     device = available_device(config.device)
     if config.finetune_from is not None:
         find_model(config.finetune_from)
@@ -155,6 +154,8 @@ def open_experiment(
         check_backend(config.backend, device)
     if config.crosscoder.n_latents is not None:
         check_parts(config, width=1)
+    if isinstance(config.data.source, ArraysSource):
+        return open_arrays(config, split, arrays, to_train=to_train)
     width = None if models is not None else check_language_models(config)
     if config.crosscoder.n_latents is None and width is not None:
         check_parts(config, width)

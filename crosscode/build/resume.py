@@ -26,12 +26,15 @@ log = logging.getLogger("crosscode")
 # Patterns of dotted fields; what no pattern names must stay as it was.
 NO_EFFECT_ON_WEIGHTS = (
     "name", "run_dir", "overwrite", "finetune_from", "crosscoder.init.*", "evaluation.*",
-    "data.n_tokens_for_norm_estimate", "train.dead_after_tokens", "train.log_every", "train.histogram_every",
+    "data.n_tokens_for_norm_estimate", "train.log_every", "train.histogram_every",
     "train.checkpoint_every", "train.keep_*", "train.max_skipped_steps", "train.wandb_project", "train.tensorboard",
     "data.prefetch", "data.token_workers", "data.cache.shard_mb",
 )  # fmt: skip
 ROUNDING = ("backend", "device", "train.grad_accumulation", "train.tf32", "train.compile")
-OTHER_RUN = ("objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision")
+OTHER_RUN = (
+    "objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision",
+    "train.dead_after_tokens",
+)  # fmt: skip
 # Which language model it is stands in the checkpoint as a fingerprint of its weights, wherever the files are now.
 CHECKED_BY_FINGERPRINT = (
     "language_models.*.path", "language_models.*.revision", "language_models.*.gguf_file",
@@ -39,6 +42,7 @@ CHECKED_BY_FINGERPRINT = (
 )  # fmt: skip
 MOVED = (
     "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path",
+    "data.source.files.*.path", "data.source.heldout_files.*.path",
 )  # fmt: skip
 
 

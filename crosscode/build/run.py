@@ -6,16 +6,13 @@ Axes: B tokens · M models · P hookpoints · D width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from crosscode.build.data import available_device, build_rows
-from crosscode.build.experiment import (
-    Experiment,
-    build_constraints,
-    build_model,
-    build_objective,
-)
+from crosscode.build.data import available_device
+from crosscode.build.experiment import build_constraints, build_model, build_objective
+from crosscode.build.heldout import AnyExperiment
 from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.schema import dump_config
@@ -29,6 +26,7 @@ from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
+from crosscode.trainers.callbacks import Callback
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
@@ -38,10 +36,13 @@ log = logging.getLogger("crosscode")
 
 
 def build_trainer(
-    experiment: Experiment,
+    experiment: AnyExperiment,
     *,
     resume: ResumePoint | None = None,
     data: ActivationSource | None = None,
+    model: BaseCrosscoder | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
     progress: bool = True,
     typed_overwrite: bool = False,
     made_by: str = "train",
@@ -53,6 +54,8 @@ def build_trainer(
         resume: continue this run from its newest whole checkpoint (from the start, where it has none yet); `experiment`
             is that of the run's config.
         data: a stream of activations to use in place of the one that the config describes.
+        model: an initialised model to use in place of the one that the config describes, on its device.
+        callbacks, loggers: besides those that the config asks for.
         typed_overwrite: the user typed that the run may be replaced, though it is not over.
         made_by: the command, which is noted in the run directory.
     """
@@ -60,11 +63,15 @@ def build_trainer(
     run = _run_directory(config, resume, typed_overwrite, made_by)
     step = resume.step if resume else None
     data = data or build_dataloader(experiment)
-    model = build_model(config, width=experiment.harvester.dims[2]).to(available_device(config.device))
+    given, width = model, experiment.dims[2]
+    model = given or build_model(config, width=width).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
     metadata = model_metadata(experiment)
-    if step is None:
+    if given is not None:
+        for constraint in constraints:
+            constraint.start(model)
+    elif step is None:
         initialise(experiment, model, constraints, data)
     else:
         check_same_language_models(run, step, metadata)
@@ -75,13 +82,14 @@ def build_trainer(
         build_objective(config),
         config.train,
         run,
-        build_loggers(config, run),
+        [*build_loggers(config, run), *loggers],
         position_names=experiment.output_names(),
         constraints=constraints,
         evaluate=experiment.evaluate,
         evaluate_every=config.evaluation.every,
         metadata=metadata,
         progress=progress,
+        callbacks=[*experiment.callbacks(), *callbacks],
     )
     if resume is not None:
         trainer.restore(step)
@@ -102,9 +110,9 @@ def _run_directory(
     return run
 
 
-def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
+def build_dataloader(experiment: AnyExperiment) -> ActivationsDataloader:
     """Scaled, shuffled training activations."""
-    config, rows = experiment.config, build_rows(experiment)
+    config, rows = experiment.config, experiment.rows()
     with in_section("data", DataConfig.model_fields):
         return ActivationsDataloader(
             rows,
@@ -115,12 +123,12 @@ def build_dataloader(experiment: Experiment) -> ActivationsDataloader:
             n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
             drop_last=True,
             prefetch=config.data.prefetch,
-            device=experiment.harvester.device,
+            device=experiment.device,
         )
 
 
 def initialise(
-    experiment: Experiment, model: BaseCrosscoder, constraints: list[Constraint], data: ActivationSource
+    experiment: AnyExperiment, model: BaseCrosscoder, constraints: list[Constraint], data: ActivationSource
 ) -> None:
     """Fill the weights: from another model, or by the configured initialisation."""
     config, split = experiment.config, experiment.split
@@ -155,14 +163,11 @@ def check_threshold_in_time(config: ExperimentConfig, model: BaseCrosscoder) -> 
         activation.check_evaluated_at(first)
 
 
-def model_metadata(experiment: Experiment) -> dict[str, Any]:
+def model_metadata(experiment: AnyExperiment) -> dict[str, Any]:
     """What a checkpoint says about where its activations come from."""
     config = experiment.config
     return {
-        "language_models": [
-            {"path": lm.path, "name": lm.short_name(), "revision": lm.revision, "fingerprint": loaded.fingerprint()}
-            for lm, loaded in zip(config.language_models, experiment.harvester.models, strict=True)
-        ],
+        "language_models": experiment.language_model_facts(),
         "hookpoints": config.hookpoints,
         "output_positions": experiment.output_names(),
         "architecture": config.crosscoder.type,

@@ -23,9 +23,16 @@ from crosscode.trainers.optimizers import OPTIMIZERS
 _FIRST = ("name", "run_dir", "overwrite")
 
 
-@cache
 def experiment_class() -> type[ExperimentConfig]:
-    """`ExperimentConfig` with the fields of all registered components."""
+    """`ExperimentConfig` with the fields of all components that are registered by now."""
+    return _experiment_class(
+        tuple(tuple(one.config_classes().items()) for one in (ACTIVATIONS, INITIALIZATIONS, OPTIMIZERS, CONSTRAINTS)),
+        tuple(tuple(one.config_classes().items()) for one in (ARCHITECTURES, TERMS)),
+    )
+
+
+@cache
+def _experiment_class(*registered: Any) -> type[ExperimentConfig]:
     components: dict[str, Any] = {
         "activation": (ACTIVATIONS.config_union(), _like(CrosscoderConfig, "activation")),
         "init": (INITIALIZATIONS.config_union(), _like(CrosscoderConfig, "init")),
@@ -135,6 +142,8 @@ def _make_data_absolute(data: dict[str, Any]) -> None:
         for part in (source or {}).get("parts", [{"source": source}]):
             if part["source"] is not None and part["source"]["type"] == "local":
                 _make_absolute(part["source"])
+        for file in [*(source or {}).get("files", ()), *(source or {}).get("heldout_files", ())]:
+            _make_absolute(file)
     for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
         store["path"] = str(Path(store["path"]).expanduser().resolve())
 

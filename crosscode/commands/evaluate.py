@@ -16,27 +16,19 @@ class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
     """run directory"""
     n_tokens: PositiveInt | None = None
-    """held-out activations; null: as in the run's config"""
+    """held-out activations; null: as in the run's config, and the figures are kept in the run"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
-    from crosscode.build.experiment import open_experiment
-    from crosscode.build.schema import load_own_config
-    from crosscode.runs.directory import open_run
-    from crosscode.trainers.warm_start import find_model, load_folded
+    from crosscode.build.finished import FinishedRun
 
     quiet_libraries()
-    run = open_run(options.run_dir)
-    config = load_own_config(run.config_file, options.trust_remote_code)
-    folder = find_model(str(run.path), "run")
-    if folder != run.final:
-        print(f"crosscode: training is not over: these are figures of {folder}", file=sys.stderr)
-    experiment = open_experiment(config, to_train=False)
-    model = load_folded(folder, config.backend, experiment.harvester.device)
-    result = experiment.evaluate(model, n_tokens=options.n_tokens)
-    run.write_evaluation(result.to_json())
+    run = FinishedRun(options.run_dir, options.trust_remote_code)
+    if not run.is_over:
+        print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
+    result = run.evaluate(options.n_tokens)
     shown = {name: value for name, value in result.to_json().items() if name != "density_L"}
     print(json.dumps(shown, indent=2))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+
+if TYPE_CHECKING:
+    from crosscode.build.finished import FinishedRun
 
 
 class Options(ConfigModel):
@@ -28,7 +32,10 @@ def run(options: Options) -> None:
 
 
 def report_run(
-    run_dir: str | Path, n_tokens: int | None = None, latents_csv: Path | None = None, trust_remote_code: bool = False
+    run_dir: str | Path | FinishedRun,
+    n_tokens: int | None = None,
+    latents_csv: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write `report.html` of a run; returns its path.
 
@@ -38,16 +45,13 @@ def report_run(
         trust_remote_code: as of `load_own_config`.
     """
     from crosscode.analysis.report import HeldoutText, write_report
-    from crosscode.build.experiment import open_experiment
-    from crosscode.build.schema import load_own_config
-    from crosscode.runs.directory import open_run
+    from crosscode.build.finished import FinishedRun
 
-    run = open_run(run_dir)
-
-    config = load_own_config(run.config_file, trust_remote_code)
+    run = run_dir if isinstance(run_dir, FinishedRun) else FinishedRun(run_dir, trust_remote_code)
+    _ = run.config  # a bad one, or one that asks for trust, is said before anything is loaded
 
     def heldout() -> HeldoutText:
-        experiment = open_experiment(config, to_train=False)
+        experiment = run.experiment
         batches = experiment.heldout_batches(n_tokens)
         return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
 

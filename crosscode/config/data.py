@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from crosscode.config.arrays import ArraysSource
 from crosscode.config.registry import ConfigModel
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -214,6 +215,8 @@ class TokenPolicy(TokenRules):
 class DataConfig(TokenRules, TextConfig):
     """From text to shuffled activations."""
 
+    source: Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture | ArraysSource, Field(discriminator="type")]
+    """training text, or activations of your own"""
     cache: CacheConfig | None = None
     """write activations to a store while training, and read them back in later epochs and runs"""
     stores: list[StoreConfig] = Field(default=[])
@@ -256,9 +259,9 @@ class HarvestConfig(ConfigModel):
     """seed of initialisation, data order and shuffling"""
     device: str = "auto"
     """device of the crosscoder, and of language models that name none: auto, cpu, cuda, cuda:1, mps"""
-    language_models: list[LanguageModelConfig] = Field(min_length=1)
+    language_models: list[LanguageModelConfig] = Field(default=[])
     """models to harvest; several must share one tokenizer"""
-    hookpoints: list[str] = Field(min_length=1)
+    hookpoints: list[str] = Field(default=[])
     """TransformerLens names, such as blocks.5.hook_resid_post, or module paths, such as model.layers.5.mlp"""
     data: DataConfig
     """from text to activations"""
@@ -272,8 +275,26 @@ class HarvestConfig(ConfigModel):
             raise ValueError(f"hookpoints: {max(self.hookpoints, key=self.hookpoints.count)!r} is named twice")
         return self
 
+    @model_validator(mode="after")
+    def _harvested_or_given(self) -> HarvestConfig:
+        given = isinstance(self.data.source, ArraysSource)
+        for name in ("language_models", "hookpoints"):
+            if not given and name not in self.model_fields_set:
+                raise ValueError(f"{name}: required, but not given")
+            if given == bool(getattr(self, name)):
+                what = "is not for data.source.type 'arrays'" if given else "must name at least one"
+                raise ValueError(f"{name} = {getattr(self, name)}: {what}")
+        return self
+
+    def n_positions(self) -> tuple[int, int]:
+        """(M, P)."""
+        names_MP = self.position_names()
+        return len(names_MP), len(names_MP[0])
+
     def position_names(self) -> list[list[str]]:
         """`[M][P]` names such as "base/blocks.2.hook_resid_post"."""
+        if isinstance(self.data.source, ArraysSource):
+            return self.data.source.names
         return [[f"{model.short_name()}/{hook}" for hook in self.hookpoints] for model in self.language_models]
 
     def token_policy(self, *, heldout: bool = False) -> TokenPolicy:

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel
@@ -68,7 +77,8 @@ class TrainConfig(ConfigModel):
     clip_grad_norm: PositiveFloat | None = 1.0
     """largest gradient norm; null: no clipping"""
     dead_after_tokens: PositiveInt = 1_000_000
-    """a latent counts as dead when it was not active for this many tokens (AuxK has its own number)"""
+    """a latent counts as dead when it was not active for this many tokens, in figures and, unless objective.auxk has a
+    number of its own, for AuxK"""
     log_every: PositiveInt = 50
     """steps between rows of metrics.jsonl"""
     histogram_every: PositiveInt | None = None
@@ -91,6 +101,13 @@ class TrainConfig(ConfigModel):
     """also log to this wandb project (needs the extra `wandb`)"""
     tensorboard: bool = False
     """also log to RUN/tensorboard (needs the extra `tensorboard`)"""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _made_in_python(cls, optimizer: Any) -> Any:
+        """`Adam(lr=1e-3)` is as good as its config."""
+        config = getattr(optimizer, "config", optimizer)
+        return config.model_dump() if isinstance(config, BaseModel) and not isinstance(config, Component) else optimizer
 
     @model_validator(mode="after")
     def _whole_parts(self) -> TrainConfig:

@@ -20,6 +20,10 @@ class ArchitectureConfig(CrosscoderConfig):
     title: ClassVar[str]
     """name in reports"""
     split: ClassVar[Split]
+    usual_init: ClassVar[str] = "anthropic_transpose"
+    """the initialisation where none is given"""
+    takes_init_of_activation: ClassVar[bool] = True
+    """whether `ActivationFunction.usual_init` comes first"""
 
     def options(self, n_latents: int) -> dict[str, Any]:
         """Options of the model's constructor."""

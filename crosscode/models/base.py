@@ -93,6 +93,7 @@ class BaseCrosscoder(CoderWeights):
         self.b_enc_L = param(use_encoder_bias, n_latents)
         self.b_dec_XoDo = param(use_decoder_bias, *out_dims, d_out)
         self.W_skip_XiDiXoDo = param(linear_skip, *in_dims, d_in, *out_dims, d_out)
+        self.mark_uninitialised_()
 
     @property
     def parts(self) -> Sequence[BaseCrosscoder]:

@@ -68,7 +68,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device) -> ModelT:
-    spec = dict(read_config(path)["model"])
+    config = read_config(path)
+    spec, metadata = dict(config["model"]), config.get("metadata") or {}
     kind = spec.pop("kind")
     model_class = class_of_kind(kind)
     if model_class is None or cls not in model_class.__mro__:
@@ -81,6 +82,7 @@ def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: to
             part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
             part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
+    model.position_names = tuple(metadata.get("output_positions", ()))
     return model.to(device).eval()
 
 

@@ -53,6 +53,8 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         topk_scope: TopkScope = "layer"
         """whether TopK and BatchTopK keep k latents in each source layer, or k over all of them"""
         title = "compound cross-layer transcoder"
+        usual_init = "compound_uniform"
+        takes_init_of_activation = False
         split = Split(
             type,
             lambda p: (slice(0, p // 2), slice(p // 2, None)),

@@ -26,6 +26,7 @@ class CrossLayerTranscoder(BaseCrosscoder):
     class Config(ArchitectureConfig):
         type: Literal["cross_layer_transcoder"] = "cross_layer_transcoder"
         title = "cross-layer transcoder"
+        usual_init = "anthropic_transpose_cross_layer"
         split = Split(
             type,
             lambda p: (0, slice(1, None)),

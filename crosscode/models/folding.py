@@ -18,16 +18,14 @@ def fold_scaling_(model: Coder, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -
     if model.is_folded:
         raise InputError("fold_activation_scaling_into_weights_: the scaling of this model is folded in already")
     like = model.parts[0].W_enc_LXiDi
-    s_in_Xi = _checked("scaling_in_Xi", scaling_in_Xi, model.in_dims).to(like)
-    s_out_Xo = _checked("scaling_out_Xo", scaling_out_Xo, model.out_dims).to(like)
+    check_scaling(model, scaling_in_Xi, scaling_out_Xo)
+    s_in_Xi, s_out_Xo = scaling_in_Xi.to(like), scaling_out_Xo.to(like)
     model.scale_weights_(s_in_Xi, s_out_Xo)
     model.folded_scaling_in_Xi, model.folded_scaling_out_Xo = s_in_Xi.clone(), s_out_Xo.clone()
 
 
 def scale_weights_(model: Coder, s_in_Xi: Tensor, s_out_Xo: Tensor) -> None:
     """Scale the weights of a model that holds its own."""
-    if model.use_pre_bias and not torch.equal(s_in_Xi, s_out_Xo):
-        raise InputError("scaling: a model with use_pre_bias needs equal factors for input and output")
     model.W_enc_LXiDi.mul_(s_in_Xi[..., None])
     model.W_dec_LXoDo.div_(s_out_Xo[..., None])
     if model.b_dec_XoDo is not None:
@@ -37,12 +35,18 @@ def scale_weights_(model: Coder, s_in_Xi: Tensor, s_out_Xo: Tensor) -> None:
         model.W_skip_XiDiXoDo.mul_(s_in_Xi.reshape(*model.in_dims, 1, *ones_out)).div_(s_out_Xo[..., None])
 
 
-def _checked(name: str, scaling: Tensor, dims: tuple[int, ...]) -> Tensor:
-    if tuple(scaling.shape) != dims:
-        raise InputError(f"{name}: expected shape {dims}, got {tuple(scaling.shape)}")
-    if not bool((scaling.isfinite() & (scaling > 0)).all()):
-        raise InputError(f"{name}: factors must be positive and finite, got {scaling.tolist()}")
-    return scaling
+def check_scaling(model: Coder, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+    """Raise `InputError` where these factors could not be folded into the model."""
+    for name, scaling, dims in (
+        ("scaling_in_Xi", scaling_in_Xi, model.in_dims),
+        ("scaling_out_Xo", scaling_out_Xo, model.out_dims),
+    ):
+        if tuple(scaling.shape) != dims:
+            raise InputError(f"{name}: expected shape {dims}, got {tuple(scaling.shape)}")
+        if not bool((scaling.isfinite() & (scaling > 0)).all()):
+            raise InputError(f"{name}: factors must be positive and finite, got {scaling.tolist()}")
+    if model.use_pre_bias and not torch.equal(scaling_in_Xi, scaling_out_Xo):
+        raise InputError("scaling: a model with use_pre_bias needs equal factors for input and output")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from crosscode_kernels import AnyBackend, Backend, OpSet, resolve_backend
 from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
 from torch import Tensor, nn
 
+from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
 from crosscode.models.row_view import row_view
@@ -33,6 +34,8 @@ class CoderWeights(nn.Module, Coder):
     default_decoder_norm: ClassVar[NormMode] = "sum"
     n_shared_latents: int = 0
     use_pre_bias: bool = False
+    position_names: tuple[str, ...] = ()
+    """Names of the output's positions, where they are known (of a saved model, from its metadata)."""
     folded_scaling_in_Xi: Tensor | None
     folded_scaling_out_Xo: Tensor | None
 
@@ -118,6 +121,33 @@ class CoderWeights(nn.Module, Coder):
         thresholds = [param for activation in self.activation_fns for param in activation.parameters()]
         ids = {id(param) for param in thresholds}
         return {"weights": [p for p in self.parameters() if id(p) not in ids], "thresholds": thresholds}
+
+    def mark_uninitialised_(self) -> None:
+        """NaN in the first row: whatever fills the weights overwrites it, and until then nothing looks like a result."""
+        with torch.no_grad():
+            self.W_enc_LXiDi[0].fill_(math.nan)
+            self.W_dec_LXoDo[0].fill_(math.nan)
+
+    def check_initialised(self) -> None:
+        """Raise `InputError` where the weights were never filled. Reads a few values from the device."""
+        for part in self.parts:
+            if bool(part.W_enc_LXiDi[0].isnan().all() & part.W_dec_LXoDo[0].isnan().all()):
+                raise InputError("model: its weights are not initialised; call model.init_weights(...), or load them")
+
+    def extra_repr(self) -> str:
+        """Sizes, activation, backend and parameters, for `repr(model)`."""
+        into, out = (*self.in_dims, self.d_in), (*self.out_dims, self.d_out)
+        activation = self.parts[0].activation_fn
+        return (
+            f"{into} -> {self.n_latents:,} latents -> {out}, {activation.type_name()}({activation.extra_repr()}), "
+            f"backend={str(self.backend)!r}, "
+            f"{sum(param.numel() for param in self.parameters()):,} parameters ({self.dtype}, {self.device}), "
+            f"scaling {'folded in' if self.is_folded else 'not folded in'}"
+        )
+
+    def __repr__(self) -> str:
+        positions = f", positions: {', '.join(self.position_names)}" if self.position_names else ""
+        return f"{type(self).__name__}({self.extra_repr()}{positions})"
 
     # ---- decoder norms
 

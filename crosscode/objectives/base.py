@@ -15,10 +15,11 @@ from crosscode_kernels.recon_loss import ReconLoss
 from pydantic import BaseModel
 from torch import Tensor
 
-from crosscode.config.registry import Configured, Registry
+from crosscode.config.experiment import TrainConfig
+from crosscode.config.registry import ConfigModel, Configured, Registry
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.objectives.schedules import as_schedule
+from crosscode.objectives.schedules import Weight, as_schedule
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class LossContext:
     """tokens since each latent was last active, int64"""
     error_variance: Tensor | None = None
     """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
+    dead_after_tokens: int = TrainConfig.model_fields["dead_after_tokens"].default
+    """from when on a latent counts as dead, for terms that have no number of their own"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
     _recon: list[ReconLoss] = field(default_factory=list, repr=False)
@@ -74,6 +77,37 @@ class LossTerm(Configured, ABC):
 TERMS: Registry[Any] = Registry("objective.{type}", "crosscode.objectives.terms")
 
 
+class FunctionTerm(LossTerm):
+    """A function as a loss term, with coefficient 1 unless another is given.
+
+    It sees whole batches: with `grad_accumulation` it is given the mean over the parts, as are other terms.
+    """
+
+    class Config(ConfigModel):
+        weight: Weight = 1.0
+
+    beside = ("function",)
+    function: Callable[[LossContext], Tensor]
+
+    def __call__(self, context: LossContext) -> Tensor:
+        return self.function(context)
+
+
+AnyTerm = LossTerm | Callable[[LossContext], Tensor]
+Coefficient = Weight | Callable[[int, int], float]
+
+
+def _weighted(name: str, given: AnyTerm | tuple[AnyTerm, Coefficient]) -> tuple[LossTerm, Callable[[int, int], float]]:
+    term, *coefficient = given if isinstance(given, tuple) else (given,)
+    if not callable(term) or len(coefficient) > 1:
+        raise InputError(f"objective.{name} = {given!r}: must be a loss term, or (term, coefficient)")
+    term = term if isinstance(term, LossTerm) else FunctionTerm(term)
+    weight = coefficient[0] if coefficient else getattr(term, "weight", 1.0)
+    if isinstance(weight, bool) or not (isinstance(weight, (int, float)) or callable(weight)):
+        raise InputError(f"objective.{name}: coefficient {weight!r} must be a number, or a schedule (step, n_steps)")
+    return term, as_schedule(weight)
+
+
 @dataclass(frozen=True)
 class Loss:
     """`total` is what is differentiated; `parts` are the unweighted terms, detached, and `weights` their coefficients:
@@ -101,15 +135,23 @@ class Loss:
         return Loss(self.total + other.total, parts, other.weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Objective:
-    """Named terms with schedules `(step, n_steps) -> coefficient`. What is logged is what is trained."""
+    """Named terms with schedules `(step, n_steps) -> coefficient`. What is logged is what is trained.
+
+    Given by name, as any of: `term` (its own coefficient), `(term, coefficient)`. A term is a `LossTerm`, or a function
+    of the `LossContext` that gives a scalar; a coefficient is a number, or a schedule.
+
+    Raises:
+        InputError: no term, or something else.
+    """
 
     terms: Mapping[str, tuple[LossTerm, Callable[[int, int], float]]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if not self.terms:
+    def __init__(self, terms: Mapping[str, AnyTerm | tuple[AnyTerm, Coefficient]]) -> None:
+        if not terms:
             raise InputError("objective: no loss term given; add at least `recon: {}`")
+        object.__setattr__(self, "terms", {name: _weighted(name, given) for name, given in terms.items()})
 
     def check_model(self, model: BaseCrosscoder) -> None:
         for term, _ in self.terms.values():
@@ -138,5 +180,4 @@ class Objective:
 
 def objective_from(configs: Mapping[str, BaseModel]) -> Objective:
     """The objective of terms by name, each given by its config (which holds its coefficient as well)."""
-    terms = {name: TERMS.build(config) for name, config in configs.items()}
-    return Objective({name: (term, as_schedule(term.weight)) for name, term in terms.items()})
+    return Objective({name: TERMS.build(config) for name, config in configs.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -66,5 +67,6 @@ Weight = NonNegativeFloat | Schedule
 """What a config may give as a coefficient: a number, or a schedule."""
 
 
-def as_schedule(weight: Weight) -> Constant | LinearRamp | WarmUp:
+def as_schedule(weight: Weight | Callable[[int, int], float]) -> Callable[[int, int], float]:
+    """`(step, n_steps) -> coefficient`; a number is that at every step."""
     return Constant(value=float(weight)) if isinstance(weight, (int, float)) else weight

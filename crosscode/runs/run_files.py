@@ -29,6 +29,7 @@ _TOP = (
     "evaluation.json",
     "wandb.json",
     "report.html",
+    "heldout.safetensors",
 )
 _MODEL = ("config.json", "model.safetensors", "checksums.json")
 _STATE = ("trainer_state.json", "trainer_state.safetensors")
@@ -44,6 +45,7 @@ _FOLDERS = {
     r"final": _any(_MODEL),
     r"checkpoints": r"(?!)",
     r"checkpoints/(damaged_)?step_\d+": _any((*_MODEL, *_STATE)),
+    r"tokenizer": r".+\.(json|jinja|txt|model)",
     r"tensorboard": r"events\.out\.tfevents\..+",
     r"wandb": r"(offline-)?run-.+|latest-run|debug(-internal)?\.log",
 }
@@ -128,7 +130,7 @@ def step_files(folder: Path) -> Iterator[Path]:
 
 def write_marker(root: Path, kind: str, **facts: Any) -> None:
     """`.crosscode`: which kind of folder this is, and what crosscode writes in it."""
-    writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "tensorboard", "wandb"]
+    writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "tensorboard", "tokenizer", "wandb"]
     names = {"run": writes, "sweep": [MARKER, "sweep.json"]}[kind]
     write_json(root / MARKER, {"kind": kind, **RUN.stamp(), **facts, "writes": names})
 

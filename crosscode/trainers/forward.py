@@ -61,5 +61,7 @@ class ForwardPass:
         self, input_BXiDi: Tensor, target_BXoDo: Tensor, forward: ForwardResult, error_variance: Tensor | None = None
     ) -> Terms:
         tokens_since_fired_L = self.firing.tokens_since_fired_L
-        context = LossContext(self.model, input_BXiDi, target_BXoDo, forward, tokens_since_fired_L, error_variance)
+        dead_after = self.config.dead_after_tokens
+        batch = (input_BXiDi, target_BXoDo, forward)
+        context = LossContext(self.model, *batch, tokens_since_fired_L, error_variance, dead_after)
         return self.objective.values(context)

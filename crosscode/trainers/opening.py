@@ -9,6 +9,9 @@ from typing import Protocol
 from torch import Tensor
 
 from crosscode.errors import InputError
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.folding import check_scaling
+from crosscode.objectives.base import Objective
 from crosscode.runs.directory import RunDirectory
 from crosscode.trainers.phases import Phases
 
@@ -21,6 +24,23 @@ class Beginner(Protocol):
     run: RunDirectory
 
     def open(self) -> None: ...
+
+
+def check_parts(model: BaseCrosscoder, objective: Objective, position_names: Sequence[str]) -> None:
+    """Raise `InputError` where what a trainer was given does not fit together."""
+    objective.check_model(model)
+    n_positions = len(model.segments)
+    if len(position_names) != n_positions:
+        raise InputError(
+            f"position_names: {len(position_names)} were given ({', '.join(map(repr, position_names))}), but the "
+            f"model's output has {n_positions} position(s)"
+        )
+
+
+def check_ready(model: BaseCrosscoder, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
+    """Raise `InputError` for weights that nobody filled, or a scaling that only the last step would find not to fit."""
+    model.check_initialised()
+    check_scaling(model, scaling_in_Xi, scaling_out_Xo)
 
 
 def next_batch(trainers: Sequence[Beginner], batches: Iterator[Tensor], step: int) -> Tensor | None:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -53,9 +53,9 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def advance(self, metrics: dict[str, Any]) -> None:
-        """One more is done, with these latest loss, FVU and L0."""
-        self.show((self._done or 0) + 1, _figures(metrics))
+    def advance(self, metrics: dict[str, Any], also: Iterable[str] = ()) -> None:
+        """One more is done, with these latest loss, FVU and L0, and figures of other names where there are some."""
+        self.show((self._done or 0) + 1, _figures(metrics, also))
 
     def show(self, done: int, figures: str) -> None:
         """So much is done; begins to count where `start` was not called."""
@@ -116,6 +116,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _figures(metrics: dict[str, Any]) -> str:
-    shown = {"loss": "{:.4g}", "fvu": "{:.4f}", "l0": "{:.1f}"}
+def _figures(metrics: dict[str, Any], also: Iterable[str]) -> str:
+    shown = {"loss": "{:.4g}", "fvu": "{:.4f}", "l0": "{:.1f}", **dict.fromkeys(sorted(also), "{:.4g}")}
     return "  ".join(f"{name} {form.format(metrics[name])}" for name, form in shown.items() if name in metrics)

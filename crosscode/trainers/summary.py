@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -36,11 +36,13 @@ def summary(
     last: Mapping[str, Any],
     position_names: Sequence[str],
     evaluation: EvaluationResult | None,
+    callback_figures: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Held-out figures where there are some, else those of the last training batch, of which `last` is the metrics.
 
     Args:
         counts: `step`, `tokens` and `seconds` of training.
+        callback_figures: names in the metrics that are callbacks'.
     """
     positions = {name: last.get(f"fvu/{name}") for name in position_names}
     return {
@@ -54,6 +56,7 @@ def summary(
         "dead_fraction": evaluation.dead_fraction if evaluation else last.get("dead_fraction"),
         "dead_fraction_training": last.get("dead_fraction"),
         "loss_recovered": evaluation.loss_recovered_by_position() if evaluation else {},
+        "callbacks": {name: last.get(name) for name in sorted(callback_figures)},
         "tokens_per_s": tokens_per_s(counts),
         "wall_s": counts["seconds"],
         "backend": model.ops.name,

@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -27,6 +27,7 @@ from crosscode.runs.loggers import Logger
 from crosscode.runs.metrics import Metrics
 from crosscode.runs.random_state import RandomState
 from crosscode.trainers.accumulation import BatchInParts
+from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.faults import FiniteGuard
@@ -34,12 +35,12 @@ from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.interruption import StopSignals
-from crosscode.trainers.opening import next_batch, open_runs
+from crosscode.trainers.opening import check_parts, check_ready, next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.saver import Saver
-from crosscode.trainers.source import ActivationSource
+from crosscode.trainers.source import ActivationSource, as_source
 from crosscode.trainers.summary import summary, tokens_per_s
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -50,16 +51,23 @@ class Trainer:
     """Trains one model on one stream of activations and writes a run directory. Composed, never subclassed.
 
     Args:
+        model: initialised, on the device on which it is to be trained.
+        data: batches `acts_BMPD` on that device; may lack what `as_source` says.
         split: how activations become the model's input and target.
+        position_names: one for each position of the model's output.
         evaluate: gives held-out figures, every `evaluate_every` steps and at the end.
         n_steps: length of the run, in place of `config.n_steps`.
         metadata: kept beside the weights.
+        callbacks: see `Callback`.
+
+    Raises:
+        InputError: what does not fit together, before anything is written.
     """
 
     def __init__(
         self,
         model: BaseCrosscoder,
-        data: ActivationSource,
+        data: ActivationSource | Iterable[Tensor],
         split: Split,
         objective: Objective,
         config: TrainConfig,
@@ -73,8 +81,10 @@ class Trainer:
         n_steps: int | None = None,
         metadata: dict[str, Any] | None = None,
         progress: bool = True,
+        callbacks: Sequence[Callback] = (),
     ):
-        objective.check_model(model)
+        check_parts(model, objective, position_names)
+        data = as_source(data)
         self.model, self.data, self.split, self.objective = model, data, split, objective
         self.config, self.run, self.constraints = config, run, constraints
         self.n_steps = config.n_steps if n_steps is None else n_steps
@@ -91,6 +101,7 @@ class Trainer:
         self.phases = Phases(model.device)
         self.metrics = Metrics(loggers)
         self.progress = Progress(self.n_steps, enabled=progress)
+        self.callbacks = Callbacks(callbacks)
         self.step = self.tokens = 0
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState()}
@@ -129,10 +140,12 @@ class Trainer:
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
+        check_ready(self.model, *self.split.scaling(self.data.scaling_MP))
         self.run.begin()
         self.metrics.open()
         if self._resumed:
             self.metrics.rewind(self.step)
+        self.callbacks.start(self)
 
     def start(self) -> None:
         """Before the first step, and before the first after a resume."""
@@ -170,7 +183,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += acts_BMPD.shape[0]
-        self.progress.advance(self.metrics.last)
+        self.callbacks.step(self)
+        self.progress.advance(self.metrics.last, self.callbacks.names)
         if figures is not None:
             self._log_training(figures, loss, grad_norm)
         if self._is_due(self.config.histogram_every, self.step):
@@ -195,13 +209,15 @@ class Trainer:
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
             self.model.save(self.run.final, self.metadata)
+        self.callbacks.checkpoint(self, self.run.final)
         self.run.drop_put_by()
         evaluation = self._evaluate(None)
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
         self.metrics.close()
         last = self.metrics.last
-        self.run.write_summary(summary(self.model, self.counts(), last, self.position_names, evaluation))
+        beside = (self.position_names, evaluation, self.callbacks.names)
+        self.run.write_summary(summary(self.model, self.counts(), last, *beside))
         return evaluation
 
     # ---- parts of a step
@@ -245,7 +261,7 @@ class Trainer:
         return {"step": self.step, "tokens": self.tokens, "seconds": self.phases.training_s}
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        self.metrics.log({"step": self.step, "tokens": self.tokens, **metrics})
+        self.metrics.log(self.callbacks.join({"step": self.step, "tokens": self.tokens, **metrics}))
 
     def _evaluate_in_training(self) -> None:
         self.optimizer_plan.start_evaluation(self.optimizer)
@@ -258,6 +274,7 @@ class Trainer:
             return None
         with self.phases("eval"), self.progress.during("evaluate"):
             evaluation = self.evaluate(self.model, scaling_MP)
+            self.callbacks.evaluate(self, evaluation)
         self._log(evaluation.as_metrics())
         return evaluation
 
@@ -272,6 +289,8 @@ class Trainer:
         """
         self.guard.check(self.checkpoints.newest_name())
         self.saver.save(self.counts(), or_warn=or_warn)
+        if self.saver.saved_step == self.step:
+            self.callbacks.checkpoint(self, self.run.checkpoint(self.step))
 
     def restore(self, step: int | None) -> None:
         """Continue from `checkpoints/step_N/`, which must be whole (`Checkpoints.newest_whole`); None: from step 0."""

@@ -197,6 +197,7 @@ def make_trainer(tmp_path):
         seed=0,
         n_latents=N_LATENTS,
         model_options=None,
+        callbacks=(),
         **settings,
     ):
         torch.set_num_threads(1)
@@ -228,6 +229,7 @@ def make_trainer(tmp_path):
             evaluate_every=evaluate_every,
             n_steps=n_steps,
             progress=False,
+            callbacks=callbacks,
         )
 
     return make

@@ -128,7 +128,7 @@ def run_sweep(
     """
     _check_free(points, folder, typed_overwrite)
     for point in points:
-        split_for(point.config.crosscoder.type).check(len(point.config.language_models), len(point.config.hookpoints))
+        split_for(point.config.crosscoder.type).check(*point.config.n_positions())
     experiment = open_experiment(points[0].config)
     with closing(build_dataloader(experiment)) as data:
         trainers: dict[str, Trainer] = {}

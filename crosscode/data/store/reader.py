@@ -129,10 +129,17 @@ class ActivationCache:
     def __len__(self) -> int:
         return self.n_rows
 
+    def __str__(self) -> str:
+        return f"store {str(self.path)!r}"
+
     def check_not_empty(self) -> None:
         """Raise StoreError where there is no row to read."""
         if not self.shards:
             raise StoreError(f"store {str(self.path)!r} holds no whole shard yet")
+
+    def content(self) -> str:
+        """What the store holds, in 8 hex digits."""
+        return content_id(self.manifest)
 
     def mean_norm_MP(self) -> torch.Tensor:
         """Mean norm of the activations (float64), over every row, as recorded while they were written."""
@@ -189,7 +196,7 @@ class ActivationCache:
         section_at_N = self._offsets[shard_N]
         for section_RE in (sums_R.view(torch.uint8).view(-1, 4), *out.sections()):
             E = section_RE.shape[1]
-            if not _read_runs(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()):
+            if not read_runs(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()):
                 raise self._cut(shard_N)
             section_at_N = section_at_N + E * self._sizes[shard_N]
         wrong_R = np.flatnonzero(row_sums(out) != sums_R.numpy())
@@ -223,7 +230,7 @@ class ActivationCache:
         return StoreError(f"store: shard {str(path)!r} became shorter while it was read; it is damaged")
 
 
-def _read_runs(files_N: list[int], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> bool:
+def read_runs(files_N: list[int], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> bool:
     """One read a run, from byte `at_N` of its file into the rows from `first_N` on; False where a file ended early."""
     view: Any = memoryview(out_RE.reshape(-1))  # pyright: ignore[reportArgumentType]
     edges = [*(first_N * out_RE.shape[1]).tolist(), out_RE.size]

@@ -12,9 +12,9 @@ import torch
 
 from crosscode.data.rows import Rows, RowStream
 from crosscode.data.shuffle import DEFAULT_CAPACITY
-from crosscode.data.store.manifest import check_same_content, content_id
+from crosscode.data.store.manifest import check_same_content
 from crosscode.data.store.reader import ActivationCache
-from crosscode.data.store.window import StoreWindow
+from crosscode.data.store.window import RowStore, StoreWindow
 from crosscode.errors import InputError, check_at_least
 from crosscode.seeds import derived_seed
 
@@ -37,7 +37,7 @@ class StoredRows:
 
     def __init__(
         self,
-        stores: ActivationCache | Sequence[ActivationCache],
+        stores: RowStore | Sequence[RowStore],
         *,
         weights: Sequence[float] | None = None,
         epochs: int | None = None,
@@ -47,7 +47,7 @@ class StoredRows:
         window: int = DEFAULT_CAPACITY,
         shuffle: bool = True,
     ) -> None:
-        self.stores = [stores] if isinstance(stores, ActivationCache) else list(stores)
+        self.stores: list[RowStore] = list(stores) if isinstance(stores, Sequence) else [stores]
         if not self.stores:
             raise InputError("stores: at least one is needed")
         check_at_least(1, rows_per_read=rows_per_read, read_block=read_block, window=window, epochs=epochs)
@@ -80,7 +80,7 @@ class StoredRows:
 
     def settings(self) -> dict[str, Any]:
         return {
-            "store.content": ",".join(content_id(store.manifest) for store in self.stores),
+            "store.content": ",".join(store.content() for store in self.stores),
             "store.weights": ",".join(f"{float(weight):.9g}" for weight in self.weights_W)
             if self.weighted
             else "sizes",
@@ -91,8 +91,11 @@ class StoredRows:
         }
 
     def scaling_MP(self) -> torch.Tensor | None:
-        """`sqrt(D) / mean ||x||`, the mean over the mixture."""
-        means_WMP = torch.stack([store.mean_norm_MP() for store in self.stores])
+        """`sqrt(D) / mean ||x||`, the mean over the mixture, where all stores know theirs."""
+        means = [mean_MP for store in self.stores if (mean_MP := store.mean_norm_MP()) is not None]
+        if len(means) < len(self.stores):
+            return None
+        means_WMP = torch.stack(means)
         mean_MP = torch.einsum("w,wmp->mp", self.weights_W, means_WMP)
         return (self.dims[2] ** 0.5 / mean_MP).float()
 
@@ -172,30 +175,30 @@ class _StoreStream:
             store.close()
 
 
-def _default_block(stores: Sequence[ActivationCache]) -> int:
+def _default_block(stores: Sequence[RowStore]) -> int:
     """Rows that make a read worth its overhead."""
     row_bytes = max(store.layout.row_bytes for store in stores)
     return min(_LONGEST_DEFAULT_BLOCK, max(1, _BYTES_PER_READ // row_bytes))
 
 
-def _check_not_shrunk(stores: Sequence[ActivationCache], sizes: list[int]) -> list[int]:
+def _check_not_shrunk(stores: Sequence[RowStore], sizes: list[int]) -> list[int]:
     for store, size in zip(stores, sizes, strict=True):
         if store.n_rows < size:
-            raise InputError(
-                f"store {str(store.path)!r} holds {store.n_rows} rows; it held {size} when the position was saved"
-            )
+            raise InputError(f"{store} holds {store.n_rows} rows; it held {size} when the position was saved")
     return sizes
 
 
-def _check_mixable(stores: Sequence[ActivationCache]) -> None:
+def _check_mixable(stores: Sequence[RowStore]) -> None:
     """Stores may differ in their texts, not in what their rows are."""
-    first = stores[0]
-    for other in stores[1:]:
+    first, *others = stores
+    for other in others:
+        if not (isinstance(first, ActivationCache) and isinstance(other, ActivationCache)):
+            raise InputError(f"stores: {first} and {other} cannot be mixed: only stores that crosscode wrote can")
         same_text = {**other.manifest, "tokens": first.manifest["tokens"]}
         check_same_content(other.path, same_text, first.manifest, to_append=False)
 
 
-def _check_weights(weights: Sequence[float] | None, stores: Sequence[ActivationCache]) -> torch.Tensor:
+def _check_weights(weights: Sequence[float] | None, stores: Sequence[RowStore]) -> torch.Tensor:
     if weights is None:
         weights = [store.n_rows for store in stores]
     if len(weights) != len(stores) or min(weights) < 0 or sum(weights) <= 0:

@@ -12,17 +12,41 @@ R rows of a window, as they lie on disk · B rows handed out · M models · P ho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from crosscode.data.permutation import permuted
-from crosscode.data.store.format import PackedRows, unpack
-from crosscode.data.store.reader import ActivationCache
+from crosscode.data.store.format import Layout, PackedRows, unpack
 from crosscode.seeds import derived_seed
 
 _ROWS_AT_ONCE = 256
+
+
+class RowStore(Protocol):
+    """Rows of known number that can be read in any order: an `ActivationCache`, or arrays of the user's own."""
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def dims(self) -> tuple[int, int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def layout(self) -> Layout: ...
+    def content(self) -> str:
+        """Equal where the rows are, as far as that can be told."""
+        ...
+
+    def check_not_empty(self) -> None: ...
+    def mean_norm_MP(self) -> torch.Tensor | None:
+        """Where it is known without reading rows."""
+        ...
+
+    def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows: ...
+    def read_rows(self, index_B: torch.Tensor) -> torch.Tensor: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class StoreWindow:
     A position in the middle of a window reads that window again.
     """
 
-    def __init__(self, store: ActivationCache, *, block: int, window: int) -> None:
+    def __init__(self, store: RowStore, *, block: int, window: int) -> None:
         self.store = store
         self.block = block
         self.window = window

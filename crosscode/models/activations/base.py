@@ -43,6 +43,10 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """Whether in train mode the latents of one token depend on the other tokens of the batch."""
     is_screened: bool = False
     """Whether the torch backend can screen its encode (backend "torch:screened")."""
+    usual_terms: ClassVar[tuple[str, ...]] = ("recon", "l1")
+    """The objective that is trained where none is given, each term with its defaults."""
+    usual_init: ClassVar[str | None] = None
+    """The initialisation where none is given, if the activation has a say in it."""
     keeps_k: ClassVar[bool] = False
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     k_factor: int = 1

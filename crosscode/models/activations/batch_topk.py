@@ -43,6 +43,7 @@ class BatchTopkActivation(AnnealedK):
         """training step from which the threshold is tracked"""
 
     title = "BatchTopK"
+    usual_terms = ("recon", "auxk")
     selects_over_batch = True
     threshold: Tensor
     n_steps: Tensor

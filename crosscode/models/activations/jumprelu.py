@@ -35,6 +35,8 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         """whether the pseudo-derivative is taken with respect to the log threshold or to the threshold"""
 
     title = "JumpReLU"
+    usual_terms = ("recon", "tanh", "pre_act")
+    usual_init = "jan_update"
     log_threshold_L: nn.Parameter
 
     def setup(self) -> None:

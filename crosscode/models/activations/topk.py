@@ -76,6 +76,7 @@ class TopkActivation(AnnealedK):
         type: Literal["topk"] = "topk"
 
     title = "TopK"
+    usual_terms = ("recon", "auxk")
     is_screened = True
 
     def encode(

@@ -27,13 +27,13 @@ class AuxKTerm(LossTerm):
         """coefficient: a number or a schedule"""
         k_aux: PositiveInt = 256
         """dead latents used for each token; at most n_latents"""
-        dead_after_tokens: PositiveInt = 10_000_000
-        """a latent is dead when it has not been active for this many tokens"""
+        dead_after_tokens: PositiveInt | None = None
+        """a latent is dead when it has not been active for this many tokens; null: train.dead_after_tokens"""
 
     needs_whole_batch = True
 
     def __call__(self, context: LossContext) -> Tensor:
-        dead_mask_L = context.tokens_since_fired_L >= self.dead_after_tokens
+        dead_mask_L = context.tokens_since_fired_L >= (self.dead_after_tokens or context.dead_after_tokens)
         k_aux = min(self.k_aux, context.model.n_latents)
         error_BO = -context.recon.residual_BO
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)

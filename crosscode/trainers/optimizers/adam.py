@@ -10,6 +10,7 @@ from crosscode_kernels.row_sparse_adam import RowSparseAdam
 from pydantic import Field, PositiveFloat, model_validator
 
 from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_groups, warmup_and_decay
 
@@ -28,6 +29,8 @@ class Adam(OptimizerPlan):
         """decay rates of the two moments"""
         eps: PositiveFloat = 1e-8
         """added to the root of the second moment"""
+        schedule: Literal["warmup_and_decay", "constant"] = "warmup_and_decay"
+        """constant: the peak learning rate at every step, whatever the two fractions say"""
         warmup_fraction: float = Field(default=0.05, ge=0, le=1)
         """share of the run over which the learning rate rises from 0"""
         decay_fraction: float = Field(default=0.2, ge=0, le=1)
@@ -54,9 +57,16 @@ class Adam(OptimizerPlan):
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)
         if self.row_sparse:
+            if "rows" not in model.backend.options:
+                raise InputError(
+                    f"train.optimizer.row_sparse = True: the model's backend {str(model.backend)!r} gives gradients of "
+                    "every row; make it with backend=Backend('torch', ('rows',))"
+                )
             return RowSparseAdam(groups, lr=lr, beta2=self.betas[1], eps=self.eps)
         fused = all(param.device.type in ("cpu", "cuda", "mps") for param in model.parameters())
         return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def lr_factor(self, step: int, n_steps: int) -> float:
+        if self.schedule == "constant":
+            return 1.0
         return warmup_and_decay(step, n_steps, self.warmup_fraction, self.decay_fraction)

@@ -70,7 +70,7 @@ def test_an_unknown_term_gets_a_hint():
 
 def test_defaults_are_those_of_the_literature():
     auxk, tanh, l1 = AuxKTerm.Config(), TanhTerm.Config(), L1Term.Config()
-    assert (as_schedule(auxk.weight)(0, 1), auxk.k_aux, auxk.dead_after_tokens) == (1 / 32, 256, 10_000_000)
+    assert (as_schedule(auxk.weight)(0, 1), auxk.k_aux, auxk.dead_after_tokens) == (1 / 32, 256, None)
     assert tanh.c == 4.0 and [as_schedule(tanh.weight)(step, 10) for step in (0, 10)] == [0.0, 10.0]
     assert as_schedule(PreActTerm.Config().weight)(0, 1) == 3e-6
     assert [as_schedule(l1.weight)(step, 10**6) for step in (0, 500, 1000, 10**5)] == [0.0, 1.0, 2.0, 2.0]

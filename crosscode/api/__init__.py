@@ -1,0 +1,1 @@
+"""From Python: train, open, look."""

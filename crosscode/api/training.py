@@ -1,0 +1,136 @@
+"""`crosscode.train`: from tensors, files or a config to a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosscode.api.arguments import name_for, sorted_fields, train_signature
+from crosscode.errors import InputError
+
+if TYPE_CHECKING:
+    from crosscode.api.run import Run
+
+_OWN = ("acts", "crosscoder", "run_dir", "names", "heldout", "tokens", "tokenizer", "callbacks", "loggers", "progress")
+
+
+def train(
+    acts: Any = None,
+    crosscoder: Any = None,
+    *,
+    run_dir: str | Path | None = None,
+    names: Sequence[Any] | None = None,
+    heldout: Any = None,
+    tokens: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+    progress: bool = True,
+    **fields: Any,
+) -> Run:
+    """Train on activations of your own, or from a config as `crosscode train` does.
+
+    ```python
+    run = crosscode.train(acts, {"type": "sae", "n_latents": 4096, "activation": {"type": "topk", "k": 32}}, run_dir="runs/a")
+    run.model, run.summary, run.evaluate(), run.report()
+    crosscode.train("my.yaml", train={"batch_size": 8192})
+    ```
+
+    Args:
+        acts: activations, unscaled, in rows of shape (D,), (P, D) or (M, P, D), for M models, P hookpoints, width D: a
+            tensor, numpy array or memory map, a path (safetensors, npy, parquet, the folder of a store), an
+            `ActivationCache`, a DataLoader, an iterator or any iterable of batches; or a list with one of these for each
+            position. Files are read ahead, and never are as a whole in memory. Or, without `crosscoder`: a config file,
+            a run directory's, or a recipe's name.
+        crosscoder: the section `crosscoder` of a config, as a dictionary or config; or an initialised model, which is
+            trained in place, on its device. Where nothing is said: the initialisation and the objective that are usual
+            for the activation (`recon` and `auxk` for TopK, BatchTopK and GroupMax; `recon` and `l1` for ReLU; `recon`,
+            `tanh` and `pre_act` for JumpReLU); one pass over the rows, but 1000 steps at least.
+        run_dir: folder of the run; default `runs/run`.
+        names: a name for each position, in the order (M, P), such as "base/resid"; what stands before the last "/" is
+            the model.
+        heldout: activations for evaluation, in any of the forms of `acts`. Default: the last 2 % of the rows
+            (`data={"validation_fraction": ...}`); of batches, whose end nobody knows, the first of them. Up to
+            `evaluation.n_tokens` of them are kept in the run directory.
+        tokens: token id of every row, (N,) or (H, S) with H * S = N: for examples in the report.
+        tokenizer: of `transformers`, or its name: shows the tokens as text.
+        callbacks: see `crosscode.Callback`.
+        loggers: see `crosscode.Logger`, beside those of the config.
+        progress: show it.
+        fields: any field of `train` (n_tokens, batch_size, optimizer, ...), or of a whole config (name, seed, device,
+            backend, data, objective, constraints, evaluation, finetune_from, overwrite, train).
+
+    Raises:
+        InputError: one line that names the argument, its value and what would be right, before anything is written.
+        Interrupted: Ctrl-C; the run is saved.
+    """
+    values = sorted_fields(fields, _OWN)
+    if acts is None:
+        raise InputError("train: nothing to train on: pass activations and a crosscoder, or the path of a config")
+    if crosscoder is None:
+        if not isinstance(acts, (str, Path)):
+            raise InputError(
+                "train: activations without a crosscoder: give the section of a config, such as "
+                "{'type': 'sae', 'n_latents': 4096, 'activation': {'type': 'topk', 'k': 32}}"
+            )
+        beside = {"names": names, "heldout": heldout, "tokens": tokens, "tokenizer": tokenizer}
+        for name, value in beside.items():
+            if value is not None:
+                raise InputError(f"{name}: is for activations of your own; a config says where its come from")
+        return _train_config(str(acts), {**name_for_config(run_dir), **values}, callbacks, loggers, progress)
+    from crosscode.api.given import given_arrays, section_of, source_of, usual_values
+    from crosscode.build.schema import check_config
+    from crosscode.models import BaseCrosscoder
+
+    given = given_arrays(acts, heldout, tokens, tokenizer)
+    source = source_of(given, names)
+    model = crosscoder if isinstance(crosscoder, BaseCrosscoder) else None
+    if model is not None:
+        values = {"device": str(model.device), "backend": model.backend.name, **values}
+    values |= {**name_for(run_dir), "language_models": [], "hookpoints": []}
+    values["crosscoder"] = section_of(crosscoder, source["names"], given.inputs[0].row_shape[-1])
+    values = usual_values(values, given)
+    values["data"] = {"source": source, **values["data"]}
+    config = check_config(values)
+    return _run(config, given, model, callbacks, loggers, progress, typed_overwrite=config.overwrite)
+
+
+def name_for_config(run_dir: str | Path | None) -> dict[str, str]:
+    """A config has a name of its own."""
+    return {} if run_dir is None else {"run_dir": str(run_dir)}
+
+
+def _train_config(path: str, values: dict[str, Any], callbacks: Any, loggers: Any, progress: bool) -> Run:
+    from crosscode.commands.parts.options import experiment_values
+
+    checked_values = experiment_values(path, values)  # what is wrong in it is said before torch is imported
+    from crosscode.build.schema import check_config
+
+    config = check_config(checked_values)
+    return _run(config, None, None, callbacks, loggers, progress, typed_overwrite="overwrite" in values)
+
+
+def _run(
+    config: Any, given: Any, model: Any, callbacks: Any, loggers: Any, progress: bool, *, typed_overwrite: bool
+) -> Run:
+    from crosscode.api.run import Run
+    from crosscode.build.experiment import open_experiment
+    from crosscode.build.replacing import check_may_begin
+    from crosscode.build.run import build_trainer
+    from crosscode.commands.parts.libraries import quiet_libraries
+
+    check_may_begin(config, typed_overwrite)
+    quiet_libraries()
+    build_trainer(
+        open_experiment(config, arrays=given),
+        model=model,
+        callbacks=callbacks,
+        loggers=loggers,
+        progress=progress,
+        typed_overwrite=typed_overwrite,
+    ).train()
+    return Run(config.run_path())
+
+
+train.__signature__ = train_signature(train)  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,62 @@
+"""A run that has a model: what is needed to look at it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from crosscode.build.experiment import open_experiment
+from crosscode.build.heldout import AnyExperiment
+from crosscode.build.schema import load_own_config
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.harvest.language_models import available_device
+from crosscode.evaluation.heldout import EvaluationResult
+from crosscode.models.base import BaseCrosscoder
+from crosscode.runs.directory import open_run
+from crosscode.trainers.warm_start import find_model, load_folded
+
+
+class FinishedRun:
+    """What a run directory holds, each part loaded when it is first asked for. `trust_remote_code`: as of
+    `load_own_config`.
+
+    Raises:
+        InputError: no run there; later, where it holds no model yet.
+    """
+
+    def __init__(self, path: str | Path, trust_remote_code: bool = False):
+        self.directory, self._trust_remote_code = open_run(path), trust_remote_code
+        self.path = self.directory.path
+
+    @cached_property
+    def config(self) -> ExperimentConfig:
+        """The config, checked; `run_dir` is where the run is now."""
+        config = load_own_config(self.directory.config_file, self._trust_remote_code)
+        return config.model_copy(update={"run_dir": str(self.path)})
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the trained model is there, rather than that of a checkpoint."""
+        return self.model_folder == self.directory.final
+
+    @property
+    def model_folder(self) -> Path:
+        return find_model(str(self.path), "run")
+
+    @cached_property
+    def model(self) -> BaseCrosscoder:
+        """The trained model (of a run that is not over, that of its newest checkpoint), with scaling folded in: it takes
+        raw activations. In eval mode, on the config's device."""
+        return load_folded(self.model_folder, self.config.backend, available_device(self.config.device))
+
+    @cached_property
+    def experiment(self) -> AnyExperiment:
+        """Held-out text and language models, or the rows that were held out."""
+        return open_experiment(self.config, to_train=False)
+
+    def evaluate(self, n_tokens: int | None = None) -> EvaluationResult:
+        """Held-out figures. As configured they are kept in the run; on another number of activations they are not."""
+        result = self.experiment.evaluate(self.model, n_tokens=n_tokens)
+        if n_tokens is None:
+            self.directory.write_evaluation(result.to_json())
+        return result

@@ -1,0 +1,89 @@
+"""What an experiment is, wherever its activations come from.
+
+Axes: B tokens · M models · P hookpoints · D width · H sequences of a harvest · S sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.rows import RowSource
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
+from crosscode.trainers.callbacks import Callback
+
+
+@dataclass(frozen=True)
+class HeldoutBatch:
+    """Held-out sequences, where their activations count, and the raw activations (float32)."""
+
+    tokens_HS: Tensor
+    mask_HS: Tensor
+    acts_HSMPD: Tensor
+
+    def usable(self) -> Tensor:
+        """`acts_BMPD` of the usable positions."""
+        return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyExperiment(ABC):
+    """A checked config, and what must be loaded before anything else can be made."""
+
+    config: ExperimentConfig
+    split: Split
+
+    @property
+    @abstractmethod
+    def dims(self) -> tuple[int, int, int]:
+        """(M, P, D)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where batches are handed out."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Of the held-out tokens."""
+
+    @abstractmethod
+    def rows(self) -> RowSource:
+        """Rows to train on."""
+
+    @abstractmethod
+    def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
+        """Held-out sequences until `n_tokens` usable activations were seen (default: as configured)."""
+
+    def language_model_facts(self) -> list[dict[str, Any]]:
+        """What a checkpoint says about each language model."""
+        return []
+
+    def callbacks(self) -> list[Callback]:
+        """What the run directory needs beside what every run has."""
+        return []
+
+    def output_names(self) -> list[str]:
+        """Names of the output's crosscoding positions, flattened."""
+        return self.split.output_names(self.config.position_names())
+
+    def heldout_activations(self, n_tokens: int | None = None) -> Iterator[Tensor]:
+        """Raw held-out `acts_BMPD` of usable positions."""
+        for batch in self.heldout_batches(n_tokens):
+            yield batch.usable()
+
+    def evaluate(
+        self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
+    ) -> EvaluationResult:
+        """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`."""
+        activations = self.heldout_activations(n_tokens)
+        return measure_reconstruction(model, activations, self.split, self.output_names(), scaling_MP)

@@ -1,0 +1,1 @@
+"""Activations of the user's own as a source of rows."""

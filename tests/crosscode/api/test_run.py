@@ -1,0 +1,204 @@
+"""The run that `crosscode.train` and `crosscode.open` return, and what commands make of its directory."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+
+import crosscode
+from crosscode.commands.cli import main
+from crosscode.errors import InputError, Interrupted
+
+
+class StopAt(crosscode.Callback):
+    """Ctrl-C at a step of our choice."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, trainer):
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def losses(run):
+    return [row["loss"] for row in run.metrics if "loss" in row]
+
+
+def test_the_run_has_model_summary_evaluation_and_report(acts, train):
+    run = train(acts, data={"validation_fraction": 0.3})
+    assert isinstance(run, crosscode.Run) and run.model.is_folded
+    raw = acts[:5]
+    assert run.model(raw).shape == raw.shape
+    assert run.evaluate().fvu == pytest.approx(run.summary["fvu"])
+    before = json.loads((run.path / "evaluation.json").read_text())
+    assert run.evaluate(n_tokens=5).n_tokens == 5
+    assert json.loads((run.path / "evaluation.json").read_text()) == before, "another number of rows replaces nothing"
+    page = run.report().read_text()
+    assert "row 4" in page and "Latents were not looked at" not in page
+    assert repr(run) == f"Run({str(run.path)!r}, sae, finished)"
+
+
+def test_commands_take_the_directory(acts, train, capsys):
+    run = train(acts)
+    assert main(["evaluate", str(run.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(run.summary["fvu"])
+    assert main(["report", str(run.path)]) == 0
+    moved = run.path.with_name("moved")
+    run.path.rename(moved)
+    assert crosscode.open(moved).evaluate().fvu == pytest.approx(
+        json.loads((moved / "summary.json").read_text())["fvu"]
+    )
+
+
+def test_the_table_and_top_places_of_latents(acts, train):
+    run = train(acts)
+    table = run.table()
+    assert len(table) == 24 and int(table["firings"].sum()) == run.evaluate().n_tokens * 3
+    latent = int(table["firings"].idxmax())
+    first, *others = run.top(latent)
+    assert first.activation == pytest.approx(table["max_activation"][latent])
+    row = int(first.text.strip(" «»").removeprefix("row "))
+    assert run.model.encode(acts[row : row + 1])[0, latent].item() == pytest.approx(first.activation, rel=1e-5)
+    assert all(a.activation >= b.activation for a, b in zip([first, *others], others, strict=False))
+    with pytest.raises(InputError, match=r"latent = 24: must be between 0 and 23"):
+        run.top(24)
+    with pytest.raises(InputError, match="knows no language model"):
+        run.latents("text")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_tokens_give_examples(flat, acts, train, tiny_lms):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lms[0])
+    tokens = 3 + torch.arange(600).reshape(60, 10) % 50
+    tokens = tokens.flatten() if flat else tokens
+    run = train(acts, tokens=tokens, tokenizer=tokenizer, data={"validation_fraction": 0.1})
+    peak = run.top(int(run.table()["firings"].idxmax()))[0]
+    assert f"w{(peak.example.sequence * (10 if not flat else 60) + peak.example.position + 540) % 50}»" in peak.text
+    assert "w" in run.report().read_text()
+    plain = train(acts, name="plain", tokens=tokens)
+    assert (
+        plain.top(int(plain.table()["firings"].idxmax()))[0].text.replace("«", "").replace("»", "").split()[0].isdigit()
+    )
+
+
+# ---- configs
+
+
+def test_a_config_is_the_command_line(tiny_config, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(tiny_config))
+    assert main(["train", str(file), "--run_dir", str(tmp_path / "cli"), "--train.batch_size", "32"]) == 0
+    run = crosscode.train(str(file), run_dir=tmp_path / "python", train={"batch_size": 32}, progress=False)
+    assert losses(run) == losses(crosscode.open(tmp_path / "cli"))
+    assert run.config.train.batch_size == 32
+
+    found = run.latents("w1 w2 w3")
+    assert found.tokens == ["<s>", " w1", " w2", " w3"] and found.values_SL.shape == (4, 32)
+    assert found.values_SL.to_dense().gt(0).sum(1).tolist() == [4, 4, 4, 4]
+    (latent, value), *_ = found.strongest(1)
+    assert found.values_SL.to_dense()[1].max().item() == value == found.values_SL.to_dense()[1, latent].item()
+    with pytest.raises(InputError, match=r"text: 0 tokens|text: 80 tokens"):
+        run.latents("w1 " * 79)
+    assert [model.name for model in run.language_models] == [lm["path"] for lm in tiny_config["language_models"]]
+
+
+def test_a_dumped_config_of_files_trains_again_to_the_bit(acts, train, tmp_path):
+    torch.save(acts, tmp_path / "unused.pt")
+    import numpy as np
+
+    np.save(tmp_path / "acts.npy", acts.numpy())
+    run = train(tmp_path / "acts.npy")
+    assert main(["train", str(run.path / "config.yaml"), "--run_dir", str(tmp_path / "again")]) == 0
+    assert losses(crosscode.open(tmp_path / "again")) == losses(run)
+
+
+# ---- going on
+
+
+def test_a_run_on_a_file_is_resumed_by_the_command_line(acts, train, tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "acts.npy", acts.numpy())
+    whole = train(tmp_path / "acts.npy", name="whole", tokens=torch.arange(600).reshape(60, 10))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "acts.npy", tokens=torch.arange(600).reshape(60, 10), callbacks=[StopAt(4)])
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert losses(crosscode.open(tmp_path / "run")) == losses(whole)
+
+
+def test_a_run_on_a_tensor_is_resumed_with_the_tensor_alone(acts, train, tmp_path, capsys):
+    whole = train(acts, name="whole")
+    with pytest.raises(Interrupted):
+        train(acts, callbacks=[StopAt(4)])
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "were a tensor in memory (600, 8), which no file holds; pass them again: crosscode.open(" in error
+    assert "\n" not in error
+    with pytest.raises(InputError, match=r"data state: store.content was"):
+        crosscode.open(tmp_path / "run").resume(acts + 1, progress=False)
+    assert losses(crosscode.open(tmp_path / "run").resume(acts, progress=False)) == losses(whole)
+
+
+def test_a_run_on_an_iterator_says_why_it_cannot_be_resumed(acts, train, tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        train(iter(acts.split(100)), n_tokens=512, data={"shuffle_buffer_size": 64}, callbacks=[StopAt(4)])
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "batches of" in error and "\n" not in error
+    with pytest.raises(InputError, match="has no position to go on from"):
+        crosscode.open(tmp_path / "run").resume(iter(acts.split(100)), progress=False)
+
+
+def test_data_that_ends_early_leaves_a_final_model(acts, train):
+    run = train(iter(acts.split(100)), n_tokens=64_000, data={"shuffle_buffer_size": 64, "validation_fraction": 0.001})
+    assert 0 < run.summary["step"] < 1000 and run.directory.is_finished()
+
+
+# ---- models
+
+
+def test_an_initialised_model_is_trained_in_place(acts, train):
+    activation = crosscode.TopkActivation(k=3, n_latents=24)
+    model = crosscode.SAEOrTranscoder(8, 8, 24, activation, use_encoder_bias=False)
+    with pytest.raises(InputError, match="its weights are not initialised"):
+        train(acts, model)
+    model.init_weights(crosscode.AnthropicTransposeInit(), seed=5)
+    before = model.W_dec_LD.detach().clone()
+    run = train(acts, model)
+    assert not torch.equal(model.W_dec_LD, before) and torch.equal(run.model.W_dec_LD, model.W_dec_LD)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())["crosscoder"]
+    assert (config["type"], config["init"], config["use_encoder_bias"]) == ("sae", {"type": "given"}, False)
+    with pytest.raises(InputError, match="scaling is folded in"):
+        train(acts, model, name="again")
+    assert main(["train", str(run.path / "config.yaml"), "--run_dir", str(run.path.with_name("other"))]) == 2
+
+
+def test_a_model_of_another_size_is_refused(acts, train):
+    model = crosscode.SAEOrTranscoder(7, 7, 24, crosscode.TopkActivation(k=3, n_latents=24))
+    model.init_weights(crosscode.AnthropicTransposeInit())
+    with pytest.raises(InputError, match=r"'d_in': 7.*width 8 need"):
+        train(acts, model)
+
+
+ARCHITECTURES = {"sae": 1, "transcoder": 2, "model_hookpoint_acausal": 2, "cross_layer_transcoder": 3}
+ARCHITECTURES["compound_cross_layer_transcoder"] = 4
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "groupmax", "jumprelu"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_scheme_has_usual_settings(architecture, activation, acts, train):
+    k = {"k": 4} if activation in ("topk", "groupmax", "batch_topk") else {}
+    if activation == "batch_topk":
+        k["threshold_start_step"] = 1
+    section = {"type": architecture, "n_latents": 24, "activation": {"type": activation, **k}}
+    run = train([acts] * ARCHITECTURES[architecture], section, n_tokens=192)
+    terms = set(yaml.safe_load((run.path / "config.yaml").read_text())["objective"])
+    assert terms == {"relu": {"recon", "l1"}, "jumprelu": {"recon", "tanh", "pre_act"}}.get(
+        activation, {"recon", "auxk"}
+    )
