@@ -263,7 +263,8 @@ class BaseCrosscoder(CoderWeights):
 
     @classmethod
     def load(cls, path: str | Path, *, backend: AnyBackend = "auto", device: str | torch.device = "cpu") -> Self:
-        """A saved model, equal to the bit, in eval mode.
+        """A saved model, equal to the bit, in eval mode. It takes raw activations: the scaling of a run's checkpoint, whose
+        model is unfolded, is folded in.
 
         Raises:
             InputError: a missing folder, another architecture, or tensors whose names, shapes or dtypes differ.

@@ -8,20 +8,23 @@ from typing import Any, TypeVar
 
 import torch
 from crosscode_kernels import AnyBackend
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.files import new_folder, write_json
-from crosscode.formats import MODEL
+from crosscode.formats import MODEL, STATE_TENSORS
 from crosscode.models.activations.base import ACTIVATIONS
-from crosscode.models.architecture import class_of_kind
+from crosscode.models.architecture import class_of_kind, split_for
 from crosscode.models.coder import Coder
+from crosscode.models.folding import fold_scaling_
 
 ModelT = TypeVar("ModelT", bound=Coder)
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+Scaling = tuple[Tensor, Tensor]
+"""`scaling_in_Xi, scaling_out_Xo`: what `fold_activation_scaling_into_weights_` takes."""
 
 
 def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
@@ -29,11 +32,14 @@ def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
         write_model(model, folder, metadata)
 
 
-def write_model(model: Coder, folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the two files into an existing folder."""
+def write_model(model: Coder, folder: Path, metadata: dict[str, Any], scaling: Scaling | None = None) -> None:
+    """Write the two files into an existing folder. `scaling`: what the activations of an unfolded model in training are
+    multiplied with, so that `load` can fold it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     config = {**MODEL.stamp(), "model": model_config(model), "metadata": metadata}
+    if scaling is not None:
+        config["scaling"] = [factors.tolist() for factors in scaling]
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -67,7 +73,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return MODEL.read(config, str(path / CONFIG_FILE))
 
 
-def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device) -> ModelT:
+def load_model(
+    cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device, fold: bool = True
+) -> ModelT:
+    """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
     config = read_config(path)
     spec, metadata = dict(config["model"]), config.get("metadata") or {}
     kind = spec.pop("kind")
@@ -83,7 +92,23 @@ def load_model(cls: type[ModelT], path: Path, *, backend: AnyBackend, device: to
             part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
     model.position_names = tuple(metadata.get("output_positions", ()))
+    if fold and not is_folded and (scaling := _scaling_of(path, config)) is not None:
+        fold_scaling_(model, *scaling)
     return model.to(device).eval()
+
+
+def _scaling_of(path: Path, config: dict[str, Any]) -> Scaling | None:
+    """What the activations of a checkpoint's model were multiplied with; None for a model that is no checkpoint."""
+    if "scaling" in config:
+        return torch.tensor(config["scaling"][0]), torch.tensor(config["scaling"][1])
+    # Earlier checkpoints say it in the state of their data only.
+    architecture = config["metadata"].get("architecture")
+    state = path / STATE_TENSORS
+    if architecture is None or not state.is_file():
+        return None
+    with safe_open(state, "pt") as tensors:
+        name = "/data/scaling_MP"
+        return split_for(architecture).scaling(tensors.get_tensor(name)) if name in tensors.keys() else None  # noqa: SIM118
 
 
 def _checked_tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,6 +123,8 @@ def _checked_tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tenso
     problems += [f"{name} is not part of this model" for name in found.keys() - expected.keys()]
     for name in sorted(expected.keys() & found.keys()):
         want, have = expected[name], found[name]
+        if "activation_fn" in name and torch.promote_types(want.dtype, have.dtype) == want.dtype:
+            found[name] = have = have.to(want.dtype)  # earlier, thresholds were as narrow as the weights
         if (want.shape, want.dtype) != (have.shape, have.dtype):
             problems.append(f"{name} is {have.dtype} {tuple(have.shape)}, expected {want.dtype} {tuple(want.shape)}")
     if problems:

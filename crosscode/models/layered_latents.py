@@ -59,8 +59,12 @@ def keep_largest(layers: Sequence[Latents], k: int, scale_L: Tensor | None, *, o
         masks = keep_BL.chunk(len(layers), dim=1)
         return [DenseLatents(layer.to_dense() * mask_BL) for layer, mask_BL in zip(layers, masks, strict=True)]
     rank_N = joined.value_N if scale_L is None else joined.value_N * scale_L[joined.latent_idx_N.long()]
-    # Every token has the same number of stored entries here: each layer stores k of them.
-    keep_N = topk_mask_BL(rank_N.reshape(n_rows, -1), n_kept).flatten()
+    # Every token has the same number of stored entries here: each layer stores k of them, in any order. What is stable
+    # must begin in the order of ids.
+    flat_RN = (joined.token_idx_N() * joined.n_latents + joined.latent_idx_N.long()).reshape(n_rows, -1)
+    order_RN = flat_RN.argsort(dim=1)
+    keep_RN = topk_mask_BL(rank_N.reshape(n_rows, -1).gather(1, order_RN), n_kept)
+    keep_N = torch.empty_like(keep_RN).scatter(1, order_RN, keep_RN).flatten()
     sparse = [_sparse(layer) for layer in layers]
     keep_of_entry_N = torch.empty_like(keep_N).scatter(0, _source_of_entry_N(sparse), keep_N)
     masks = keep_of_entry_N.split([layer.value_N.shape[0] for layer in sparse])

@@ -8,8 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
+import torch
 from crosscode_kernels.decoder_norms import DecoderNorms
 from crosscode_kernels.recon_loss import ReconLoss
 from pydantic import BaseModel
@@ -22,6 +23,19 @@ from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.objectives.schedules import Weight, as_schedule
 
 
+class Variances(NamedTuple):
+    """Squared distance from the mean over a batch, summed over positions and width; scalars. None: to be found."""
+
+    error: Tensor | None = None
+    """of the reconstruction error"""
+    target: Tensor | None = None
+
+
+def batch_variance(rows_BO: Tensor) -> Tensor:
+    """`mean_B sum_O (row - mean row)^2`."""
+    return (rows_BO - rows_BO.mean(0)).square().sum(1).mean()
+
+
 @dataclass(frozen=True)
 class LossContext:
     """Everything a loss term may look at."""
@@ -32,8 +46,8 @@ class LossContext:
     result: ForwardResult
     tokens_since_fired_L: Tensor
     """tokens since each latent was last active, int64"""
-    error_variance: Tensor | None = None
-    """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
+    variances: Variances = Variances()
+    """over the whole batch, where only a part of it is at hand"""
     dead_after_tokens: int = TrainConfig.model_fields["dead_after_tokens"].default
     """from when on a latent counts as dead, for terms that have no number of their own"""
 
@@ -48,6 +62,15 @@ class LossContext:
             self._norms.append(self.model.decoder_norms())
         return self._norms[0]
 
+    def per_target_variance(self, loss: Tensor) -> Tensor:
+        """A squared error divided by the variance of the target: 1 for a model that always gives the mean. 0 where
+        there is no variance."""
+        variance = self.variances.target
+        if variance is None:
+            variance = batch_variance(self.target_BXoDo.flatten(1))
+        has_variance = variance > 0
+        return loss / torch.where(has_variance, variance, torch.ones_like(variance)) * has_variance
+
     @property
     def recon(self) -> ReconLoss:
         """The reconstruction loss, computed once per step, shared by all terms."""
@@ -61,8 +84,8 @@ class LossTerm(Configured, ABC):
     what `objective_from` takes as the coefficient."""
 
     by_name = ("weight",)
-    needs_whole_batch: ClassVar[bool] = False
-    """Whether it looks at `tokens_since_fired_L` or `error_variance`, which depend on the whole batch."""
+    needs_whole_batch: bool = False
+    """Whether it looks at `tokens_since_fired_L` or `variances`, which depend on the whole batch."""
     k_factors: tuple[int, ...] = ()
     """By what the term multiplies k (see `BaseCrosscoder.k_multiplied`)."""
 

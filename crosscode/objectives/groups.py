@@ -48,6 +48,17 @@ def check_shared_ratio(term: str, model: BaseCrosscoder, shared_ratio: float | N
         )
 
 
+def penalty_norms_L(context: LossContext) -> Tensor:
+    """`n_L`, in which the one vector of a shared latent counts once, not once for each model that has it."""
+    model, n_L = context.model, context.decoder_norms.n_L
+    n_shared = model.n_shared_latents
+    if not n_shared:
+        return n_L
+    n_copies = model.out_dims[0]
+    share = 1 / n_copies if model.decoder_norm == "sum" else n_copies**-0.5
+    return torch.cat([n_L[:n_shared] * share, n_L[n_shared:]])
+
+
 def lambda_L(context: LossContext, shared_ratio: float | None) -> Tensor:
     """`ratio` for shared latents, 1 for the others; the schedule's coefficient multiplies both."""
     n_L = context.decoder_norms.n_L

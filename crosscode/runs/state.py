@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crosscode.files import write_json
-from crosscode.formats import STATE
+from crosscode.formats import STATE, STATE_TENSORS
 
-STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
+STATE_JSON = "trainer_state.json"
 _TENSOR_KEY = "__tensor__"
 
 

@@ -13,7 +13,7 @@ from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.models.base import ForwardResult
-from crosscode.objectives.base import Loss
+from crosscode.objectives.base import Loss, Variances
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
     batch_thresholds,
@@ -48,7 +48,7 @@ class BatchInParts:
                 with self.forward.autocast():
                     whole = look_at_whole_batch(self.model, inputs, targets)
                 self.firing.update_counts(whole.firing_counts_L, n_tokens)
-                loss = self._add_up(inputs, targets, step, n_steps, observers, whole.error_variance)
+                loss = self._add_up(inputs, targets, step, n_steps, observers, whole.variances)
         else:
             counts: list[Tensor] = []
             observers = [*observers, lambda _, forward: counts.append(forward.latents.firing_counts_L())]
@@ -65,12 +65,12 @@ class BatchInParts:
         step: int,
         n_steps: int,
         observers: Sequence[Observer],
-        error_variance: Tensor | None = None,
+        variances: Variances = Variances(),
     ) -> Loss:
         n_tokens = sum(input_BXiDi.shape[0] for input_BXiDi in inputs)
         mean: Loss | None = None
         for input_BXiDi, target_BXoDo in zip(inputs, targets, strict=True):
-            forward, terms = self.forward.part(input_BXiDi, target_BXoDo, error_variance)
+            forward, terms = self.forward.part(input_BXiDi, target_BXoDo, variances)
             loss = self.objective.weigh(terms, step, n_steps)
             share = input_BXiDi.shape[0] / n_tokens
             (loss.total * share).backward()

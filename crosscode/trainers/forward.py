@@ -13,7 +13,7 @@ from torch import Tensor
 from crosscode.config.experiment import TrainConfig
 from crosscode.evaluation.precision import autocast
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.objectives.base import LossContext, Objective
+from crosscode.objectives.base import LossContext, Objective, Variances
 from crosscode.trainers.firing import FiringTracker
 
 Terms = dict[str, Tensor]
@@ -36,12 +36,10 @@ class ForwardPass:
         with self.autocast():
             return self._whole(input_BXiDi, target_BXoDo)
 
-    def part(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, error_variance: Tensor | None
-    ) -> tuple[ForwardResult, Terms]:
-        """Of a part of a batch; the variance of the error is that of the whole."""
+    def part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, variances: Variances) -> tuple[ForwardResult, Terms]:
+        """Of a part of a batch; variances are those of the whole."""
         with self.autocast():
-            return self._part(input_BXiDi, target_BXoDo, error_variance)
+            return self._part(input_BXiDi, target_BXoDo, variances)
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config.precision, self.model.device)
@@ -52,16 +50,16 @@ class ForwardPass:
         return forward, self._terms(input_BXiDi, target_BXoDo, forward)
 
     def _eager_part(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, error_variance: Tensor | None
+        self, input_BXiDi: Tensor, target_BXoDo: Tensor, variances: Variances
     ) -> tuple[ForwardResult, Terms]:
         forward = self.model.forward_train(input_BXiDi)
-        return forward, self._terms(input_BXiDi, target_BXoDo, forward, error_variance)
+        return forward, self._terms(input_BXiDi, target_BXoDo, forward, variances)
 
     def _terms(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, forward: ForwardResult, error_variance: Tensor | None = None
+        self, input_BXiDi: Tensor, target_BXoDo: Tensor, forward: ForwardResult, variances: Variances = Variances()
     ) -> Terms:
         tokens_since_fired_L = self.firing.tokens_since_fired_L
         dead_after = self.config.dead_after_tokens
         batch = (input_BXiDi, target_BXoDo, forward)
-        context = LossContext(self.model, *batch, tokens_since_fired_L, error_variance, dead_after)
+        context = LossContext(self.model, *batch, tokens_since_fired_L, variances, dead_after)
         return self.objective.values(context)

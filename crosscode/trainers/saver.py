@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import write_model
+from crosscode.models.checkpoint import Scaling, load_model, write_model
 from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints
 from crosscode.runs.state import read_state, write_state
+from crosscode.trainers.recent import RecentActivations
+from crosscode.trainers.rules import RULES
 
 log = logging.getLogger("crosscode")
 
@@ -20,7 +22,9 @@ class Saver:
 
     Args:
         metadata: kept beside the weights.
-        parts: all but the model that has a `state_dict`, by its name in checkpoints.
+        scaling: what the model's activations are multiplied with.
+        recent: the last activations, by which saved thresholds are set.
+        parts: all but these and the model that has a `state_dict`, by its name in checkpoints.
     """
 
     def __init__(
@@ -28,9 +32,12 @@ class Saver:
         checkpoints: Checkpoints,
         model: BaseCrosscoder,
         metadata: dict[str, Any],
+        scaling: Callable[[], Scaling],
+        recent: RecentActivations,
         parts: Mapping[str, Any],
     ):
-        self.checkpoints, self.model, self.metadata, self.parts = checkpoints, model, metadata, parts
+        self.checkpoints, self.model, self.metadata, self.scaling = checkpoints, model, metadata, scaling
+        self.recent, self.parts = recent, {**parts, "recent": recent}
         self.saved_step = -1
 
     def save(self, counts: Mapping[str, float], *, or_warn: bool = False) -> None:
@@ -40,11 +47,12 @@ class Saver:
             CheckpointNotSaved: the disk refuses. With `or_warn` this is said, and training goes on: the disk may have
                 room again for the next one.
         """
-        state = {**counts, **{name: part.state_dict() for name, part in self.parts.items()}}
+        state = {**counts, "rules": RULES, **{name: part.state_dict() for name, part in self.parts.items()}}
 
         def write(folder: Path) -> None:
-            write_model(self.model, folder, self.metadata)
             write_state(folder, state)
+            with self.recent.settled():
+                write_model(self.model, folder, self.metadata, self.scaling())
 
         try:
             self.checkpoints.save(state["step"], write)
@@ -57,7 +65,7 @@ class Saver:
     def load(self, step: int) -> dict[str, Any]:
         """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
         folder = self.checkpoints.run.checkpoint(step)
-        saved = type(self.model).load(folder, backend=self.model.backend, device=self.model.device)
+        saved = load_model(type(self.model), folder, backend=self.model.backend, device=self.model.device, fold=False)
         self.model.load_state_dict(saved.state_dict())
         state = read_state(folder)
         for name, part in self.parts.items():

@@ -39,6 +39,8 @@ from crosscode.trainers.opening import check_parts, check_ready, next_batch, ope
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
+from crosscode.trainers.recent import RecentActivations
+from crosscode.trainers.rules import warn_of_changes
 from crosscode.trainers.saver import Saver
 from crosscode.trainers.source import ActivationSource, as_source
 from crosscode.trainers.summary import summary, tokens_per_s
@@ -105,7 +107,9 @@ class Trainer:
         self.step = self.tokens = 0
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState()}
-        self.saver = Saver(self.checkpoints, model, self.metadata, parts)
+        self.recent = RecentActivations(model, config.grad_accumulation)
+        scaling = lambda: split.scaling(data.scaling_MP)  # noqa: E731
+        self.saver = Saver(self.checkpoints, model, self.metadata, scaling, self.recent, parts)
         self._resumed = False
 
     # ---- the loop
@@ -160,6 +164,7 @@ class Trainer:
             self._set_learning_rate()
             self.model.before_step(self.step, self.n_steps)
             input_BXiDi, target_BXoDo = self.split.activations(acts_BMPD)
+            self.recent.add(input_BXiDi)
             if self.in_parts is None:
                 forward, terms = self.forward(input_BXiDi, target_BXoDo)
                 loss = self.objective.weigh(terms, self.step, self.n_steps)
@@ -173,9 +178,11 @@ class Trainer:
             else:
                 observers = [figures.observe] if figures is not None else []
                 loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
-            for constraint in self.constraints:
+            for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
             grad_norm = self._clip()
+            for constraint in self.constraints:
+                constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
             self.optimizer.step()
             for constraint in self.constraints:
@@ -205,6 +212,7 @@ class Trainer:
         self.optimizer_plan.start_evaluation(self.optimizer)
         for constraint in self.constraints:
             constraint.after_step(self.model)
+        self.recent.settle_()
         self.model.eval()
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
@@ -297,4 +305,5 @@ class Trainer:
         if step is not None:
             state = self.saver.load(step)
             self.step, self.tokens, self.phases.training_s_before = state["step"], state["tokens"], state["seconds"]
+            warn_of_changes(state["rules"], self.model)
         self._resumed = True

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
-from crosscode.models.architecture import split_for
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import read_config
 from crosscode.models.initialization.base import SampleBatches
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory
-from crosscode.runs.state import read_state
 
 N_SAMPLE_TOKENS = 8192
 
@@ -83,20 +80,13 @@ def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
 
 
 def load_folded(folder: Path, backend: AnyBackend, device: torch.device) -> BaseCrosscoder:
-    """A saved model that takes raw activations. A checkpoint of training is unfolded; its scaling stands in the state
-    of its data."""
+    """A saved model of which it is known that it takes raw activations."""
     model = BaseCrosscoder.load(folder, backend=backend, device=device)
-    if model.is_folded:
-        return model
-    try:
-        scaling_MP = read_state(folder)["data"]["scaling_MP"]
-    except (FileNotFoundError, KeyError) as error:
+    if not model.is_folded:
         raise InputError(
-            f"{str(folder)!r} is a model without folded scaling and without a trainer state that says "
-            "what the scaling was; take the run's final/ instead"
-        ) from error
-    split = split_for(read_config(folder)["metadata"]["architecture"])
-    model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
+            f"{str(folder)!r} is a model without folded scaling, and nothing there says what the scaling was; take the "
+            "run's final/ instead"
+        )
     return model
 
 

@@ -4,7 +4,7 @@ A first pass over the parts, without gradients, finds
 - the thresholds of BatchTopK: each part offers its `k * B` largest latents, and the `k * B`-th largest of all offers is
   the value that a latent of any part must reach;
 - which latents fire, and with them which are dead;
-- the variance of the reconstruction error, by which AuxK divides.
+- the variances of the reconstruction error and of the target, by which AuxK and normalised terms divide.
 
 Axes: B tokens of the whole batch · X crosscoding positions · Xi/Xo input/output crosscoding dims · Di/Do widths ·
 O flattened output · L latents · N stored entries.
@@ -21,15 +21,15 @@ from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
-from crosscode.objectives.base import Objective
+from crosscode.objectives.base import Objective, Variances
 
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """`firing_counts_L`: on how many tokens each latent is active. `error_variance`: a scalar."""
+    """`firing_counts_L`: on how many tokens each latent is active."""
 
     firing_counts_L: Tensor
-    error_variance: Tensor
+    variances: Variances
 
 
 def needs_whole_batch(model: BaseCrosscoder, objective: Objective) -> bool:
@@ -56,7 +56,7 @@ def batch_thresholds(
     with ExitStack() as stack:
         if activations:
             with autocast():
-                found = {factor: _thresholds(model, inputs, factor) for factor in factors}
+                found = {factor: thresholds_over(model, inputs, factor, len(inputs))[0] for factor in factors}
             for i, activation in enumerate(activations):
                 own = {factor: found[factor][i] for factor in factors}
                 stack.enter_context(activation.batch_thresholds_set(own))
@@ -64,54 +64,70 @@ def batch_thresholds(
 
 
 @torch.no_grad()
-def _thresholds(model: BaseCrosscoder, inputs: Sequence[Tensor], factor: int) -> list[Tensor]:
-    """For each activation the smallest value that the whole batch keeps, 0 where it keeps everything positive."""
+def thresholds_over(
+    model: BaseCrosscoder, inputs: Sequence[Tensor], factor: int, n_offered: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """For each activation the smallest value that the whole of `inputs` keeps, 0 where that is everything positive.
+
+    Each part offers `n_offered` times what it may keep on average. With as many as there are parts that is exact. With
+    fewer, the second result (a bool on the device) says whether it was enough.
+    """
     n_tokens = sum(input_.shape[0] for input_ in inputs)
-    with model.k_multiplied(factor * len(inputs)):
+    with model.k_multiplied(factor * n_offered):
         offers = [model.encode_latents(input_BXiDi) for input_BXiDi in inputs]
-    activations = model.activation_fns
+        offered = _groups(model)
     with model.k_multiplied(factor):
-        ks, k_of_all = [fn.current_k for fn in activations], min(activations[0].wanted_k, model.n_latents)
-    norms_L = model.ranking_norms_L() if any(fn.uses_decoder_norms for fn in activations) else None
+        kept = _groups(model)
+    norms_L = model.ranking_norms_L() if any(fn.uses_decoder_norms for fn in model.activation_fns) else None
+    thresholds, enough = [], None
+    for (own, k), (_, k_offered) in zip(kept, offered, strict=True):
+        ranks = [_ranks(latents, norms_L, own) for latents in offers]
+        thresholds.append(threshold := _kth_largest(torch.cat(ranks), k * n_tokens))
+        if n_offered < len(inputs) and k_offered < own.stop - own.start:
+            counts = torch.stack([((rank_N >= threshold) & (rank_N > 0)).sum() for rank_N in ranks])
+            most = torch.tensor([input_.shape[0] * k_offered for input_ in inputs], device=counts.device)
+            enough = (counts < most).all() & (True if enough is None else enough)
+    return thresholds * (len(model.parts) // len(thresholds)), enough
+
+
+def _groups(model: BaseCrosscoder) -> list[tuple[slice, int]]:
+    """The latents that are ranked together, and how many of them a token keeps on average."""
+    activations = model.activation_fns
     if model.selects_over_parts:
-        every = slice(0, model.n_latents)
-        return [_kth_largest(offers, norms_L, every, k_of_all * n_tokens)] * len(activations)
-    thresholds, start = [], 0
-    for part, k in zip(model.parts, ks, strict=True):
-        own = slice(start, start + part.n_latents)
-        thresholds.append(_kth_largest(offers, norms_L, own, k * n_tokens))
-        start = own.stop
-    return thresholds
+        return [(slice(0, model.n_latents), min(activations[0].wanted_k, model.n_latents))]
+    groups, start = [], 0
+    for part, activation in zip(model.parts, activations, strict=True):
+        groups.append((slice(start, start + part.n_latents), activation.current_k))
+        start += part.n_latents
+    return groups
 
 
-def _kth_largest(offers: Sequence[Latents], norms_L: Tensor | None, own: slice, k: int) -> Tensor:
-    """The k-th largest ranking value among the latents `own`; 0 where there are fewer positive ones."""
-    ranks = []
-    for latents in offers:
-        if isinstance(latents, SparseLatents):
-            scale_N = 1 if norms_L is None else norms_L[latents.latent_idx_N.long()]
-            is_own_N = (latents.latent_idx_N >= own.start) & (latents.latent_idx_N < own.stop)
-            ranks.append(torch.where(is_own_N, latents.value_N * scale_N, 0))
-        else:
-            scale_L = 1 if norms_L is None else norms_L[own]
-            ranks.append((latents.value_BL[:, own] * scale_L).flatten())
-    rank_N = torch.cat(ranks)
-    if k > rank_N.shape[0]:
-        return rank_N.new_zeros(())
-    return rank_N.topk(k).values[-1]
+def _ranks(latents: Latents, norms_L: Tensor | None, own: slice) -> Tensor:
+    """Ranking values of the latents `own`, 0 for others."""
+    if isinstance(latents, SparseLatents):
+        scale_N = 1 if norms_L is None else norms_L[latents.latent_idx_N.long()]
+        is_own_N = (latents.latent_idx_N >= own.start) & (latents.latent_idx_N < own.stop)
+        return torch.where(is_own_N, latents.value_N * scale_N, 0)
+    return (latents.value_BL[:, own] * (1 if norms_L is None else norms_L[own])).flatten()
+
+
+def _kth_largest(rank_N: Tensor, k: int) -> Tensor:
+    """0 where there are fewer positive ones."""
+    return rank_N.topk(k).values[-1] if k <= rank_N.shape[0] else rank_N.new_zeros(())
 
 
 @torch.no_grad()
 def look_at_whole_batch(model: BaseCrosscoder, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> WholeBatch:
     """The first pass; BatchTopK must have its thresholds already."""
-    counts_L, moments = None, _Moments()
+    counts_L, of_error, of_target = None, _Moments(), _Moments()
     for input_BXiDi, target_BXoDo in zip(inputs, targets, strict=True):
         forward = model.forward_train(input_BXiDi)
         part_counts_L = forward.latents.firing_counts_L()
         counts_L = part_counts_L if counts_L is None else counts_L + part_counts_L
-        moments.add((target_BXoDo - forward.output_BXoDo).flatten(1))
+        of_error.add((target_BXoDo - forward.output_BXoDo).flatten(1))
+        of_target.add(target_BXoDo.flatten(1))
     assert counts_L is not None
-    return WholeBatch(counts_L, moments.variance())
+    return WholeBatch(counts_L, Variances(of_error.variance(), of_target.variance()))
 
 
 class _Moments:

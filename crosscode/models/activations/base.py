@@ -6,8 +6,8 @@ Axes: B tokens · I flattened input dims · L latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -98,6 +98,17 @@ class ActivationFunction(Configured, nn.Module, ABC):
         select over the batch, and batches in parts."""
         raise NotImplementedError(f"{self.type_name()} does not select over the batch")
 
+    def annealing_over(self) -> AbstractContextManager[None]:
+        """Within the block train mode keeps as many as eval mode does."""
+        return nullcontext()
+
+    def settle_threshold_(self, threshold: Tensor) -> None:
+        """Set the one threshold that eval mode applies; for activations that select over the batch."""
+
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        """What goes on changing over batches, and may stand elsewhere in a saved model."""
+        return ()
+
     # ---- thresholds
 
     def log_thresholds_L(self) -> Tensor | None:
@@ -126,10 +137,19 @@ class ActivationFunction(Configured, nn.Module, ABC):
         return self.of(self.config, n_latents=n_latents)
 
     def to_param_dtype(self, dtype: torch.dtype) -> Self:
-        """Trainable parameters in the model's dtype; statistics keep their own."""
+        """Thresholds in the model's dtype, but float32 where that is narrower; statistics keep their own."""
         for param in self.parameters():
-            param.data = param.data.to(dtype)
+            param.data = param.data.to(torch.promote_types(dtype, torch.float32))
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Whatever a model is cast to (`model.bfloat16()`), thresholds and statistics stay float32."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(wide, recurse)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items() if k != "type")

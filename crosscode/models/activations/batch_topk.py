@@ -27,7 +27,8 @@ threshold one value equals it, and must not be lost to the rounding of another b
 @ACTIVATIONS.register
 class BatchTopkActivation(AnnealedK):
     """In train mode the `k * B` largest of the batch; in eval mode all above a threshold, so that the result for one
-    token does not depend on the others. The threshold is a running mean of the smallest positive kept value.
+    token does not depend on the others. In training that is a running mean of the smallest positive kept value; a saved
+    model has the one that lets through k latents a token on the last activations trained on (`settle_threshold_`).
 
     For a batch that is processed in parts, `batch_thresholds_set` gives the `k * B`-th largest value of the whole batch,
     by `k_factor`. Then train mode keeps all that reach it, which are the same latents (all of several equal ones).
@@ -47,6 +48,7 @@ class BatchTopkActivation(AnnealedK):
     selects_over_batch = True
     threshold: Tensor
     n_steps: Tensor
+    mean_weight: Tensor
 
     def setup(self) -> None:
         super().setup()
@@ -55,6 +57,8 @@ class BatchTopkActivation(AnnealedK):
         # Statistics stay float32 whatever the parameters are; -1 says that nothing was tracked yet.
         self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float32))
         self.register_buffer("n_steps", torch.tensor(0, dtype=torch.int64))
+        # Sum of the weights of what went into the running mean: dividing by it takes away the bias of the start.
+        self.register_buffer("mean_weight", torch.tensor(0.0, dtype=torch.float32), persistent=False)
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
@@ -90,9 +94,11 @@ class BatchTopkActivation(AnnealedK):
     def _update_threshold(self, smallest: Tensor) -> None:
         """Device-side only: a step must not wait for a value."""
         tracked = (self.n_steps >= self.threshold_start_step) & smallest.isfinite()
-        mixed = self.threshold_ema_decay * self.threshold + (1 - self.threshold_ema_decay) * smallest
-        new = torch.where(self.threshold < 0, smallest, mixed)
-        self.threshold.copy_(torch.where(tracked, new, self.threshold))
+        new_share = 1 - self.threshold_ema_decay
+        weight = self.mean_weight * self.threshold_ema_decay + new_share
+        mean = torch.lerp(self.threshold, smallest, new_share / weight)
+        self.threshold.copy_(torch.where(tracked, mean, self.threshold))
+        self.mean_weight.copy_(torch.where(tracked, weight, self.mean_weight))
         self.n_steps.add_(1)
 
     def check_evaluated_at(self, step: int) -> None:
@@ -113,6 +119,21 @@ class BatchTopkActivation(AnnealedK):
             yield
         finally:
             self._batch_thresholds = {}
+
+    @contextmanager
+    def annealing_over(self) -> Iterator[None]:
+        before, self._annealed_k = self._annealed_k, self.k
+        try:
+            yield
+        finally:
+            self._annealed_k = before
+
+    @torch.no_grad()
+    def settle_threshold_(self, threshold: Tensor) -> None:
+        self.threshold.copy_(threshold)
+
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        return self.threshold, self.mean_weight
 
     def tracked_threshold(self) -> Tensor | None:
         return self.threshold if float(self.threshold) > 0 else None

@@ -12,14 +12,18 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
-from crosscode.objectives.base import TERMS, LossContext, LossTerm
+from crosscode.objectives.base import TERMS, LossContext, LossTerm, batch_variance
 from crosscode.objectives.schedules import Weight
 
 
 @TERMS.register
 class AuxKTerm(LossTerm):
     """Error of the `k_aux` largest dead latents, decoded without bias, against the detached reconstruction error;
-    normalised by the error's variance over the batch and scaled by `min(n_dead, k_aux) / k_aux`."""
+    normalised by the error's variance over the batch and scaled by `min(n_dead, k_aux) / k_aux`.
+
+    So it lies between 0 and about 1, while `recon` is a sum over the width (about `D` times the FVU of scaled activations):
+    AuxK then weighs the less, the wider the output. Gao et al. normalise both terms: `recon.normalise: true`.
+    """
 
     class Config(ConfigModel):
         type: Literal["auxk"] = "auxk"
@@ -36,13 +40,13 @@ class AuxKTerm(LossTerm):
         dead_mask_L = context.tokens_since_fired_L >= (self.dead_after_tokens or context.dead_after_tokens)
         k_aux = min(self.k_aux, context.model.n_latents)
         error_BO = -context.recon.residual_BO
+        variance = context.variances.error
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
-        variance = context.error_variance
         if variance is None:
-            variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()
+            variance = batch_variance(error_BO)
         # A batch without variance has nothing to explain: its term is 0, and so is the gradient (0/0 would be NaN).
         has_variance = variance > 0
         divisor = torch.where(has_variance, variance, torch.ones_like(variance))
         normalised = (error_BO - predicted_BO).square().sum(1).mean() / divisor
-        share_dead = dead_mask_L.sum().clamp(max=k_aux) / k_aux
+        share_dead = dead_mask_L.sum().clamp(max=k_aux).to(normalised.dtype) / k_aux
         return normalised * share_dead * has_variance

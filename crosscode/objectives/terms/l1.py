@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
-from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L
+from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L, penalty_norms_L
 from crosscode.objectives.schedules import LinearRamp, Weight
 
 
@@ -29,4 +29,4 @@ class L1Term(LossTerm):
 
     def __call__(self, context: LossContext) -> Tensor:
         weight_L = lambda_L(context, self.shared_ratio)
-        return context.model.ops.weighted_l1(context.result.latents, context.decoder_norms.n_L, weight_L)
+        return context.model.ops.weighted_l1(context.result.latents, penalty_norms_L(context), weight_L)

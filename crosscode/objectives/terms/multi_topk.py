@@ -24,9 +24,11 @@ class MultiTopkTerm(LossTerm):
         """coefficient: a number or a schedule"""
         factor: PositiveInt = 4
         """by what k is multiplied"""
+        normalise: bool = False
+        """divide by the target's variance over the batch, as `recon.normalise` does"""
 
     def setup(self) -> None:
-        self.k_factors = (self.factor,)
+        self.k_factors, self.needs_whole_batch = (self.factor,), self.normalise
 
     def check_model(self, model: BaseCrosscoder) -> None:
         for activation in model.activation_fns:
@@ -39,4 +41,5 @@ class MultiTopkTerm(LossTerm):
     def __call__(self, context: LossContext) -> Tensor:
         model = context.model
         with model.k_multiplied(self.factor):
-            return model.forward_train(context.input_BXiDi).recon_loss(context.target_BXoDo).loss
+            loss = model.forward_train(context.input_BXiDi).recon_loss(context.target_BXoDo).loss
+        return context.per_target_variance(loss) if self.normalise else loss

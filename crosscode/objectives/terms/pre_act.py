@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import TERMS, LossContext, LossTerm
-from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L
+from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L, penalty_norms_L
 from crosscode.objectives.jumprelu import require_jumprelu
 from crosscode.objectives.schedules import Weight
 
@@ -37,7 +37,7 @@ class PreActTerm(LossTerm):
         of_parts = zip(
             context.result.latents_of_parts,
             log_thresholds,
-            context.decoder_norms.n_L.split(sizes),
+            penalty_norms_L(context).split(sizes),
             lambda_L(context, self.shared_ratio).split(sizes),
             strict=True,
         )

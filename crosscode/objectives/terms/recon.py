@@ -19,6 +19,12 @@ class ReconTerm(LossTerm):
         type: Literal["recon"] = "recon"
         weight: Weight = 1.0
         """coefficient: a number or a schedule"""
+        normalise: bool = False
+        """divide by the target's variance over the batch (Gao et al. 2024); AuxK then weighs the same at any width"""
+
+    def setup(self) -> None:
+        self.needs_whole_batch = self.normalise
 
     def __call__(self, context: LossContext) -> Tensor:
-        return context.recon.loss
+        loss = context.recon.loss
+        return context.per_target_variance(loss) if self.normalise else loss

@@ -12,8 +12,9 @@ from crosscode.models.base import BaseCrosscoder
 class Constraint(Configured, ABC):
     """Keeps weights where they belong. A subclass is one file in this folder.
 
-    The trainer calls `check_model` and `start` once, `after_backward` between backward and gradient clipping, and
-    `after_step` behind the optimizer.
+    The trainer calls `check_model` and `start` once; `after_backward` between backward and gradient clipping, last
+    constraint first (gradients pass backward through what `after_step` does); `before_step` between clipping and the
+    optimizer; `after_step` behind it.
     """
 
     def check_model(self, model: BaseCrosscoder) -> None:
@@ -26,6 +27,10 @@ class Constraint(Configured, ABC):
     @abstractmethod
     def after_backward(self, model: BaseCrosscoder) -> None:
         """Change gradients so that the optimizer's step keeps the constraint as far as it can."""
+
+    def before_step(self, model: BaseCrosscoder) -> None:
+        """Change gradients in a way that their norm must not know of."""
+        return None
 
     @abstractmethod
     def after_step(self, model: BaseCrosscoder) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
@@ -17,8 +18,9 @@ from crosscode.trainers.constraints.base import CONSTRAINTS, Constraint
 
 @CONSTRAINTS.register
 class TieSharedDecoders(Constraint):
-    """The gradients of a shared latent's decoder vectors are summed over models, and each model gets the sum; behind
-    the step the vectors are made equal to the bit, whatever rounding the optimizer has."""
+    """The gradients of a shared latent's decoder vectors are summed over models: it is one vector, so the gradient norm
+    counts it once; for the optimizer each model gets the sum. Behind the step the vectors are made equal to the bit,
+    whatever rounding the optimizer has."""
 
     class Config(ConfigModel):
         type: Literal["tie_shared_decoders"] = "tie_shared_decoders"
@@ -41,9 +43,19 @@ class TieSharedDecoders(Constraint):
         grad_LMPD = model.W_dec_LXoDo.grad
         if grad_LMPD is not None:
             shared_SMPD = grad_LMPD[: model.n_shared_latents]
-            shared_SMPD.copy_(shared_SMPD.sum(1, keepdim=True).expand_as(shared_SMPD))
+            shared_SMPD[:, 0].copy_(shared_SMPD.sum(1))
+            shared_SMPD[:, 1:].zero_()
+
+    @torch.no_grad()
+    def before_step(self, model: BaseCrosscoder) -> None:
+        grad_LMPD = model.W_dec_LXoDo.grad
+        if grad_LMPD is not None:
+            self._copy_first(grad_LMPD[: model.n_shared_latents])
 
     @torch.no_grad()
     def after_step(self, model: BaseCrosscoder) -> None:
-        shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
+        self._copy_first(model.W_dec_LXoDo[: model.n_shared_latents])
+
+    @staticmethod
+    def _copy_first(shared_SMPD: Tensor) -> None:
         shared_SMPD[:, 1:].copy_(shared_SMPD[:, :1].expand_as(shared_SMPD[:, 1:]))

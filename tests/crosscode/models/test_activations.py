@@ -89,10 +89,11 @@ def test_batch_topk_threshold_is_a_running_mean_of_the_smallest_kept_value():
     activation = BatchTopkActivation(1, 3, threshold_ema_decay=0.9, threshold_start_step=1)
     for smallest in (9.0, 2.0, 1.0):
         activation.after_step(DenseLatents(torch.tensor([[smallest, 0.0, 7.0 + smallest]])))
-    # The first step lies before the start step; the second sets the value, the third is mixed in.
-    assert activation.threshold.item() == pytest.approx(0.9 * 2.0 + 0.1 * 1.0)
+    # The first step lies before the start step; the second has the weight 0.9 by now, the third 1.
+    mean = pytest.approx((0.9 * 2.0 + 1.0) / (0.9 + 1.0))
+    assert activation.threshold.item() == mean
     activation.after_step(DenseLatents(torch.zeros(1, 3)))
-    assert activation.threshold.item() == pytest.approx(1.9), "a batch that keeps nothing says nothing"
+    assert activation.threshold.item() == mean, "a batch that keeps nothing says nothing"
 
 
 def test_batch_topk_without_a_threshold_refuses_eval_mode():

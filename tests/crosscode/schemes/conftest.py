@@ -152,6 +152,15 @@ class Dictionary:
         self.target_BO = case.target_BXoDo.flatten(1)
         self.activation = ACTIVATIONS[activation]
         self.n_S = [f.norms(case.model.decoder_norm) for f in self.sources]
+        self.penalty_n_S = self.n_S
+        if case.model.n_shared_latents:
+            # A shared latent has one vector: the norm of either model's.
+            W_dec, S = self.p["W_dec_LXoDo"], case.model.n_shared_latents
+            norms_SMP = W_dec[:S].pow(2).sum(-1).sqrt()
+            once_S = (
+                norms_SMP.sum(2).mean(1) if case.model.decoder_norm == "sum" else norms_SMP.pow(2).sum(2).mean(1).sqrt()
+            )
+            self.penalty_n_S = [torch.cat([once_S, self.n_S[0][S:]])]
         centre_I = self.p["b_dec_XoDo"].flatten() if case.model.use_pre_bias else 0.0
         self.h_S = [f.preacts(x - centre_I) for f, x in zip(self.sources, self.x_BI, strict=True)]
 
@@ -177,22 +186,26 @@ class Dictionary:
     def recon(self, a_S: list[Tensor]) -> Tensor:
         return (self.target_BO - self.decode(a_S)).pow(2).sum(1).mean()
 
+    def normalised_recon(self, a_S: list[Tensor]) -> Tensor:
+        spread = self.target_BO - self.target_BO.mean(0, keepdim=True)
+        return self.recon(a_S) / spread.pow(2).sum(1).mean()
+
     def weights_S(self, ratio: float) -> list[Tensor]:
         weights = torch.ones(sum(h.shape[1] for h in self.h_S), dtype=torch.float64)
         weights[: self.model.n_shared_latents] = ratio
         return list(weights.split([h.shape[1] for h in self.h_S]))
 
     def l1(self, a_S: list[Tensor], ratio: float = 1.0) -> Tensor:
-        zipped = zip(self.weights_S(ratio), a_S, self.n_S, strict=True)
+        zipped = zip(self.weights_S(ratio), a_S, self.penalty_n_S, strict=True)
         return torch.stack([(w * a * n).sum(1).mean() for w, a, n in zipped]).sum()
 
     def tanh(self, a_S: list[Tensor], ratio: float = 1.0, c: float = 4.0) -> Tensor:
-        zipped = zip(self.weights_S(ratio), a_S, self.n_S, strict=True)
+        zipped = zip(self.weights_S(ratio), a_S, self.penalty_n_S, strict=True)
         return torch.stack([(w * torch.tanh(c * a * n)).sum(1).mean() for w, a, n in zipped]).sum()
 
     def pre_act(self, ratio: float = 1.0) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for w, f, h, n in zip(self.weights_S(ratio), self.sources, self.h_S, self.n_S, strict=True):
+        for w, f, h, n in zip(self.weights_S(ratio), self.sources, self.h_S, self.penalty_n_S, strict=True):
             gap = f.t.exp() - h
             total = total + (w * torch.where(gap > 0, gap, 0.0) * n).sum(1).mean()
         return total

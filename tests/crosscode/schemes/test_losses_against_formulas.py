@@ -5,6 +5,8 @@ Axes: L latents · S source layers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -175,3 +177,68 @@ def test_the_total_is_the_weighted_sum_of_the_logged_parts(make_case, objective,
     total = sum(loss.weights[name] * part for name, part in loss.parts.items())
     torch.testing.assert_close(loss.total.detach(), total)
     assert not any(part.requires_grad for part in loss.parts.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["sae_pre_bias", "acausal_2x1", "compound"])
+def test_the_share_of_auxk_is_exact_where_no_float_is(
+    architecture, backend, make_case, objective, context, dictionary, check
+):
+    """1 dead latent of 3 that may be taken: 1/3 rounded to float32 would be off by 1e-8."""
+    case = make_case(architecture, "topk", backend=backend)
+    formula = dictionary(case, "topk")
+    idle_L = torch.zeros(24, dtype=torch.int64)
+    idle_L[int(formula.latents()[0].detach().sum(0).argmin())] = 10
+    loss = objective({"recon": {}, "auxk": {"k_aux": 3, "dead_after_tokens": 10, "weight": 7.0}})(
+        context(case, idle_L), 0, 10
+    )
+    a_S = formula.latents()
+    expected = formula.auxk(a_S, idle_L >= 10, 3)
+    torch.testing.assert_close(loss.parts["auxk"], expected.detach(), rtol=1e-13, atol=0)
+    check(case, formula, loss, formula.recon(a_S) + 7 * expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["sae_pre_bias", "acausal_3x2", "compound_skip_later_only"])
+def test_both_terms_normalised_as_gao_et_al(architecture, backend, make_case, objective, context, dictionary, check):
+    case = make_case(architecture, "topk", backend=backend)
+    formula = dictionary(case, "topk")
+    idle_L = torch.zeros(24, dtype=torch.int64)
+    idle_L[[1, 5, 17]] = 10
+    config = {
+        "recon": {"normalise": True},
+        "auxk": {"k_aux": 5, "dead_after_tokens": 10},
+        "multi_topk": {"factor": 2, "normalise": True},
+    }
+    loss = objective(config)(context(case, idle_L), 0, 10)
+    few, many = formula.latents(), formula.latents(k=8)
+    auxk = formula.auxk(few, idle_L >= 10, 5) / 32
+    check(case, formula, loss, formula.normalised_recon(few) + auxk + formula.normalised_recon(many) / 8)
+
+
+def test_a_target_without_variance_gives_a_normalised_loss_of_0(make_case, objective, context):
+    case = make_case("sae", "topk")
+    case = replace(case, input_BXiDi=torch.ones_like(case.input_BXiDi), target_BXoDo=torch.ones_like(case.target_BXoDo))
+    loss = objective({"recon": {"normalise": True}})(context(case), 0, 10)
+    loss.total.backward()
+    assert loss.total == 0 and all(bool(p.grad.isfinite().all()) for p in case.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("mode", ["sum", "joint"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_penalties_count_the_vector_of_a_shared_latent_once(activation, mode, make_case, objective, context):
+    """A shared and an exclusive latent with the same activations and one vector each: `shared_ratio` is their ratio."""
+    penalties = {"l1": {}} if activation == "relu" else {"tanh": {"c": 1e-4}, "pre_act": {}}
+    for name, options in penalties.items():
+        sizes = []
+        for latent in (0, 23):
+            case = make_case("acausal_shared", activation, decoder_norm=mode)
+            with torch.no_grad():
+                vector_D = case.model.W_dec_LXoDo[0, 0, 0].clone()
+                case.model.W_dec_LXoDo.zero_()
+                case.model.W_dec_LXoDo[latent, : 2 if latent == 0 else 1] = vector_D
+                for param in (case.model.W_enc_LXiDi, case.model.b_enc_L, *case.model.activation_fn.parameters()):
+                    param[:] = param[:1].clone()
+            term = objective({name: {"weight": 1.0, "shared_ratio": 0.2} | options})
+            sizes.append(term(context(case), 0, 10).total.item())
+        assert sizes[0] / sizes[1] == pytest.approx(0.2, rel=1e-6)

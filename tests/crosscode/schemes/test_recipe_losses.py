@@ -39,14 +39,15 @@ def annealed_k(activation, step: int) -> int | None:
 def expected_loss(formula, values, step, idle_L):
     objective, k = dict(values["objective"]), annealed_k(values["crosscoder"]["activation"], step)
     a_S = formula.latents(k)
-    assert objective.pop("recon") == {}
-    total = formula.recon(a_S)
+    recon = formula.normalised_recon if objective.pop("recon").get("normalise") else formula.recon
+    total = recon(a_S)
     for name, fields in objective.items():
         if name == "auxk":
             term = formula.auxk(a_S, idle_L >= fields["dead_after_tokens"], fields["k_aux"])
             total = total + fields.get("weight", 1 / 32) * term
         elif name == "multi_topk":
-            total = total + formula.recon(formula.latents(min(fields["factor"] * k, L))) / 8
+            assert fields.get("normalise", False) == (recon == formula.normalised_recon)
+            total = total + recon(formula.latents(min(fields["factor"] * k, L))) / 8
         else:
             ratio, weight = fields.get("shared_ratio", 1.0), coefficient(fields["weight"], step)
             if name == "tanh":

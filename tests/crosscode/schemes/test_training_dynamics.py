@@ -42,8 +42,10 @@ def train(model, objective, n_steps, *, lr=3e-3, constraints=(), optimizer=None,
         firing.update(result.latents)
         context = LossContext(model, x_BMPD, x_BMPD, result, firing.tokens_since_fired_L)
         objective(context, step, n_steps).total.backward()
-        for constraint in constraints:
+        for constraint in reversed(constraints):
             constraint.after_backward(model)
+        for constraint in constraints:
+            constraint.before_step(model)
         optimizer.step()
         for constraint in constraints:
             constraint.after_step(model)

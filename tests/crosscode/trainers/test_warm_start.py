@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crosscode.errors import InputError
+from crosscode.models.checkpoint import load_model
 from crosscode.models import (
     ACTIVATIONS,
     AnthropicTransposeInit,
@@ -96,7 +97,8 @@ def test_a_run_and_a_checkpoint_start_where_they_stopped(where, make_trainer, pl
     scaling_MP = planted().scaling_MP
     split = split_for("model_hookpoint_acausal")
     warm_start(again.model, str(source), *split.scaling(scaling_MP), samples=lambda: iter(()))
-    saved = type(again.model).load(trainer.run.checkpoint(4))
+    where = {"backend": "torch", "device": torch.device("cpu")}
+    saved = load_model(type(again.model), trainer.run.checkpoint(4), fold=False, **where)
     for ours, theirs in zip(again.model.parameters(), saved.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     assert again.model.activation_fn.threshold == saved.activation_fn.threshold

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 
 from crosscode.errors import InputError
 from crosscode.models import AnthropicTransposeInit
@@ -25,6 +26,8 @@ def test_gradients_of_shared_latents_are_summed_over_models(make_case):
     before = model.W_dec_LXoDo.grad.clone()
     TieSharedDecoders().after_backward(model)
     after = model.W_dec_LXoDo.grad
+    assert not after[:6, 1].any(), "one vector: its gradient is there once while norms are taken"
+    TieSharedDecoders().before_step(model)
     for m in range(2):
         torch.testing.assert_close(after[:6, m], before[:6].sum(1), rtol=0, atol=0)
     assert torch.equal(after[6:], before[6:]), "exclusive latents keep their own gradients"
@@ -35,15 +38,38 @@ def test_the_tied_gradient_is_that_of_one_common_vector(make_case):
     case = make_case("acausal_shared", "relu")
     model = case.model
     (model(case.input_BXiDi) - case.target_BXoDo).square().sum().backward()
-    TieSharedDecoders().after_backward(model)
+    tie = TieSharedDecoders()
+    tie.after_backward(model)
 
     common_SPD = model.W_dec_LXoDo[:6, 0].detach().clone().requires_grad_()
-    W_dec = torch.cat([common_SPD[:, None].expand(6, 2, 1, 5), model.W_dec_LXoDo[6:].detach()])
-    a_BL = model.encode(case.input_BXiDi).detach()
-    y = torch.einsum("bl,lmpd->bmpd", a_BL, W_dec) + model.b_dec_XoDo.detach()
+    own_LMPD = model.W_dec_LXoDo[6:].detach().clone().requires_grad_()
+    others = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
+    h_BL = case.input_BXiDi.flatten(1) @ others["W_enc_LXiDi"].flatten(1).T + others["b_enc_L"]
+    W_dec = torch.cat([common_SPD[:, None].expand(6, 2, 1, 5), own_LMPD])
+    y = torch.einsum("bl,lmpd->bmpd", h_BL.relu(), W_dec) + others["b_dec_XoDo"]
     (y - case.target_BXoDo).square().sum().backward()
-    torch.testing.assert_close(model.W_dec_LXoDo.grad[:6, 0], common_SPD.grad)
-    torch.testing.assert_close(model.W_dec_LXoDo.grad[:6, 1], common_SPD.grad)
+    grads = [common_SPD.grad, own_LMPD.grad] + [param.grad for param in others.values() if param.grad is not None]
+    expected = torch.cat([grad.flatten() for grad in grads]).norm()
+    torch.testing.assert_close(grad_norm(model.parameters()), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(clip_grad_norm_(model.parameters(), 1.0), expected, rtol=1e-12, atol=0)
+    tie.before_step(model)
+    for m in range(2):
+        torch.testing.assert_close(model.W_dec_LXoDo.grad[:6, m], common_SPD.grad / expected, rtol=1e-5, atol=1e-12)
+
+
+def test_tying_and_unit_norm_together_project_the_gradient_of_the_one_vector(make_case):
+    """The unit vector of a shared latent is `w / |(w, w)|`: its gradient, by automatic differentiation."""
+    model = with_gradients(make_case("acausal_shared").model)
+    constraints = constraints_for(model, [UnitNormDecoder()])
+    for constraint in constraints:
+        constraint.after_step(model)
+    common_SPD = model.W_dec_LXoDo[:6, 0].detach().clone().requires_grad_()
+    both = torch.stack([common_SPD, common_SPD], 1)
+    unit = both / both.flatten(1).norm(dim=1)[:, None, None, None]
+    (unit * model.W_dec_LXoDo.grad[:6]).sum().backward()
+    for constraint in reversed(constraints):
+        constraint.after_backward(model)
+    torch.testing.assert_close(model.W_dec_LXoDo.grad[:6, 0], common_SPD.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_shared_latents_that_differ_at_the_start_are_refused(make_case):
@@ -62,6 +88,8 @@ def test_tying_needs_shared_latents(make_case):
 def test_tying_is_implied_by_shared_latents_and_acts_first(make_case):
     kinds = [type(constraint) for constraint in constraints_for(make_case("acausal_shared").model, [UnitNormDecoder()])]
     assert kinds == [TieSharedDecoders, UnitNormDecoder]
+    named = constraints_for(make_case("acausal_shared").model, [UnitNormDecoder(), TieSharedDecoders()])
+    assert [type(constraint) for constraint in named] == kinds
     assert constraints_for(make_case("acausal_2x1").model) == []
 
 
