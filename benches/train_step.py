@@ -36,7 +36,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One training step. `l0` is the aimed number of active latents a token where the activation does not fix it."""
+    """One training step. `l0` is the aimed number of active latents a token where the activation does not fix it; `k_aux`: with
+    AuxK, and `dead` the share of latents that are dead."""
 
     scheme: str
     B: int = 1024
@@ -47,10 +48,14 @@ class Case:
     l0: float = 0.0
     segments: int = 2
     beta1: float = 0.9
+    k_aux: int = 0
+    dead: float = 0.0
 
 
 CASES = {
     "topk": Case("topk"),
+    "topk_auxk": Case("topk", k_aux=768),
+    "topk_auxk_dead": Case("topk", k_aux=768, dead=0.05),
     "batch_topk": Case("batch_topk"),
     "groupmax": Case("groupmax"),
     "cross_layer_topk": Case("topk", I=512, O=6 * 512, L=8192, segments=6),
@@ -86,7 +91,19 @@ class Step:
         elif case.scheme == "jumprelu":
             penalty = ops.weighted_tanh(latents, n_L, 10.0 * ones_L, 4.0)
             penalty = penalty + ops.pre_act_penalty(latents, p["t_L"], n_L, 3e-6 * ones_L)
-        return ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths).loss + penalty
+        recon = ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths)
+        if case.k_aux:
+            penalty = penalty + self.auxk(x_BI, -recon.residual_BO, widths)
+        return recon.loss + penalty
+
+    def auxk(self, x_BI: Tensor, error_BO: Tensor, widths: list[int]) -> Tensor:
+        """AuxK of Gao et al. 2024, as the trainer has it when it does not know that no latent is dead."""
+        case, ops, p = self.case, self.ops, self.params
+        dead_L = torch.arange(case.L) < case.dead * case.L
+        latents = ops.aux_topk(x_BI, p["W_enc_LI"], p["b_enc_L"], dead_L, case.k_aux)
+        variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()
+        aux = ops.recon_loss(ops.sparse_decode(latents, p["W_dec_LO"], None), error_BO, widths).loss
+        return aux / variance * (dead_L.sum().clamp(max=case.k_aux) / case.k_aux) / 32
 
     def encode(self, x_BI: Tensor) -> Latents:
         case, ops, p = self.case, self.ops, self.params

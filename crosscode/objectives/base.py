@@ -33,6 +33,8 @@ class LossContext:
     """tokens since each latent was last active, int64"""
     error_variance: Tensor | None = None
     """variance of the reconstruction error over the whole batch, where only a part of it is at hand"""
+    longest_silence: int | None = None
+    """a bound on `tokens_since_fired_L`, where one is known without waiting for the device"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
     _recon: list[ReconLoss] = field(default_factory=list, repr=False)

@@ -40,6 +40,7 @@ class BatchInParts:
         """Add the gradients of a batch to the parameters. The result holds the means over the batch, detached."""
         inputs, targets = input_BXiDi.chunk(self.n_parts), target_BXoDo.chunk(self.n_parts)
         n_tokens = input_BXiDi.shape[0]
+        self.forward.announce(n_tokens)
         kept: list[Latents] = []
         if tracks_batches(self.model):
             observers = [*observers, lambda _, forward: kept.append(forward.latents)]

@@ -226,6 +226,7 @@ class Trainer:
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
         """Reads values from the device."""
         self.guard.check(self.checkpoints.newest_name())
+        self.firing.look()
         self._log(
             {
                 **figures.values(loss, self.position_names),

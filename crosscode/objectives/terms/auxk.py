@@ -33,9 +33,11 @@ class AuxKTerm(LossTerm):
     needs_whole_batch = True
 
     def __call__(self, context: LossContext) -> Tensor:
+        error_BO = -context.recon.residual_BO
+        if context.longest_silence is not None and context.longest_silence < self.dead_after_tokens:
+            return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         dead_mask_L = context.tokens_since_fired_L >= self.dead_after_tokens
         k_aux = min(self.k_aux, context.model.n_latents)
-        error_BO = -context.recon.residual_BO
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
         variance = context.error_variance
         if variance is None:

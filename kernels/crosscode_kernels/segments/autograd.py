@@ -43,7 +43,7 @@ def order_of(latents: SparseLatents, backend: Backend) -> LatentOrder:
     """The transpose, computed here where the encoder has not."""
     if latents.by_latent is not None:
         return latents.by_latent
-    return LatentOrder(*latent_order(latents.latent_idx_N, latents.n_latents, backend=backend))
+    return LatentOrder(*latent_order(latents.sort_key_N(), latents.n_latents, backend=backend))
 
 
 def weight_grad(entries: Entries, rows_BI: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ def sparse_decode(
     if backend.name == "reference":
         return reference.sparse_decode(latents, W_dec_LO, b_dec_O)
     if not isinstance(latents, DenseLatents):
+        if not (value.shape[0] or value.requires_grad):  # no entries by construction: nothing depends on W_dec
+            y_BO = value.new_zeros(latents.batch_size, W_dec_LO.shape[1])
+            return y_BO if b_dec_O is None else y_BO + b_dec_O
         return latents_decode(replace(latents.with_int32(), value_N=value), W_dec_LO, b_dec_O, backend)
     if latents.active is not None and value is latents.value_BL:
         return mixed_decode(value, latents.active, W_dec_LO, b_dec_O, backend)
