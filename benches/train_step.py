@@ -22,7 +22,8 @@ import platform
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,14 @@ class Step:
     ops: OpSet
     params: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    encode_s: float = 0.0
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the last step, by its parts."""
+    _last: float = 0.0
+
+    def _mark(self, part: str) -> None:
+        now = self.clock()
+        self.seconds[part], self._last = self.seconds.get(part, 0.0) + now - self._last, now
 
     def forward(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         case, ops, p = self.case, self.ops, self.params
@@ -93,36 +101,44 @@ class Step:
             penalty = penalty + ops.pre_act_penalty(latents, p["t_L"], n_L, 3e-6 * ones_L)
         recon = ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths)
         if case.k_aux:
+            self._mark("decode and loss")
             penalty = penalty + self.auxk(x_BI, -recon.residual_BO, widths)
+            self._mark("AuxK forward")
         return recon.loss + penalty
 
     def auxk(self, x_BI: Tensor, error_BO: Tensor, widths: list[int]) -> Tensor:
         """AuxK of Gao et al. 2024, as the trainer has it when it does not know that no latent is dead."""
         case, ops, p = self.case, self.ops, self.params
         dead_L = torch.arange(case.L) < case.dead * case.L
-        latents = ops.aux_topk(x_BI, p["W_enc_LI"], p["b_enc_L"], dead_L, case.k_aux)
+        encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        predicted_BO = ops.dead_decode(*encoder, dead_L, case.k_aux, p["W_dec_LO"], sparse_grad=True)
         variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()
-        aux = ops.recon_loss(ops.sparse_decode(latents, p["W_dec_LO"], None), error_BO, widths).loss
+        aux = ops.recon_loss(predicted_BO, error_BO, widths).loss
         return aux / variance * (dead_L.sum().clamp(max=case.k_aux) / case.k_aux) / 32
 
     def encode(self, x_BI: Tensor) -> Latents:
         case, ops, p = self.case, self.ops, self.params
-        start, encoder = time.perf_counter(), (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        self.seconds, self._last = {}, self.clock()
         if case.scheme == "l1":
             latents = ops.encode_relu(*encoder)
         elif case.scheme == "jumprelu":
             latents = ops.encode_jumprelu(*encoder, p["t_L"], 2.0, "anthropic")
         else:
             latents = getattr(ops, f"encode_{case.scheme}")(*encoder, case.k)
-        self.encode_s = time.perf_counter() - start
+        self._mark("encode")
         return latents
 
     def run(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(x_BI, target_BO)
+        self._mark("decode and loss")
         loss.backward()
+        self._mark("backward")
         clip_grad_norm_(list(self.params.values()), 1.0, self.optimizer)
+        self._mark("clip")
         self.optimizer.step()
+        self._mark("optimizer")
         return loss.detach()
 
 
@@ -227,7 +243,7 @@ def work(pipe: Connection, variant: str, threads: int) -> None:
         while pipe.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             step.run(x_BI, target_BO)
-            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, step.encode_s))
+            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, step.seconds["encode"]))
         with torch.no_grad():
             rows = int((step.encode(x_BI).firing_counts_L() > 0).sum())
         pipe.send((saved_bytes(step, x_BI, target_BO), peak_bytes(step, x_BI, target_BO), rows))

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from crosscode_kernels import AnyBackend, Backend, OpSet, resolve_backend
 from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from crosscode_kernels.row_view import row_view
 from torch import Tensor, nn
 
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
-from crosscode.models.row_view import row_view
 from crosscode.models.shapes import check_sizes
 
 
@@ -60,11 +60,11 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def W_enc_LI(self) -> Tensor:
-        return row_view(self.W_enc_LXiDi, "rows" in self.backend.options)
+        return row_view(self.W_enc_LXiDi)
 
     @property
     def W_dec_LO(self) -> Tensor:
-        return row_view(self.W_dec_LXoDo, "rows" in self.backend.options)
+        return row_view(self.W_dec_LXoDo)
 
     @property
     def W_enc_XiDiL(self) -> Tensor:

@@ -219,7 +219,7 @@ class Trainer:
         limit = self.config.clip_grad_norm
         if limit is not None:
             return clip_grad_norm_(self.model.parameters(), limit, self.optimizer)
-        return grad_norm(self.model.parameters())
+        return grad_norm(self.model.parameters(), self.optimizer)
 
     # ---- what is reported
 

@@ -39,7 +39,8 @@ class _Block:
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         lease = (ctypes.c_char * self.n_bytes).from_buffer(self.memory)
         self.lease = weakref.ref(lease)
-        return torch.frombuffer(lease, dtype=dtype, count=math.prod(shape)).view(*shape)
+        # Not a view, which would hold its base, and PyTorch adds gradients in place only to what nothing else holds.
+        return torch.frombuffer(lease, dtype=dtype, count=math.prod(shape)).resize_(tuple(shape))
 
 
 class HostBuffers:

@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscode_kernels.aux_topk import reference, torch_impl
 from crosscode_kernels.backend import AnyBackend, backend_for
 from crosscode_kernels.checks import check_k
-from crosscode_kernels.encoder import checked_encoder, may_look
+from crosscode_kernels.encoder import Encoder, checked_encoder, may_look
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
 from crosscode_kernels.segments.encoders import define_encoder
@@ -43,14 +43,7 @@ def aux_topk(
     """`encode_topk` among the latents of `dead_mask_L` only (fewer than k dead: all of them)."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("aux_topk", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_k("aux_topk", k, encoder.n_latents)
-    if dead_mask_L.dtype != torch.bool or tuple(dead_mask_L.shape) != (encoder.n_latents,):
-        raise ValueError(
-            f"aux_topk: dead_mask_L is {dead_mask_L.dtype} of shape {tuple(dead_mask_L.shape)}; "
-            f"must be bool of shape ({encoder.n_latents},)"
-        )
-    if dead_mask_L.device != x_BI.device:
-        raise ValueError(f"aux_topk: dead_mask_L is on {dead_mask_L.device} and x_BI on {x_BI.device}; must be on one")
+    check_dead("aux_topk", encoder, dead_mask_L, k)
     if backend.name == "reference":
         return reference.aux_topk(preacts(*encoder, backend=backend), dead_mask_L, k)
     if k and backend.name == "torch" and may_look(x_BI):
@@ -58,3 +51,16 @@ def aux_topk(
         if k == 0:  # nothing to compute, no gradient, nothing to keep for one
             return SparseLatents.none(x_BI.shape[0], encoder.n_latents, encoder.x_BI)
     return _encode(encoder, dead_mask_L, k, backend=backend)
+
+
+def check_dead(op: str, encoder: Encoder, dead_mask_L: Tensor, k: int) -> None:
+    check_k(op, k, encoder.n_latents)
+    if dead_mask_L.dtype != torch.bool or tuple(dead_mask_L.shape) != (encoder.n_latents,):
+        raise ValueError(
+            f"{op}: dead_mask_L is {dead_mask_L.dtype} of shape {tuple(dead_mask_L.shape)}; "
+            f"must be bool of shape ({encoder.n_latents},)"
+        )
+    if dead_mask_L.device != encoder.x_BI.device:
+        raise ValueError(
+            f"{op}: dead_mask_L is on {dead_mask_L.device} and x_BI on {encoder.x_BI.device}; must be on one"
+        )

@@ -3,7 +3,8 @@
 Axes: B tokens · I flattened input dims · L latents · K entries per token · N stored entries.
 
 Only kept positive values have a gradient, whatever selected them, so that the encoder's weight gradient is the same
-segment sum as the decoder's; entries of value 0 are in no segment. Saved for backward: x, W_enc, and the sparse batch with its transpose.
+segment sum as the decoder's; entries of value 0 are in no segment.
+Saved for backward: x, W_enc, and the sparse batch with its transpose.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, 
     entries_GR = torch.sparse_csr_tensor(ptr_G1, row_idx_N, weight_N, size, check_invariants=False)
     out = host_buffers.empty((size[0], rows.shape[1]), rows)
     if plus is None:
-        return torch.addmm(out, entries_GR, rows, beta=0, out=out)
+        return out.addmm_(entries_GR, rows, beta=0)
     return torch.addmm(plus, entries_GR, rows, out=out)
 
 
