@@ -19,7 +19,7 @@ def leaves(p):
 
 def dead_mask(n_dead, device):
     mask_L = torch.zeros(L, dtype=torch.bool, device=device)
-    mask_L[3 : 3 + n_dead] = True
+    mask_L[L - n_dead :] = True
     return mask_L
 
 
