@@ -60,11 +60,14 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def W_enc_LI(self) -> Tensor:
-        return row_view(self.W_enc_LXiDi)
+        return self._matrix(self.W_enc_LXiDi)
 
     @property
     def W_dec_LO(self) -> Tensor:
-        return row_view(self.W_dec_LXoDo)
+        return self._matrix(self.W_dec_LXoDo)
+
+    def _matrix(self, W_L: Tensor) -> Tensor:
+        return row_view(W_L) if self.ops.name == "torch" else W_L.flatten(1)  # the others give dense gradients
 
     @property
     def W_enc_XiDiL(self) -> Tensor:

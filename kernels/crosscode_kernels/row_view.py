@@ -23,6 +23,8 @@ class _RowView(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad_LF,) = grads
         if not grad_LF.is_sparse:
+            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+                return grad_LF.reshape(ctx.shape)
             # The same memory, but no view, which would hold its base: what comes next is then added in place.
             grad_LF = grad_LF.contiguous()
             return grad_LF.data.resize_(ctx.shape)
