@@ -57,6 +57,7 @@ bench: $(VENV)/installed-dev  ## time ops and training steps per backend, the da
 	$(BENCH) benches/bench_train_step.py --benchmark-json benches/results/bench_train_step.json
 	$(BIN)/python benches/plots.py
 	$(BIN)/python benches/train_step.py --out benches/results/train_step.json
+	$(BIN)/python benches/step_parts.py --out benches/results/step_parts.json
 	$(BIN)/python benches/data_shuffle.py
 	$(BIN)/python benches/trainer_overhead.py
 

@@ -84,6 +84,10 @@ OPS: dict[str, Op] = {
     "encode_groupmax": Op(lambda ops, t: ops.encode_groupmax(t.x_BI, t.W_enc_LI, t.b_enc_L, t.k), _ENCODER),
     "encode_threshold": Op(lambda ops, t: ops.encode_threshold(t.x_BI, t.W_enc_LI, t.b_enc_L, t.threshold)),
     "aux_topk": Op(lambda ops, t: ops.aux_topk(t.x_BI, t.W_enc_LI, t.b_enc_L, t.dead_L, t.k), _ENCODER),
+    "dead_decode": Op(
+        lambda ops, t: ops.dead_decode(t.x_BI, t.W_enc_LI, t.b_enc_L, t.dead_L, t.k, t.W_dec_LO),
+        (*_ENCODER, "W_dec_LO"),
+    ),
     "encode_relu": Op(lambda ops, t: ops.encode_relu(t.x_BI, t.W_enc_LI, t.b_enc_L), _ENCODER),
     "encode_jumprelu": Op(
         lambda ops, t: ops.encode_jumprelu(t.x_BI, t.W_enc_LI, t.b_enc_L, t.t_L, 2.0, "anthropic"), (*_ENCODER, "t_L")

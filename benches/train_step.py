@@ -22,7 +22,8 @@ import platform
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One training step. `l0` is the aimed number of active latents a token where the activation does not fix it."""
+    """One training step. `l0` is the aimed number of active latents a token where the activation does not fix it; `k_aux`: with
+    AuxK, and `dead` the share of latents that are dead."""
 
     scheme: str
     B: int = 1024
@@ -47,10 +49,14 @@ class Case:
     l0: float = 0.0
     segments: int = 2
     beta1: float = 0.9
+    k_aux: int = 0
+    dead: float = 0.0
 
 
 CASES = {
     "topk": Case("topk"),
+    "topk_auxk": Case("topk", k_aux=768),
+    "topk_auxk_dead": Case("topk", k_aux=768, dead=0.05),
     "batch_topk": Case("batch_topk"),
     "groupmax": Case("groupmax"),
     "cross_layer_topk": Case("topk", I=512, O=6 * 512, L=8192, segments=6),
@@ -72,7 +78,14 @@ class Step:
     ops: OpSet
     params: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    encode_s: float = 0.0
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the last step, by its parts."""
+    _last: float = 0.0
+
+    def _mark(self, part: str) -> None:
+        now = self.clock()
+        self.seconds[part], self._last = self.seconds.get(part, 0.0) + now - self._last, now
 
     def forward(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         case, ops, p = self.case, self.ops, self.params
@@ -86,26 +99,46 @@ class Step:
         elif case.scheme == "jumprelu":
             penalty = ops.weighted_tanh(latents, n_L, 10.0 * ones_L, 4.0)
             penalty = penalty + ops.pre_act_penalty(latents, p["t_L"], n_L, 3e-6 * ones_L)
-        return ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths).loss + penalty
+        recon = ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths)
+        if case.k_aux:
+            self._mark("decode and loss")
+            penalty = penalty + self.auxk(x_BI, -recon.residual_BO, widths)
+            self._mark("AuxK forward")
+        return recon.loss + penalty
+
+    def auxk(self, x_BI: Tensor, error_BO: Tensor, widths: list[int]) -> Tensor:
+        """AuxK of Gao et al. 2024, as the trainer has it when it does not know that no latent is dead."""
+        case, ops, p = self.case, self.ops, self.params
+        dead_L = torch.arange(case.L) < case.dead * case.L
+        encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        predicted_BO = ops.dead_decode(*encoder, dead_L, case.k_aux, p["W_dec_LO"], sparse_grad=True)
+        variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()
+        aux = ops.recon_loss(predicted_BO, error_BO, widths).loss
+        return aux / variance * (dead_L.sum().clamp(max=case.k_aux) / case.k_aux) / 32
 
     def encode(self, x_BI: Tensor) -> Latents:
         case, ops, p = self.case, self.ops, self.params
-        start, encoder = time.perf_counter(), (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
+        self.seconds, self._last = {}, self.clock()
         if case.scheme == "l1":
             latents = ops.encode_relu(*encoder)
         elif case.scheme == "jumprelu":
             latents = ops.encode_jumprelu(*encoder, p["t_L"], 2.0, "anthropic")
         else:
             latents = getattr(ops, f"encode_{case.scheme}")(*encoder, case.k)
-        self.encode_s = time.perf_counter() - start
+        self._mark("encode")
         return latents
 
     def run(self, x_BI: Tensor, target_BO: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(x_BI, target_BO)
+        self._mark("decode and loss")
         loss.backward()
+        self._mark("backward")
         clip_grad_norm_(list(self.params.values()), 1.0, self.optimizer)
+        self._mark("clip")
         self.optimizer.step()
+        self._mark("optimizer")
         return loss.detach()
 
 
@@ -210,7 +243,7 @@ def work(pipe: Connection, variant: str, threads: int) -> None:
         while pipe.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             step.run(x_BI, target_BO)
-            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, step.encode_s))
+            pipe.send((time.perf_counter() - wall, time.process_time() - cpu, step.seconds["encode"]))
         with torch.no_grad():
             rows = int((step.encode(x_BI).firing_counts_L() > 0).sum())
         pipe.send((saved_bytes(step, x_BI, target_BO), peak_bytes(step, x_BI, target_BO), rows))

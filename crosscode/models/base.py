@@ -151,8 +151,10 @@ class BaseCrosscoder(CoderWeights):
         return self.ops.aux_topk(self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
-        """`output_BXoDo` of `dead_latents`, without bias or skip (for AuxK)."""
-        y_BO = self.ops.sparse_decode(self.dead_latents(x_BXiDi, dead_mask_L, k), self.W_dec_LO, None)
+        """`output_BXoDo` of `dead_latents`, without bias or skip (for AuxK). The weights' gradients may be sparse over rows,
+        until they are added to those of the reconstruction."""
+        encoder = (self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L)
+        y_BO = self.ops.dead_decode(*encoder, dead_mask_L, k, self.W_dec_LO, sparse_grad=True)
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:

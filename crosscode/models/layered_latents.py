@@ -29,7 +29,8 @@ def concat_latents(layers: Sequence[Latents]) -> Latents:
     source_N = _source_of_entry_N(sparse)
     id_N = torch.cat([layer.latent_idx_N + s * layer.n_latents for s, layer in enumerate(sparse)])
     row_ptr_B1 = torch.stack([layer.row_ptr_B1 for layer in sparse]).sum(0).to(torch.int32)
-    return SparseLatents(row_ptr_B1, id_N[source_N], value_N[source_N], sum(layer.n_latents for layer in sparse))
+    n_latents, padded = sum(layer.n_latents for layer in sparse), all(layer.padded for layer in sparse)
+    return SparseLatents(row_ptr_B1, id_N[source_N], value_N[source_N], n_latents, padded=padded)
 
 
 def layer_of_latents(latents: Latents, layer: int, n_layers: int) -> Latents:
@@ -59,16 +60,21 @@ def keep_largest(layers: Sequence[Latents], k: int, scale_L: Tensor | None, *, o
         masks = keep_BL.chunk(len(layers), dim=1)
         return [DenseLatents(layer.to_dense() * mask_BL) for layer, mask_BL in zip(layers, masks, strict=True)]
     rank_N = joined.value_N if scale_L is None else joined.value_N * scale_L[joined.latent_idx_N.long()]
-    # Every token has the same number of stored entries here: each layer stores k of them, in any order. What is stable
-    # must begin in the order of ids.
-    flat_RN = (joined.token_idx_N() * joined.n_latents + joined.latent_idx_N.long()).reshape(n_rows, -1)
+    # Every token has the same number of stored entries here, as each layer stores one number of them for all, in any order.
+    # What is stable must begin in the order of ids.
+    n_stored = rank_N.shape[0] // max(n_rows, 1)
+    flat_RN = (joined.token_idx_N() * joined.n_latents + joined.latent_idx_N.long()).reshape(n_rows, n_stored)
     order_RN = flat_RN.argsort(dim=1)
-    keep_RN = topk_mask_BL(rank_N.reshape(n_rows, -1).gather(1, order_RN), n_kept)
+    keep_RN = topk_mask_BL(rank_N.reshape(n_rows, n_stored).gather(1, order_RN), min(n_kept, n_stored))
     keep_N = torch.empty_like(keep_RN).scatter(1, order_RN, keep_RN).flatten()
     sparse = [_sparse(layer) for layer in layers]
     keep_of_entry_N = torch.empty_like(keep_N).scatter(0, _source_of_entry_N(sparse), keep_N)
     masks = keep_of_entry_N.split([layer.value_N.shape[0] for layer in sparse])
-    return [replace(layer, value_N=layer.value_N * mask_N) for layer, mask_N in zip(sparse, masks, strict=True)]
+    # What is not kept is padding from here on: it leaves the order by latent.
+    return [
+        replace(layer, value_N=layer.value_N * mask_N, by_latent=None, padded=True)
+        for layer, mask_N in zip(sparse, masks, strict=True)
+    ]
 
 
 def _source_of_entry_N(layers: Sequence[SparseLatents]) -> Tensor:

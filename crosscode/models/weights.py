@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from crosscode_kernels import AnyBackend, Backend, OpSet, resolve_backend
 from crosscode_kernels.decoder_norms import DecoderNorms, NormMode
+from crosscode_kernels.row_view import row_view
 from torch import Tensor, nn
 
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
-from crosscode.models.row_view import row_view
 from crosscode.models.shapes import check_sizes
 
 
@@ -63,11 +63,14 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def W_enc_LI(self) -> Tensor:
-        return row_view(self.W_enc_LXiDi, "rows" in self.backend.options)
+        return self._matrix(self.W_enc_LXiDi)
 
     @property
     def W_dec_LO(self) -> Tensor:
-        return row_view(self.W_dec_LXoDo, "rows" in self.backend.options)
+        return self._matrix(self.W_dec_LXoDo)
+
+    def _matrix(self, W_L: Tensor) -> Tensor:
+        return row_view(W_L) if self.ops.name == "torch" else W_L.flatten(1)  # the others give dense gradients
 
     @property
     def W_enc_XiDiL(self) -> Tensor:

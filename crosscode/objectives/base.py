@@ -31,6 +31,9 @@ class Variances(NamedTuple):
     target: Tensor | None = None
 
 
+UNKNOWN_VARIANCES = Variances()
+
+
 def batch_variance(rows_BO: Tensor) -> Tensor:
     """`mean_B sum_O (row - mean row)^2`."""
     return (rows_BO - rows_BO.mean(0)).square().sum(1).mean()
@@ -46,10 +49,12 @@ class LossContext:
     result: ForwardResult
     tokens_since_fired_L: Tensor
     """tokens since each latent was last active, int64"""
-    variances: Variances = Variances()
+    variances: Variances = UNKNOWN_VARIANCES
     """over the whole batch, where only a part of it is at hand"""
     dead_after_tokens: int = TrainConfig.model_fields["dead_after_tokens"].default
     """from when on a latent counts as dead, for terms that have no number of their own"""
+    longest_silence: int | None = None
+    """a bound on `tokens_since_fired_L`, where one is known without waiting for the device"""
 
     _norms: list[DecoderNorms] = field(default_factory=list, repr=False)
     _recon: list[ReconLoss] = field(default_factory=list, repr=False)

@@ -13,7 +13,7 @@ from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.models.base import ForwardResult
-from crosscode.objectives.base import Loss, Variances
+from crosscode.objectives.base import UNKNOWN_VARIANCES, Loss, Variances
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
     batch_thresholds,
@@ -40,6 +40,7 @@ class BatchInParts:
         """Add the gradients of a batch to the parameters. The result holds the means over the batch, detached."""
         inputs, targets = input_BXiDi.chunk(self.n_parts), target_BXoDo.chunk(self.n_parts)
         n_tokens = input_BXiDi.shape[0]
+        self.forward.announce(n_tokens)
         kept: list[Latents] = []
         if tracks_batches(self.model):
             observers = [*observers, lambda _, forward: kept.append(forward.latents)]
@@ -65,7 +66,7 @@ class BatchInParts:
         step: int,
         n_steps: int,
         observers: Sequence[Observer],
-        variances: Variances = Variances(),
+        variances: Variances = UNKNOWN_VARIANCES,
     ) -> Loss:
         n_tokens = sum(input_BXiDi.shape[0] for input_BXiDi in inputs)
         mean: Loss | None = None

@@ -25,6 +25,8 @@ class FiringTracker(nn.Module):
         self.register_buffer("tokens_since_fired_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_tokens", torch.zeros((), dtype=torch.int64))
+        self._longest: int | None = None
+        self.register_load_state_dict_post_hook(lambda *_: self.look())
 
     def update(self, latents: Latents) -> None:
         """Take note of a batch. A stored zero is not active."""
@@ -36,6 +38,19 @@ class FiringTracker(nn.Module):
         self.tokens_since_fired_L.add_(n_tokens).masked_fill_(counts_L > 0, 0)
         self.n_recent_L.add_(counts_L)
         self.n_recent_tokens.add_(n_tokens)
+
+    def look(self) -> None:
+        """Read the longest silence from the device, and wait for it."""
+        self._longest = self.tokens_since_fired_L.amax(0, keepdim=True).tolist()[0]
+
+    def longest_silence(self, n_tokens: int) -> int:
+        """A bound on `tokens_since_fired_L` behind the next batch, of `n_tokens` tokens: on the CPU that of the last batch plus
+        these; elsewhere that of the last `look`, plus all tokens that were announced here since."""
+        if self._longest is None or self.tokens_since_fired_L.device.type == "cpu":
+            self.look()
+        assert self._longest is not None
+        self._longest += n_tokens
+        return self._longest
 
     def dead_fraction(self, dead_after_tokens: int) -> Tensor:
         """Share of latents that were not active in the last `dead_after_tokens` tokens."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from crosscode.config.experiment import TrainConfig
 from crosscode.evaluation.precision import autocast
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.objectives.base import LossContext, Objective, Variances
+from crosscode.objectives.base import UNKNOWN_VARIANCES, LossContext, Objective, Variances
 from crosscode.trainers.firing import FiringTracker
 
 Terms = dict[str, Tensor]
@@ -26,6 +26,7 @@ class ForwardPass:
     def __init__(self, model: BaseCrosscoder, objective: Objective, firing: FiringTracker, config: TrainConfig):
         self.model, self.objective, self.firing, self.config = model, objective, firing, config
         self._whole, self._part = self._eager_whole, self._eager_part
+        self._longest_silence: int | None = None
         if config.compile:
             self._whole, self._part = torch.compile(self._whole), torch.compile(self._part)
         for part in {model, *model.parts}:  # the choice of a backend cannot be traced
@@ -33,8 +34,14 @@ class ForwardPass:
 
     def __call__(self, input_BXiDi: Tensor, target_BXoDo: Tensor) -> tuple[ForwardResult, Terms]:
         """Of a whole batch, of which the firing counts take note."""
+        self.announce(input_BXiDi.shape[0])
         with self.autocast():
             return self._whole(input_BXiDi, target_BXoDo)
+
+    def announce(self, n_tokens: int) -> None:
+        """Before a whole batch, or the first of its parts: its size, from which a bound on the latents' silence follows."""
+        if not self.config.compile:  # a number that grows would be traced again and again
+            self._longest_silence = self.firing.longest_silence(n_tokens)
 
     def part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, variances: Variances) -> tuple[ForwardResult, Terms]:
         """Of a part of a batch; variances are those of the whole."""
@@ -56,10 +63,14 @@ class ForwardPass:
         return forward, self._terms(input_BXiDi, target_BXoDo, forward, variances)
 
     def _terms(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, forward: ForwardResult, variances: Variances = Variances()
+        self,
+        input_BXiDi: Tensor,
+        target_BXoDo: Tensor,
+        forward: ForwardResult,
+        variances: Variances = UNKNOWN_VARIANCES,
     ) -> Terms:
-        tokens_since_fired_L = self.firing.tokens_since_fired_L
-        dead_after = self.config.dead_after_tokens
-        batch = (input_BXiDi, target_BXoDo, forward)
-        context = LossContext(self.model, *batch, tokens_since_fired_L, variances, dead_after)
+        context = LossContext(
+            self.model, input_BXiDi, target_BXoDo, forward, self.firing.tokens_since_fired_L, variances,
+            self.config.dead_after_tokens, self._longest_silence,
+        )  # fmt: skip
         return self.objective.values(context)

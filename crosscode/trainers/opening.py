@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+from crosscode_kernels import host_buffers
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -63,7 +64,9 @@ def next_batch(trainers: Sequence[Beginner], batches: Iterator[Tensor], step: in
 
 
 def open_runs(trainers: Sequence[Beginner], stack: ExitStack) -> None:
-    """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was."""
+    """Hold and open the runs until `stack` ends: all of them, or none, which leaves every run directory as it was. At the end
+    goes back what memory ops keep from step to step."""
+    stack.callback(host_buffers.clear)
     try:
         for trainer in trainers:
             stack.enter_context(trainer.run.held())

@@ -243,13 +243,14 @@ class Trainer:
         limit = self.config.clip_grad_norm
         if limit is not None:
             return clip_grad_norm_(self.model.parameters(), limit, self.optimizer)
-        return grad_norm(self.model.parameters())
+        return grad_norm(self.model.parameters(), self.optimizer)
 
     # ---- what is reported
 
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
         """Reads values from the device."""
         self.guard.check(self.checkpoints.newest_name())
+        self.firing.look()
         self._log(
             {
                 **figures.values(loss, self.position_names),

@@ -29,8 +29,8 @@ class Backend:
 
     "screened": pre-activations of `encode_topk` are screened in bfloat16 and only candidates computed in full; rows where that
     is not proven to give the same selection are done densely. A speed-up where bfloat16 products are fast.
-    "rows": weight gradients of sparse latents are sparse COO tensors over the touched rows, for `RowSparseAdam`. Eager only:
-    while compiling they are dense.
+    "rows": weight gradients of sparse latents are sparse COO tensors over the touched rows, for `RowSparseAdam`, where a batch
+    touches few. Eager only: while compiling they are dense.
     """
 
     name: str

@@ -24,6 +24,11 @@ def autocast(backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def may_look(x_BI: Tensor) -> bool:
+    """Whether what to do may depend on the data: looking is free on the CPU, and impossible while tracing."""
+    return x_BI.device.type == "cpu" and not torch.compiler.is_compiling() and x_BI.shape[0] > 0
+
+
 class Encoder(NamedTuple):
     """`h = x W_enc^T + b_enc`."""
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ _SMALLEST_BYTES = 4 << 20
 """Smaller tensors stay with the C library, which keeps their memory itself."""
 _GIVEN_UP_AFTER = 64
 """Requests that a free block is kept for without being used: some ten training steps."""
+_ROOM = 1 << 30
+"""Bytes that the system must have left beside a new block, or the free ones are given back first."""
 
 
 class _Block:
@@ -39,12 +43,13 @@ class _Block:
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         lease = (ctypes.c_char * self.n_bytes).from_buffer(self.memory)
         self.lease = weakref.ref(lease)
-        return torch.frombuffer(lease, dtype=dtype, count=math.prod(shape)).view(*shape)
+        # Not a view, which would hold its base, and PyTorch adds gradients in place only to what nothing else holds.
+        return torch.frombuffer(lease, dtype=dtype, count=math.prod(shape)).resize_(tuple(shape))
 
 
 class HostBuffers:
     """Blocks of a process, safe to use from several threads. A block that nothing has asked for over `_GIVEN_UP_AFTER`
-    requests goes back to the system."""
+    requests goes back to the system, and all that are free do where memory gets short."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,9 +81,27 @@ class HostBuffers:
         for block in self._blocks:
             if block.n_bytes == n_bytes and block.is_free():
                 return block
-        block = _Block(n_bytes)
+        if available_bytes() < n_bytes + _ROOM:
+            self._give_back()
+        try:
+            block = _Block(n_bytes)
+        except RuntimeError:  # the system refuses
+            self._give_back()
+            block = _Block(n_bytes)
         self._blocks.append(block)
         return block
+
+    def _give_back(self) -> None:
+        self._blocks = [block for block in self._blocks if not block.is_free()]
+
+
+def available_bytes() -> int:
+    """What the system says it can still give without swapping; where it does not say, no end of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return sys.maxsize
 
 
 def _block_bytes(n_bytes: int) -> int:
@@ -107,3 +130,8 @@ def empty_like(tensor: Tensor) -> Tensor:
 def clear() -> None:
     """Give the kept memory of this process back as far as no tensor uses it."""
     _buffers.clear()
+
+
+def n_bytes() -> int:
+    """Bytes in blocks of this process, used and free."""
+    return _buffers.n_bytes()

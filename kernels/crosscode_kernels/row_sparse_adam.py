@@ -70,16 +70,17 @@ class RowSparseAdam(torch.optim.Optimizer):
             if param.dim() > 1:
                 state["last_step_R"] = torch.zeros(param.shape[0], dtype=torch.int32, device=param.device)
         state["step"] += 1
-        lr, beta2, eps, step = group["lr"], group["beta2"], group["eps"], state["step"]
+        beta2, step = group["beta2"], state["step"]
         if grad.is_sparse:
-            _update_rows(param, grad, state, lr, beta2, eps)
+            _update_rows(param, grad, state, group)
             return
         v = state["exp_avg_sq"]
         if "last_step_R" in state:
-            _catch_up(state, slice(None), v, beta2, step)
-            state["last_step_R"].fill_(step)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        param.addcdiv_(grad, _denominator(v, beta2, eps, step), value=-float(lr))
+            last_step_R = state["last_step_R"]
+            if not (grad.device.type == "cpu" and last_step_R.amin(0, keepdim=True).tolist()[0] == step - 1):
+                _catch_up(state, slice(None), v, beta2, step)
+            last_step_R.fill_(step)
+        _adam_(param, grad, v, group, step)
 
 
 def coalesced(grad: Tensor) -> Tensor:
@@ -93,8 +94,20 @@ def coalesced(grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(grad._indices(), values_QD, grad.shape, is_coalesced=True, check_invariants=False)
 
 
-def _denominator(v: Tensor, beta2: float, eps: float, step: int) -> Tensor:
-    return v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+def _adam_(param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: int) -> None:
+    """One Adam step with beta1 = 0 in PyTorch's fused kernel, one pass. The first moment is the gradient itself, which may
+    stand for it: each number is read before it is written."""
+    if grad.dtype in (torch.float32, torch.float64) and grad.is_contiguous() and param.is_contiguous():
+        steps = [torch.full((), float(step), device=param.device)]
+        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+            [param], [grad], [grad], [v], [], steps, lr=float(group["lr"]), beta1=0.0, beta2=group["beta2"],
+            weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return
+    beta2 = group["beta2"]
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    param.addcdiv_(grad, denominator, value=-float(group["lr"]))
 
 
 def _catch_up(state: dict[str, Any], rows: Tensor | slice, v_rows: Tensor, beta2: float, step: int) -> None:
@@ -107,7 +120,7 @@ def _chunk_rows(device: torch.device, width: int) -> int:
     return max((_CPU_CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS) // width, 1)
 
 
-def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], lr: float, beta2: float, eps: float) -> None:
+def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     grad = coalesced(grad)
     rows_Q, step = grad.indices()[0], state["step"]
     width = max(param[0].numel(), 1)
@@ -116,11 +129,10 @@ def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], lr: float, 
     chunk = _chunk_rows(param.device, width)
     for rows_q, grad_qD in zip(rows_Q.split(chunk), grad_QD.split(chunk), strict=True):
         v_qD = v_RD.index_select(0, rows_q)
-        _catch_up(state, rows_q, v_qD, beta2, step)
-        v_qD.mul_(beta2).addcmul_(grad_qD, grad_qD, value=1 - beta2)
-        v_RD.index_copy_(0, rows_q, v_qD)
+        _catch_up(state, rows_q, v_qD, group["beta2"], step)
         param_qD = param_RD.index_select(0, rows_q)
-        param_qD.addcdiv_(grad_qD, _denominator(v_qD, beta2, eps, step), value=-float(lr))
+        _adam_(param_qD, grad_qD, v_qD, group, step)
+        v_RD.index_copy_(0, rows_q, v_qD)
         param_RD.index_copy_(0, rows_q, param_qD)
     state["last_step_R"].index_fill_(0, rows_Q, step)
 
@@ -136,7 +148,7 @@ def clip_grad_norm_(
     `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all."""
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; must be positive")
-    values = _grad_values(parameters)
+    values = _grad_values(parameters, optimizer)
     if not values:
         return torch.zeros(())
     norm = _norm(values)
@@ -150,16 +162,19 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients, dense and row-sparse."""
-    return _norm(_grad_values(parameters))
+def grad_norm(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    """The 2-norm of all gradients, dense and row-sparse. An `optimizer` that takes dense ones only will find none other."""
+    return _norm(_grad_values(parameters, optimizer))
 
 
-def _grad_values(parameters: Iterable[Tensor]) -> list[Tensor]:
+def _grad_values(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    takes_sparse = optimizer is None or isinstance(optimizer, RowSparseAdam)
     values = []
     for param in parameters:
         if param.grad is None:
             continue
+        if param.grad.is_sparse and not takes_sparse:  # of rows alone: nothing else moved this weight
+            param.grad = param.grad.to_dense()
         if param.grad.is_sparse:
             param.grad = coalesced(param.grad)
             values.append(param.grad.values())

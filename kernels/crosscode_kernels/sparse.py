@@ -3,7 +3,8 @@
 Axes: B tokens · L latents · K entries per token · N stored entries of a sparse batch · L1, B1 one more than L, B.
 
 An entry whose value is 0 is stored but not active: that keeps shapes fixed (`N = B * k`) where a token has fewer than
-k positive pre-activations. Everything about latents counts an entry as active where its value is above 0.
+k positive pre-activations. Everything about latents counts an entry as active where its value is above 0. Where such
+entries are padding (`padded`), they belong to no latent: sorted by latent they lie behind the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 class LatentOrder(NamedTuple):
     """The transpose of a sparse batch: its entries sorted by latent, ties by position. Both int32.
 
-    Entries `order_N[latent_ptr_L1[l] : latent_ptr_L1[l + 1]]` belong to latent l, in order of their tokens.
+    Entries `order_N[latent_ptr_L1[l] : latent_ptr_L1[l + 1]]` belong to latent l, in order of their tokens; those from
+    `latent_ptr_L1[L]` on are padding.
     """
 
     order_N: Tensor
@@ -83,7 +85,8 @@ class SparseLatents:
 
     `by_latent` is the transpose, where somebody has computed it: encoders do so whenever a weight gradient will need
     it, so that the encoder, the decoder and the trackers share one sort. `deficit_L` is there for a JumpReLU: the sum
-    over the batch of `relu(theta - h)`, all latents included.
+    over the batch of `relu(theta - h)`, all latents included. `padded`: entries of value 0 are padding, to whose values no
+    gradient is wanted.
     """
 
     row_ptr_B1: Tensor
@@ -92,6 +95,13 @@ class SparseLatents:
     n_latents: int
     by_latent: LatentOrder | None = None
     deficit_L: Tensor | None = None
+    padded: bool = False
+
+    @classmethod
+    def none(cls, n_tokens: int, n_latents: int, like: Tensor) -> SparseLatents:
+        """A batch without entries, of the dtype of `like`."""
+        indices_B1 = torch.zeros(n_tokens + 1, dtype=torch.int32, device=like.device)
+        return cls(indices_B1, indices_B1[:0], like.new_empty(0), n_latents)
 
     @classmethod
     def from_topk(cls, latent_idx_BK: Tensor, value_BK: Tensor, n_latents: int) -> SparseLatents:
@@ -155,9 +165,13 @@ class SparseLatents:
         """Entries sorted by latent: `by_latent` where it is there, else one stable sort."""
         if self.by_latent is not None:
             return self.by_latent
-        sorted_N, order_N = torch.sort(self.latent_idx_N.long(), stable=True)
+        sorted_N, order_N = torch.sort(self.sort_key_N().long(), stable=True)
         bounds_L1 = torch.arange(self.n_latents + 1, device=sorted_N.device)
         return LatentOrder(order_N.int(), torch.searchsorted(sorted_N, bounds_L1, out_int32=True))
+
+    def sort_key_N(self) -> Tensor:
+        """By what entries are sorted: their latent, and a latent beyond the last for padding."""
+        return padding_last(self.latent_idx_N, self.value_N, self.n_latents) if self.padded else self.latent_idx_N
 
     def with_int32(self) -> SparseLatents:
         """The same latents with int32 indices, for those that were made by hand with int64 ones."""
@@ -176,12 +190,16 @@ class SparseLatents:
         if not 0 <= start <= stop <= self.n_latents:
             raise ValueError(f"slice_latents: {start}:{stop} is not a range within the {self.n_latents} latents")
         if start == stop:
-            empty_N = self.latent_idx_N[:0]
-            return SparseLatents(torch.zeros_like(self.row_ptr_B1), empty_N, self.value_N[:0], 0)
+            return SparseLatents.none(self.batch_size, 0, self.value_N)
         inside_N = (self.latent_idx_N >= start) & (self.latent_idx_N < stop)
         latent_idx_N = torch.where(inside_N, self.latent_idx_N - start, 0)
         value_N = torch.where(inside_N, self.value_N, 0)
-        return SparseLatents(self.row_ptr_B1, latent_idx_N, value_N, stop - start)
+        return SparseLatents(self.row_ptr_B1, latent_idx_N, value_N, stop - start, padded=True)
+
+
+def padding_last(latent_idx_N: Tensor, value_N: Tensor, n_latents: int) -> Tensor:
+    """The latent of each entry, and `n_latents` for those of value 0."""
+    return latent_idx_N.masked_fill(value_N == 0, n_latents)
 
 
 Latents = DenseLatents | SparseLatents

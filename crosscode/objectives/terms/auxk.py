@@ -37,9 +37,12 @@ class AuxKTerm(LossTerm):
     needs_whole_batch = True
 
     def __call__(self, context: LossContext) -> Tensor:
-        dead_mask_L = context.tokens_since_fired_L >= (self.dead_after_tokens or context.dead_after_tokens)
-        k_aux = min(self.k_aux, context.model.n_latents)
+        dead_after = self.dead_after_tokens or context.dead_after_tokens
         error_BO = -context.recon.residual_BO
+        if context.longest_silence is not None and context.longest_silence < dead_after:
+            return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
+        dead_mask_L = context.tokens_since_fired_L >= dead_after
+        k_aux = min(self.k_aux, context.model.n_latents)
         variance = context.variances.error
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
         if variance is None:

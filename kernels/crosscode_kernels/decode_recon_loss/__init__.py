@@ -43,7 +43,7 @@ def decode_recon_loss(
     if in_two or isinstance(latents, DenseLatents) or latents.value_N.shape[0] == 0:
         y_BO = sparse_decode(latents, W_dec_LO, b_dec_O, backend=backend)
         return recon_loss(y_BO, target_BO, segments, backend=backend)
-    check_decoder(latents, latents.value_N, W_dec_LO, b_dec_O)
+    check_decoder("sparse_decode", latents.n_latents, latents.value_N, W_dec_LO, b_dec_O)
     expected = (latents.batch_size, W_dec_LO.shape[1])
     if tuple(target_BO.shape) != expected:
         raise ValueError(f"recon_loss: target_BO has shape {tuple(target_BO.shape)}; must be {expected}")

@@ -23,9 +23,8 @@ from torch import Tensor
 from crosscode_kernels.backend import AnyBackend, backend_for
 from crosscode_kernels.checks import check_per_latent
 from crosscode_kernels.encode_jumprelu import measured
-from crosscode_kernels.encode_jumprelu.support import may_measure
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
-from crosscode_kernels.encoder import checked_encoder
+from crosscode_kernels.encoder import checked_encoder, may_look
 from crosscode_kernels.jumprelu import StraightThrough, check_straight_through, jumprelu
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
@@ -51,7 +50,7 @@ def encode_jumprelu(
     if backend.name != "torch":
         h_BL = preacts(*encoder, backend=backend)
         return DenseLatents(jumprelu(h_BL, t_L, eps, ste, backend=backend), h_BL)
-    measures = may_measure(x_BI)
+    measures = may_look(x_BI)
     with torch.no_grad():
         h_BL = dense_preacts(encoder) if measures else preacts(*encoder, backend=backend)
     encode = measured.encode_jumprelu if measures else measured.encode_jumprelu_dense

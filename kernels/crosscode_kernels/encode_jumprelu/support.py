@@ -63,11 +63,6 @@ def _count(mask_RL: Tensor) -> int:
     return torch.count_nonzero(mask_RL).reshape(1).tolist()[0]
 
 
-def may_measure(x_BI: Tensor) -> bool:
-    """Looking at the data is free on the CPU, and impossible while tracing."""
-    return x_BI.device.type == "cpu" and not torch.compiler.is_compiling() and x_BI.shape[0] > 0
-
-
 def locate(mask_BL: Tensor) -> Support:
     """The entries of a mask."""
     n_tokens, n_latents = mask_BL.shape

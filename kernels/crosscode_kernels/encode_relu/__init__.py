@@ -16,8 +16,7 @@ from torch import Tensor
 
 from crosscode_kernels.backend import AnyBackend, backend_for
 from crosscode_kernels.encode_jumprelu import measured
-from crosscode_kernels.encode_jumprelu.support import may_measure
-from crosscode_kernels.encoder import checked_encoder
+from crosscode_kernels.encoder import checked_encoder, may_look
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
 from crosscode_kernels.sparse import DenseLatents, Latents
@@ -29,7 +28,7 @@ def encode_relu(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, *, backe
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_relu", backend, (x_BI, W_enc_LI, b_enc_L))
     h_BL = preacts(*encoder, backend=backend)
-    if backend.name == "torch" and may_measure(x_BI):
+    if backend.name == "torch" and may_look(x_BI):
         latents = measured.encode_relu(encoder, h_BL.detach(), backend)
         if latents is not None:
             return latents

@@ -95,7 +95,7 @@ def sparse_penalty_backward(
 ) -> tuple[Tensor, Tensor]:
     n_latents = n_L.shape[0]
     config = latent_sum_config(entries.value_N.shape[0], n_latents)
-    dvalue_N, dn_L = torch.empty_like(entries.value_N), torch.empty_like(n_L)
+    dvalue_N, dn_L = torch.zeros_like(entries.value_N), torch.empty_like(n_L)  # padding is in no segment
     launch(
         _sparse_penalty_bwd_kernel, (triton.cdiv(n_latents, config.BLOCK_L),), g, entries.order_N,
         entries.latent_ptr_L1, entries.value_N, n_L, lambda_L, dvalue_N, dn_L, n_latents, entries.n_tokens, c or 1.0,

@@ -3,7 +3,8 @@
 Axes: B tokens · I flattened input dims · L latents · K entries per token · N stored entries.
 
 Only kept positive values have a gradient, whatever selected them, so that the encoder's weight gradient is the same
-segment sum as the decoder's. Saved for backward: x, W_enc, and the sparse batch with its transpose.
+segment sum as the decoder's; entries of value 0 are in no segment.
+Saved for backward: x, W_enc, and the sparse batch with its transpose.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from crosscode_kernels.backend import Backend
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.registration import Arguments, Kernel, define_op
 from crosscode_kernels.segments.autograd import latent_order, weight_grad
-from crosscode_kernels.sparse import Entries, LatentOrder, SparseLatents
+from crosscode_kernels.sparse import Entries, LatentOrder, SparseLatents, padding_last
 from crosscode_kernels.sparse_decode.autograd import entries_decode, entries_of
 
 
@@ -45,7 +46,7 @@ def define_encoder(kernel: Kernel, variants: Mapping[str, Kernel] | None = None)
         with_order = encoder.wants_weight_grad()
         entries = _entries(op(encoder, *arguments, with_order, backend=backend))
         order = LatentOrder(entries.order_N, entries.latent_ptr_L1) if with_order else None
-        return SparseLatents(*entries[:3], encoder.n_latents, order)
+        return SparseLatents(*entries[:3], encoder.n_latents, order, padded=True)
 
     return encode
 
@@ -63,9 +64,9 @@ def _finish(a: Arguments, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The sparse batch, with its transpose where asked; what has a gradient first."""
     *rows, latent_idx, value = result
     row_ptr_B1 = rows[0] if rows else torch.arange(a.x_BI.shape[0] + 1, dtype=torch.int32, device=value.device) * a.k
-    latent_idx_N = latent_idx.view(-1)
+    latent_idx_N, n_latents = latent_idx.view(-1), a.W_enc_LI.shape[0]
     order = (
-        latent_order(latent_idx_N, a.W_enc_LI.shape[0], backend=a.backend)
+        latent_order(padding_last(latent_idx_N, value.view(-1), n_latents), n_latents, backend=a.backend)
         if a.with_order
         else (_int32(a, 0), _int32(a, 0))
     )

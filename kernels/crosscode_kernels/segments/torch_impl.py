@@ -30,7 +30,8 @@ def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
 
 
 def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, plus: Tensor | None = None) -> Tensor:
-    """For each sum g over its entries `ptr[g]` to `ptr[g + 1]`: `weight[n] * rows[row_idx[n]]`, and one row `plus`."""
+    """For each sum g over its entries `ptr[g]` to `ptr[g + 1]`: `weight[n] * rows[row_idx[n]]`, and one row `plus`. Entries
+    from `ptr[G]` on are in no sum."""
     if not _by_sparse_product(rows):
         out = _bag_sums(ptr_G1, row_idx_N, weight_N, rows)
         return out if plus is None else out.add_(plus)
@@ -38,13 +39,14 @@ def row_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor, 
     entries_GR = torch.sparse_csr_tensor(ptr_G1, row_idx_N, weight_N, size, check_invariants=False)
     out = host_buffers.empty((size[0], rows.shape[1]), rows)
     if plus is None:
-        return torch.addmm(out, entries_GR, rows, beta=0, out=out)
+        return out.addmm_(entries_GR, rows, beta=0)
     return torch.addmm(plus, entries_GR, rows, out=out)
 
 
 def _bag_sums(ptr_G1: Tensor, row_idx_N: Tensor, weight_N: Tensor, rows: Tensor) -> Tensor:
-    starts_G = ptr_G1[:-1].contiguous()
-    return torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, starts_G, False, SUM_MODE, False, weight_N)[0]
+    # One bag more than sums, for what is in none.
+    out = torch.ops.aten._embedding_bag_forward_only(rows, row_idx_N, ptr_G1, False, SUM_MODE, False, weight_N)[0]
+    return out[:-1]
 
 
 def _by_sparse_product(rows: Tensor) -> bool:
@@ -59,6 +61,15 @@ def _has_sparse_product() -> bool:
         warnings.simplefilter("ignore")
         torch.eye(2).to_sparse_csr()
     return True
+
+
+def without_padding(entries: Entries) -> tuple[Tensor, Tensor]:
+    """`order_N`, and the token of each entry in that order. On a device, where the number of entries that are padding is not
+    known, they stay, behind the last latent."""
+    order_N = entries.order_N
+    if order_N.device.type == "cpu":
+        order_N = order_N[: entries.latent_ptr_L1[-1:].tolist()[0]]
+    return order_N, entry_tokens(entries.row_ptr_B1, entries.order_N.shape[0]).index_select(0, order_N)
 
 
 def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
@@ -77,11 +88,10 @@ def sorted_gather_dot(row_idx_BC: Tensor, x_BI: Tensor, W_LI: Tensor) -> Tensor:
 
 def segment_rows(entries: Entries, rows_BI: Tensor) -> tuple[Tensor, Tensor]:
     """`out_LI, sum_L`: over each latent's entries the sum of value * rows[token] (zeros where there are none), and of values."""
-    order_N, latent_ptr_L1 = entries.order_N, entries.latent_ptr_L1
-    token_idx_N = entry_tokens(entries.row_ptr_B1, order_N.shape[0])
+    order_N, token_N = without_padding(entries)
     value_sorted_N = entries.value_N.index_select(0, order_N)
-    out_LI = row_sums(latent_ptr_L1, token_idx_N.index_select(0, order_N), value_sorted_N, rows_BI)
-    return out_LI, _weight_sums(latent_ptr_L1, value_sorted_N)
+    out_LI = row_sums(entries.latent_ptr_L1, token_N, value_sorted_N, rows_BI)
+    return out_LI, _weight_sums(entries.latent_ptr_L1, value_sorted_N)
 
 
 def segment_rows_and_common(entries: Entries, rows_BI: Tensor, common_L: Tensor) -> tuple[Tensor, Tensor]:

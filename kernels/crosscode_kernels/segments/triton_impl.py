@@ -128,7 +128,7 @@ def reduce_by_latent(
     sum_L = rows_BO.new_empty(n_latents if want_sum else 0)
     config = segment_config(rows_BO.shape[0], width, rows_BO.element_size())
     n_slices = triton.cdiv(width, config.slice_width)
-    dot_SN = rows_BO.new_empty(
+    dot_SN = rows_BO.new_zeros(  # padding is in no segment
         n_slices, n_entries if W_LO is not None else 0, dtype=torch.float32 if n_slices > 1 else rows_BO.dtype
     )
     for overflow in (True, False):

@@ -36,23 +36,24 @@ def sparse_decode(
     """`y_BO = a W_dec + b_dec`. Sparse latents: forward and backward touch active rows only."""
     backend = backend_for(backend, latents)
     value, W_dec_LO, b_dec_O = autocast(backend, latents.value, W_dec_LO, b_dec_O)
-    check_decoder(latents, value, W_dec_LO, b_dec_O)
+    check_decoder("sparse_decode", latents.n_latents, value, W_dec_LO, b_dec_O)
     if backend.name == "reference":
         return reference.sparse_decode(latents, W_dec_LO, b_dec_O)
     if not isinstance(latents, DenseLatents):
+        if not (value.shape[0] or value.requires_grad):  # no entries by construction: nothing depends on W_dec
+            y_BO = value.new_zeros(latents.batch_size, W_dec_LO.shape[1])
+            return y_BO if b_dec_O is None else y_BO + b_dec_O
         return latents_decode(replace(latents.with_int32(), value_N=value), W_dec_LO, b_dec_O, backend)
     if latents.active is not None and value is latents.value_BL:
         return mixed_decode(value, latents.active, W_dec_LO, b_dec_O, backend)
     return torch.nn.functional.linear(value, W_dec_LO.T, b_dec_O)
 
 
-def check_decoder(latents: Latents, value: Tensor, W_dec_LO: Tensor, b_dec_O: Tensor | None) -> None:
-    check_dims("sparse_decode", "W_dec_LO", W_dec_LO, 2)
-    if latents.n_latents != W_dec_LO.shape[0]:
-        raise ValueError(
-            f"sparse_decode: latents are over {latents.n_latents} and W_dec_LO has {W_dec_LO.shape[0]} rows; "
-            "must be equal"
-        )
+def check_decoder(op: str, n_latents: int, value: Tensor, W_dec_LO: Tensor, b_dec_O: Tensor | None) -> None:
+    """A decoder of `n_latents` rows, of the dtype and device of `value`."""
+    check_dims(op, "W_dec_LO", W_dec_LO, 2)
+    if n_latents != W_dec_LO.shape[0]:
+        raise ValueError(f"{op}: latents are over {n_latents} and W_dec_LO has {W_dec_LO.shape[0]} rows; must be equal")
     if b_dec_O is not None and tuple(b_dec_O.shape) != (W_dec_LO.shape[1],):
-        raise ValueError(f"sparse_decode: b_dec_O has shape {tuple(b_dec_O.shape)}; must be ({W_dec_LO.shape[1]},)")
-    check_float("sparse_decode", latents=value, W_dec_LO=W_dec_LO, b_dec_O=b_dec_O)
+        raise ValueError(f"{op}: b_dec_O has shape {tuple(b_dec_O.shape)}; must be ({W_dec_LO.shape[1]},)")
+    check_float(op, latents=value, W_dec_LO=W_dec_LO, b_dec_O=b_dec_O)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels.segments.torch_impl import SUM_MODE, entry_tokens, row_sums
+from crosscode_kernels.segments.torch_impl import SUM_MODE, entry_tokens, row_sums, without_padding
 from crosscode_kernels.sparse import Entries
 
 
@@ -27,10 +27,10 @@ def gather_dot(entries: Entries, dy_BO: Tensor, W_LO: Tensor) -> Tensor:
 def sparse_decode_backward(entries: Entries, dy_BO: Tensor, W_LO: Tensor) -> tuple[Tensor, Tensor]:
     """`dvalue_N, dW_LO` over entries sorted by latent: a row of W is read once for all its entries, and the rows that are read
     many times are those of dy, the smaller matrix."""
-    row_ptr_B1, latent_idx_N, value_N, order_N, latent_ptr_L1 = entries
-    token_N = entry_tokens(row_ptr_B1, order_N.shape[0]).index_select(0, order_N)
+    _, latent_idx_N, value_N, _, latent_ptr_L1 = entries
+    order_N, token_N = without_padding(entries)
     dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         W_LO, dy_BO, token_N, latent_ptr_L1[:-1].contiguous(), latent_idx_N.index_select(0, order_N), SUM_MODE
     )
-    dvalue_N = torch.empty_like(dot_N).index_copy_(0, order_N.long(), dot_N)
+    dvalue_N = dot_N.new_zeros(value_N.shape[0]).index_copy_(0, order_N.long(), dot_N)
     return dvalue_N, row_sums(latent_ptr_L1, token_N, value_N.index_select(0, order_N), dy_BO)

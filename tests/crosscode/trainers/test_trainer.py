@@ -1,6 +1,7 @@
 """What a Python user gets of `Trainer.train()` alone."""
 
 import pytest
+import torch
 
 from crosscode.config.experiment import TrainConfig
 from crosscode.evaluation.heldout import measure_reconstruction
@@ -39,3 +40,12 @@ def test_tokens_and_batch_size_give_the_number_of_steps(n_parts, make_trainer):
     trainer = make_trainer(n_steps=None, n_tokens=100, batch_size=32, grad_accumulation=n_parts)
     trainer.train()
     assert trainer.step == trainer.run.read_summary()["step"] == 3
+
+
+def test_memory_kept_from_step_to_step_is_given_back_after_training(make_trainer):
+    from crosscode_kernels import host_buffers
+
+    host_buffers.empty((1 << 12, 1 << 11), like=torch.empty(0))
+    assert host_buffers.n_bytes() > 0
+    make_trainer(n_steps=2).train()
+    assert host_buffers.n_bytes() == 0

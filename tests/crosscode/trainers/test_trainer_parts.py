@@ -96,6 +96,18 @@ def test_firing_counts_tokens_since_a_latent_was_active():
     assert tracker.dead_fraction(3).item() == pytest.approx(1 / 3)
 
 
+def test_the_bound_on_the_silence_is_never_below_it():
+    from crosscode_kernels.sparse import DenseLatents
+
+    tracker = FiringTracker(3)
+    assert tracker.longest_silence(2) == 2
+    tracker.update(DenseLatents(torch.tensor([[0.0, 1.0, 0.0], [0.0, 2.0, 0.0]])))
+    assert tracker.longest_silence(5) == 7
+    resumed = FiringTracker(3)
+    resumed.load_state_dict(tracker.state_dict())
+    assert resumed.longest_silence(1) == 3
+
+
 @given(
     st.integers(1, 500),
     st.floats(0, 0.5),

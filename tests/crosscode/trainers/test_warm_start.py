@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from crosscode.errors import InputError
-from crosscode.models.checkpoint import load_model
 from crosscode.models import (
     ACTIVATIONS,
     AnthropicTransposeInit,
@@ -16,6 +15,7 @@ from crosscode.models import (
     SAEOrTranscoder,
 )
 from crosscode.models.architecture import split_for
+from crosscode.models.checkpoint import load_model
 from crosscode.trainers.warm_start import warm_start
 
 N_LATENTS, WIDTH = 40, 8

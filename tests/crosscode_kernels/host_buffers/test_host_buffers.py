@@ -164,3 +164,32 @@ def test_a_nan_reaches_only_the_sums_that_read_it():
         assert sums[:, 0].isnan().tolist() == [False, False, True, False, False, False]
         assert sums.nan_to_num(0).sum(1).tolist() == [1 << 18, 0, 0, 1 << 18, 0, 0]
         del sums
+
+
+def test_free_blocks_go_back_where_memory_gets_short(monkeypatch):
+    buffers = HostBuffers()
+    used = buffers.empty(LARGE, torch.float32)
+    buffers.empty((5, 1 << 19), torch.float32)
+    assert buffers.n_bytes() == 16 << 20
+    monkeypatch.setattr(host_buffers, "available_bytes", lambda: 1 << 20)
+    other = buffers.empty((4, 1 << 19), torch.float32)
+    assert buffers.n_bytes() == 14 << 20 and used.data_ptr() != other.data_ptr()
+
+
+def test_free_blocks_go_back_where_the_system_refuses_a_new_one(monkeypatch):
+    buffers = HostBuffers()
+    buffers.empty(LARGE, torch.float32)
+    make, refusals = torch.empty, iter([True, False])
+
+    def refused_once(*args, **kwargs):
+        if next(refusals):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refused_once)
+    buffers.empty((4, 1 << 19), torch.float32)
+    assert buffers.n_bytes() == 8 << 20
+
+
+def test_the_system_says_what_it_can_give():
+    assert host_buffers.available_bytes() > 1 << 20

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels.row_sparse_adam import coalesced
+
 
 class _RowView(torch.autograd.Function):
     @staticmethod
@@ -21,16 +23,20 @@ class _RowView(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad_LF,) = grads
         if not grad_LF.is_sparse:
-            return grad_LF.reshape(ctx.shape)
-        grad_LF = grad_LF.coalesce()
+            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+                return grad_LF.reshape(ctx.shape)
+            # The same memory, but no view, which would hold its base: what comes next is then added in place.
+            grad_LF = grad_LF.contiguous()
+            return grad_LF.data.resize_(ctx.shape)
+        grad_LF = coalesced(grad_LF)
         values_Q = grad_LF.values().reshape(-1, *ctx.shape[1:])
         return torch.sparse_coo_tensor(
             grad_LF.indices(), values_Q, ctx.shape, is_coalesced=True, check_invariants=False
         )
 
 
-def row_view(W_L: Tensor, row_sparse: bool) -> Tensor:
-    """`W_LF`. `row_sparse`: gradients may be sparse COO tensors over rows, which PyTorch's own views refuse."""
-    if not row_sparse or torch.compiler.is_compiling():
+def row_view(W_L: Tensor) -> Tensor:
+    """`W_LF`. Gradients may be sparse COO tensors over rows, which PyTorch's own views refuse."""
+    if torch.compiler.is_compiling():
         return W_L.flatten(1)
     return _RowView.apply(W_L)
