@@ -92,6 +92,7 @@ from crosscode.trainers.constraints import CONSTRAINTS as CONSTRAINTS
 from crosscode.trainers.constraints import Constraint as Constraint
 from crosscode.trainers.constraints import TieSharedDecoders as TieSharedDecoders
 from crosscode.trainers.constraints import UnitNormDecoder as UnitNormDecoder
+from crosscode.trainers.firing import FiringTracker as FiringTracker
 from crosscode.trainers.optimizers import OPTIMIZERS as OPTIMIZERS
 from crosscode.trainers.optimizers import Adam as Adam
 from crosscode.trainers.optimizers import OptimizerPlan as OptimizerPlan

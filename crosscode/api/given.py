@@ -20,10 +20,13 @@ from crosscode.data.arrays.opening import open_input
 from crosscode.data.arrays.random_access import ArrayInput, FileInput, StoreInput
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, BaseCrosscoder
+from crosscode.models.architecture import split_for
 from crosscode.models.checkpoint import model_config
 
 FEWEST_STEPS = 1000
 _READ_AHEAD = 4
+_TANH_WEIGHT_PER_NUMBER = 1 / 640
+"""So are the recipes' weights (0.1 at 64 numbers), and the term's default at 6400."""
 
 
 def given_arrays(acts: Any, heldout: Any = None, tokens: Any = None, tokenizer: Any = None) -> GivenArrays:
@@ -106,7 +109,7 @@ def usual_values(values: dict[str, Any], given: GivenArrays) -> dict[str, Any]:
         cc["init"] = {"type": of_activation or architecture.usual_init}
     values = {**values, "crosscoder": cc}
     if activation is not None:
-        values.setdefault("objective", {name: {} for name in activation.usual_terms})
+        values.setdefault("objective", {name: _usual_term(name, cc["type"], given) for name in activation.usual_terms})
     n_rows = given.inputs[0].n_rows
     train = dict(values.get("train") or {})
     if n_rows is not None:
@@ -126,6 +129,17 @@ def usual_values(values: dict[str, Any], given: GivenArrays) -> dict[str, Any]:
         data.setdefault("prefetch", _READ_AHEAD)
     values["data"] = data
     return values
+
+
+def _usual_term(name: str, architecture: str, given: GivenArrays) -> dict[str, Any]:
+    """A term's own defaults, but for the weight of tanh: it must outweigh a squared error that is as large as the output
+    is wide, and its default is that of wide models."""
+    if name != "tanh":
+        return {}
+    *_, width = given.inputs[0].row_shape
+    n_in_rows = int(np.prod(given.inputs[0].row_shape[:-1])) * len(given.inputs)
+    n_positions = n_in_rows if split_for(architecture).keeps_models else max(1, n_in_rows - 1)
+    return {"weight": {"type": "linear_ramp", "value": _TANH_WEIGHT_PER_NUMBER * n_positions * width}}
 
 
 def _has_type(section: Any) -> bool:
