@@ -48,9 +48,9 @@ def fitting(what: str) -> Iterator[None]:
     """Raise `InputError` where saved state does not fit what it is loaded into. `what` it is, and where it stands."""
     try:
         yield
-    except InputError:
+    except (CrosscodeError, OSError):
         raise
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # of any library that takes a part of it
         raise InputError(f"{what} does not fit ({type(error).__name__}: {first_line(error)})") from error
 
 

@@ -57,7 +57,7 @@ class Summary(Stored):
     fvu_by_position: Figures
     l0: float | None
     dead_fraction: float | None
-    loss_recovered: Figures
+    loss_recovered: Figures | None = None
     tokens_per_s: float | None
     wall_s: float | None = None
     backend: str
@@ -66,14 +66,14 @@ class Summary(Stored):
 
 
 class SplicedFigures(Stored):
-    n_tokens: Count
-    n_sequences: Count
-    ce_clean: float | None
-    ce_spliced: float | None
-    ce_zero: float | None
-    kl_spliced: float | None
-    kl_zero: float | None
-    loss_recovered: float | None
+    n_tokens: Count | None = None
+    n_sequences: Count | None = None
+    ce_clean: float | None = None
+    ce_spliced: float | None = None
+    ce_zero: float | None = None
+    kl_spliced: float | None = None
+    kl_zero: float | None = None
+    loss_recovered: float | None = None
     ci95: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
 
 
@@ -106,10 +106,16 @@ class SweepRow(Stored):
     dead_fraction: float | None = None
 
 
-class MetricsRow(Stored):
-    """A line of `metrics.jsonl` or `histograms.jsonl`."""
+class Row(Stored):
+    """A line of `histograms.jsonl`, or of `metrics.jsonl`."""
 
     step: Count
+
+
+class MetricsRow(Row):
+    """A line of `metrics.jsonl`: numbers by name; null where one was not finite."""
+
+    __pydantic_extra__: dict[str, float | None]
     tokens: Count | None = None
 
 
@@ -160,10 +166,10 @@ class ModelSpec(Stored):
 
 
 class SavedLanguageModel(Stored):
-    path: str
-    name: str
-    revision: str | None
-    fingerprint: str
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
 
 
 class Metadata(Stored):
@@ -213,11 +219,30 @@ class ShardInfo(Stored):
     content: str | None = None
 
 
-class PositionHeader(Stored):
-    """What the header of a saved position says beside the shapes of its tensors."""
+class TensorHeader(Stored):
+    shape: Annotated[list[Size], Field(min_length=1)]
 
+
+class ShardMetadata(Stored):
+    info: str
+
+
+class ShardHeader(Stored):
+    """The part of a shard's safetensors header that is read; the whole is compared with what it must be."""
+
+    metadata: ShardMetadata = Field(alias="__metadata__")
+    sums: TensorHeader
+
+
+class PositionMetadata(Stored):
     state: str
     finished: Literal["0", "1"]
+
+
+class PositionHeader(Stored):
+    """The part of a saved position's safetensors header that is read."""
+
+    metadata: PositionMetadata = Field(alias="__metadata__")
 
 
 # ---- reading
@@ -262,7 +287,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _said(problem: Exception) -> str:
     if not isinstance(problem, ValidationError):
         return "nested too deep"
-    found = [problem_text(".".join(map(str, each["loc"])), each) for each in problem.errors()[:_N_SHOWN]]
+    found = [problem_text(".".join(map(str, each["loc"])) or "it", each) for each in problem.errors()[:_N_SHOWN]]
     more = problem.error_count() - len(found)
     return "; ".join(found) + (f"; and {more} more" if more else "")
 
