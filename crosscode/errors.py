@@ -43,6 +43,17 @@ def in_section(section: str, fields: Container[str]) -> Iterator[None]:
         raise type(error)(f"{section}.{error}") from error
 
 
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Raise `InputError` where saved state does not fit what it is loaded into. `what` it is, and where it stands."""
+    try:
+        yield
+    except (CrosscodeError, OSError):
+        raise
+    except Exception as error:  # of any library that takes a part of it
+        raise InputError(f"{what} does not fit ({type(error).__name__}: {first_line(error)})") from error
+
+
 def _first_name(error: InputError) -> str:
     """The first part of the path with which a message begins, as in `k = 0: ...` or `stores.0: ...`."""
     match = re.match(r"(\w+)[\w.]*(?: = |: )", str(error))

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +34,16 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
         OSError: the system refuses; no partial file is left.
     """
     check_is_no_link(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    temporary = _temporary(path)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(handle, "wb", buffering=0):
             for views in _large_pieces(parts):
                 _write_all(handle, views)
             os.fsync(handle)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
@@ -93,9 +93,9 @@ def new_folder(path: Path, index: str) -> Iterator[Path]:
     """
     check_is_no_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
+    temporary = _temporary(path)
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o755)
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda file: file.name == index)
         for file in files:
@@ -178,8 +178,9 @@ def check_may_be_filled(folder: str | Path, field: str) -> None:
             raise InputError(f"{field} = {str(folder)!r}: is {which}; name a new folder, such as 'runs/name'")
 
 
-def _prefix(path: Path) -> str:
-    return f"{_PREFIX}{path.name}-"
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that nothing else has. What is made there gets the mode that the umask leaves."""
+    return path.with_name(f"{_PREFIX}{path.name}-{secrets.token_hex(4)}")
 
 
 def _sync(path: Path) -> None:

@@ -32,8 +32,8 @@ def description(record: RunRecord) -> str:
     """One sentence: what was trained on what."""
     model = record.model_config.get("model", {})
     metadata = record.metadata
-    language_models = [model_name(m) for m in metadata.get("language_models", [])]
-    hookpoints = [str(h) for h in metadata.get("hookpoints", [])]
+    language_models = [model_name(m) for m in metadata.get("language_models") or []]
+    hookpoints = metadata.get("hookpoints") or []
     if not model:
         return "A run without a final model."
     activation = model.get("activation", {})
@@ -84,12 +84,11 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     """Where the figures come from: backend, device, versions, models."""
     rows = [(key, str(record.summary[key])) for key in ("backend", "device") if record.summary.get(key)]
     versions = record.summary.get("versions")
-    if isinstance(versions, dict):
+    if versions:
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    for model in record.metadata.get("language_models", []):
-        if isinstance(model, dict):
-            details = ", ".join(f"{key} {value}" for key, value in model.items() if value and key != "name")
-            rows.append((f"model {model_name(model)}", details))
+    for model in record.metadata.get("language_models") or []:
+        details = ", ".join(f"{key} {value}" for key, value in model.items() if value and key != "name")
+        rows.append((f"model {model_name(model)}", details))
     return rows
 
 
@@ -135,16 +134,16 @@ def evaluation_table(record: RunRecord) -> EvaluationTable | None:
 def _spliced_cells(found: dict[str, Any]) -> list[str]:
     recovered, interval = found.get("loss_recovered"), found.get("ci95")
     text = percent_text(recovered)
-    bounds = interval.get("loss_recovered") if isinstance(interval, dict) else None
-    if recovered is not None and isinstance(bounds, list) and len(bounds) == 2 and None not in bounds:
+    bounds = (interval or {}).get("loss_recovered")
+    if recovered is not None and bounds:
         text += f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})"
     return [text, *(number_text(found.get(key)) for key in ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced"))]
 
 
 def _l0_note(record: RunRecord) -> str:
     train_mode, low, high = (record.evaluation.get(key) for key in ("l0_train_mode", "l0_p5", "l0_p95"))
-    if isinstance(train_mode, (int, float)):
+    if train_mode is not None:
         return f"by threshold; {train_mode:.3g} over batches"
-    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low != high:
+    if low is not None and high is not None and low != high:
         return f"5–95 %: {low:.3g}–{high:.3g}"
     return "active latents per token"

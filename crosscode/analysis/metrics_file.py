@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crosscode.errors import InputError
+from crosscode.stored import MetricsRow, parse_json
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Metrics:
 
     rows: list[dict[str, Any]]
     n_unreadable: int = 0
-    """lines that were no JSON object, such as the last line of a killed run"""
+    """lines that are no row of metrics, such as the last line of a killed run"""
 
     def keys(self) -> list[str]:
         """Every key with at least one number, in order of first appearance."""
@@ -48,31 +48,10 @@ def read_metrics(path: Path) -> Metrics:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
+            rows.append(parse_json(line, MetricsRow, str(path)))
+        except InputError:
             n_unreadable += 1
     return Metrics(rows, n_unreadable)
-
-
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file.
-
-    Raises:
-        InputError: the file holds something else.
-    """
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _is_number(value: Any) -> bool:

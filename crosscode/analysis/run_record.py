@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosscode.analysis.metrics_file import Metrics, read_json_object, read_metrics
+from crosscode.analysis.metrics_file import Metrics, read_metrics
 from crosscode.errors import InputError
+from crosscode.stored import Evaluation, SavedModel, Summary, read_json
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class RunRecord:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        value = self.model_config.get("metadata")
-        return value if isinstance(value, dict) else {}
+        return self.model_config.get("metadata", {})
 
     @property
     def is_finished(self) -> bool:
@@ -36,22 +37,20 @@ class RunRecord:
     def figure(self, key: str) -> float | None:
         """A figure by its name in `summary.json`: held out where there is an evaluation, else as last logged."""
         for source in (self.evaluation, self.summary):
-            value = source.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return value
+            if source.get(key) is not None:
+                return source[key]
         held_out = self.metrics.last(f"eval/{key}")
         return self.metrics.last(key) if held_out is None else held_out
 
     def loss_recovered(self) -> dict[str, dict[str, Any]]:
         """What splicing the reconstruction into the language models costs, by output position; empty if unknown."""
-        found = self.evaluation.get("loss_recovered")
-        return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+        return self.evaluation.get("loss_recovered") or {}
 
     def fvu_by_position(self) -> tuple[dict[str, float], bool]:
         """FVU by output position, and whether it is a held-out one."""
         held_out = self.evaluation.get("fvu_by_position") or self.summary.get("fvu_by_position")
-        if isinstance(held_out, dict) and held_out:
-            return {str(name): float(value) for name, value in held_out.items()}, True
+        if held_out:
+            return {name: math.nan if value is None else value for name, value in held_out.items()}, True
         for prefix, is_held_out in (("eval/fvu/", True), ("fvu/", False)):
             names = [key.removeprefix(prefix) for key in self.metrics.keys() if key.startswith(prefix)]  # noqa: SIM118
             if names:
@@ -78,11 +77,13 @@ def read_run(path: str | Path) -> RunRecord:
     if not metrics.rows:
         problems.append("The run has logged no metrics, so there are no training curves.")
     files: dict[str, dict[str, Any]] = {}
-    for name in ("summary.json", "evaluation.json", "final/config.json"):
+    for name, kind in (("summary.json", Summary), ("evaluation.json", Evaluation), ("final/config.json", SavedModel)):
+        files[name] = {}
         try:
-            files[name] = read_json_object(path / name) or {}
-        except InputError as error:
-            files[name] = {}
+            files[name] = read_json(path / name, kind)
+        except FileNotFoundError:
+            pass
+        except (InputError, OSError) as error:
             problems.append(str(error))
     return RunRecord(
         path,

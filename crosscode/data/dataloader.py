@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
 from crosscode.data.text.tokens import TokenSequenceLoader
-from crosscode.errors import InputError, check_at_least, check_settings
+from crosscode.errors import InputError, check_at_least, check_settings, fitting
 
 log = logging.getLogger("crosscode")
 
@@ -89,7 +89,8 @@ class ActivationsDataloader:
     def __iter__(self) -> Iterator[torch.Tensor]:
         start, self._start = self._start, None
         self.close()
-        self._iterator = _BatchIterator(self, start)
+        with fitting("data state: the saved position") if start is not None else nullcontext():
+            self._iterator = _BatchIterator(self, start)
         return self._iterator
 
     def close(self) -> None:
@@ -111,7 +112,8 @@ class ActivationsDataloader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` continues from `state`. Raises InputError if it belongs to other settings."""
         check_settings(self._settings(), state, may_lack=["tokens.tokenizer"])
-        self._scaling_MP = self._check_scaling(state["scaling_MP"])
+        with fitting("data state: scaling_MP"):
+            self._scaling_MP = self._check_scaling(state["scaling_MP"])
         self._start = dict(state)
         self.close()
         self._iterator = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crosscode.errors import InputError
+from crosscode.checksums import CHECKSUMS_FILE, find_damage, write_checksums
+from crosscode.errors import InputError, first_line
 from crosscode.files import new_folder, write_json
 from crosscode.formats import MODEL, STATE_TENSORS
 from crosscode.models.activations.base import ACTIVATIONS
 from crosscode.models.architecture import class_of_kind, split_for
 from crosscode.models.coder import Coder
 from crosscode.models.folding import fold_scaling_
+from crosscode.stored import SavedModel, check, read_json
 
 ModelT = TypeVar("ModelT", bound=Coder)
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 Scaling = tuple[Tensor, Tensor]
 """`scaling_in_Xi, scaling_out_Xo`: what `fold_activation_scaling_into_weights_` takes."""
 
@@ -30,6 +32,7 @@ Scaling = tuple[Tensor, Tensor]
 def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
     with new_folder(path, CONFIG_FILE) as folder:
         write_model(model, folder, metadata)
+        write_checksums(folder)
 
 
 def write_model(model: Coder, folder: Path, metadata: dict[str, Any], scaling: Scaling | None = None) -> None:
@@ -63,14 +66,21 @@ def model_config(model: Coder) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a saved model's `config.json`."""
-    if not (path / CONFIG_FILE).is_file():
-        raise InputError(f"model path {str(path)!r}: no {CONFIG_FILE} there; expected a folder written by `save`")
     try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        _ = config["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path / CONFIG_FILE}: not a config written by `save` ({error})") from error
-    return MODEL.read(config, str(path / CONFIG_FILE))
+        config = read_json(path / CONFIG_FILE, dict[str, Any])
+    except FileNotFoundError as error:
+        raise InputError(
+            f"model path {str(path)!r}: no {CONFIG_FILE} there; expected a folder written by `save`"
+        ) from error
+    where = str(path / CONFIG_FILE)
+    return check(MODEL.read(config, where), SavedModel, where)
+
+
+def check_undamaged(path: Path) -> None:
+    """Raise `InputError` for a saved model that is not as it was written. Earlier versions left no checksums."""
+    damage = find_damage(path, MODEL_FILES) if (path / CHECKSUMS_FILE).exists() else None
+    if damage is not None:
+        raise InputError(f"model path {str(path)!r}: damaged ({damage})")
 
 
 def load_model(
@@ -78,14 +88,20 @@ def load_model(
 ) -> ModelT:
     """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
     config = read_config(path)
+    check_undamaged(path)
     spec, metadata = dict(config["model"]), config.get("metadata") or {}
     kind = spec.pop("kind")
     model_class = class_of_kind(kind)
     if model_class is None or cls not in model_class.__mro__:
         raise InputError(f"model path {str(path)!r}: holds a {kind!r} model, not a {cls.__name__}")
-    activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
     is_folded, dtype = spec.pop("is_folded"), getattr(torch, spec.pop("dtype"))
-    model = model_class(**spec, activation_fn=activation, backend=backend, dtype=dtype)
+    try:
+        activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
+        model = model_class(**spec, activation_fn=activation, backend=backend, dtype=dtype)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # fields or sizes of no such model
+        raise InputError(f"{path / CONFIG_FILE}: no such model can be made ({first_line(error)})") from error
     if is_folded:
         for part in {model, *model.parts}:
             part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)

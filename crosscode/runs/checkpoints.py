@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +9,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from crosscode.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from crosscode.errors import CrosscodeError, InputError
-from crosscode.files import new_folder, write_json
+from crosscode.files import new_folder
+from crosscode.models.checkpoint import MODEL_FILES, read_config
 from crosscode.runs.directory import RunDirectory
+from crosscode.runs.state import STATE_FILES, check_state
 
 log = logging.getLogger("crosscode")
-
-CHECKSUMS_FILE = "checksums.json"
 
 
 class CheckpointNotSaved(CrosscodeError):
@@ -59,7 +58,8 @@ class Checkpoints:
         return str(self.run.checkpoint(steps[-1])) if steps else "none"
 
     def newest_whole(self) -> int | None:
-        """Step of the newest checkpoint whose checksums hold; damaged newer ones are passed over with a warning.
+        """Step of the newest checkpoint that is whole; damaged newer ones are passed over with a warning, and so is one
+        that a process at work here removes meanwhile.
 
         None where there is no checkpoint at all.
 
@@ -69,9 +69,11 @@ class Checkpoints:
         steps = self.run.steps()
         damages = []
         for step in reversed(steps):
-            damage = find_damage(self.run.checkpoint(step))
+            damage = find_step_damage(self.run.checkpoint(step))
             if damage is None:
                 return step
+            if not self.run.checkpoint(step).exists():
+                return self.newest_whole()
             damages.append(damage)
             log.warning("checkpoint %s is damaged (%s): falling back to the one before", step, damage)
         if damages:
@@ -94,35 +96,14 @@ def saving(what: str, advice: str) -> Iterator[None]:
         raise CheckpointNotSaved(f"{what} could not be written ({error}); {advice}") from error
 
 
-def write_checksums(folder: Path) -> None:
-    """`checksums.json`: size and SHA-256 of every file of the folder."""
-    files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-    write_json(folder / CHECKSUMS_FILE, {"files": files})
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has checksums, or None."""
+def find_step_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    damage = find_damage(folder, (*MODEL_FILES, *STATE_FILES))
+    if damage is not None:
+        return damage
     try:
-        files = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"{CHECKSUMS_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{CHECKSUMS_FILE} cannot be read ({error})"
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        read_config(folder)
+        step = check_state(folder)["step"]
+    except InputError as error:
+        return str(error)
+    return None if folder.name == f"step_{step}" else f"it is of step {step}"

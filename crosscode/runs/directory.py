@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from crosscode.runs.run_files import (
     step_files,
     write_marker,
 )
+from crosscode.stored import Summary, read_json
 
 log = logging.getLogger("crosscode")
 
@@ -201,7 +201,7 @@ class RunDirectory:
         write_json(self.path / "evaluation.json", evaluation)
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return read_json(self.path / "summary.json", Summary)
 
 
 def _nothing() -> None:

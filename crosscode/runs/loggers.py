@@ -9,8 +9,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from crosscode.errors import InputError
 from crosscode.files import write_text
 from crosscode.runs.histograms import Histogram
+from crosscode.stored import Row, parse_json
 
 log = logging.getLogger("crosscode")
 
@@ -98,13 +100,14 @@ def cut_rows(path: Path, last_step: int, n_rows: int | None = None) -> None:
     """Keep the rows up to a step, and at most the first `n_rows`. An unfinished last line goes as well."""
     if not path.is_file():
         return
-    kept = []
+    kept, n_dropped = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if step <= last_step:
-            kept.append(line)
+            if parse_json(line, Row, str(path))["step"] <= last_step:
+                kept.append(line)
+        except InputError:
+            n_dropped += 1
+    if n_dropped:
+        log.warning("%s: %d lines that cannot be read are dropped", path, n_dropped)
     kept = kept if n_rows is None else kept[:n_rows]
     write_text(path, "".join(f"{line}\n" for line in kept))

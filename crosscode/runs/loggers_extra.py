@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from crosscode.errors import InputError
 from crosscode.files import write_json
 from crosscode.runs.histograms import Histogram
+from crosscode.stored import WandbRun, read_json
 
 WANDB_FILE = "wandb.json"
 
@@ -35,7 +35,7 @@ class WandbLogger:
             InputError: wandb does not begin, for want of a key for example.
         """
         known = self._run_path / WANDB_FILE
-        run_id = json.loads(known.read_text(encoding="utf-8"))["id"] if known.is_file() else None
+        run_id = read_json(known, WandbRun)["id"] if known.is_file() else None
         try:
             self._run = self._wandb.init(**self._options, id=run_id, resume="allow" if run_id else None)
         except Exception as error:  # of many kinds, and none of them ours

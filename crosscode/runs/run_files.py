@@ -7,7 +7,6 @@ back; so that wherever a process ends, the directory holds the old run, or the n
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, is_temporary, remove, write_json
 from crosscode.formats import RUN
+from crosscode.stored import Marker, read_json
 
 MARKER, ASIDE, LOCK_FILE, CONFIG_FILE = ".crosscode", ".crosscode-old", "lock", "config.yaml"
 _TOP = (
@@ -145,13 +145,9 @@ def read_marker(root: Path) -> dict[str, Any] | None:
     check_is_no_link(path)
     if not path.is_file():
         return None
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-        kind, _ = marker["kind"], marker["format"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{str(path)!r} is not as crosscode writes it ({type(error).__name__}); remove it") from error
-    if kind not in ("run", "sweep"):
-        raise InputError(f"{str(path)!r}: kind = {kind!r}: unknown to this version of crosscode")
+    marker = read_json(path, Marker)
+    if marker["kind"] not in ("run", "sweep"):
+        raise InputError(f"{path}: kind = {marker['kind']!r}: unknown to this version of crosscode")
     return RUN.read(marker, str(path))
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from crosscode.errors import InputError
 from crosscode.files import write_json
 from crosscode.formats import STATE, STATE_TENSORS
+from crosscode.stored import TrainerState, check, read_json
 
 STATE_JSON = "trainer_state.json"
+STATE_FILES = (STATE_JSON, STATE_TENSORS)
 _TENSOR_KEY = "__tensor__"
 
 
@@ -41,18 +45,45 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU.
 
     Raises:
-        InputError: it is of a version that is not read.
+        InputError: it is of a version that is not read, or not as `write_state` writes it.
     """
-    tensors = load_file(folder / STATE_TENSORS)
+    try:
+        tensors = load_file(folder / STATE_TENSORS)
+    except SafetensorError as error:
+        raise InputError(f"{folder / STATE_TENSORS}: damaged ({error})") from error
+    return _restored(folder, tensors.__getitem__)
+
+
+def check_state(folder: Path) -> dict[str, Any]:
+    """The state of a trainer without its tensors, none of which is read.
+
+    Raises:
+        InputError: it is not as a trainer leaves it.
+    """
+    try:
+        with safe_open(folder / STATE_TENSORS, "pt") as file:
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise InputError(f"{folder / STATE_TENSORS}: damaged ({error})") from error
+    return check(_restored(folder, dict.fromkeys(names).__getitem__), TrainerState, str(folder / STATE_JSON))
+
+
+def _restored(folder: Path, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    file = folder / STATE_JSON
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             if _TENSOR_KEY in value:
-                return tensors[value[_TENSOR_KEY]]
+                return tensor(value[_TENSOR_KEY])
             return {key: restore(item) for key, item in value["__items__"]}
         if isinstance(value, list):
             return [restore(item) for item in value]
         return value
 
-    state = restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))
-    return STATE.read(state, str(folder / STATE_JSON))
+    stripped = read_json(file, dict[str, Any])
+    try:
+        return STATE.read(check(restore(stripped), dict[str, Any], str(file)), str(file))
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not as a trainer writes it ({type(error).__name__}: {error})") from error

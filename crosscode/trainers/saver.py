@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crosscode.errors import fitting
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import Scaling, load_model, write_model
 from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints
@@ -66,9 +67,11 @@ class Saver:
         """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
         folder = self.checkpoints.run.checkpoint(step)
         saved = load_model(type(self.model), folder, backend=self.model.backend, device=self.model.device, fold=False)
-        self.model.load_state_dict(saved.state_dict())
+        with fitting(f"{folder}: the model"):
+            self.model.load_state_dict(saved.state_dict())
         state = read_state(folder)
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            with fitting(f"{folder}: the state of {name!r}"):
+                part.load_state_dict(state[name])
         self.saved_step = step
         return state

@@ -14,12 +14,13 @@ import yaml
 from crosscode import formats
 from crosscode.build.resume import ResumePoint
 from crosscode.build.schema import load_config
+from crosscode.checksums import find_damage, write_checksums
 from crosscode.commands.cli import main
 from crosscode.data.store.reader import ActivationCache
 from crosscode.errors import InputError
 from crosscode.formats import MODEL, RUN, STATE, STORE, Format, today
 from crosscode.models.base import BaseCrosscoder
-from crosscode.runs.checkpoints import Checkpoints, find_damage, write_checksums
+from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.state import read_state
 

@@ -20,6 +20,7 @@ import torch
 
 from crosscode.errors import InputError
 from crosscode.files import write_parts
+from crosscode.stored import ShardHeader, ShardInfo, parse_json
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
@@ -140,13 +141,16 @@ def read_shard_header(path: Path, index: int, layout: Layout) -> tuple[int, int,
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
-        entries = json.loads(text)
-        n_rows = int(entries["sums"]["shape"][0])
-        info = json.loads(entries["__metadata__"]["info"])
-    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
-        raise StoreError(f"store: shard {str(path)!r} has no readable header ({type(error).__name__})") from error
+    except OSError as error:
+        raise StoreError(f"store: shard {str(path)!r} cannot be read ({error.strerror or error})") from error
+    where = f"store: the header of shard {str(path)!r} is damaged"
+    entries = parse_json(text, ShardHeader, where, StoreError)
+    n_rows = entries["sums"]["shape"][0]
+    info = parse_json(entries["__metadata__"]["info"], ShardInfo, where, StoreError)
     expected = _header(layout, n_rows, info)
-    if expected != length.to_bytes(8, "little") + text or info["index"] != index:
+    M, P, _ = layout.dims
+    norms_fit = len(info["norm_sums"]) == M and all(len(norms) == P for norms in info["norm_sums"])
+    if expected != length.to_bytes(8, "little") + text or info["index"] != index or not norms_fit:
         raise StoreError(f"store: the header of shard {str(path)!r} is damaged or belongs to another store")
     size, wanted = path.stat().st_size, len(expected) + n_rows * layout.row_bytes
     if size != wanted:

@@ -40,15 +40,19 @@ def harvest_to_store(
 ) -> ActivationCache:
     """Harvest one epoch of `token_loader` into a store and open it.
 
-    `store`: `dtype`, `shard_bytes` and `max_bytes`, as `HarvestThroughStore` takes them. A store that is there already
-    is continued after its last whole shard, or left as it is if it is complete. Stops at the end of the data, below
-    `max_bytes`, or at the first harvest that reaches `max_rows`. `on_progress(n_rows, n_bytes)` is called after each
-    harvest. Raises InputError for bad arguments and StoreError as `ActivationCacheWriter` does.
+    `store`: `dtype`, `shard_bytes` and `max_bytes`, as `HarvestThroughStore` takes them. A store that is there
+    already is checked row by row, then continued after its last whole shard, or left as it is if it is complete.
+    Stops at the end of the data, below `max_bytes`, or at the first harvest that reaches `max_rows`.
+    `on_progress(n_rows, n_bytes)` is called after each harvest. Raises InputError for bad arguments and StoreError
+    as `ActivationCacheWriter` does.
     """
     check_at_least(1, max_rows=max_rows)
     through = HarvestThroughStore(token_loader, harvester, path, **store)
     with through.open_writer() as writer:
         n_rows, n_bytes = writer.n_rows, writer.n_bytes
+        if n_rows:
+            log.info("store %s: checking the %d activations that it holds", path, n_rows)
+            ActivationCache(path).verify()
         stream = through.harvested.open(writer.resume_state)
         while not writer.finished and not writer.full and (max_rows is None or n_rows < max_rows):
             item = next(stream, None)

@@ -19,6 +19,7 @@ from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.files import write_parts
 from crosscode.formats import STORE
+from crosscode.stored import StoreManifest, check, read_json
 
 _FILE = "manifest.json"
 _FORMAT = "crosscode-activations"
@@ -87,17 +88,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / _FILE
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        checksum = manifest.pop("checksum", None)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise StoreError(f"store: {str(path)!r} is not readable ({type(error).__name__})") from error
+    manifest = read_json(path, dict[str, Any], StoreError)
+    checksum = manifest.pop("checksum", None)
     if manifest.get("format") != _FORMAT:
         raise StoreError(f"store: {str(path)!r} is not the manifest of an activation store")
     if checksum != _checksum(manifest):
         raise StoreError(f"store: {str(path)!r} does not match its checksum; it was damaged or edited")
-    STORE.read(manifest, f"store: {str(path)!r}", StoreError)  # but as it stands, its fields name its shards
-    return manifest
+    where = f"store: {str(path)!r}"
+    STORE.read(manifest, where, StoreError)  # but as it stands, its fields name its shards
+    return check(manifest, StoreManifest, where, StoreError)
 
 
 def check_same_content(

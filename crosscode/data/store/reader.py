@@ -51,6 +51,8 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
     Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
     """
     layout, content = layout_of(manifest), content_id(manifest)
+    # Before the shards are listed: a process that writes here removes a position only after the next shard is whole.
+    n_written = min(positions(folder).values(), default=0)
     names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
     shards = []
     for index, name in enumerate(names):
@@ -65,12 +67,8 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
                 f"this folder ({content}); one of the two was copied here"
             )
         shards.append(Shard(path, n_rows, offset, torch.tensor(info["norm_sums"], dtype=torch.float64)))
-    written = max(positions(folder).values(), default=0)
-    # A position is written just before its shard: the last one may be ahead by one.
-    if written > len(shards) + 1:
-        raise StoreError(
-            f"store {str(folder)!r}: {len(shards)} shards are there, but at least {written - 1} were written"
-        )
+    if len(shards) < n_written and (shards or n_written > 1):  # the very first position comes before any shard
+        raise StoreError(f"store {str(folder)!r}: {len(shards)} shards are there, but {n_written} were written")
     return shards
 
 

@@ -40,8 +40,9 @@ from crosscode.data.store.manifest import (
     write_manifest,
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
-from crosscode.errors import check_at_least
+from crosscode.errors import check_at_least, fitting
 from crosscode.files import held, is_temporary, remove, write_parts
+from crosscode.stored import PositionHeader, parse_json
 
 
 class ActivationCacheWriter:
@@ -268,8 +269,12 @@ def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bo
 
 
 def _parse_resume(path: Path) -> tuple[dict[str, Any], bool]:
-    content = path.read_bytes()
+    content, where = path.read_bytes(), f"store: {str(path)!r}"
     if path.name.split("-")[2] != f"{zlib.crc32(content):08x}.safetensors":
-        raise StoreError(f"store: {str(path)!r} does not match the checksum in its name; the store can be read only")
-    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    return {**json.loads(metadata["state"]), **safetensors.torch.load(content)}, metadata["finished"] == "1"
+        raise StoreError(f"{where} does not match the checksum in its name; the store can be read only")
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    metadata = parse_json(header, PositionHeader, where, StoreError)["__metadata__"]
+    with fitting(f"{where}: the position"):
+        tensors = safetensors.torch.load(content)
+    plain = parse_json(metadata["state"], dict[str, Any], where, StoreError)
+    return {**plain, **tensors}, metadata["finished"] == "1"

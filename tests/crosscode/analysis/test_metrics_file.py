@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosscode.analysis.metrics_file import read_json_object, read_metrics
+from crosscode.analysis.metrics_file import read_metrics
 from crosscode.analysis.run_record import read_run
 from crosscode.errors import InputError
 
@@ -48,21 +48,22 @@ def test_a_step_logged_twice_counts_with_its_last_value(tmp_path):
 
 def test_a_missing_file_has_no_rows(tmp_path):
     assert read_metrics(tmp_path / "none").rows == []
-    assert read_json_object(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", "\udcff"])
-def test_damaged_json_names_the_file(tmp_path, content):
-    (tmp_path / "summary.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(InputError, match=r"summary\.json"):
-        read_json_object(tmp_path / "summary.json")
+@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "final/config.json"])
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "\udcff", '{"fvu": "0.1"}', '{"fvu_by_position": 3}', "[" * 10**5])
+def test_a_damaged_file_is_left_out_and_named(name, content, make_run):
+    run = make_run()
+    (run / name).write_text(content, errors="surrogateescape")
+    (problem,) = read_run(run).problems
+    assert problem.startswith(str(run / name)) and "\n" not in problem
 
 
 def test_figures_come_from_the_evaluation_then_the_summary_then_the_metrics(make_run):
     run = make_run()
     assert read_run(run).figure("fvu") == 0.21
     (run / "evaluation.json").unlink()
-    (run / "summary.json").write_text('{"fvu": 0.3}')
+    (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | {"fvu": 0.3}))
     assert read_run(run).figure("fvu") == 0.3
     (run / "summary.json").unlink()
     assert read_run(run).figure("fvu") == 0.21

@@ -20,6 +20,7 @@ def saved(make_case, tmp_path):
 
 
 def rewrite(path, change):
+    (path / "checksums.json").unlink()  # as earlier versions left it
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
@@ -29,7 +30,7 @@ def test_metadata_lies_beside_the_weights(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["metadata"] == {"hookpoints": ["a"]}
     assert config["model"]["kind"] == "model_hookpoint_acausal"
-    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
 
 
 def test_saving_replaces_an_older_model_whole(saved, make_case):
@@ -46,19 +47,58 @@ def test_a_missing_folder(tmp_path):
 
 def test_missing_weights(saved):
     (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model.safetensors is missing"):
+        BaseCrosscoder.load(saved)
+    (saved / "checksums.json").unlink()
     with pytest.raises(InputError, match=r"model.safetensors: missing"):
         BaseCrosscoder.load(saved)
 
 
 def test_damaged_weights(saved):
     (saved / "model.safetensors").write_bytes(b"not a tensor in sight")
+    with pytest.raises(InputError, match=r"damaged \(model.safetensors has 21 bytes instead of"):
+        BaseCrosscoder.load(saved)
+    (saved / "checksums.json").unlink()
     with pytest.raises(InputError, match=r"model.safetensors: damaged"):
         BaseCrosscoder.load(saved)
 
 
+def test_a_changed_value_of_weights_or_config_is_damage(saved):
+    for name, old, new in (("model.safetensors", b"\x00", b"\x01"), ("config.json", b'"k": 4', b'"k": 3')):
+        before = (saved / name).read_bytes()
+        (saved / name).write_bytes(new.join(before.rsplit(old, 1)))
+        with pytest.raises(InputError, match=rf"damaged \({name} has another checksum than when it was written"):
+            BaseCrosscoder.load(saved)
+        (saved / name).write_bytes(before)
+    BaseCrosscoder.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("n_latents", "24", "model.n_latents = '24'"),
+        ("n_latents", 10**15, "no such model can be made"),
+        ("n_latents", -1, "model.n_latents = -1"),
+        ("activation", "topk", "model.activation = 'topk'"),
+        ("activation", {"type": "topk", "k": "many"}, "k = 'many'"),
+        ("activation", {"type": "tpk"}, "did you mean 'topk'"),
+        ("dtype", "save", "model.dtype = 'save'"),
+        ("n_modelz", 2, "no such model can be made"),
+    ],
+)
+def test_a_config_of_no_model_is_one_line(field, value, message, saved):
+    (saved / "checksums.json").unlink()
+    config = json.loads((saved / "config.json").read_text())
+    config["model"][field] = value
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as caught:
+        BaseCrosscoder.load(saved)
+    assert "\n" not in str(caught.value)
+
+
 def test_damaged_config(saved):
     (saved / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not a config written by `save`"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
         BaseCrosscoder.load(saved)
 
 

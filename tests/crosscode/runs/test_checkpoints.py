@@ -7,8 +7,9 @@ import resource
 import pytest
 import torch
 
+from crosscode.checksums import find_damage, write_checksums
 from crosscode.errors import InputError
-from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints, find_damage
+from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints
 from crosscode.runs.directory import RunDirectory
 
 
@@ -46,20 +47,73 @@ def test_checksums_name_the_damage(run):
     assert "checksums.json is missing" in (find_damage(folder) or "")
 
 
-def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(run, caplog):
-    checkpoints = Checkpoints(run, keep_last=3)
-    assert checkpoints.newest_whole() is None
-    for step in (1, 2, 3):
-        checkpoints.save(step, write_some)
-    assert checkpoints.newest_whole() == 3
-    (run.checkpoint(3) / "b.json").write_text("[]")
+@pytest.fixture
+def three(make_trainer):
+    """Checkpoints of a run after its steps 1, 2 and 3."""
+    trainer = make_trainer(n_steps=3, checkpoint_every=1, keep_last=3)
+    assert trainer.checkpoints.newest_whole() is None
+    trainer.train()
+    assert trainer.checkpoints.newest_whole() == 3
+    return trainer.checkpoints
+
+
+def change_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rename(values, old, new):
+    values[new] = values.pop(old)
+
+
+INDEX = {
+    "another name": lambda value: rename(value, "files", "filez"),
+    "another key of a file": lambda value: rename(value["files"]["config.json"], "bytes", "byte"),
+    "a size that is no number": lambda value: value["files"]["config.json"].update(bytes="10"),
+    "a file left out": lambda value: value["files"].pop("trainer_state.json"),
+    "all files left out": lambda value: value["files"].clear(),
+    "a list": lambda value: value.update(files=[]),
+    "a file elsewhere": lambda value: rename(value["files"], "config.json", "../step_2/config.json"),
+}
+
+
+@pytest.mark.parametrize("change", INDEX)
+def test_an_index_that_is_not_whole_falls_back(change, three, caplog):
+    change_json(three.run.checkpoint(3) / "checksums.json", INDEX[change])
     with caplog.at_level(logging.WARNING, logger="crosscode"):
-        assert checkpoints.newest_whole() == 2
+        assert three.newest_whole() == 2
     assert "checkpoint 3 is damaged" in caplog.text
+
+
+STATE = {
+    "no step": lambda items: items.pop(1),
+    "a step that is no number": lambda items: items[1].__setitem__(1, "3"),
+    "another step": lambda items: items[1].__setitem__(1, 4),
+    "a tensor that is not there": lambda items: items.append(["more", {"__tensor__": "/more"}]),
+    "something else": lambda items: items.append({"x": 1}),
+    "a part of another form": lambda items: items[4].__setitem__(1, [1]),
+}
+
+
+@pytest.mark.parametrize("change", STATE)
+def test_a_state_that_is_none_falls_back_even_where_its_checksum_holds(change, three, caplog):
+    folder = three.run.checkpoint(3)
+    assert json.loads((folder / "trainer_state.json").read_text())["__items__"][1] == ["step", 3]
+    change_json(folder / "trainer_state.json", lambda value: STATE[change](value["__items__"]))
+    write_checksums(folder)
+    with caplog.at_level(logging.WARNING, logger="crosscode"):
+        assert three.newest_whole() == 2
+    assert "checkpoint 3 is damaged" in caplog.text
+
+
+def test_where_all_checkpoints_are_damaged_that_is_said(three, caplog):
+    (three.run.checkpoint(3) / "model.safetensors").write_text("[]")
+    assert three.newest_whole() == 2
     for step in (1, 2):
-        (run.checkpoint(step) / "a.bin").unlink()
+        (three.run.checkpoint(step) / "trainer_state.safetensors").unlink()
     with pytest.raises(InputError, match=r"all checkpoints .* are damaged"):
-        checkpoints.newest_whole()
+        three.newest_whole()
 
 
 def test_a_full_disk_keeps_the_old_checkpoints_and_leaves_no_rest(run, small_files):

@@ -248,7 +248,7 @@ def test_every_flipped_byte_is_noticed(tmp_path, part):
         damaged = bytearray(whole)
         damaged[place] ^= 0x10
         shard.path.write_bytes(damaged)
-        with pytest.raises(StoreError, match=r"shard-000000.*(does not match its checksum|damaged|no readable header)"):
+        with pytest.raises(StoreError, match=r"shard-000000.*(does not match its checksum|damaged)"):
             ActivationCache(tmp_path).verify()
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_manifest_or_position_is_noticed(tmp_path):
     with pytest.raises(StoreError, match="is not the manifest of an activation store"):
         ActivationCache(tmp_path)
     manifest.write_text("[]")
-    with pytest.raises(StoreError, match="is not readable"):
+    with pytest.raises(StoreError, match=r"valid dictionary|cannot be read as JSON"):
         ActivationCache(tmp_path)
     manifest.unlink()
     with pytest.raises(StoreError, match="no such store"):
@@ -328,7 +328,7 @@ def test_a_truncated_or_missing_shard_is_noticed(tmp_path, n_lost):
     path.write_bytes(content[:-n_lost] if n_lost < len(content) else b"")
     before = snapshot(tmp_path)
     for attempt in (lambda: ActivationCache(tmp_path), lambda: ActivationCacheWriter(tmp_path, manifest_of())):
-        with pytest.raises(StoreError, match=r"shard-000001.*(bytes long and should be|no readable header)"):
+        with pytest.raises(StoreError, match=r"shard-000001.*(bytes long and should be|is damaged)"):
             attempt()
     assert snapshot(tmp_path) == before
     path.unlink()
@@ -336,13 +336,16 @@ def test_a_truncated_or_missing_shard_is_noticed(tmp_path, n_lost):
         ActivationCache(tmp_path)
 
 
-def test_shards_that_were_taken_from_the_end_are_noticed(tmp_path):
+@pytest.mark.parametrize("n_left", [0, 2, -1])
+def test_shards_that_were_taken_from_the_end_are_noticed(n_left, tmp_path):
     cache = write(tmp_path, rows_of(95))
-    for shard in cache.shards[2:]:
+    for shard in cache.shards[n_left:]:
         shard.path.unlink()
     before = snapshot(tmp_path)
     for attempt in (lambda: ActivationCache(tmp_path), lambda: ActivationCacheWriter(tmp_path, manifest_of())):
-        with pytest.raises(StoreError, match="2 shards are there, but at least 3 were written"):
+        with pytest.raises(
+            StoreError, match=rf"{n_left % len(cache.shards)} shards are there, but {len(cache.shards)} were written"
+        ):
             attempt()
     assert snapshot(tmp_path) == before
 
