@@ -115,7 +115,7 @@ class Row(Stored):
 class MetricsRow(Row):
     """A line of `metrics.jsonl`: numbers by name; null where one was not finite."""
 
-    __pydantic_extra__: dict[str, float | None]
+    __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
     tokens: Count | None = None
 
 

@@ -143,7 +143,7 @@ def _usual_term(name: str, architecture: str, given: GivenArrays) -> dict[str, A
 
 
 def _has_type(section: Any) -> bool:
-    return isinstance(section, Mapping) and section.get("type") in ACTIVATIONS
+    return isinstance(section, Mapping) and section.get("type") in list(ACTIVATIONS)
 
 
 def section_of(crosscoder: Any, names_MP: list[list[str]], width: int) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class ArrayExperiment(AnyExperiment):
             raise InputError("acts: no row is left for evaluation; give more of them, or `heldout`")
         first_row = 0 if self.arrays.n_rows is None or self.heldout_arrays else self.arrays.n_rows - self.n_heldout
         dtype = (self.heldout_arrays or self.arrays).inputs[0].dtype
-        sections = {"acts": (_TAGS[dtype], (n_rows, *self.dims), dtype.itemsize)}
+        sections: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        sections["acts"] = (_TAGS[dtype], (n_rows, *self.dims), dtype.itemsize)
         parts: Iterator[Any] = (rows.contiguous().flatten(1).view(torch.uint8).numpy() for rows in chunks)
         tokens = None if self.given is None else self.given.tokens
         tail: list[Any] = []

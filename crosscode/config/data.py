@@ -212,10 +212,13 @@ class TokenPolicy(TokenRules):
         return self.model_dump(mode="json", exclude=without)
 
 
+AnySource = Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture | ArraysSource, Field(discriminator="type")]
+
+
 class DataConfig(TokenRules, TextConfig):
     """From text to shuffled activations."""
 
-    source: Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture | ArraysSource, Field(discriminator="type")]
+    source: AnySource  # pyright: ignore[reportIncompatibleVariableOverride]
     """training text, or activations of your own"""
     cache: CacheConfig | None = None
     """write activations to a store while training, and read them back in later epochs and runs"""

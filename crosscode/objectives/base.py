@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from crosscode_kernels.decoder_norms import DecoderNorms
@@ -130,10 +130,10 @@ def _weighted(name: str, given: AnyTerm | tuple[AnyTerm, Coefficient]) -> tuple[
     if not callable(term) or len(coefficient) > 1:
         raise InputError(f"objective.{name} = {given!r}: must be a loss term, or (term, coefficient)")
     term = term if isinstance(term, LossTerm) else FunctionTerm(term)
-    weight = coefficient[0] if coefficient else getattr(term, "weight", 1.0)
+    weight: Any = coefficient[0] if coefficient else getattr(term, "weight", 1.0)
     if isinstance(weight, bool) or not (isinstance(weight, (int, float)) or callable(weight)):
         raise InputError(f"objective.{name}: coefficient {weight!r} must be a number, or a schedule (step, n_steps)")
-    return term, as_schedule(weight)
+    return term, as_schedule(cast(Any, weight))
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class Callbacks:
     def _take(self, callback: Callback, figures: Figures) -> None:
         for name, value in (figures or {}).items():
             try:
-                self._waiting[name] = float(value.item() if hasattr(value, "item") else value)
-            except (TypeError, ValueError) as error:
+                self._waiting[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"callbacks: {type(callback).__name__} gave {name!r} = {value!r}: must be a number"
                 ) from error

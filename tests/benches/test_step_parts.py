@@ -13,7 +13,7 @@ BENCHES = Path(__file__).parents[2] / "benches"
 @pytest.fixture
 def step_parts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHES))
-    import step_parts
+    import step_parts  # pyright: ignore[reportMissingImports]
 
     yield step_parts
     for name in ("step_parts", "train_step"):

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from crosscode.build.experiment import build_constraints, build_model
-from crosscode.build.schema import check_config, experiment_class, read_yaml
+from crosscode.build.schema import check_config, read_yaml
 from crosscode.config.registry import Registry
 from crosscode.errors import InputError
 from crosscode.models import (
@@ -38,7 +38,6 @@ def example(tmp_path, monkeypatch):
 
     def load(path: str, registry: Registry):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-        experiment_class.cache_clear()
         file = tmp_path / Path(path).name
         file.write_text(EXAMPLES[path], encoding="utf-8")
         name = path.removesuffix(".py").replace("/", ".")
@@ -49,8 +48,7 @@ def example(tmp_path, monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    yield load
-    experiment_class.cache_clear()
+    return load
 
 
 def test_there_is_an_example_of_each_kind():

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from crosscode.build.experiment import Experiment, open_experiment
+from crosscode.build.experiment import open_experiment
+from crosscode.build.heldout import AnyExperiment
 from crosscode.build.replacing import check_may_begin
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
@@ -190,8 +191,9 @@ def _check_free(points: Sequence[GridPoint], folder: Path, typed: bool) -> None:
         check_may_begin(point.config, typed)
 
 
-def _at(experiment: Experiment, config: ExperimentConfig) -> Experiment:
-    return replace(experiment, config=config, split=split_for(config.crosscoder.type))
+def _at(experiment: AnyExperiment, config: ExperimentConfig) -> AnyExperiment:
+    split = split_for(config.crosscoder.type)
+    return replace(experiment, config=config, split=split)  # pyright: ignore[reportArgumentType]  # each is a dataclass
 
 
 def _train_side_by_side(

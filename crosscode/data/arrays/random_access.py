@@ -31,10 +31,13 @@ class ArrayInput(Protocol):
     """what it is, for people"""
     is_saved: bool
     """whether it can be opened again, by another process, from what the config says"""
-    n_rows: int | None
-    """None: not known before it ends"""
     row_shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def n_rows(self) -> int | None:
+        """None: not known before it ends."""
+        ...
 
     def chunks(self, first: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
         """Rows from `first` on, in order, some at a time."""

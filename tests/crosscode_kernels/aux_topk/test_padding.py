@@ -31,6 +31,7 @@ def padded_aux_topk(ops, p, dead_L, k):
 def test_segments_hold_the_positive_entries_and_no_padding(fast_backend, n_dead, make_problem):
     p = make_problem(B, I, L, O, device=fast_backend.device)
     latents = padded_aux_topk(fast_backend.ops, p, dead_mask(n_dead, fast_backend.device), K)
+    assert latents.by_latent is not None
     order_N, ptr_L1 = latents.by_latent
     n_stored = int((latents.value_N != 0).sum())
     assert latents.value_N.shape == order_N.shape == (B * K,)
