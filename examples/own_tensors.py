@@ -4,9 +4,9 @@ python examples/own_tensors.py [RUN [N_TOKENS]]      (without a GPU: a minute)
 """
 
 import argparse
+import inspect
 import sys
 import textwrap
-from pathlib import Path
 
 import torch
 
@@ -18,7 +18,7 @@ n_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 300_000
 
 # Any code that makes activations will do. Here: a small model that comes with crosscode, reading Python's own library.
 lm = crosscode.load_language_model(str(demo_model_path("base")))
-text = "".join(Path(module.__file__).read_text() for module in (argparse, textwrap))
+text = "".join(inspect.getsource(module) for module in (argparse, textwrap))
 ids = torch.tensor(lm.tokenizer(text)["input_ids"])
 tokens_HS = ids[: len(ids) // 128 * 128].view(-1, 128)
 with torch.no_grad():
@@ -37,7 +37,7 @@ run = crosscode.train(
 
 print(run.model)
 print(f"unexplained variance {run.summary['fvu']:.3f}, {run.summary['l0']:.0f} latents a token")
-latent = int(run.table()["firings"].nlargest(20).index[-1])
+latent = int(run.table()["firings"].argsort().iloc[-20])
 for place in run.top(latent, n=3):
     print(place)
 print(run.report())

@@ -11,8 +11,8 @@ from crosscode.errors import InputError
 if TYPE_CHECKING:
     from crosscode.evaluation.heldout import EvaluationResult
 
-Figures = Mapping[str, float] | None
-"""Figures by name, or None for none."""
+Figures = Mapping[str, Any] | None
+"""Figures by name (numbers, or tensors of one), or None for none."""
 
 
 class Callback:

@@ -58,11 +58,15 @@ class ParquetInput:
         return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
     def _tensor(self, column: Any) -> torch.Tensor:
-        shape, values = [len(column)], column
+        import pyarrow.compute as pc
+
+        shape, values, is_even = [len(column)], column, True
         while _is_list(values.type):
-            n_outer, values = len(values), values.flatten()
-            shape.append(len(values) // max(n_outer, 1))
-        if math.prod(shape) != len(values) or values.null_count:
+            lengths = set(pc.unique(pc.list_value_length(values)).to_pylist())
+            is_even = is_even and len(lengths) <= 1
+            values = values.flatten()
+            shape.append((lengths.pop() if lengths else 0) or 0)
+        if not is_even or math.prod(shape) != len(values) or values.null_count:
             raise InputError(f"{str(self.path)!r}: rows of {self.key!r} differ in length, or have gaps")
         array = values.to_numpy(zero_copy_only=False)
         numpy_dtype(array.dtype, f"{str(self.path)!r}: {self.key}")
