@@ -278,12 +278,23 @@ class HarvestConfig(ConfigModel):
             raise ValueError(f"hookpoints: {max(self.hookpoints, key=self.hookpoints.count)!r} is named twice")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """Before the fields: what is missing is said, whatever else is wrong."""
+        if isinstance(values, dict):
+            data = values.get("data")
+            source = data.get("source") if isinstance(data, dict) else getattr(data, "source", None)
+            given = isinstance(source, ArraysSource) or (isinstance(source, dict) and source.get("type") == "arrays")
+            missing = [name for name in ("language_models", "hookpoints") if name not in values and not given]
+            if missing:
+                raise ValueError("; ".join(f"{name}: required, but not given" for name in missing))
+        return values
+
     @model_validator(mode="after")
     def _harvested_or_given(self) -> HarvestConfig:
         given = isinstance(self.data.source, ArraysSource)
         for name in ("language_models", "hookpoints"):
-            if not given and name not in self.model_fields_set:
-                raise ValueError(f"{name}: required, but not given")
             if given == bool(getattr(self, name)):
                 what = "is not for data.source.type 'arrays'" if given else "must name at least one"
                 raise ValueError(f"{name} = {getattr(self, name)}: {what}")
