@@ -43,6 +43,7 @@ class Inputs:
         self.t_L = torch.full((case.L,), 0.1, device=device, dtype=dtype).requires_grad_()
         self.lambda_L = torch.full((case.L,), 0.1, device=device)
         self.dead_L = torch.rand(case.L, generator=generator).to(device) < DEAD_FRACTION
+        self.dead_L[0] = True  # at small sizes as well
         self.threshold = torch.tensor(0.5, device=device)
         with torch.no_grad():
             self.n_L = ops.decoder_norms(self.W_dec_LO, self.segments, "sum").n_L

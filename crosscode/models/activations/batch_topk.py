@@ -89,14 +89,14 @@ class BatchTopkActivation(AnnealedK):
             rank = latents.value_BL if scale_L is None else latents.value_BL * scale_L
         infinity = torch.full((), float("inf"), device=rank.device, dtype=rank.dtype)
         smallest = torch.where(rank > 0, rank, infinity).reshape(-1).min() if rank.numel() else infinity
-        self._update_threshold(smallest.float())
+        self._update_threshold(smallest.to(self.threshold.dtype))
 
     def _update_threshold(self, smallest: Tensor) -> None:
         """Device-side only: a step must not wait for a value."""
         tracked = (self.n_steps >= self.threshold_start_step) & smallest.isfinite()
         new_share = 1 - self.threshold_ema_decay
         weight = self.mean_weight * self.threshold_ema_decay + new_share
-        mean = torch.lerp(self.threshold, smallest, new_share / weight)
+        mean = torch.lerp(self.threshold, smallest, (new_share / weight).to(smallest.dtype))
         self.threshold.copy_(torch.where(tracked, mean, self.threshold))
         self.mean_weight.copy_(torch.where(tracked, weight, self.mean_weight))
         self.n_steps.add_(1)

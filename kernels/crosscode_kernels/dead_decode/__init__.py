@@ -38,7 +38,7 @@ def dead_decode(
 ) -> Tensor:
     """`sparse_decode(aux_topk(x, W_enc, b_enc, dead_mask, k), W_dec)`."""
     backend = backend_for(backend, x_BI)
-    encoder = (x_BI, W_enc_LI, b_enc_L)
+    encoder, own_dtype = (x_BI, W_enc_LI, b_enc_L), W_enc_LI.dtype
     if backend.name == "torch" and may_look(x_BI):
         encoder = checked_encoder("dead_decode", backend, encoder)
         (W_dec_LO,) = autocast(backend, W_dec_LO)
@@ -46,5 +46,7 @@ def dead_decode(
         check_decoder("dead_decode", encoder.n_latents, encoder.x_BI, W_dec_LO, None)
         dead_Q = dead_mask_L.nonzero().squeeze(1)
         if min(k, dead_Q.shape[0]) > SPARSE_BELOW * dead_Q.shape[0]:
-            return torch_impl.dead_decode(encoder, dead_Q, k, W_dec_LO, sparse_grad or backend.is_row_sparse)
+            # PyTorch refuses to cast a sparse gradient back to the weight's own dtype.
+            may_be_sparse = encoder.W_enc_LI.dtype == own_dtype and (sparse_grad or backend.is_row_sparse)
+            return torch_impl.dead_decode(encoder, dead_Q, k, W_dec_LO, may_be_sparse)
     return sparse_decode(aux_topk(*encoder, dead_mask_L, k, backend=backend), W_dec_LO, backend=backend)

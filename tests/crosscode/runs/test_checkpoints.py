@@ -92,7 +92,7 @@ STATE = {
     "another step": lambda items: items[1].__setitem__(1, 4),
     "a tensor that is not there": lambda items: items.append(["more", {"__tensor__": "/more"}]),
     "something else": lambda items: items.append({"x": 1}),
-    "a part of another form": lambda items: items[4].__setitem__(1, [1]),
+    "a part of another form": lambda items: next(item for item in items if item[0] == "optimizer").__setitem__(1, [1]),
 }
 
 
