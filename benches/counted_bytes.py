@@ -50,7 +50,7 @@ class CountedBytes(TorchDispatchMode):
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if any(leaf.layout != torch.strided for leaf in (*written, *inputs)):
-            if func.overloadpacket == aten.addmm:
+            if func.overloadpacket in (aten.addmm, aten.addmm_):
                 self.moved += _sparse_product_bytes(*args[:3], kwargs.get("beta", 1), out)
             return out  # everything else puts a sparse tensor together, or takes it apart
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.registry import ConfigModel
@@ -278,18 +279,33 @@ class HarvestConfig(ConfigModel):
             raise ValueError(f"hookpoints: {max(self.hookpoints, key=self.hookpoints.count)!r} is named twice")
         return self
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _named(cls, values: Any) -> Any:
-        """Before the fields: what is missing is said, whatever else is wrong."""
+    def _named(cls, values: Any, handler: Any) -> Any:
+        """What is missing is said beside whatever else is wrong."""
+        missing: list[InitErrorDetails] = []
         if isinstance(values, dict):
             data = values.get("data")
             source = data.get("source") if isinstance(data, dict) else getattr(data, "source", None)
-            given = isinstance(source, ArraysSource) or (isinstance(source, dict) and source.get("type") == "arrays")
-            missing = [name for name in ("language_models", "hookpoints") if name not in values and not given]
-            if missing:
-                raise ValueError("; ".join(f"{name}: required, but not given" for name in missing))
-        return values
+            if not isinstance(source, ArraysSource) and not (
+                isinstance(source, dict) and source.get("type") == "arrays"
+            ):
+                names = [name for name in ("language_models", "hookpoints") if name not in values]
+                missing = [InitErrorDetails(type="missing", loc=(name,), input=values) for name in names]
+        try:
+            made = handler(values)
+        except ValidationError as error:
+            others = [
+                one for one in error.errors() if not (missing and one["loc"] == () and one["type"] == "value_error")
+            ]
+            found = [
+                InitErrorDetails(type=one["type"], loc=one["loc"], input=one["input"], ctx=one.get("ctx", {}))
+                for one in others
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, [*missing, *found]) from None
+        if missing:
+            raise ValidationError.from_exception_data(cls.__name__, missing)
+        return made
 
     @model_validator(mode="after")
     def _harvested_or_given(self) -> HarvestConfig:

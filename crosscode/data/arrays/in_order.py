@@ -62,7 +62,8 @@ class ParquetInput:
 
         shape, values, is_even = [len(column)], column, True
         while _is_list(values.type):
-            lengths = set(pc.unique(pc.list_value_length(values)).to_pylist())
+            counted = pc.list_value_length(values)  # pyright: ignore[reportAttributeAccessIssue]
+            lengths = set(counted.unique().to_pylist())
             is_even = is_even and len(lengths) <= 1
             values = values.flatten()
             shape.append((lengths.pop() if lengths else 0) or 0)

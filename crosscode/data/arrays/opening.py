@@ -66,7 +66,9 @@ def open_safetensors(path: Path, key: str | None = None) -> FileInput:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length)) if length < 100 << 20 else {}
+            if length >= 100 << 20:
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(file.read(length))
         found = {name: entry for name, entry in entries.items() if entry.get("dtype") in _SAFETENSORS}
     except (ValueError, AttributeError) as error:
         raise InputError(f"{str(path)!r}: is no safetensors file ({type(error).__name__})") from error
