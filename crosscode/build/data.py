@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.build.stores import Stores
-from crosscode.config.data import (
-    DataConfig,
-    DemoCorpus,
-    HarvestConfig,
-    HubDataset,
-    LanguageModelConfig,
-    LocalDataset,
-    Mixture,
-)
+from crosscode.config.data import DataConfig, HarvestConfig, LanguageModelConfig
+from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel, available_device, load_language_model
 from crosscode.data.rows import HarvestedRows, RowSource
