@@ -140,6 +140,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many tests wait for a machine with a GPU."""
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if "gpu" in getattr(report, "keywords", ())
+    ]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} tests marked gpu were skipped")
