@@ -7,9 +7,10 @@ from crosscode_kernels.sparse import SparseLatents as SparseLatents
 
 from crosscode.api.opening import open as open
 from crosscode.api.run import Run as Run
-from crosscode.api.run import ShownExample as ShownExample
-from crosscode.api.run import TextLatents as TextLatents
 from crosscode.api.training import train as train
+from crosscode.commands.parts.reading import LatentLogits as LatentLogits
+from crosscode.commands.parts.reading import ShownExample as ShownExample
+from crosscode.commands.parts.reading import TextLatents as TextLatents
 
 # The loop
 from crosscode.config.experiment import TrainConfig as TrainConfig

@@ -5,9 +5,6 @@ Axes: X output crosscoding positions (flattened) · D width · L latents.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -105,23 +102,6 @@ class DiffTable:
         fired = self.firings.tolist()
         return sum(t == tag and (n > 0 or not alive_only) for t, n in zip(self.tag, fired, strict=True))
 
-    def write_csv(self, path: Path) -> None:
-        """The whole table; the first line is a comment that says what a and b are."""
-        buffer = io.StringIO()
-        buffer.write(
-            f"# a = {as_cell(self.name_a)}; b = {as_cell(self.name_b)}; relative_norm 0 = only in a, 1 = only in b\n"
-        )
-        writer = csv.DictWriter(buffer, self.columns(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.row(latent) for latent in range(self.n_latents))
-        _write_out(path, buffer.getvalue())
-
-    def write_jsonl(self, path: Path) -> None:
-        """The whole table, one JSON object per latent, with the names of both positions in each."""
-        names = {"a": self.name_a, "b": self.name_b}
-        lines = (json.dumps(names | self.row(latent), allow_nan=False) for latent in range(self.n_latents))
-        write_text(path, "".join(f"{line}\n" for line in lines))
-
     def most_specific(self, side: Literal["a", "b"], n: int, min_firings: int = 1) -> list[int]:
         """The n latents with the most extreme relative norm towards a side, among those that fire enough."""
         candidates = ((self.firings >= max(min_firings, 1)) & self.relative_norm.isfinite()).nonzero().squeeze(1)
@@ -131,7 +111,7 @@ class DiffTable:
         return candidates[on_side][order][:n].tolist()
 
 
-def _write_out(path: Path, text: str) -> None:
+def write_out(path: Path, text: str) -> None:
     """A new file whole or not at all; a pipe or a device, such as /dev/stdout, takes the text and stays what it is."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         with path.open("w", encoding="utf-8") as stream:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.decoder_vectors import decoder_vectors_NXD
 
 
 def output_scaling_X(model: BaseCrosscoder) -> Tensor:
@@ -22,13 +23,7 @@ def output_scaling_X(model: BaseCrosscoder) -> Tensor:
 
 def decoder_vectors_LXD(model: BaseCrosscoder) -> Tensor:
     """One decoder vector per latent and output position; zeros where a latent of a compound model does not write."""
-    n_positions = len(model.segments)
-    of_parts = []
-    for part in model.parts:
-        W_dec_LXD = part.W_dec_LXoDo.detach().reshape(part.n_latents, -1, part.d_out)
-        # a source layer of a compound model writes to the last positions only
-        of_parts.append(torch.nn.functional.pad(W_dec_LXD, (0, 0, n_positions - W_dec_LXD.shape[1], 0)))
-    return torch.cat(of_parts) * output_scaling_X(model)[:, None]
+    return decoder_vectors_NXD(model) * output_scaling_X(model)[:, None]
 
 
 def encoder_vectors_LXD(model: BaseCrosscoder) -> Tensor | None:

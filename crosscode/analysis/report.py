@@ -14,10 +14,11 @@ from markupsafe import Markup
 
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
+from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
 from crosscode.analysis.run_record import RunRecord, read_run
 from crosscode.analysis.training_curves import training_figures
-from crosscode.errors import CrosscodeError
+from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
@@ -40,6 +41,7 @@ def write_report(
     heldout: Callable[[], HeldoutText] | None = None,
     output: Path | None = None,
     latents_csv: Path | None = None,
+    latents_parquet: Path | None = None,
 ) -> Path:
     """Write `report.html` of a run, finished or not.
 
@@ -48,13 +50,14 @@ def write_report(
         model: the trained model, scaling folded in; default: `final/`.
         heldout: opens held-out text with activations; called once. Without it the page shows no latents.
         output: the page; default: `report.html` in the run.
-        latents_csv: also write the whole diffing table of the first pair of positions there.
+        latents_csv, latents_parquet: also write the table of all latents there.
 
     Returns:
         Path of the page.
 
     Raises:
-        InputError: `run` is no run directory. Anything else that is missing leaves out a section, which the page says.
+        InputError: `run` is no run directory, or a table is wanted of latents that could not be looked at. Anything else
+            that is missing leaves out a section, which the page says.
     """
     record = read_run(run)
     study: LatentsPass | None = None
@@ -72,8 +75,14 @@ def write_report(
     page = render(record, model, study, tokenizer, reason)
     path = output or record.path / "report.html"
     write_text(path, page)
-    if latents_csv is not None and study is not None and study.pairs:
-        study.pairs[0].write_csv(latents_csv)
+    if latents_csv is not None or latents_parquet is not None:
+        if study is None:
+            raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
+        frame = latents_frame(study)
+        if latents_csv is not None:
+            write_csv(frame, latents_csv)
+        if latents_parquet is not None:
+            write_parquet(frame, latents_parquet)
     return path
 
 

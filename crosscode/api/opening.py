@@ -13,7 +13,7 @@ def open(path: str | Path) -> Run:
     ```python
     run = crosscode.open("runs/demo")
     run.model, run.summary, run.evaluate(), run.report()
-    run.latents("some text"), run.top(12), run.table()
+    run.latents("some text"), run.top(12), run.logits(12), run.table()
     ```
 
     Raises:

@@ -5,67 +5,34 @@ Axes: S positions of a text · L latents · X output positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from crosscode.analysis.encoded import active_entries
-from crosscode.analysis.examples import Example
+from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
 from crosscode.analysis.metrics_file import read_metrics
-from crosscode.analysis.tokens import DisplayToken, TokenDisplay
+from crosscode.analysis.tokens import TokenDisplay
 from crosscode.api.given import given_arrays
-from crosscode.build.experiment import Experiment, open_experiment
+from crosscode.build.experiment import open_experiment
 from crosscode.build.finished import FinishedRun
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
+from crosscode.commands.parts.reading import (
+    LatentLogits,
+    ShownExample,
+    TextLatents,
+    latents_of_text,
+    logits_of_latent,
+    text_experiment,
+)
 from crosscode.commands.report import report_run
 from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.text.prompts import Prompt
 from crosscode.errors import InputError
 
 if TYPE_CHECKING:
     import pandas
-
-
-@dataclass(frozen=True)
-class TextLatents:
-    """Latents of one text."""
-
-    tokens: list[str]
-    """S tokens as text"""
-    token_ids: list[int]
-    values_SL: Tensor
-    """sparse CSR, float32, on the CPU"""
-
-    def strongest(self, position: int, n: int = 10) -> list[tuple[int, float]]:
-        """`(latent, activation)` of the largest latents at a position."""
-        row_L = self.values_SL[position]
-        order = row_L.values().argsort(descending=True)[:n]
-        return [(int(row_L.indices()[0, i]), float(row_L.values()[i])) for i in order]
-
-
-@dataclass(frozen=True)
-class ShownExample:
-    """A place where a latent is active, with the text around it."""
-
-    example: Example
-    shown: list[DisplayToken]
-
-    @property
-    def activation(self) -> float:
-        return self.example.value
-
-    @property
-    def text(self) -> str:
-        """The text around, the peak in « »."""
-        return "".join(f"«{token.text}»" if token.is_peak else token.text for token in self.shown)
-
-    def __str__(self) -> str:
-        return f"{self.activation:8.3f}  {self.text}"
 
 
 class Run(FinishedRun):
@@ -91,47 +58,44 @@ class Run(FinishedRun):
         """Rows of metrics.jsonl."""
         return read_metrics(self.directory.metrics_file).rows
 
-    def report(self, n_tokens: int | None = None, csv: str | Path | None = None) -> Path:
+    def report(
+        self, n_tokens: int | None = None, csv: str | Path | None = None, parquet: str | Path | None = None
+    ) -> Path:
         """Write `report.html`; its path.
 
         Args:
             n_tokens: held-out activations to look at; default: as configured.
-            csv: also write the table of the first pair of positions there.
+            csv, parquet: also write `table()` there.
         """
-        return report_run(self, n_tokens, None if csv is None else Path(csv))
+        csv, parquet = (None if path is None else Path(path) for path in (csv, parquet))
+        return report_run(self, n_tokens, csv, latents_parquet=parquet)
 
     # ---- latents
 
     @property
     def language_models(self) -> list[LanguageModel]:
         """The models whose activations the run reads; `model` of each is the one of `transformers`."""
-        return list(self._text_experiment("language_models").harvester.models)
+        return list(text_experiment(self, "language_models").harvester.models)
 
-    def latents(self, text: str) -> TextLatents:
+    def latents(self, text: Prompt) -> TextLatents:
         """Latents at every token of a text, the beginning-of-sequence token included where training had one.
+
+        Args:
+            text: or the messages of a chat, which pass through the tokenizer's chat template.
 
         Raises:
             InputError: the run has no language models; no text; a text that is longer than they take.
         """
-        experiment = self._text_experiment("latents(text)")
-        tokenizer, harvester, data = experiment.tokenizer, experiment.harvester, self.config.data
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if data.bos != "none" and tokenizer.bos_token_id is not None:
-            ids.insert(0, tokenizer.bos_token_id)
-        limit = harvester.max_sequence_length
-        if not ids or (limit is not None and len(ids) > limit):
-            raise InputError(f"text: {len(ids)} tokens: must be at least 1, at most {limit or 'as memory allows'}")
-        acts_SMPD = harvester.harvest(torch.tensor([ids]))[0].float().to(self.model.device)
-        with torch.no_grad():
-            entries = active_entries(self.model.encode_latents(experiment.split.activations(acts_SMPD)[0]))
-        index_2N = torch.stack([entries.token_N, entries.latent_N]).cpu()
-        size = (len(ids), entries.n_latents)
-        values_SL = torch.sparse_coo_tensor(
-            index_2N, entries.value_N.float().cpu(), size, check_invariants=True
-        ).to_sparse_csr()
-        display = TokenDisplay(tokenizer)
-        shown = [display([token_id], [0.0])[0].text for token_id in ids]
-        return TextLatents(shown, ids, values_SL)
+        return latents_of_text(self, text)
+
+    def logits(self, latent: int) -> dict[str, LatentLogits]:
+        """By name of the output position: what the latent's decoder vector there (raw, of the folded model) gives through
+        the final norm and the unembedding of its language model. Positions to which the latent cannot write are left out.
+
+        Raises:
+            InputError: no such latent, no language models, or a hookpoint outside the residual stream.
+        """
+        return logits_of_latent(self, latent)
 
     def top(self, latent: int, n: int = 8) -> list[ShownExample]:
         """Where a latent is largest on held-out text, strongest first (of own activations without tokens: row numbers).
@@ -148,26 +112,10 @@ class Run(FinishedRun):
         return [ShownExample(one, display(one.tokens, one.strengths, one.peak)) for one in found]
 
     def table(self) -> pandas.DataFrame:
-        """A row for each latent: how often and how strongly it fires on held-out text, the norm of its decoder vector at
-        each position (in the scale of training), and for each pair of positions that is compared how they differ."""
-        import pandas
-
-        study = self._study
-        firing = study.firing
-        columns: dict[str, Any] = {
-            "latent": range(self.model.n_latents),
-            "firings": firing.counts_L,
-            "density": firing.density_L,
-            "mean_active": firing.mean_active_L,
-            "max_activation": firing.max_L,
-        }
-        columns |= {f"decoder_norm {name}": study.decoder_norm_LX[:, x] for x, name in enumerate(study.position_names)}
-        for pair in study.pairs:
-            of_pair = f" {pair.name_a} | {pair.name_b}" if len(study.pairs) > 1 else ""
-            names = ("relative_norm", "decoder_cosine", "encoder_cosine", "tag", "nu_error", "nu_reconstruction")
-            columns |= {name + of_pair: getattr(pair, name) for name in names}
-        plain = {name: one.numpy() if isinstance(one, Tensor) else list(one) for name, one in columns.items()}
-        return pandas.DataFrame(plain).set_index("latent")
+        """A row for each latent, by its number: how often and how strongly it fires on held-out text, the norm of its decoder
+        vector at each position (in the scale of training), and for each pair of positions that is compared how they
+        differ. See `crosscode.analysis.latents_frame` for the columns."""
+        return latents_frame(self._study)
 
     # ---- going on
 
@@ -194,8 +142,3 @@ class Run(FinishedRun):
     def _study(self) -> LatentsPass:
         experiment = self.experiment
         return study_latents(self.model, experiment.heldout_batches(), experiment.split, experiment.output_names())
-
-    def _text_experiment(self, asked: str) -> Experiment:
-        if not isinstance(self.experiment, Experiment):
-            raise InputError(f"{asked}: this run is on activations that were given, so that it knows no language model")
-        return self.experiment

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosscode.build.heldout import AnyExperiment, HeldoutBatch
+from crosscode.build.heldout import AnyExperiment, HeldoutBatch, first_usable
 from crosscode.config.arrays import ArrayFile, ArraysSource
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.arrays.opening import open_input, open_safetensors
@@ -150,7 +150,7 @@ class ArrayExperiment(AnyExperiment):
             mask_HS = torch.arange(first * S, end * S).view(-1, S) < acts.n_rows
             acts_HSMPD = torch.zeros(*mask_HS.shape, *rows.shape[1:])
             acts_HSMPD[mask_HS] = rows
-            yield HeldoutBatch(tokens_HS[first:end], mask_HS, acts_HSMPD.to(self.device))
+            yield HeldoutBatch(tokens_HS[first:end], first_usable(mask_HS, wanted), acts_HSMPD.to(self.device))
             wanted, first = wanted - len(rows), end
         acts.close()
 

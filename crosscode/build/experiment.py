@@ -16,7 +16,7 @@ from torch import Tensor
 from crosscode.build.arrays import GivenArrays, open_arrays
 from crosscode.build.data import Activations, available_device, build_rows, build_token_loader, open_activations
 from crosscode.build.foresight import check_language_models, check_memory
-from crosscode.build.heldout import AnyExperiment, HeldoutBatch
+from crosscode.build.heldout import AnyExperiment, HeldoutBatch, first_usable
 from crosscode.build.schema import given_components
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.experiment import ExperimentConfig
@@ -107,8 +107,9 @@ class Experiment(Activations, AnyExperiment):
         wanted = n_tokens or self.config.evaluation.n_tokens
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD)
-            wanted -= int(batch.mask_HS.sum())
+            mask_HS = first_usable(batch.mask_HS, wanted)
+            yield HeldoutBatch(batch.tokens_HS, mask_HS, acts_HSMPD)
+            wanted -= int(mask_HS.sum())
             if wanted <= 0:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.models.base import BaseCrosscoder
 from crosscode.runs.directory import open_run
 from crosscode.trainers.warm_start import find_model, load_folded
+
+log = logging.getLogger("crosscode")
 
 
 class FinishedRun:
@@ -57,6 +60,8 @@ class FinishedRun:
     def evaluate(self, n_tokens: int | None = None) -> EvaluationResult:
         """Held-out figures. As configured they are kept in the run; on another number of activations they are not."""
         result = self.experiment.evaluate(self.model, n_tokens=n_tokens)
+        if n_tokens is not None and result.n_tokens < n_tokens:
+            log.warning("n_tokens = %d: only %d are held out; the figures are of these", n_tokens, result.n_tokens)
         if n_tokens is None:
             self.directory.write_evaluation(result.to_json())
         return result

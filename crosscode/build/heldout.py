@@ -34,6 +34,11 @@ class HeldoutBatch:
         return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
 
 
+def first_usable(mask_HS: Tensor, n: int) -> Tensor:
+    """`mask_HS` with only its first n usable positions, in the order in which sequences are read."""
+    return mask_HS & (mask_HS.flatten().cumsum(0).view_as(mask_HS) <= n)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnyExperiment(ABC):
     """A checked config, and what must be loaded before anything else can be made."""
@@ -62,7 +67,7 @@ class AnyExperiment(ABC):
 
     @abstractmethod
     def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
-        """Held-out sequences until `n_tokens` usable activations were seen (default: as configured)."""
+        """Held-out sequences with `n_tokens` usable activations (default: as configured); fewer if there are fewer."""
 
     def language_model_facts(self) -> list[dict[str, Any]]:
         """What a checkpoint says about each language model."""

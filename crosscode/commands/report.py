@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
 
 if TYPE_CHECKING:
     from crosscode.build.finished import FinishedRun
@@ -21,14 +22,16 @@ class Options(ConfigModel):
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
     csv: Path | None = Field(default=None, title="FILE")
-    """also write the whole table of latents"""
+    """also write the table of all latents, with a plain header"""
+    parquet: Path | None = Field(default=None, title="FILE")
+    """also write that table as parquet"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     quiet_libraries()
-    print(report_run(options.run_dir, options.n_tokens, options.csv, options.trust_remote_code))
+    print(report_run(options.run_dir, options.n_tokens, options.csv, options.trust_remote_code, options.parquet))
 
 
 def report_run(
@@ -36,17 +39,24 @@ def report_run(
     n_tokens: int | None = None,
     latents_csv: Path | None = None,
     trust_remote_code: bool = False,
+    latents_parquet: Path | None = None,
 ) -> Path:
     """Write `report.html` of a run; returns its path.
 
     Args:
         n_tokens: held-out tokens to look at; default: as configured.
-        latents_csv: also write the whole diffing table of the first pair of positions there.
+        latents_csv, latents_parquet: also write the table of all latents there.
         trust_remote_code: as of `load_own_config`.
+
+    Raises:
+        InputError: no run there, or no folder for a table.
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.finished import FinishedRun
 
+    for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{name}: {str(path)!r}: its folder does not exist")
     run = run_dir if isinstance(run_dir, FinishedRun) else FinishedRun(run_dir, trust_remote_code)
     _ = run.config  # a bad one, or one that asks for trust, is said before anything is loaded
 
@@ -55,7 +65,7 @@ def report_run(
         batches = experiment.heldout_batches(n_tokens)
         return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
 
-    return write_report(run.path, heldout=heldout, latents_csv=latents_csv)
+    return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
 
 
 COMMAND = Command("write RUN/report.html", run, Options, positional="run_dir")

@@ -90,10 +90,8 @@ Places = dict[str, dict[int, int]]
 
 def _places(harvester: ActivationHarvester, split: Split, names_MP: Sequence[Sequence[str]]) -> list[Places]:
     M, P, _ = harvester.dims
-    indices_X = split.output_names([[f"{m} {p}" for p in range(P)] for m in range(M)])
     positions_M: list[dict[int, int]] = [{} for _ in range(M)]
-    for x, indices in enumerate(indices_X):
-        m, p = map(int, indices.split())
+    for x, (m, p) in enumerate(split.output_places(M, P)):
         positions_M[m][p] = x
     places_M = [{names_MP[m][p]: {p: x} for p, x in positions.items()} for m, positions in enumerate(positions_M)]
     for names_P, places, positions in zip(names_MP, places_M, positions_M, strict=True):

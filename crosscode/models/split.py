@@ -60,6 +60,22 @@ class Split:
         """Names of the input's crosscoding positions, flattened in the order of Xi."""
         return self._names(names_MP, 0)
 
+    def output_places(self, n_models: int, n_hookpoints: int) -> list[tuple[int, int]]:
+        """`(m, p)` of each output position, flattened in the order of Xo."""
+        return self._places(n_models, n_hookpoints, 1)
+
+    def input_places(self, n_models: int, n_hookpoints: int) -> list[tuple[int, int]]:
+        """`(m, p)` of each input position, flattened in the order of Xi."""
+        return self._places(n_models, n_hookpoints, 0)
+
+    def _places(self, n_models: int, n_hookpoints: int, side: int) -> list[tuple[int, int]]:
+        models, hookpoints = self._indices(n_models, n_hookpoints)[side]
+
+        def taken(index: Hookpoints, n: int) -> list[int]:
+            return list(range(n))[index] if isinstance(index, slice) else [range(n)[index]]
+
+        return [(m, p) for m in taken(models, n_models) for p in taken(hookpoints, n_hookpoints)]
+
     def _indices(self, n_models: int, n_hookpoints: int) -> tuple[tuple[Hookpoints, Hookpoints], ...]:
         self.check(n_models, n_hookpoints)
         models: Hookpoints = slice(None) if self.keeps_models else 0
@@ -67,8 +83,4 @@ class Split:
         return (models, in_), (models, out)
 
     def _names(self, names_MP: Sequence[Sequence[str]], side: int) -> list[str]:
-        models, hookpoints = self._indices(len(names_MP), len(names_MP[0]))[side]
-        rows = names_MP[models] if isinstance(models, slice) else [names_MP[models]]
-        if not isinstance(hookpoints, slice):
-            return [row[hookpoints] for row in rows]
-        return [name for row in rows for name in row[hookpoints]]
+        return [names_MP[m][p] for m, p in self._places(len(names_MP), len(names_MP[0]), side)]

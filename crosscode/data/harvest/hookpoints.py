@@ -112,12 +112,12 @@ _EVERY_BLOCK: dict[str, Side] = {
 
 def find_taps(model: LanguageModel) -> dict[str, Tap]:
     """Every TransformerLens name of `model` that is the input or output of one module."""
-    blocks_path = _find_blocks(model)
+    path_of_blocks = blocks_path(model)
     family = FAMILIES.get(model.config.model_type)
     modules = dict(model.model.named_modules())
     taps = {name: tap for name, tap in (family.outside if family else {}).items() if tap.module_path in modules}
-    for layer in range(model.n_layers if blocks_path else 0):
-        path = f"{blocks_path}.{layer}"
+    for layer in range(model.n_layers if path_of_blocks else 0):
+        path = f"{path_of_blocks}.{layer}"
         taps |= {f"blocks.{layer}.{name}": Tap(path, side) for name, side in _EVERY_BLOCK.items()}
         for name, tap in (family.block if family else {}).items():
             if f"{path}.{tap.module_path}" in modules:
@@ -157,7 +157,7 @@ def unknown_hookpoint(name: str, model: LanguageModel, known: Iterable[str]) -> 
     )
 
 
-def _find_blocks(model: LanguageModel) -> str | None:
+def blocks_path(model: LanguageModel) -> str | None:
     """Path of the list of decoder blocks: the one ModuleList nearest to the root with an entry a layer, if unique."""
     lists = [
         path

@@ -35,21 +35,21 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[
     return text, spans
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of `messages`, with errors as `render_chat` has them."""
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, to_answer: bool = False) -> str:
+    """The text of `messages`, with errors as `render_chat` has them. `to_answer`: up to where the answer begins."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("dataset: it holds chats, but the tokenizer has no chat template")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & {*message}:
             raise InputError(f'dataset: a chat message is {str(message)[:60]!r}; "role" and "content" are needed')
-    return _apply(tokenizer, messages)
+    return _apply(tokenizer, messages, to_answer)
 
 
-def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], to_answer: bool = False) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(

@@ -1,7 +1,5 @@
 """The diffing table against loops over single latents."""
 
-import csv
-import json
 import math
 
 import numpy as np
@@ -99,26 +97,6 @@ def test_most_specific_are_the_extremes_among_those_that_fire_enough(full_table)
 def test_a_silent_latent_is_never_specific(make_model):
     table = diff_latents(make_model(), NAMES, 0, 1)
     assert table.most_specific("a", 24, min_firings=0) == []
-
-
-def test_exports_hold_the_whole_table(full_table, tmp_path):
-    table = full_table
-    table.write_jsonl(tmp_path / "table.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
-    assert [row["latent"] for row in rows] == list(range(24))
-    assert {(row["a"], row["b"]) for row in rows} == {tuple(NAMES)}
-    table.write_csv(tmp_path / "table.csv")
-    lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[0] == "# a = base/h; b = tuned/h; relative_norm 0 = only in a, 1 = only in b"
-    for row, from_csv in zip(rows, csv.DictReader(lines[1:]), strict=True):
-        assert row["tag"] == from_csv["tag"] == table.tag[row["latent"]]
-        for name in ("relative_norm", "nu_error", "density"):
-            exact = float(getattr(table, name)[row["latent"]])
-            if math.isnan(exact):
-                assert row[name] is None and from_csv[name] == ""
-            else:
-                assert row[name] == float(from_csv[name]) == pytest.approx(exact, rel=1e-5)
-    assert any(row["nu_error"] is not None for row in rows)
 
 
 def test_wrong_positions_are_refused(make_model):

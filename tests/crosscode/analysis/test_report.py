@@ -301,11 +301,17 @@ def test_what_is_no_run_is_an_error_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_plots")
+def test_a_table_without_latents_is_an_error(make_run, tmp_path):
+    with pytest.raises(InputError, match="table of latents: they were not looked at: no held-out text"):
+        write_report(make_run(), latents_csv=tmp_path / "table.csv")
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_the_page_and_the_table_can_go_elsewhere(make_run, heldout_text, tmp_path):
     run, page, table = make_run(), tmp_path / "page.html", tmp_path / "table.csv"
     assert write_report(run, heldout=heldout_text, output=page, latents_csv=table) == page
     assert page.is_file() and not (run / "report.html").exists()
-    assert len(table.read_text().splitlines()) == 2 + 24
+    assert len(table.read_text().splitlines()) == 1 + 24
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,54 @@ def test_every_scheme_has_usual_settings(architecture, activation, acts, train):
     assert terms == {"relu": {"recon", "l1"}, "jumprelu": {"recon", "tanh", "pre_act"}}.get(
         activation, {"recon", "auxk"}
     )
+
+
+# ---- reading
+
+
+@pytest.fixture
+def text_run(tiny_config, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(tiny_config))
+    return crosscode.train(str(file), progress=False)
+
+
+def test_logits_of_a_latent_are_those_of_each_model_itself(text_run):
+    found = text_run.logits(5)
+    assert list(found) == [f"{name}/blocks.1.hook_resid_post" for name in ("one", "two")]
+    for m, (lm, logits) in enumerate(zip(text_run.language_models, found.values(), strict=True)):
+        with torch.no_grad():
+            expected_V = lm.model.lm_head(lm.model.model.norm(text_run.model.W_dec_LXoDo[5, m, 0]))
+        torch.testing.assert_close(logits.logits_V, expected_V, rtol=0, atol=1e-5 * float(expected_V.abs().max()))
+        best = int(expected_V.argmax())
+        assert logits.top(1)[0][0].strip() == lm.tokenizer.convert_ids_to_tokens(best)
+        assert logits.bottom(1)[0][1] == pytest.approx(float(expected_V.min()))
+    with pytest.raises(InputError, match=r"latent = 32: must be between 0 and 31"):
+        text_run.logits(32)
+
+
+def test_the_command_shows_the_largest_latents_of_each_token(text_run, capsys):
+    assert main(["latents", str(text_run.path), "--text", "w1 w2", "--n", "2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = text_run.latents("w1 w2")
+    assert [row[0] for row in rows] == ["<s>", "w1", "w2"]
+    for position, (_, *shown) in enumerate(rows):
+        assert shown == [f"{latent}:{value:.3g}" for latent, value in found.strongest(position, 2)]
+
+
+def test_chats_pass_through_the_template(text_run, capsys):
+    message = [{"role": "user", "content": "w1 w2"}]
+    with pytest.raises(InputError, match="text: the tokenizer has no chat template"):
+        text_run.latents(message)
+    text_run.experiment.tokenizer.chat_template = "<s> w9{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    assert text_run.latents(message).tokens == ["<s>", " w9", " w1", " w2"]
+
+
+def test_as_many_activations_as_asked_for_are_evaluated(text_run, caplog):
+    before = (text_run.path / "evaluation.json").read_bytes()
+    assert text_run.evaluate(n_tokens=37).n_tokens == 37
+    assert "are held out" not in caplog.text
+    found = text_run.evaluate(n_tokens=10**6).n_tokens
+    assert f"n_tokens = 1000000: only {found} are held out" in caplog.text
+    assert (text_run.path / "evaluation.json").read_bytes() == before
+    assert text_run.evaluate().n_tokens == 200

@@ -58,8 +58,8 @@ def test_names_have_no_control_characters(tiny_config):
 
 def test_a_table_can_be_streamed_and_the_device_stays(tmp_path):
     code = (
-        "from pathlib import Path; from crosscode.analysis.diffing import _write_out; "
-        "_write_out(Path('/dev/stdout'), 'a,b\\n'); _write_out(Path('/dev/null'), 'x')"
+        "from pathlib import Path; from crosscode.analysis.diffing import write_out; "
+        "write_out(Path('/dev/stdout'), 'a,b\\n'); write_out(Path('/dev/null'), 'x')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "a,b\n"

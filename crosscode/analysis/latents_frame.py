@@ -1,0 +1,72 @@
+"""The table of all latents, for every architecture: what `Run.table()` gives and `crosscode report --csv` writes.
+
+Axes: X output crosscoding positions (flattened) · L latents.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from crosscode.analysis.diffing import DiffTable, as_cell, write_out
+from crosscode.analysis.latents_pass import LatentsPass
+from crosscode.analysis.wording import distinct_labels
+from crosscode.files import write_parts
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def latents_frame(study: LatentsPass) -> pandas.DataFrame:
+    """A row for each latent, by its number.
+
+    Columns: how often and how strongly it fires on held-out text; `decoder_norm_NAME` of each output position, in the
+    scale of training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in
+    the sum of both norms (0: only in the first, 1: only in the second), cosines, latent scaling and a tag. NAME is the
+    model where the models differ, else the hookpoint. NaN: not defined.
+    """
+    import pandas
+
+    labels = distinct_labels(study.position_names)
+    firing = study.firing
+    columns: dict[str, Any] = {
+        "firings": firing.counts_L,
+        "density": firing.density_L,
+        "mean_active": firing.mean_active_L,
+        "max_activation": firing.max_L,
+    }
+    for x, name in enumerate(study.position_names):
+        columns["_".join(filter(None, ("decoder_norm", labels[name])))] = study.decoder_norm_LX[:, x]
+    for pair in study.pairs:
+        columns |= _pair_columns(pair, labels, several=len(study.pairs) > 1)
+    plain = {as_cell(name): one.numpy() if isinstance(one, Tensor) else one for name, one in columns.items()}
+    return pandas.DataFrame(plain, index=pandas.RangeIndex(study.decoder_norm_LX.shape[0], name="latent"))
+
+
+def _pair_columns(pair: DiffTable, labels: dict[str, str], *, several: bool) -> dict[str, Any]:
+    a, b = labels[pair.name_a], labels[pair.name_b]
+    both = f"_{a}_{b}" if several else ""
+    tags = {"A-only": f"{a}-only", "B-only": f"{b}-only"}
+    columns: dict[str, Any] = {f"relative_norm_{b}": pair.relative_norm}
+    columns |= {f"{name}{both}": getattr(pair, name) for name in ("decoder_cosine", "encoder_cosine")}
+    columns[f"tag{both}"] = [as_cell(tags.get(tag, tag)) for tag in pair.tag]
+    columns |= {f"{name}{both}": getattr(pair, name) for name in ("nu_error", "nu_reconstruction")}
+    for side, label in (("a", a), ("b", b)):
+        names = ("encoder_norm", "beta_error", "beta_reconstruction")
+        columns |= {f"{name}_{label}": getattr(pair, f"{name}_{side}") for name in names}
+    return columns
+
+
+def write_csv(frame: pandas.DataFrame, path: Path) -> None:
+    """A header and a row for each latent, six digits; undefined values are empty. `path` may be a pipe."""
+    write_out(path, frame.to_csv(float_format="%.6g", lineterminator="\n"))
+
+
+def write_parquet(frame: pandas.DataFrame, path: Path) -> None:
+    """All digits; `latent` is a column."""
+    buffer = io.BytesIO()
+    frame.reset_index().to_parquet(buffer, index=False)
+    write_parts(path, [buffer.getvalue()])

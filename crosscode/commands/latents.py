@@ -1,0 +1,36 @@
+"""`crosscode latents`: which latents a text activates."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+
+
+class Options(ConfigModel):
+    run_dir: str = Field(title="RUN")
+    """run directory"""
+    text: str = Field(title="TEXT")
+    """what the language models read"""
+    chat: bool = False
+    """the text is what a user says: it passes through the tokenizer's chat template"""
+    n: PositiveInt = 5
+    """latents shown for each token, the largest first"""
+
+
+def run(options: Options) -> None:
+    from crosscode.build.finished import FinishedRun
+    from crosscode.commands.parts.reading import latents_of_text
+
+    quiet_libraries()
+    text = [{"role": "user", "content": options.text}] if options.chat else options.text
+    found = latents_of_text(FinishedRun(options.run_dir), text)
+    width = max(map(len, found.tokens))
+    for position, token in enumerate(found.tokens):
+        strongest = "  ".join(f"{latent}:{value:.3g}" for latent, value in found.strongest(position, options.n))
+        print(f"{token:<{width}}  {strongest}".rstrip())
+
+
+COMMAND = Command("which latents a text activates, token by token", run, Options, positional="run_dir")

@@ -1,0 +1,139 @@
+"""What a run shows of latents: those of a text, and what one of them writes.
+
+Axes: S tokens · M models · P hookpoints · D width · L latents · X output positions (flattened) · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscode.analysis.encoded import active_entries
+from crosscode.analysis.examples import Example
+from crosscode.analysis.tokens import DisplayToken, TokenDisplay
+from crosscode.build.experiment import Experiment
+from crosscode.build.finished import FinishedRun
+from crosscode.data.harvest.unembedding import unembed
+from crosscode.data.text.prompts import Prompt, prompt_ids
+from crosscode.errors import InputError
+from crosscode.models.decoder_vectors import decoder_vectors_NXD
+
+
+@dataclass(frozen=True)
+class TextLatents:
+    """Latents of one text."""
+
+    tokens: list[str]
+    """S tokens as text"""
+    token_ids: list[int]
+    values_SL: Tensor
+    """sparse CSR, float32, on the CPU"""
+
+    def strongest(self, position: int, n: int = 10) -> list[tuple[int, float]]:
+        """`(latent, activation)` of the largest latents at a position."""
+        row_L = self.values_SL[position]
+        order = row_L.values().argsort(descending=True)[:n]
+        return [(int(row_L.indices()[0, i]), float(row_L.values()[i])) for i in order]
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """A place where a latent is active, with the text around it."""
+
+    example: Example
+    shown: list[DisplayToken]
+
+    @property
+    def activation(self) -> float:
+        return self.example.value
+
+    @property
+    def text(self) -> str:
+        """The text around, the peak in « »."""
+        return "".join(f"«{token.text}»" if token.is_peak else token.text for token in self.shown)
+
+    def __str__(self) -> str:
+        return f"{self.activation:8.3f}  {self.text}"
+
+
+@dataclass(frozen=True)
+class LatentLogits:
+    """What a latent writes at one output position, read through the model's own final norm and unembedding."""
+
+    logits_V: Tensor
+    """float32, on the CPU"""
+    tokenizer: Any
+
+    def top(self, n: int = 10) -> list[tuple[str, float]]:
+        """`(token, logit)` of the n largest."""
+        return self._ends(n, largest=True)
+
+    def bottom(self, n: int = 10) -> list[tuple[str, float]]:
+        """`(token, logit)` of the n smallest."""
+        return self._ends(n, largest=False)
+
+    def _ends(self, n: int, *, largest: bool) -> list[tuple[str, float]]:
+        found = self.logits_V.topk(min(n, self.logits_V.shape[0]), largest=largest)
+        ids = found.indices.tolist()
+        return list(zip(token_texts(self.tokenizer, ids), found.values.tolist(), strict=True))
+
+
+def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
+    """Tokens as they are shown, each by itself."""
+    display = TokenDisplay(tokenizer)
+    return [display([token_id], [0.0])[0].text for token_id in token_ids]
+
+
+def text_experiment(run: FinishedRun, asked: str) -> Experiment:
+    """The experiment of a run on language models.
+
+    Args:
+        asked: what needs them, for the message.
+
+    Raises:
+        InputError: the run is on activations that were given.
+    """
+    if not isinstance(run.experiment, Experiment):
+        raise InputError(f"{asked}: this run is on activations that were given, so that it knows no language model")
+    return run.experiment
+
+
+def latents_of_text(run: FinishedRun, text: Prompt) -> TextLatents:
+    """See `Run.latents`."""
+    experiment = text_experiment(run, "latents(text)")
+    harvester = experiment.harvester
+    ids = ids_of_prompt(run, text)
+    acts_SMPD = harvester.harvest(torch.tensor([ids]))[0].float().to(run.model.device)
+    with torch.no_grad():
+        entries = active_entries(run.model.encode_latents(experiment.split.activations(acts_SMPD)[0]))
+    index_2N = torch.stack([entries.token_N, entries.latent_N]).cpu()
+    size = (len(ids), entries.n_latents)
+    values_SL = torch.sparse_coo_tensor(index_2N, entries.value_N.float().cpu(), size, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return TextLatents(token_texts(experiment.tokenizer, ids), ids, values_SL.to_sparse_csr())
+
+
+def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False) -> list[int]:
+    """Token ids, with BOS where training had it; `to_answer`: a chat ends where the answer begins."""
+    experiment = text_experiment(run, "text")
+    bos, limit = run.config.data.bos != "none", experiment.harvester.max_sequence_length
+    return prompt_ids(experiment.tokenizer, prompt, bos=bos, to_answer=to_answer, max_length=limit)
+
+
+def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:
+    """See `Run.logits`."""
+    experiment = text_experiment(run, "logits(latent)")
+    harvester = experiment.harvester
+    vectors_XD = decoder_vectors_NXD(run.model, torch.tensor([latent]))[0]
+    places = experiment.split.output_places(*harvester.dims[:2])
+    found: dict[str, LatentLogits] = {}
+    for name, (m, _), vector_D in zip(experiment.output_names(), places, vectors_XD, strict=True):
+        if bool(vector_D.any()):
+            logits_V = unembed(harvester.models[m], vector_D[None])[0].cpu()
+            found[name] = LatentLogits(logits_V, experiment.tokenizer)
+    return found
