@@ -15,9 +15,9 @@ run = crosscode.train("demo", run_dir=run_dir, train={"n_tokens": n_tokens}, eva
 print(run.model)
 
 table = run.table()  # a row for each latent
-alive = table.query("firings >= 20").sort_values("relative_norm", ascending=False)
-for latent in alive.index[:3]:
-    print(f"latent {latent}: share of the fine-tuned model in its decoder norms {alive['relative_norm'][latent]:.2f}")
+alive = table.query("firings >= 20").sort_values("relative_norm_tuned", ascending=False)
+for latent, share in alive["relative_norm_tuned"].head(3).items():
+    print(f"latent {latent}: share of the fine-tuned model in its decoder norms {share:.2f}")
     for place in run.top(latent, n=2):
         print("   ", place)
 
