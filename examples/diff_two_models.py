@@ -16,7 +16,8 @@ print(run.model)
 
 table = run.table()  # a row for each latent
 alive = table.query("firings >= 20").sort_values("relative_norm_tuned", ascending=False)
-for latent, share in alive["relative_norm_tuned"].head(3).items():
+for latent in alive.index[:3]:
+    share = alive["relative_norm_tuned"][latent]
     print(f"latent {latent}: share of the fine-tuned model in its decoder norms {share:.2f}")
     for place in run.top(latent, n=2):
         print("   ", place)
