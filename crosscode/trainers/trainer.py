@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
+from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
@@ -161,7 +161,7 @@ class Trainer:
         """One update, and whatever is due after it."""
         figures = BatchFigures(self.model.out_dims) if self._is_due(self.config.log_every, self.step + 1) else None
         with self.phases("step"), compile_errors_in_one_line():
-            self._set_learning_rate()
+            self.optimizer_plan.set_learning_rate(self.optimizer, self.step, self.n_steps)
             self.model.before_step(self.step, self.n_steps)
             input_BXiDi, target_BXoDo = self.split.activations(acts_BMPD)
             self.recent.add(input_BXiDi)
@@ -180,7 +180,7 @@ class Trainer:
                 loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
-            grad_norm = self._clip()
+            grad_norm = clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
             for constraint in self.constraints:
                 constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
@@ -232,18 +232,6 @@ class Trainer:
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.n_steps)
-
-    def _set_learning_rate(self) -> None:
-        factor = self.optimizer_plan.lr_factor(self.step, self.n_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
-    def _clip(self) -> Tensor:
-        """The gradient norm before clipping, on the device."""
-        limit = self.config.clip_grad_norm
-        if limit is not None:
-            return clip_grad_norm_(self.model.parameters(), limit, self.optimizer)
-        return grad_norm(self.model.parameters(), self.optimizer)
 
     # ---- what is reported
 

@@ -139,13 +139,16 @@ def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer | None = None
+    parameters: Iterable[Tensor], max_norm: float | None, optimizer: torch.optim.Optimizer | None = None
 ) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_` (2-norm; returns the norm before clipping), for dense and row-sparse gradients.
+    A `max_norm` of None clips nothing.
 
     On the CPU gradients that are already short enough are not written; elsewhere the scale stays on the device. A fused
     Adam given as `optimizer` scales the gradients itself in its next step, which saves a pass over them: until then
     `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all."""
+    if max_norm is None:
+        return grad_norm(parameters, optimizer)
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; must be positive")
     values = _grad_values(parameters, optimizer)

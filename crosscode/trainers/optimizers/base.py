@@ -27,6 +27,12 @@ class OptimizerPlan(Configured, ABC):
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Factor on every group's `initial_lr` at a step."""
 
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int, n_steps: int) -> None:
+        """Before a step."""
+        factor = self.lr_factor(step, n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
     def start_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place at which gradients are taken."""
 
