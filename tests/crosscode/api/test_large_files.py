@@ -24,7 +24,8 @@ run = crosscode.train(
     data={"scale": False, "shuffle_buffer_size": 16384}, evaluation={"n_tokens": 4096},
 )
 n_parameters = sum(one.numel() for one in run.model.parameters())
-print(json.dumps({"peak_gb": peak_gb(), "parameters_gb": 4 * n_parameters / 1e9, "torch_gb": torch_gb, "step": run.summary["step"]}))
+figures = {"peak_gb": peak_gb(), "parameters_gb": 4 * n_parameters / 1e9, "torch_gb": torch_gb}
+print(json.dumps({**figures, "step": run.summary["step"]}))
 """
 
 
