@@ -11,6 +11,7 @@ from crosscode.api.training import train as train
 from crosscode.commands.parts.reading import LatentLogits as LatentLogits
 from crosscode.commands.parts.reading import ShownExample as ShownExample
 from crosscode.commands.parts.reading import TextLatents as TextLatents
+from crosscode.commands.parts.steering import Steered as Steered
 
 # The loop
 from crosscode.config.experiment import TrainConfig as TrainConfig

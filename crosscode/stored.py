@@ -88,6 +88,7 @@ class Evaluation(Stored):
     l0_p95: float | None = None
     l0_train_mode: float | None = None
     density_L: list[float | None] | None = None
+    max_activation_L: list[float | None] | None = None
     loss_recovered: dict[str, SplicedFigures] | None = None
 
 

@@ -5,6 +5,8 @@ Axes: S positions of a text · L latents · X output positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +28,12 @@ from crosscode.commands.parts.reading import (
     logits_of_latent,
     text_experiment,
 )
+from crosscode.commands.parts.steering import Models, Steered, ablation, compare_steered, steering
 from crosscode.commands.report import report_run
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.text.prompts import Prompt
 from crosscode.errors import InputError
+from crosscode.evaluation.intervention import Positions
 
 if TYPE_CHECKING:
     import pandas
@@ -116,6 +120,59 @@ class Run(FinishedRun):
         vector at each position (in the scale of training), and for each pair of positions that is compared how they
         differ. See `crosscode.analysis.latents_frame` for the columns."""
         return latents_frame(self._study)
+
+    # ---- intervening
+
+    def steer(
+        self, strengths: Mapping[int, float], models: Models = None, positions: Positions = "all"
+    ) -> AbstractContextManager[None]:
+        """Within the block, the run's `transformers` models run with latents added.
+
+        At each output position `x += s * a_max * W_dec[l, position]`, with the raw decoder vector of the folded model.
+
+        ```python
+        with run.steer({12: 1.0}, models="tuned"):
+            run.language_models[1].model.generate(...)
+        ```
+
+        Args:
+            strengths: s by latent, in multiples of its largest activation on held-out text, `a_max`.
+            models: names, numbers or `language_models`; default: all.
+            positions: "all"; "prompt": the tokens that the model is given at once; "generated": those after them, with the
+                cache of `generate`; or the position from which on.
+
+        Raises:
+            InputError: no such latent or model, a latent that never fires, no language models, or hookpoints that only
+                TransformerBridge has.
+        """
+        return steering(self, strengths, models, positions)
+
+    def ablate(
+        self, latents: Iterable[int], models: Models = None, positions: Positions = "all"
+    ) -> AbstractContextManager[None]:
+        """Within the block, the run's `transformers` models run without what latents write: `x -= a_l * W_dec[l, position]`,
+        so that the error stays. `a_l` is that of the unmodified models on the same tokens: each forward pass runs them once
+        more. Not for padded prompts or beam search. Arguments and errors as of `steer`.
+        """
+        return ablation(self, latents, models, positions)
+
+    def compare_steered(
+        self,
+        prompt: Prompt,
+        strengths: Mapping[int, float] | None = None,
+        ablate: Sequence[int] = (),
+        **options: Any,
+    ) -> dict[str, Steered]:
+        """By language model: what it writes after a prompt as it is, with latents added or taken out, and with random
+        directions of the same norms; and which next tokens changed most.
+
+        Args:
+            prompt: a text, or the messages of a chat, which end where the answer begins.
+            strengths, ablate: one of them, as of `steer` and `ablate`.
+            options: `models`, `positions`, `n_tokens` (40), `samples` (0: the most probable tokens), `temperature` (1.0),
+                `seed` (0), `n_changed` (8).
+        """
+        return compare_steered(self, prompt, strengths, ablate, **options)
 
     # ---- going on
 

@@ -6,14 +6,18 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from crosscode.build.experiment import open_experiment
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.schema import load_own_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
-from crosscode.evaluation.heldout import EvaluationResult
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.base import BaseCrosscoder
 from crosscode.runs.directory import open_run
+from crosscode.stored import Evaluation, read_json
 from crosscode.trainers.warm_start import find_model, load_folded
 
 log = logging.getLogger("crosscode")
@@ -56,6 +60,19 @@ class FinishedRun:
     def experiment(self) -> AnyExperiment:
         """Held-out text and language models, or the rows that were held out."""
         return open_experiment(self.config, to_train=False)
+
+    @cached_property
+    def max_activation_L(self) -> Tensor:
+        """Largest activation of each latent on held-out activations (float32), 0 where it never fires: from the run's own
+        evaluation, or measured now."""
+        stored = self.path / "evaluation.json"
+        found = read_json(stored, Evaluation).get("max_activation_L") if self.is_over and stored.is_file() else None
+        if found is None or len(found) != self.model.n_latents:
+            experiment = self.experiment
+            batches = experiment.heldout_activations()
+            names = experiment.output_names()
+            found = measure_reconstruction(self.model, batches, experiment.split, names).max_activation_L
+        return torch.tensor(found, dtype=torch.float32)
 
     def evaluate(self, n_tokens: int | None = None) -> EvaluationResult:
         """Held-out figures. As configured they are kept in the run; on another number of activations they are not."""

@@ -29,7 +29,7 @@ def run(options: Options) -> None:
     if not run.is_over:
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
     result = run.evaluate(options.n_tokens)
-    shown = {name: value for name, value in result.to_json().items() if name != "density_L"}
+    shown = {name: value for name, value in result.to_json().items() if not name.endswith("_L")}
     print(json.dumps(shown, indent=2))
 
 

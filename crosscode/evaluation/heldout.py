@@ -24,7 +24,8 @@ from crosscode.models.split import Split
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures over a held-out set. `fvu` is on raw activations; `density_L` is the share of tokens per latent.
+    """Figures over a held-out set. `fvu` is on raw activations; `density_L` is the share of tokens per latent,
+    `max_activation_L` its largest activation, 0 where it never fires.
 
     `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK:
     the mean when it selects over batches. `loss_recovered` by output position, where it was measured.
@@ -39,6 +40,7 @@ class EvaluationResult:
     dead_fraction: float
     density_L: list[float]
     l0_train_mode: float | None = None
+    max_activation_L: list[float] = field(default_factory=list)
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class _Seen:
         self.fvu = FvuAccumulator(model.out_dims)
         self.l0_parts: list[Tensor] = []
         self.counts_L: Tensor | int = 0
+        self.max_L: Tensor | None = None
         self.n_active_train_mode: Tensor | int | None = None
         if any(fn.selects_over_batch for fn in model.activation_fns):
             self.n_active_train_mode = 0
@@ -109,6 +112,8 @@ class _Seen:
         self.fvu.update(raw_model.split.activations(raw_BMPD)[1], raw_model.raw(result.output_BXoDo))
         self.l0_parts.append(result.latents.l0_B())
         self.counts_L = result.latents.firing_counts_L() + self.counts_L
+        max_L = result.latents.max_L()
+        self.max_L = max_L if self.max_L is None else torch.maximum(self.max_L, max_L)
         if self.n_active_train_mode is not None:
             model.train()
             self.n_active_train_mode = model.encode_latents(input_BXiDi).l0_B().sum() + self.n_active_train_mode
@@ -118,7 +123,7 @@ class _Seen:
         """Waits for the device."""
         fvu_X, n_tokens = self.fvu.fvu_Xo().flatten().tolist(), self.fvu.n_tokens
         counts_L, l0_N = torch.as_tensor(self.counts_L), torch.cat(self.l0_parts).double()
-        n_active = self.n_active_train_mode
+        n_active, max_L = self.n_active_train_mode, torch.zeros_like(counts_L) if self.max_L is None else self.max_L
         return EvaluationResult(
             n_tokens=n_tokens,
             fvu=self.fvu.fvu(),
@@ -128,6 +133,7 @@ class _Seen:
             l0_p95=_quantile(l0_N, 0.95),
             dead_fraction=float((counts_L == 0).double().mean()),
             density_L=(counts_L.double() / n_tokens).tolist(),
+            max_activation_L=max_L.tolist(),
             l0_train_mode=None if n_active is None else float(n_active) / n_tokens,
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester, positions_within_segments
 from crosscode.data.harvest.hookpoints import Tap, resolve_taps
 from crosscode.data.harvest.language_models import LanguageModel
+
+Change = Callable[[Tensor], Tensor]
+"""What is put in the place of an activation, which it leaves as it is."""
 
 
 class Splicer:
@@ -56,7 +59,7 @@ def _bridge_logits(
     hooks = []
     for name, acts_HSD in by_name.items():
         assert mask_HS is not None
-        hooks.append((name, _Replacement(acts_HSD, mask_HS).bridge))
+        hooks.append((name, _Edit(_replacement(acts_HSD, mask_HS)).bridge))
     # The bridge warns that it computes a norm by its own formula where something inside is replaced: as it should.
     with model.lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A forward hook edited")
@@ -79,32 +82,42 @@ def logits_with(
     kwargs: dict[str, Any] = {"input_ids": tokens_HS.to(model.device), "use_cache": False}
     if segments_HS is not None:
         kwargs["position_ids"] = positions_within_segments(segments_HS).to(model.device)
-    with model.lock, _replaced(model, replacements or {}, mask_HS):
+    changes = []
+    for tap, acts_HSD in (replacements or {}).items():
+        assert mask_HS is not None
+        changes.append((tap, _replacement(acts_HSD, mask_HS)))
+    with edited(model, changes):
         return model.model(**kwargs).logits.float()
 
 
+def _replacement(acts_HSD: Tensor, mask_HS: Tensor) -> Change:
+    def mixed(act: Tensor) -> Tensor:
+        mask = mask_HS.to(act.device).reshape(*mask_HS.shape, *(1,) * (act.ndim - 2))
+        return torch.where(mask, acts_HSD.to(act).reshape(act.shape), act)
+
+    return mixed
+
+
 @contextmanager
-def _replaced(model: LanguageModel, replacements: Mapping[Tap, Tensor], mask_HS: Tensor | None) -> Iterator[None]:
-    with ExitStack() as stack:
-        for tap, acts_HSD in replacements.items():
-            assert mask_HS is not None
-            module = model.model.get_submodule(tap.module_path)
-            hook = _Replacement(acts_HSD, mask_HS)
+def edited(model: LanguageModel, changes: Iterable[tuple[Tap, Change]]) -> Iterator[None]:
+    """Within the block, and in this thread, the plain model runs with the tensors of taps changed."""
+    with model.lock, ExitStack() as stack:
+        for tap, change in changes:
+            module, edit = model.model.get_submodule(tap.module_path), _Edit(change)
             handle = (
-                module.register_forward_pre_hook(hook.input, with_kwargs=True)
+                module.register_forward_pre_hook(edit.input, with_kwargs=True)
                 if tap.side == "in"
-                else module.register_forward_hook(hook.output)
+                else module.register_forward_hook(edit.output)
             )
             stack.callback(handle.remove)
         yield
 
 
-class _Replacement:
-    """Hooks that put other activations in place of a module's first input, of its (first) output, or of what
-    TransformerBridge shows."""
+class _Edit:
+    """Hooks that change a module's first input, its (first) output, or what TransformerBridge shows."""
 
-    def __init__(self, acts_HSD: Tensor, mask_HS: Tensor):
-        self._acts_HSD, self._mask_HS = acts_HSD, mask_HS
+    def __init__(self, change: Change):
+        self._change = change
         self._thread = threading.get_ident()
 
     def input(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,26 +125,22 @@ class _Replacement:
             return None
         place = _first_tensor_place(args)
         if place is not None:
-            return (*args[:place], self._mixed(args[place]), *args[place + 1 :]), kwargs
+            return (*args[:place], self._change(args[place]), *args[place + 1 :]), kwargs
         names = ["hidden_states", *kwargs]
         name = next(name for name in names if isinstance(kwargs.get(name), Tensor))
-        return args, {**kwargs, name: self._mixed(kwargs[name])}
+        return args, {**kwargs, name: self._change(kwargs[name])}
 
     def output(self, _module: Any, _args: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
             return None
         if isinstance(output, Tensor):
-            return self._mixed(output)
+            return self._change(output)
         place = _first_tensor_place(output)
         assert place is not None
-        return type(output)((*output[:place], self._mixed(output[place]), *output[place + 1 :]))
+        return type(output)((*output[:place], self._change(output[place]), *output[place + 1 :]))
 
     def bridge(self, act: Tensor, hook: Any) -> Tensor:
-        return self._mixed(act)
-
-    def _mixed(self, act: Tensor) -> Tensor:
-        mask = self._mask_HS.to(act.device).reshape(*self._mask_HS.shape, *(1,) * (act.ndim - 2))
-        return torch.where(mask, self._acts_HSD.to(act).reshape(act.shape), act)
+        return self._change(act)
 
 
 def _first_tensor_place(values: Sequence[Any]) -> int | None:

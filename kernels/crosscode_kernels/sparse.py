@@ -77,6 +77,15 @@ class DenseLatents:
         """Number of tokens on which each latent is active, int64."""
         return (self.value_BL > 0).sum(0)
 
+    def max_L(self) -> Tensor:
+        """Largest value of each latent, 0 where it is never active."""
+        value_BL = self.value_BL.detach()
+        return torch.cat([value_BL, value_BL.new_zeros(1, self.n_latents)]).amax(0)
+
+    def columns_BN(self, latents_N: Tensor) -> Tensor:
+        """Values of some latents, dense."""
+        return self.value_BL[:, latents_N]
+
 
 @dataclass(frozen=True)
 class SparseLatents:
@@ -160,6 +169,20 @@ class SparseLatents:
         """Number of tokens on which each latent is active, int64."""
         active_N = (self.value_N > 0).long()
         return active_N.new_zeros(self.n_latents).index_add(0, self.latent_idx_N.long(), active_N)
+
+    def max_L(self) -> Tensor:
+        """Largest value of each latent, 0 where it is never active."""
+        value_N = self.value_N.detach()
+        return value_N.new_zeros(self.n_latents).scatter_reduce(0, self.latent_idx_N.long(), value_N, "amax")
+
+    def columns_BN(self, latents_N: Tensor) -> Tensor:
+        """Values of some latents, each named once, dense."""
+        column_L = latents_N.new_full((self.n_latents,), -1)
+        column_L[latents_N] = torch.arange(latents_N.shape[0], device=latents_N.device)
+        column_N = column_L[self.latent_idx_N.long()]
+        keep_N = column_N >= 0
+        dense_BN = self.value_N.new_zeros(self.batch_size, latents_N.shape[0])
+        return dense_BN.index_put((self.token_idx_N()[keep_N], column_N[keep_N]), self.value_N[keep_N], accumulate=True)
 
     def transpose(self) -> LatentOrder:
         """Entries sorted by latent: `by_latent` where it is there, else one stable sort."""

@@ -253,3 +253,53 @@ def test_as_many_activations_as_asked_for_are_evaluated(text_run, caplog):
     assert f"n_tokens = 1000000: only {found} are held out" in caplog.text
     assert (text_run.path / "evaluation.json").read_bytes() == before
     assert text_run.evaluate().n_tokens == 200
+
+
+# ---- intervening
+
+
+def test_a_run_steers_its_models_by_multiples_of_the_largest_activation(text_run):
+    table, lm = text_run.table(), text_run.language_models[1]
+    latent = int(table["firings"].idxmax())
+    vector_D = 1.5 * float(table["max_activation"][latent]) * text_run.model.W_dec_LXoDo[latent, 1, 0].detach()
+    ids = torch.tensor([[1, 5, 9, 12]])
+    handle = lm.model.model.layers[1].register_forward_hook(lambda module, args, out: out + vector_D)
+    expected = lm.model(ids).logits
+    handle.remove()
+    for models in ("two", 1, [lm], None):
+        with text_run.steer({latent: 1.5}, models=models):
+            found = lm.model(ids).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    for wrong, message in (
+        (lambda: text_run.steer({0: 1.0}, models="three"), "models: 'three' is not one of this run's: one, two"),
+        (lambda: text_run.steer({32: 1.0}), "latent = 32: must be between 0 and 31"),
+        (lambda: text_run.ablate([0], positions=-1), "positions = -1: must be all, prompt, generated, or a number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong()
+
+
+def test_the_command_shows_what_a_latent_does_beside_a_random_direction(text_run, capsys):
+    latent = int(text_run.table()["firings"].idxmax())
+    base = ["steer", str(text_run.path), "--latent", str(latent), "--prompt", "w1 w2", "--n-tokens", "4"]
+    assert main([*base, "--strength", "20", "--models", "two"]) == 0
+    out = capsys.readouterr().out
+    found = text_run.compare_steered("w1 w2", {latent: 20.0}, models="two", n_tokens=4)
+    assert list(found) == ["two"] and "== two" in out and "== one" not in out
+    steered = found["two"]
+    changes = [abs(after - before) for _, before, after in steered.changed.tokens]
+    assert changes == sorted(changes, reverse=True) and changes[0] > 0
+    assert steered.changed.tokens != steered.random.tokens
+    assert f"-- latent {latent} x 20\n{steered.changed.continuations[0]}" in out
+    assert "-- random direction, equal norm" in out
+
+    assert main([*base, "--strength", "0"]) == 0
+    assert capsys.readouterr().out.count("\nunchanged") == 4
+    none = text_run.compare_steered("w1 w2", {latent: 0.0}, samples=3, seed=1)
+    assert all(len(one.plain) == 3 and one.plain == one.changed.continuations for one in none.values())
+    assert main([*base, "--ablate"]) == 0
+    assert f"latent {latent} taken out" in capsys.readouterr().out
+    assert main([*base[:2], "--latent", "99", *base[4:]]) == 2
+    assert "latent = 99: must be between 0 and 31" in capsys.readouterr().err
+    assert main([*base, "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err

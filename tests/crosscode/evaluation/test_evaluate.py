@@ -40,6 +40,7 @@ def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_give
 
     model.requires_grad_(False)
     errors, variances, counts, l0 = torch.zeros(2).double(), torch.zeros(2).double(), torch.zeros(12), []
+    largest_L = torch.zeros(12).double()
     all_acts = torch.cat(batches).double()
     for x in range(2):
         mean = sum(all_acts[:, x, 0]) / len(all_acts)
@@ -52,6 +53,7 @@ def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_give
             variances[x] += (act[x, 0] - mean).square().sum()
             if x == 0:
                 counts += a_L > 0
+                largest_L = torch.maximum(largest_L, a_L)
                 l0.append(int((a_L > 0).sum()))
     assert result.fvu_by_position == pytest.approx(
         dict(zip(NAMES, (errors / variances).tolist(), strict=True)), rel=1e-4
@@ -59,6 +61,7 @@ def test_batch_topk_has_an_l0_in_both_modes_and_every_figure_is_what_a_loop_give
     assert result.fvu == pytest.approx(float(errors.sum() / variances.sum()), rel=1e-4)
     assert result.l0 == pytest.approx(sum(l0) / len(l0))
     assert result.density_L == pytest.approx((counts / 50).tolist())
+    assert result.max_activation_L == pytest.approx(largest_L.tolist(), rel=1e-5)
     assert result.dead_fraction == pytest.approx(float((counts == 0).double().mean()))
     assert result.l0_train_mode == pytest.approx(3.0)
     assert result.l0 != pytest.approx(3.0)

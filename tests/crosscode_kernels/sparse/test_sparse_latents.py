@@ -27,6 +27,11 @@ def test_dense_and_sparse_forms_agree(dense_BL):
     assert torch.equal(sparse.to_dense(), dense_BL)
     assert torch.equal(sparse.l0_B(), dense.l0_B())
     assert torch.equal(sparse.firing_counts_L(), dense.firing_counts_L())
+    largest_L = [max([0.0, *column]) for column in dense_BL.T.tolist()]
+    assert sparse.max_L().tolist() == dense.max_L().tolist() == pytest.approx(largest_L)
+    some_N = torch.randperm(dense_BL.shape[1])[:3]
+    assert torch.equal(sparse.columns_BN(some_N), dense_BL[:, some_N])
+    assert torch.equal(dense.columns_BN(some_N), dense_BL[:, some_N])
     assert sparse.row_ptr_B1.dtype == sparse.latent_idx_N.dtype == torch.int32
     assert (sparse.batch_size, sparse.n_latents) == dense_BL.shape
 
