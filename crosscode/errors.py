@@ -14,6 +14,10 @@ class Interrupted(CrosscodeError):
     """Training was asked to stop; the run is saved and can be resumed."""
 
 
+class NotFinite(CrosscodeError):
+    """Activations, or figures of them, are NaN or infinite: which, and what would help."""
+
+
 class InputError(CrosscodeError, ValueError):
     """Bad input: one line that names the field, the value and what would be right.
 

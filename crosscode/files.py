@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -77,8 +78,21 @@ def write_text(path: Path, text: str) -> None:
     write_parts(path, [text.encode()])
 
 
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """JSON as its standard has it: a number that is not finite is null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: strict(item) for key, item in value.items()}
+        return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value) + "\n")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosscode.build.heldout import AnyExperiment, HeldoutBatch, first_usable
+from crosscode.build.heldout import AnyExperiment, HeldoutBatch
 from crosscode.config.arrays import ArrayFile, ArraysSource
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.arrays.opening import open_input, open_safetensors
@@ -95,7 +96,7 @@ class ArrayExperiment(AnyExperiment):
             )
         return wanted
 
-    def rows(self) -> RowSource:
+    def all_rows(self) -> RowSource:
         assert self.arrays is not None
         data = self.config.data
         _ = self._heldout_rows  # an iterator gives its first rows to evaluation
@@ -136,23 +137,20 @@ class ArrayExperiment(AnyExperiment):
         tokens = None if self.given is None else self.given.tokens
         return 1 if tokens is None or tokens.ndim == 1 else tokens.shape[1]
 
-    def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
+    def all_heldout(self) -> Iterator[HeldoutBatch]:
         if not self._file.is_file():
             raise InputError(f"run: {str(self._file)!r} is missing: nothing is held out to look at")
-        acts = open_safetensors(self._file, "acts")
-        tokens_HS = self._tokens_HS(acts.n_rows)
-        H, S = tokens_HS.shape
-        wanted, first = n_tokens or self.config.evaluation.n_tokens, 0
-        n_at_once = max(_SEQUENCES_AT_ONCE, 2048 // S)
-        while first < H and wanted > 0:
-            end = min(H, first + n_at_once, first - (-wanted // S))
-            rows = acts.read(np.arange(first * S, min(end * S, acts.n_rows))).float()
-            mask_HS = torch.arange(first * S, end * S).view(-1, S) < acts.n_rows
-            acts_HSMPD = torch.zeros(*mask_HS.shape, *rows.shape[1:])
-            acts_HSMPD[mask_HS] = rows
-            yield HeldoutBatch(tokens_HS[first:end], first_usable(mask_HS, wanted), acts_HSMPD.to(self.device))
-            wanted, first = wanted - len(rows), end
-        acts.close()
+        with closing(open_safetensors(self._file, "acts")) as acts:
+            tokens_HS = self._tokens_HS(acts.n_rows)
+            H, S = tokens_HS.shape
+            n_at_once = max(_SEQUENCES_AT_ONCE, 2048 // S)
+            for first in range(0, H, n_at_once):
+                end = min(H, first + n_at_once)
+                rows = acts.read(np.arange(first * S, min(end * S, acts.n_rows))).float()
+                mask_HS = torch.arange(first * S, end * S).view(-1, S) < acts.n_rows
+                acts_HSMPD = torch.zeros(*mask_HS.shape, *rows.shape[1:])
+                acts_HSMPD[mask_HS] = rows
+                yield HeldoutBatch(tokens_HS[first:end], mask_HS, acts_HSMPD.to(self.device))
 
     def _tokens_HS(self, n_rows: int) -> Tensor:
         """Tokens as they were given, or the numbers of the rows, each by itself."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from crosscode.build.arrays import GivenArrays, open_arrays
 from crosscode.build.data import Activations, available_device, build_rows, build_token_loader, open_activations
 from crosscode.build.foresight import check_language_models, check_memory
-from crosscode.build.heldout import AnyExperiment, HeldoutBatch, first_usable
+from crosscode.build.heldout import AnyExperiment, HeldoutBatch
 from crosscode.build.schema import given_components
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.experiment import ExperimentConfig
@@ -94,7 +94,7 @@ class Experiment(Activations, AnyExperiment):
     def device(self) -> torch.device:
         return self.harvester.device
 
-    def rows(self) -> RowSource:
+    def all_rows(self) -> RowSource:
         return build_rows(self)
 
     def language_model_facts(self) -> list[dict[str, Any]]:
@@ -103,15 +103,10 @@ class Experiment(Activations, AnyExperiment):
             for lm, loaded in zip(self.config.language_models, self.harvester.models, strict=True)
         ]
 
-    def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
-        wanted = n_tokens or self.config.evaluation.n_tokens
+    def all_heldout(self) -> Iterator[HeldoutBatch]:
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-            mask_HS = first_usable(batch.mask_HS, wanted)
-            yield HeldoutBatch(batch.tokens_HS, mask_HS, acts_HSMPD)
-            wanted -= int(mask_HS.sum())
-            if wanted <= 0:
-                return
+            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD)
 
     def evaluate(
         self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
@@ -129,6 +124,7 @@ class Experiment(Activations, AnyExperiment):
             self.config.position_names(),
             scaling_MP,
             settings.loss_recovered_n_tokens,
+            self.norm_limit(),
         )
         return replace(result, loss_recovered=found)
 

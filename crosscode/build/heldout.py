@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.norms import CheckedRows, NormLimit
 from crosscode.data.rows import RowSource
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.base import BaseCrosscoder
@@ -32,11 +33,6 @@ class HeldoutBatch:
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
         return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
-
-
-def first_usable(mask_HS: Tensor, n: int) -> Tensor:
-    """`mask_HS` with only its first n usable positions, in the order in which sequences are read."""
-    return mask_HS & (mask_HS.flatten().cumsum(0).view_as(mask_HS) <= n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +58,31 @@ class AnyExperiment(ABC):
         """Of the held-out tokens."""
 
     @abstractmethod
-    def rows(self) -> RowSource:
-        """Rows to train on."""
+    def all_rows(self) -> RowSource:
+        """Rows to train on, as they are."""
 
     @abstractmethod
+    def all_heldout(self) -> Iterator[HeldoutBatch]:
+        """Held-out sequences, each once."""
+
+    def rows(self) -> RowSource:
+        """Rows to train on: finite, and within `data.max_norm_ratio`."""
+        return CheckedRows(self.all_rows(), self.config.data.max_norm_ratio)
+
+    def norm_limit(self) -> NormLimit | None:
+        ratio = self.config.data.max_norm_ratio
+        return None if ratio is None else NormLimit(ratio)
+
     def heldout_batches(self, n_tokens: int | None = None) -> Iterator[HeldoutBatch]:
         """Held-out sequences with `n_tokens` usable activations (default: as configured); fewer if there are fewer."""
+        wanted, limit = n_tokens or self.config.evaluation.n_tokens, self.norm_limit()
+        for batch in self.all_heldout():
+            mask_HS = batch.mask_HS if limit is None else limit.narrowed(batch.mask_HS, batch.acts_HSMPD)
+            mask_HS = mask_HS & (mask_HS.flatten().cumsum(0).view_as(mask_HS) <= wanted)
+            yield HeldoutBatch(batch.tokens_HS, mask_HS, batch.acts_HSMPD)
+            wanted -= int(mask_HS.sum())
+            if wanted <= 0:
+                return
 
     def language_model_facts(self) -> list[dict[str, Any]]:
         """What a checkpoint says about each language model."""

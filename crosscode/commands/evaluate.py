@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from pydantic import Field, PositiveInt
@@ -10,6 +9,7 @@ from pydantic import Field, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+from crosscode.files import json_text
 
 
 class Options(ConfigModel):
@@ -30,7 +30,8 @@ def run(options: Options) -> None:
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
     result = run.evaluate(options.n_tokens)
     shown = {name: value for name, value in result.to_json().items() if not name.endswith("_L")}
-    print(json.dumps(shown, indent=2))
+    print(json_text(shown))
+    result.check_finite()
 
 
 COMMAND = Command("held-out figures of a trained run", run, Options, positional="run_dir")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from crosscode.commands.parts.command import Command
 from crosscode.config.checked import checked
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
+from crosscode.files import json_text
 from crosscode.synthetic.config import SyntheticConfig
 from crosscode.synthetic.schemes import SCHEMES
 
@@ -45,7 +45,7 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     for result in run_synthetic(config, progress=True):
         results.append(result)
         if file is not None:
-            file.write_text(json.dumps(as_json(config, results), indent=1) + "\n", encoding="utf-8")
+            file.write_text(json_text(as_json(config, results)) + "\n", encoding="utf-8")
     print(markdown_table(results))
 
 

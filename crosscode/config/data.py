@@ -174,6 +174,9 @@ class DataConfig(TokenRules, TextConfig):
     """activations on which the scaling is estimated (training sees them too)"""
     activation_dtype: DTypeName = "float32"
     """dtype of harvested activations in the shuffle buffer"""
+    max_norm_ratio: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    """leave tokens out of training and of figures where an activation is longer than this times the median norm at its
+    place (attention sinks may be 300 times as long), or not finite; null: none, and what is not finite is an error"""
 
     @model_validator(mode="after")
     def _one_way(self) -> DataConfig:

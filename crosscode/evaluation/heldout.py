@@ -5,6 +5,7 @@ Axes: B tokens · M models · P hookpoints · D width · Xo output crosscoding d
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode.errors import InputError
+from crosscode.data.norms import advice, norms_of
+from crosscode.errors import InputError, NotFinite
 from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
@@ -21,14 +23,27 @@ from crosscode.evaluation.raw_model import RawModel
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
+log = logging.getLogger("crosscode")
+
+FAR_OUT = 50
+
+
+@dataclass(frozen=True)
+class FarOut:
+    """Tokens whose activation is more than `FAR_OUT` times the median norm at its position, and the largest ratio."""
+
+    tokens: int
+    largest: float
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Figures over a held-out set. `fvu` is on raw activations; `density_L` is the share of tokens per latent,
     `max_activation_L` its largest activation, 0 where it never fires.
 
-    `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK:
-    the mean when it selects over batches. `loss_recovered` by output position, where it was measured.
+    `not_finite`: tokens whose activation is NaN or infinite, by position where there are any; `far_out`: those that are
+    very long. `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a
+    BatchTopK: the mean when it selects over batches. `loss_recovered` by output position, where it was measured.
     """
 
     n_tokens: int
@@ -41,10 +56,40 @@ class EvaluationResult:
     density_L: list[float]
     l0_train_mode: float | None = None
     max_activation_L: list[float] = field(default_factory=list)
+    not_finite: dict[str, int] = field(default_factory=dict)
+    far_out: dict[str, FarOut] = field(default_factory=dict)
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def problems(self) -> str | None:
+        """What is not finite, if anything is."""
+        if self.not_finite:
+            place, n_bad = max(self.not_finite.items(), key=lambda item: item[1])
+            return f"held-out {advice(n_bad, self.n_tokens, place)}"
+        named = {**self.as_metrics(), "eval/l0_p5": self.l0_p5, "eval/l0_p95": self.l0_p95}
+        bad = [name for name, value in named.items() if not math.isfinite(value)]
+        if not bad:
+            return None
+        return (
+            f"held-out figures are not finite: {', '.join(bad[:3])}; the activations are, so an output has overflowed"
+        )
+
+    def check_finite(self) -> None:
+        """Say what is far out.
+
+        Raises:
+            NotFinite: what is not finite.
+        """
+        for place, found in self.far_out.items():
+            log.warning(
+                "%d of %d held-out tokens are up to %.0f times as long as the median at %s: they may outweigh all others; "
+                "data.max_norm_ratio: %d leaves such tokens out",
+                found.tokens, self.n_tokens, found.largest, place, FAR_OUT,
+            )  # fmt: skip
+        if problems := self.problems():
+            raise NotFinite(f"{problems}; what is not finite is null in the figures")
 
     def loss_recovered_by_position(self) -> dict[str, float | None]:
         """None where zeros do not hurt the language model."""
@@ -100,6 +145,7 @@ class _Seen:
     def __init__(self, model: BaseCrosscoder):
         self.fvu = FvuAccumulator(model.out_dims)
         self.l0_parts: list[Tensor] = []
+        self.norm_parts: list[Tensor] = []
         self.counts_L: Tensor | int = 0
         self.max_L: Tensor | None = None
         self.n_active_train_mode: Tensor | int | None = None
@@ -109,7 +155,9 @@ class _Seen:
     def add(self, raw_model: RawModel, raw_BMPD: Tensor) -> None:
         model, input_BXiDi = raw_model.model, raw_model.input(raw_BMPD)
         result = model.forward_train(input_BXiDi)
-        self.fvu.update(raw_model.split.activations(raw_BMPD)[1], raw_model.raw(result.output_BXoDo))
+        target_BXoDo = raw_model.split.activations(raw_BMPD)[1]
+        self.fvu.update(target_BXoDo, raw_model.raw(result.output_BXoDo))
+        self.norm_parts.append(norms_of(target_BXoDo).reshape(len(target_BXoDo), -1))
         self.l0_parts.append(result.latents.l0_B())
         self.counts_L = result.latents.firing_counts_L() + self.counts_L
         max_L = result.latents.max_L()
@@ -124,6 +172,10 @@ class _Seen:
         fvu_X, n_tokens = self.fvu.fvu_Xo().flatten().tolist(), self.fvu.n_tokens
         counts_L, l0_N = torch.as_tensor(self.counts_L), torch.cat(self.l0_parts).double()
         n_active, max_L = self.n_active_train_mode, torch.zeros_like(counts_L) if self.max_L is None else self.max_L
+        n_active, norm_NX = self.n_active_train_mode, torch.cat(self.norm_parts)
+        not_finite_X = (~norm_NX.isfinite()).sum(0).tolist()
+        ratio_NX = (norm_NX / norm_NX.nanmedian(0).values).where(norm_NX.isfinite(), 0.0)
+        far_X = zip((ratio_NX > FAR_OUT).sum(0).tolist(), ratio_NX.amax(0).tolist(), strict=True)
         return EvaluationResult(
             n_tokens=n_tokens,
             fvu=self.fvu.fvu(),
@@ -135,6 +187,8 @@ class _Seen:
             density_L=(counts_L.double() / n_tokens).tolist(),
             max_activation_L=max_L.tolist(),
             l0_train_mode=None if n_active is None else float(n_active) / n_tokens,
+            not_finite={name: n for name, n in zip(position_names, not_finite_X, strict=True) if n},
+            far_out={name: FarOut(*far) for name, far in zip(position_names, far_X, strict=True) if far[0]},
         )
 
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.norms import NormLimit
 from crosscode.data.text.tokens import TokenBatch
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
@@ -61,6 +62,7 @@ def measure_loss_recovered(
     names_MP: Sequence[Sequence[str]],
     scaling_MP: Tensor | None = None,
     n_tokens: int = 4096,
+    limit: NormLimit | None = None,
 ) -> dict[str, LossRecovered]:
     """By name of the output position; a model with several has an entry `<model>/all hookpoints` as well, where all of
     its reconstructions are spliced in at once.
@@ -68,13 +70,17 @@ def measure_loss_recovered(
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
         n_tokens: usable tokens after which no further batch is taken.
+        limit: tokens beyond it count as unusable.
     """
     places_M = _places(harvester, split, names_MP)
     sums = {name: _SequenceSums() for places in places_M for name in places}
     splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
     with RawModel(model, split, scaling_MP) as raw_model:
         for batch in batches:
-            recon_HSXD = reconstruct(raw_model, harvester, batch)
+            acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+            if limit is not None:
+                batch = replace(batch, mask_HS=limit.narrowed(batch.mask_HS, acts_HSMPD))
+            recon_HSXD = reconstruct(raw_model, acts_HSMPD, batch.mask_HS)
             for splicer, places in zip(splicers, places_M, strict=True):
                 if splicer is not None:
                     _add_batch(sums, splicer, places, batch, recon_HSXD)
@@ -102,10 +108,9 @@ def _places(harvester: ActivationHarvester, split: Split, names_MP: Sequence[Seq
 
 
 @torch.no_grad()
-def reconstruct(raw_model: RawModel, harvester: ActivationHarvester, batch: TokenBatch, max_rows: int = 4096) -> Tensor:
+def reconstruct(raw_model: RawModel, acts_HSMPD: Tensor, mask_HS: Tensor, max_rows: int = 4096) -> Tensor:
     """`recon_HSXD`: raw reconstructions at usable positions, 0 elsewhere."""
-    acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-    mask_HS = batch.mask_HS.to(acts_HSMPD.device)
+    mask_HS = mask_HS.to(acts_HSMPD.device)
     model, parts = raw_model.model, []
     for raw_BMPD in acts_HSMPD[mask_HS].split(max_rows):
         output_BXoDo = raw_model.raw(model(raw_model.input(raw_BMPD.to(model.device))))

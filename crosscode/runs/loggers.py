@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from crosscode.errors import InputError
-from crosscode.files import write_text
+from crosscode.files import json_text, write_text
 from crosscode.runs.histograms import Histogram
 from crosscode.stored import Row, parse_json
 
@@ -48,11 +46,11 @@ class JsonlLogger:
         """The files are made with their first lines."""
 
     def log(self, metrics: dict[str, Any]) -> None:
-        self._rows.append(json.dumps({name: _json_value(value) for name, value in metrics.items()}))
+        self._rows.append(json_text(metrics, indent=None))
 
     def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         row = {"step": step, **{name: histogram.to_json() for name, histogram in histograms.items()}}
-        self._histograms.append(json.dumps(row))
+        self._histograms.append(json_text(row, indent=None))
 
     def rewind(self, step: int, n_rows: int) -> None:
         self._rows.cut(step, n_rows)
@@ -90,10 +88,6 @@ class _Lines:
         if self._file is not None:
             self._file.close()
         self._file, self._unwritten = None, b""
-
-
-def _json_value(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_rows(path: Path, last_step: int, n_rows: int | None = None) -> None:

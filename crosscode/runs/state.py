@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from crosscode.stored import TrainerState, check, read_json
 STATE_JSON = "trainer_state.json"
 STATE_FILES = (STATE_JSON, STATE_TENSORS)
 _TENSOR_KEY = "__tensor__"
+_FLOAT_KEY = "__float__"  # JSON has no word for what is not finite
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -34,6 +36,8 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
             return {"__items__": [[key, strip(item, f"{path}/{key}")] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
             return [strip(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            return {_FLOAT_KEY: str(value)}
         return value
 
     stripped = strip({**STATE.stamp(), **state}, "")
@@ -75,6 +79,8 @@ def _restored(folder: Path, tensor: Callable[[str], Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             if _TENSOR_KEY in value:
                 return tensor(value[_TENSOR_KEY])
+            if _FLOAT_KEY in value:
+                return float(value[_FLOAT_KEY])
             return {key: restore(item) for key, item in value["__items__"]}
         if isinstance(value, list):
             return [restore(item) for item in value]

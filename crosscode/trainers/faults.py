@@ -95,7 +95,8 @@ class FiniteGuard:
             allowed = f" ({self.n_skipped} bad steps, train.max_skipped_steps = {self.max_skipped})"
             raise NonFiniteLoss(
                 f"{found}: training stopped{allowed if self.max_skipped else ''}; it did not reach the "
-                f"weights; the last checkpoint is {last_checkpoint}; try a lower optimizer.lr"
+                f"weights; the last checkpoint is {last_checkpoint}; try a lower optimizer.lr, or leave far-out activations "
+                "out (data.max_norm_ratio)"
             )
         log.warning("%s: %d step(s) left out, %d of %d allowed", found, n_bad, self.n_skipped, self.max_skipped)
 

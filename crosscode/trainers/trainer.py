@@ -108,8 +108,9 @@ class Trainer:
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState()}
         self.recent = RecentActivations(model, config.grad_accumulation)
-        scaling = lambda: split.scaling(data.scaling_MP)  # noqa: E731
-        self.saver = Saver(self.checkpoints, model, self.metadata, scaling, self.recent, parts)
+        self.saver = Saver(
+            self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts
+        )
         self._resumed = False
 
     # ---- the loop
@@ -223,12 +224,11 @@ class Trainer:
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
         self.metrics.close()
-        last = self.metrics.last
         beside = (self.position_names, evaluation, self.callbacks.names)
-        self.run.write_summary(summary(self.model, self.counts(), last, *beside))
+        self.run.write_summary(summary(self.model, self.counts(), self.metrics.last, *beside))
+        if evaluation is not None:
+            evaluation.check_finite()
         return evaluation
-
-    # ---- parts of a step
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.n_steps)
@@ -272,6 +272,8 @@ class Trainer:
         with self.phases("eval"), self.progress.during("evaluate"):
             evaluation = self.evaluate(self.model, scaling_MP)
             self.callbacks.evaluate(self, evaluation)
+        if scaling_MP is not None and (problems := evaluation.problems()):
+            log.warning("step %d: %s", self.step, problems)
         self._log(evaluation.as_metrics())
         return evaluation
 

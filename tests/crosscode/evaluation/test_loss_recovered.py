@@ -183,7 +183,8 @@ def test_figures_agree_with_a_slow_computation_in_transformer_lens(kind, models)
     harvester, split, names_MP, model = setup(kind, models)
     batch = batch_of(models)
     found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
-    recon_HSXD = reconstruct(RawModel(model, split, None), harvester, batch)
+    acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+    recon_HSXD = reconstruct(RawModel(model, split, None), acts_HSMPD, batch.mask_HS)
     names_X = split.output_names(names_MP)
     for lm, names_P in zip(harvester.models, names_MP, strict=True):
         bridge = build_bridge_from_module(
@@ -206,7 +207,8 @@ def test_figures_inside_a_norm_agree_with_the_plain_model(kind, models):
     harvester, split, names_MP, model = setup(kind, models, "bridge")
     batch = batch_of(models)
     found = measure_loss_recovered(model, harvester, [batch], split, names_MP)
-    recon_HSXD = reconstruct(RawModel(model, split, None), harvester, batch)
+    acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+    recon_HSXD = reconstruct(RawModel(model, split, None), acts_HSMPD, batch.mask_HS)
     names_X = split.output_names(names_MP)
     n_checked = 0
     for lm, names_P in zip(harvester.models, names_MP, strict=True):
