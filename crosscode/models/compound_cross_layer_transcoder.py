@@ -101,7 +101,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
                 d_in,
                 d_out,
                 n_latents // n_sources,
-                activation_fn.for_n_latents(n_latents // n_sources),
+                activation_fn.for_n_latents(n_latents // n_sources, n_latents if self.selects_over_parts else None),
                 use_encoder_bias=use_encoder_bias,
                 use_decoder_bias=False,
                 linear_skip=linear_skip,

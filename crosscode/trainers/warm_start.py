@@ -5,6 +5,7 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di width · L latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def warm_start(
 
     Thresholds: an activation of the same type takes over what it has. A TopK or BatchTopK becomes a JumpReLU whose
     threshold lets through k latents a token on average: BatchTopK's own threshold, or for TopK the one that does so
-    on a sample.
+    on a sample. Where k latents of all source layers are kept, it is k of all of them.
 
     Raises:
         InputError: no model there, another architecture or size, or activations that cannot be converted.
@@ -48,7 +49,8 @@ def warm_start(
         for part in model.parts:  # a compound model folds its parts, which is not what happened here
             part.folded_scaling_in_Xi = part.folded_scaling_out_Xo = None
         for part, (old_part, part_model) in enumerate(zip(old.parts, model.parts, strict=True)):
-            _convert_activation(source, old_part, part_model, model, part, samples)
+            own = range(len(model.parts)) if old.selects_over_parts else range(part, part + 1)
+            _convert_activation(source, old_part, part_model, lambda k, own=own: _threshold_for(model, own, k, samples))
 
 
 def find_model(source: str, field: str = "finetune_from") -> Path:
@@ -94,9 +96,7 @@ def _convert_activation(
     source: str,
     old: BaseCrosscoder,
     new: BaseCrosscoder,
-    whole: BaseCrosscoder,
-    part: int,
-    samples: SampleBatches,
+    threshold_for: Callable[[int], Tensor],
 ) -> None:
     before, after = old.activation_fn, new.activation_fn
     if type(before) is type(after):
@@ -112,7 +112,7 @@ def _convert_activation(
         if before.uses_decoder_norms:
             threshold_L = threshold_L / old.ranking_norms_L().clamp(min=1e-12)
     elif before.keeps_k:
-        threshold_L = _threshold_for(new, whole, part, before.k, samples).expand(new.n_latents)
+        threshold_L = threshold_for(before.k).expand(new.n_latents)
     else:
         raise _cannot(source, before, after)
     after.set_thresholds_(threshold_L.clamp(min=1e-8))
@@ -125,17 +125,18 @@ def _cannot(source: str, before: ActivationFunction, after: ActivationFunction) 
     )
 
 
-def _threshold_for(new: BaseCrosscoder, whole: BaseCrosscoder, part: int, k: int, samples: SampleBatches) -> Tensor:
-    """The value that `k` latents of a token exceed on average, over a sample."""
+def _threshold_for(model: BaseCrosscoder, own: Sequence[int], k: int, samples: SampleBatches) -> Tensor:
+    """The value that `k` latents of a token exceed on average, over a sample. `own`: the parts that they are of."""
     largest, n_tokens = [], 0
     for input_BXiDi, _ in samples():
-        input_BXiDi = input_BXiDi.to(new.device)
-        own = input_BXiDi if new is whole else input_BXiDi[:, part]
-        latents_BL = new.ops.preacts(new.encoder_input(own), new.W_enc_LI, new.b_enc_L).relu().flatten()
-        # More than k * B of a batch are never needed, unless batches differ a lot.
-        n_kept = min(4 * k * own.shape[0], latents_BL.numel())
-        largest.append(latents_BL.topk(n_kept).values)
-        n_tokens += own.shape[0]
+        input_BXiDi, n = input_BXiDi.to(model.device), input_BXiDi.shape[0]
+        for part in own:
+            coder = model.parts[part]
+            own_BXiDi = input_BXiDi if coder is model else input_BXiDi[:, part]
+            latents_BL = coder.ops.preacts(coder.encoder_input(own_BXiDi), coder.W_enc_LI, coder.b_enc_L).relu()
+            # More than k * B of a batch are never needed, unless batches differ a lot.
+            largest.append(latents_BL.flatten().topk(min(4 * k * n, latents_BL.numel())).values)
+        n_tokens += n
         if n_tokens >= N_SAMPLE_TOKENS:
             break
     values_N = torch.cat(largest)

@@ -49,6 +49,8 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """The initialisation where none is given, if the activation has a say in it."""
     keeps_k: ClassVar[bool] = False
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
+    selects_from: int | None = None
+    """Latents of all source layers, where the `k` largest of them are kept; None: those of this one."""
     k_factor: int = 1
     """By what `k` is multiplied for the moment; see `BaseCrosscoder.k_multiplied`."""
 
@@ -132,9 +134,10 @@ class ActivationFunction(Configured, nn.Module, ABC):
 
     # ---- copies
 
-    def for_n_latents(self, n_latents: int) -> Self:
-        """A fresh activation of the same config for another number of latents."""
-        return self.of(self.config, n_latents=n_latents)
+    def for_n_latents(self, n_latents: int, selects_from: int | None = None) -> Self:
+        """A fresh activation of the same config for another number of latents, which are a share of the `selects_from`
+        that a selection is made from."""
+        return self.of(self.config, n_latents=n_latents, selects_from=selects_from)
 
     def to_param_dtype(self, dtype: torch.dtype) -> Self:
         """Thresholds in the model's dtype, but float32 where that is narrower; statistics keep their own."""

@@ -42,10 +42,11 @@ class AnnealedK(ActivationFunction):
     keeps_k = True
 
     def setup(self) -> None:
+        most = self.selects_from or self.n_latents
         for name in ("k", "k_start"):
             value = getattr(self, name)
-            if value is not None and value > self.n_latents:
-                raise InputError(f"{self.section}.{name} = {value}: must be between 1 and n_latents = {self.n_latents}")
+            if value is not None and value > most:
+                raise InputError(f"{self.section}.{name} = {value}: must be between 1 and n_latents = {most}")
         if self.k_start is not None and self.k_start < self.k:
             raise InputError(f"{self.section}.k_start = {self.k_start}: must not be below k = {self.k}")
         self._annealed_k = self.k if self.k_start is None else self.k_start

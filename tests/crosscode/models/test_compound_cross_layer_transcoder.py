@@ -81,6 +81,24 @@ def test_topk_of_each_layer_and_over_all_layers(backend, x_BPD, randomise):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("make", [TopkActivation, BatchTopkActivation])
+@pytest.mark.parametrize("k", [L + 2, 3 * L])
+def test_k_over_all_layers_may_reach_all_latents(make, k, backend, x_BPD, randomise, tmp_path):
+    model = compound(make(k, 3 * L), randomise, backend=backend, topk_scope="all_layers")
+    a_BL = torch.cat(preacts_SBL(model, x_BPD), 1).relu()
+    n_kept = k * len(x_BPD) if make is BatchTopkActivation else k
+    kept_BL = keep_largest(a_BL.reshape(1, -1) if make is BatchTopkActivation else a_BL, n_kept).reshape(a_BL.shape)
+    result = model.forward_train(x_BPD)
+    torch.testing.assert_close(result.latents.to_dense(), kept_BL)
+    model.after_step(result.latents)
+    model.save(tmp_path / "model")
+    again = CompoundCrossLayerTranscoder.load(tmp_path / "model")
+    assert [fn.k for fn in again.activation_fns] == [k] * 3
+    with pytest.raises(InputError, match=f"k = {k}: must be between 1 and n_latents = {L}"):
+        compound(make(k, 3 * L), randomise, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("rank_by", ["activation", "decoder_norm_weighted"])
 def test_batch_topk_over_all_layers(backend, rank_by, x_BPD, randomise):
     activation = BatchTopkActivation(3, 3 * L, rank_by=rank_by)

@@ -114,6 +114,34 @@ def test_a_topk_becomes_a_jumprelu_that_lets_through_k_latents_on_average(k, tmp
     assert float(l0_B.double().mean()) == pytest.approx(k, rel=0.05)
 
 
+@pytest.mark.parametrize("k", [3, 30])
+@pytest.mark.parametrize("scope", ["layer", "all_layers"])
+def test_a_compound_topk_becomes_a_jumprelu_that_keeps_its_k_where_it_kept_it(scope, k, tmp_path):
+    if scope == "layer" and k > N_LATENTS // 2:
+        pytest.skip("a layer has no more latents")
+    topk = ACTIVATIONS["topk"](k=k, n_latents=N_LATENTS)
+    old = randomised(CompoundCrossLayerTranscoder(2, WIDTH, WIDTH, N_LATENTS, topk, topk_scope=scope, backend="torch"))
+    with torch.no_grad():  # one layer is much louder: most of the k largest of all are its own
+        old.layers[1].W_enc_LXiDi.mul_(3)
+        for part in old.parts:
+            part.b_enc_L.add_(2)
+    old.fold_activation_scaling_into_weights_(torch.ones(2), torch.ones(2))
+    old.save(tmp_path / "final")
+    new = make({"type": "jumprelu"}, cls=CompoundCrossLayerTranscoder)
+
+    def positions(n, seed):
+        return raw_acts(n, seed, positions=(2,))
+
+    stream = lambda: ((positions(256, seed), None) for seed in range(40))  # noqa: E731
+    warm_start(new, str(tmp_path / "final"), torch.ones(2), torch.ones(2), samples=stream)
+    acts_BPD = torch.cat([positions(256, seed) for seed in range(32)])
+    l0_S = (new.encode(acts_BPD) > 0).reshape(len(acts_BPD), 2, -1).sum(2).double().mean(0)
+    if scope == "layer":
+        assert l0_S.tolist() == pytest.approx([k, k], rel=0.02)
+    else:
+        assert float(l0_S.sum()) == pytest.approx(k, rel=0.02) and abs(l0_S[1] - l0_S[0]) > 0.5
+
+
 @pytest.mark.parametrize("rank_by", ["activation", "decoder_norm_weighted"])
 def test_a_batch_topk_becomes_a_jumprelu_with_its_threshold(rank_by, tmp_path):
     old = randomised(make({"type": "batch_topk", "k": 4, "rank_by": rank_by}))
