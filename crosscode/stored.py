@@ -77,6 +77,12 @@ class SplicedFigures(Stored):
     ci95: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
 
 
+class LayeredFigures(Stored):
+    ce_clean: float | None = None
+    ce: Figures | None = None
+    kl: Figures | None = None
+
+
 class Evaluation(Stored):
     """`evaluation.json`"""
 
@@ -90,6 +96,7 @@ class Evaluation(Stored):
     density_L: list[float | None] | None = None
     max_activation_L: list[float | None] | None = None
     loss_recovered: dict[str, SplicedFigures] | None = None
+    replacement_model: LayeredFigures | None = None
 
 
 class SweepRow(Stored):

@@ -128,6 +128,11 @@ def evaluation_table(record: RunRecord) -> EvaluationTable | None:
         ]
         for name, row in rows.items():
             row += _spliced_cells(spliced[name]) if name in spliced else [""] * 5
+        layered = record.evaluation.get("replacement_model") or {}
+        for way, ce in (layered.get("ce") or {}).items():
+            numbers = (number_text(one) for one in (layered.get("ce_clean"), ce))
+            kl = number_text((layered.get("kl") or {}).get(way))
+            rows[way] = [f"all layers, {way.replace('_', ' ')}", "", "", "", *numbers, "", kl]
     return EvaluationTable(columns, list(rows.values()))
 
 

@@ -25,6 +25,7 @@ from crosscode.data.rows import RowSource
 from crosscode.errors import InputError, in_section
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
+from crosscode.evaluation.replacement_model import measure_replacement_model
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.architecture import ArchitectureConfig, split_for
 from crosscode.objectives import Objective, objective_from
@@ -126,7 +127,12 @@ class Experiment(Activations, AnyExperiment):
             settings.loss_recovered_n_tokens,
             self.norm_limit(),
         )
-        return replace(result, loss_recovered=found)
+        layered = None
+        if scaling_MP is None:
+            tokens = build_token_loader(self, heldout=True)
+            n_for_layers = settings.loss_recovered_n_tokens
+            layered = measure_replacement_model(model, self.harvester, tokens, self.split, n_for_layers)
+        return replace(result, loss_recovered=found, replacement_model=layered)
 
 
 def open_experiment(

@@ -20,6 +20,7 @@ from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
+from crosscode.evaluation.replacement_model import ReplacementModel
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -43,7 +44,8 @@ class EvaluationResult:
 
     `not_finite`: tokens whose activation is NaN or infinite, by position where there are any; `far_out`: those that are
     very long. `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a
-    BatchTopK: the mean when it selects over batches. `loss_recovered` by output position, where it was measured.
+    BatchTopK: the mean when it selects over batches. `loss_recovered` by output position, where it was measured, as
+    `replacement_model`.
     """
 
     n_tokens: int
@@ -58,6 +60,7 @@ class EvaluationResult:
     max_activation_L: list[float] = field(default_factory=list)
     not_finite: dict[str, int] = field(default_factory=dict)
     far_out: dict[str, FarOut] = field(default_factory=dict)
+    replacement_model: ReplacementModel | None = None
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

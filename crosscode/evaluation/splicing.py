@@ -40,30 +40,28 @@ class Splicer:
     ) -> Tensor:
         """`logits_HSV` (float32), with hookpoint p replaced by `replacements[p]` (`acts_HSD`, in the space in which
         the model itself has them) where `mask_HS` holds."""
-        replacements = replacements or {}
+        changes: dict[int, Change] = {}
+        for p, acts_HSD in (replacements or {}).items():
+            assert mask_HS is not None
+            changes[p] = replacement(acts_HSD, mask_HS)
+        return self.logits_changed(tokens_HS, segments_HS, changes)
+
+    @torch.no_grad()
+    def logits_changed(self, tokens_HS: Tensor, segments_HS: Tensor | None, changes: Mapping[int, Change]) -> Tensor:
+        """`logits_HSV` (float32), with the activation of each hookpoint p changed by `changes[p]`."""
         if self._bridge is not None:
-            by_name = {self._hookpoints[p]: acts_HSD for p, acts_HSD in replacements.items()}
-            return _bridge_logits(self.model, self._bridge, tokens_HS, by_name, mask_HS)
-        by_tap: dict[Tap, Tensor] = {}
-        for p, acts_HSD in replacements.items():
+            hooks = [(self._hookpoints[p], _Edit(change).bridge) for p, change in changes.items()]
+            # The bridge warns that it computes a norm by its own formula where something inside is replaced: as it should.
+            with self.model.lock, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="A forward hook edited")
+                tokens_HS = tokens_HS.to(self.model.device)
+                return self._bridge.run_with_hooks(tokens_HS, fwd_hooks=hooks, return_type="logits").float()
+        by_tap: list[tuple[Tap, Change]] = []
+        for p, change in changes.items():
             tap = self._taps[self._hookpoints[p]]
             assert tap is not None  # else the harvester would have taken a bridge
-            by_tap[tap] = acts_HSD
-        return logits_with(self.model, tokens_HS, segments_HS, by_tap, mask_HS)
-
-
-@torch.no_grad()
-def _bridge_logits(
-    model: LanguageModel, bridge: Any, tokens_HS: Tensor, by_name: Mapping[str, Tensor], mask_HS: Tensor | None
-) -> Tensor:
-    hooks = []
-    for name, acts_HSD in by_name.items():
-        assert mask_HS is not None
-        hooks.append((name, _Edit(_replacement(acts_HSD, mask_HS)).bridge))
-    # The bridge warns that it computes a norm by its own formula where something inside is replaced: as it should.
-    with model.lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A forward hook edited")
-        return bridge.run_with_hooks(tokens_HS.to(model.device), fwd_hooks=hooks, return_type="logits").float()
+            by_tap.append((tap, change))
+        return logits_with(self.model, tokens_HS, segments_HS, by_tap)
 
 
 @torch.no_grad()
@@ -71,26 +69,19 @@ def logits_with(
     model: LanguageModel,
     tokens_HS: Tensor,
     segments_HS: Tensor | None,
-    replacements: Mapping[Tap, Tensor] | None = None,
-    mask_HS: Tensor | None = None,
+    changes: Iterable[tuple[Tap, Change]] = (),
 ) -> Tensor:
-    """`logits_HSV` (float32), with the tensor of each tap replaced where `mask_HS` holds.
-
-    Args:
-        replacements: `acts_HSD` by tap, in the space in which the model itself has them.
-    """
+    """`logits_HSV` (float32) of the plain model, with the tensors of taps changed."""
     kwargs: dict[str, Any] = {"input_ids": tokens_HS.to(model.device), "use_cache": False}
     if segments_HS is not None:
         kwargs["position_ids"] = positions_within_segments(segments_HS).to(model.device)
-    changes = []
-    for tap, acts_HSD in (replacements or {}).items():
-        assert mask_HS is not None
-        changes.append((tap, _replacement(acts_HSD, mask_HS)))
     with edited(model, changes):
         return model.model(**kwargs).logits.float()
 
 
-def _replacement(acts_HSD: Tensor, mask_HS: Tensor) -> Change:
+def replacement(acts_HSD: Tensor, mask_HS: Tensor) -> Change:
+    """`acts_HSD` where `mask_HS` holds."""
+
     def mixed(act: Tensor) -> Tensor:
         mask = mask_HS.to(act.device).reshape(*mask_HS.shape, *(1,) * (act.ndim - 2))
         return torch.where(mask, acts_HSD.to(act).reshape(act.shape), act)

@@ -262,3 +262,22 @@ def test_data_that_end_early_still_leave_a_whole_run(write, tmp_path, caplog):
     step = json.loads((run / "summary.json").read_text())["step"]
     assert 0 < step < 500
     assert (run / "checkpoints" / f"step_{step}").is_dir() and (run / "final").is_dir()
+
+
+def test_a_compound_transcoder_is_evaluated_as_the_replacement_model(tiny_config, tmp_path, capsys):
+    hooks = [f"blocks.{layer}.{hook}" for hook in ("mlp.hook_in", "hook_mlp_out") for layer in (0, 1)]
+    tiny_config |= {"language_models": tiny_config["language_models"][:1], "hookpoints": hooks}
+    tiny_config["crosscoder"] |= {"type": "compound_cross_layer_transcoder", "init": {"type": "compound_uniform"}}
+    tiny_config["evaluation"] |= {"loss_recovered_n_tokens": 40}
+    file = tmp_path / "clt.yaml"
+    file.write_text(yaml.safe_dump(tiny_config))
+    assert main(["train", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layered = found["replacement_model"]
+    assert layered["kl"]["with_error_terms"] == pytest.approx(0, abs=1e-6) and layered["kl"]["from_own_outputs"] > 1e-6
+    spliced = found["loss_recovered"]["one/all hookpoints"]
+    assert layered["ce"]["from_clean_inputs"] == pytest.approx(spliced["ce_spliced"], rel=1e-6)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "all layers, from own outputs" in (tmp_path / "run" / "report.html").read_text()

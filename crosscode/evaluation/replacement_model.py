@@ -1,0 +1,234 @@
+"""The replacement model of "Circuit Tracing" (Anthropic, March 2025): a language model that runs on what a transcoder of
+several layers makes of its *own* outputs.
+
+Splicing reconstructions of clean activations flatters: here each layer's output is computed from inputs that earlier
+replaced outputs have changed. The same figures are given in three ways:
+
+- `from_clean_inputs`: all outputs replaced at once by reconstructions from the clean model's activations, as in splicing;
+- `from_own_outputs`: layer after layer, from what the replaced layers before have made;
+- `with_error_terms`: the same, plus the error that the reconstruction has in the clean model: that reproduces the language
+  model to rounding, which is a check of everything that is computed here.
+
+Outputs are replaced at usable positions alone, and predictions are counted as in `loss_recovered`.
+
+H harvest batch (sequences) · S sequence · V vocabulary · B usable tokens · P hookpoints · D width · X output positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.text.tokens import TokenBatch
+from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.splicing import Change, Splicer, replacement
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.split import Split
+
+log = logging.getLogger("crosscode")
+
+MAX_LOGITS = 2**26
+WAYS: tuple[str, ...] = ("from_clean_inputs", "from_own_outputs", "with_error_terms")
+
+
+@dataclass(frozen=True)
+class ReplacementModel:
+    """Means over predicted tokens, nats; by way (see the module)."""
+
+    n_tokens: int
+    ce_clean: float
+    ce: dict[str, float]
+    kl: dict[str, float]
+    """KL(language model || replaced)"""
+    top1_agreement: dict[str, float]
+    """share of predictions whose most probable token stays the same"""
+
+
+@full_precision()
+@torch.no_grad()
+def measure_replacement_model(
+    model: BaseCrosscoder,
+    harvester: ActivationHarvester,
+    batches: Iterable[TokenBatch],
+    split: Split,
+    n_tokens: int = 4096,
+) -> ReplacementModel | None:
+    """Figures for a model whose outputs are several and none of its inputs; None for all others. None, too, and the log
+    says so, where latents are selected over layers that are not computed yet (TopK with `topk_scope: all_layers`), or an
+    output comes before an input that it is computed from.
+
+    Args:
+        model: folded.
+        n_tokens: usable tokens after which no further batch is taken.
+    """
+    places = _Places.of(split, harvester)
+    if places is None:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        selection = model.activation_fns[0].selection()
+        if model.selects_over_parts and len(model.parts) > 1 and selection is not None:
+            log.info("replacement model: not measured, as TopK over all layers selects over layers that come later")
+            return None
+        splicer, sums, n_left = Splicer(harvester, 0), _Sums(), n_tokens
+        for batch in batches:
+            rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * splicer.model.vocab_size))
+            for start in range(0, batch.tokens_HS.shape[0], rows):
+                own = slice(start, start + rows)
+                segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
+                part = _Part(batch.tokens_HS[own], batch.mask_HS[own], segments_HS)
+                _add(sums, part, model, harvester, splicer, places, split)
+            n_left -= int(batch.mask_HS.sum())
+            if n_left <= 0:
+                break
+    except _OutOfOrder as error:
+        log.warning("replacement model: not measured, as %s", error)
+        return None
+    finally:
+        model.train(was_training)
+    return sums.result()
+
+
+class _OutOfOrder(Exception):
+    """An output that cannot be computed when it is wanted."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Hookpoints of the inputs (by source) and of the outputs (by output position)."""
+
+    inputs: list[int]
+    outputs: list[int]
+
+    @classmethod
+    def of(cls, split: Split, harvester: ActivationHarvester) -> _Places | None:
+        M, P, _ = harvester.dims
+        inputs, outputs = ([p for _, p in places(M, P)] for places in (split.input_places, split.output_places))
+        return cls(inputs, outputs) if M == 1 and len(outputs) > 1 and not {*inputs} & {*outputs} else None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A few sequences at a time: logits are the largest tensors here."""
+
+    tokens_HS: Tensor
+    mask_HS: Tensor
+    segments_HS: Tensor | None
+
+
+def _add(
+    sums: _Sums,
+    part: _Part,
+    model: BaseCrosscoder,
+    harvester: ActivationHarvester,
+    splicer: Splicer,
+    places: _Places,
+    split: Split,
+) -> None:
+    acts_HSMPD = harvester.harvest(part.tokens_HS, part.segments_HS).float()
+    input_BXiDi, target_BXoDo = split.activations(acts_HSMPD[part.mask_HS.to(acts_HSMPD.device)].to(model.device))
+    recon_BXD = model(input_BXiDi).reshape(target_BXoDo.shape)
+    clean_HSV = splicer.logits(part.tokens_HS, part.segments_HS)
+    recon_HSXD = recon_BXD.new_zeros(*part.mask_HS.shape, *recon_BXD.shape[1:])
+    recon_HSXD[part.mask_HS.to(recon_BXD.device)] = recon_BXD
+    spliced = {p: replacement(recon_HSXD[:, :, x], part.mask_HS) for x, p in enumerate(places.outputs)}
+    changes = (
+        spliced,
+        _LayerByLayer(model, harvester, places, part.mask_HS, None).changes(),
+        _LayerByLayer(model, harvester, places, part.mask_HS, target_BXoDo - recon_BXD).changes(),
+    )
+    logits = {
+        way: splicer.logits_changed(part.tokens_HS, part.segments_HS, change)
+        for way, change in zip(WAYS, changes, strict=True)
+    }
+    sums.add(part, clean_HSV, logits)
+
+
+class _LayerByLayer:
+    """One run of the language model: each input is encoded when it comes by, and what its latents write is kept for the
+    outputs behind it."""
+
+    def __init__(
+        self,
+        model: BaseCrosscoder,
+        harvester: ActivationHarvester,
+        places: _Places,
+        mask_HS: Tensor,
+        error_BXD: Tensor | None,
+    ):
+        self._model, self._hookpoints, self._places = model, harvester.hookpoints, places
+        self._mask_HS, self._error_BXD = mask_HS, error_BXD
+        self._n_read = 0
+        shape = (int(mask_HS.sum()), len(places.outputs), model.d_out)
+        self._output_BXD = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        if model.parts[0] is not model and model.b_dec_XoDo is not None:
+            self._output_BXD += model.b_dec_XoDo  # of a compound model, whose parts have none
+
+    def changes(self) -> dict[int, Change]:
+        """By hookpoint: inputs are read and stay as they are, outputs are replaced."""
+        sources = {p: self._reader(source) for source, p in enumerate(self._places.inputs[: len(self._model.parts)])}
+        return sources | {p: self._writer(x) for x, p in enumerate(self._places.outputs)}
+
+    def _reader(self, source: int) -> Change:
+        part = self._model.parts[source]
+
+        def read(act: Tensor) -> Tensor:
+            x_BD = act.reshape(*self._mask_HS.shape, -1)[self._mask_HS.to(act.device)].to(self._output_BXD)
+            written_BXD = part.decode(part.encode_latents(x_BD), x_BD).reshape(x_BD.shape[0], -1, part.d_out)
+            self._output_BXD[:, self._output_BXD.shape[1] - written_BXD.shape[1] :] += written_BXD
+            self._n_read += 1
+            return act
+
+        return read
+
+    def _writer(self, x: int) -> Change:
+        # A compound model's source s writes to the last positions: those that write to x are the first ones.
+        n_writing = sum(len(part.segments) >= len(self._places.outputs) - x for part in self._model.parts)
+
+        def write(act: Tensor) -> Tensor:
+            if self._n_read < n_writing:
+                p = self._places.outputs[x]
+                raise _OutOfOrder(f"{self._hookpoints[p]!r} comes before an input that it is computed from")
+            y_BD = self._output_BXD[:, x]
+            if self._error_BXD is not None:
+                y_BD = y_BD + self._error_BXD[:, x]
+            flat_HSD = act.reshape(*self._mask_HS.shape, -1).clone()
+            flat_HSD[self._mask_HS.to(act.device)] = y_BD.to(act)
+            return flat_HSD.reshape(act.shape)
+
+        return write
+
+
+class _Sums:
+    """Sums over predictions, float64."""
+
+    def __init__(self) -> None:
+        self.n, self.ce_clean = 0, 0.0
+        self.ce, self.kl, self.same = (dict.fromkeys(WAYS, 0.0) for _ in range(3))
+
+    def add(self, part: _Part, clean_HSV: Tensor, logits: dict[str, Tensor]) -> None:
+        counted_HS = (part.mask_HS[:, :-1] & part.mask_HS[:, 1:]).to(clean_HSV.device)
+        next_N1 = part.tokens_HS[:, 1:].to(clean_HSV.device)[counted_HS][:, None]
+        clean_NV = clean_HSV[:, :-1][counted_HS].log_softmax(-1)
+        self.n += next_N1.shape[0]
+        self.ce_clean -= float(clean_NV.gather(1, next_N1).double().sum())
+        for way, logits_HSV in logits.items():
+            found_NV = logits_HSV[:, :-1][counted_HS].log_softmax(-1)
+            self.ce[way] -= float(found_NV.gather(1, next_N1).double().sum())
+            self.kl[way] += float((clean_NV.exp() * (clean_NV - found_NV)).sum(-1).double().sum())
+            self.same[way] += float((found_NV.argmax(-1) == clean_NV.argmax(-1)).double().sum())
+
+    def result(self) -> ReplacementModel | None:
+        if not self.n:
+            return None
+
+        def means(sums: dict[str, float]) -> dict[str, float]:
+            return {way: total / self.n for way, total in sums.items()}
+
+        return ReplacementModel(self.n, self.ce_clean / self.n, means(self.ce), means(self.kl), means(self.same))
