@@ -33,6 +33,8 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         """log of the threshold at the start"""
         ste: Literal["anthropic", "gdm"] = "anthropic"
         """whether the pseudo-derivative is taken with respect to the log threshold or to the threshold"""
+        input_gradient: bool = False
+        """whether pre-activations within the window get a pseudo-derivative, too: theta / bandwidth"""
 
     title = "JumpReLU"
     usual_terms = ("recon", "tanh", "pre_act")
@@ -45,7 +47,9 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:
-        return ops.encode_jumprelu(x_BI, W_enc_LI, b_enc_L, self.log_threshold_L, self.bandwidth, self.ste)
+        return ops.encode_jumprelu(
+            x_BI, W_enc_LI, b_enc_L, self.log_threshold_L, self.bandwidth, self.ste, input_gradient=self.input_gradient
+        )
 
     def forward(self, preacts_BL: Tensor) -> Tensor:
         return preacts_BL * (preacts_BL > self.log_threshold_L.exp())

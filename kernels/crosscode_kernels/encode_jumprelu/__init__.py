@@ -26,6 +26,7 @@ from crosscode_kernels.encode_jumprelu import measured
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
 from crosscode_kernels.encoder import checked_encoder, may_look
 from crosscode_kernels.jumprelu import StraightThrough, check_straight_through, jumprelu
+from crosscode_kernels.jumprelu.input_gradient import with_input_gradient
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
 from crosscode_kernels.sparse import DenseLatents, Latents
@@ -40,16 +41,19 @@ def encode_jumprelu(
     eps: float,
     ste: StraightThrough,
     *,
+    input_gradient: bool = False,
     backend: AnyBackend = "auto",
 ) -> Latents:
-    """`jumprelu(x W_enc^T + b_enc, t)`, with what `pre_act_penalty` needs."""
+    """`jumprelu(x W_enc^T + b_enc, t)`, with what `pre_act_penalty` needs. `input_gradient`: the pre-activations get a
+    straight-through gradient, too (see `jumprelu.input_gradient`), in dense form."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_jumprelu", backend, (x_BI, W_enc_LI, b_enc_L))
     check_per_latent("encode_jumprelu", x_BI, encoder.n_latents, t_L=t_L)
     check_straight_through("encode_jumprelu", eps, ste)
-    if backend.name != "torch":
+    if backend.name != "torch" or input_gradient:
         h_BL = preacts(*encoder, backend=backend)
-        return DenseLatents(jumprelu(h_BL, t_L, eps, ste, backend=backend), h_BL)
+        a_BL = jumprelu(h_BL, t_L, eps, ste, backend=backend)
+        return DenseLatents(with_input_gradient(a_BL, h_BL, t_L, eps) if input_gradient else a_BL, h_BL)
     measures = may_look(x_BI)
     with torch.no_grad():
         h_BL = dense_preacts(encoder) if measures else preacts(*encoder, backend=backend)

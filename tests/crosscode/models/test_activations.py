@@ -139,12 +139,16 @@ def test_k_multiplied_holds_within_the_block_only(make_case):
     assert case.model.activation_fns[0].current_k == 4
 
 
+@pytest.mark.parametrize("input_gradient", [False, True])
 @pytest.mark.parametrize("ste", ["anthropic", "gdm"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_jumprelu_gradients_are_the_written_pseudo_derivatives(ste, backend):
+def test_jumprelu_gradients_are_the_written_pseudo_derivatives(ste, backend, input_gradient):
     generator = torch.Generator().manual_seed(0)
     h_BL = torch.randn(50, 7, generator=generator, dtype=torch.float64).mul_(2).requires_grad_()
-    activation = AnthropicSTEJumpReLUActivation(7, bandwidth=1.5, log_threshold_init=-0.3, ste=ste).double()
+    activation = AnthropicSTEJumpReLUActivation(
+        7, bandwidth=1.5, log_threshold_init=-0.3, ste=ste, input_gradient=input_gradient
+    )
+    activation = activation.double()
     with torch.no_grad():
         activation.log_threshold_L.add_(torch.randn(7, generator=generator, dtype=torch.float64))
     upstream_BL = torch.randn(50, 7, generator=generator, dtype=torch.float64)
@@ -156,7 +160,8 @@ def test_jumprelu_gradients_are_the_written_pseudo_derivatives(ste, backend):
     d_log_threshold_L = (upstream_BL * -(theta_L / 1.5) * window_BL).sum(0)
     if ste == "gdm":
         d_log_threshold_L = d_log_threshold_L * theta_L
-    torch.testing.assert_close(h_BL.grad, upstream_BL * (h > theta_L), rtol=0, atol=1e-12)
+    slope_BL = (h > theta_L) + input_gradient * theta_L / 1.5 * window_BL
+    torch.testing.assert_close(h_BL.grad, upstream_BL * slope_BL, rtol=0, atol=1e-12)
     torch.testing.assert_close(activation.log_threshold_L.grad, d_log_threshold_L, rtol=0, atol=1e-12)
 
 

@@ -104,6 +104,23 @@ def test_penalties_and_their_gradients(backend, dtype, shape, ste, fused, within
         within_budget(one, other, truth, torch.float32 if name in ("tanh", "pre", "dn") else dtype, name)
 
 
+def test_the_input_may_have_a_straight_through_gradient_too(backend, dtype, make_problem, oracle, within_budget):
+    p = make_problem(65, 24, 130, 9, device=backend.device, segments=(4, 5), dtype=dtype)
+    eps, upstream_BL = 1.5, torch.randn(65, 130)
+    latents = backend.ops.encode_jumprelu(p.x_BI, p.W_enc_LI, p.b_enc_L, p.t_L, eps, "anthropic", input_gradient=True)
+    tensors = (p.W_enc_LI, p.b_enc_L, p.x_BI)
+    grads = torch.autograd.grad(latents.value_BL, tensors, upstream_BL.to(latents.value_BL))
+
+    def by_hand(q):
+        h_BL, theta_L = oracle.preacts(q).detach(), q.t_L.detach().to(q.x_BI.dtype).exp()
+        slope_BL = (h_BL > theta_L) + theta_L / eps * ((h_BL - theta_L).abs() < eps / 2)
+        dh_BL = (upstream_BL.to(h_BL) * slope_BL).to(h_BL.dtype)
+        return dh_BL.T @ q.x_BI, dh_BL.sum(0), dh_BL @ q.W_enc_LI
+
+    for name, one, other, truth in zip(("W", "b", "x"), grads, by_hand(p.clone()), by_hand(p.double()), strict=True):
+        within_budget(one, other, truth, dtype, name)
+
+
 def test_pre_act_reaches_silent_latents(backend):
     h_BL = torch.full((3, 4), -2.0, device=backend.device, requires_grad=True)
     ones_L = torch.ones(4, device=backend.device)
