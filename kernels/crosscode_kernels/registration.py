@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from crosscode_kernels.backend import Backend
 
@@ -123,9 +124,21 @@ def define_op(
         values: list[Any] = []
         for argument in arguments:
             values.extend(argument) if isinstance(argument, tuple) else values.append(argument)
+        refuse_tangents(name, values)
         return op(*values, backend.name, list(backend.options))
 
     return call
+
+
+def refuse_tangents(name: str, values: Iterable[Any]) -> None:
+    """Raise `NotImplementedError` in forward-mode differentiation, which would take a registered op for a constant."""
+    if forward_ad._current_level < 0:  # the one way to ask that costs nothing
+        return
+    tensors = (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    if any(forward_ad.unpack_dual(value).tangent is not None for value in tensors):
+        raise NotImplementedError(
+            f"{name}: no forward-mode derivative (torch.func.jvp, jacfwd); use backend='reference', or torch.func.vjp"
+        )
 
 
 def contiguous(value: Any) -> Any:

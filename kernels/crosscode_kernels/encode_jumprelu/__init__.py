@@ -29,6 +29,7 @@ from crosscode_kernels.jumprelu import StraightThrough, check_straight_through, 
 from crosscode_kernels.jumprelu.input_gradient import with_input_gradient
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
+from crosscode_kernels.registration import refuse_tangents
 from crosscode_kernels.sparse import DenseLatents, Latents
 
 
@@ -54,6 +55,7 @@ def encode_jumprelu(
         h_BL = preacts(*encoder, backend=backend)
         a_BL = jumprelu(h_BL, t_L, eps, ste, backend=backend)
         return DenseLatents(with_input_gradient(a_BL, h_BL, t_L, eps) if input_gradient else a_BL, h_BL)
+    refuse_tangents("encode_jumprelu", (*encoder, t_L))
     measures = may_look(x_BI)
     with torch.no_grad():
         h_BL = dense_preacts(encoder) if measures else preacts(*encoder, backend=backend)

@@ -200,3 +200,37 @@ def test_autocast_runs_products_in_half_precision_and_losses_in_float32(name, sc
             assert half.grad.dtype == torch.float32
             cosine = torch.nn.functional.cosine_similarity(half.grad.flatten(), single.grad.flatten(), dim=0)
             assert cosine > 0.9
+
+
+@named
+@pytest.mark.parametrize("encoder", [*ENCODERS, "encode_jumprelu"])
+def test_forward_mode_is_refused_rather_than_zero(encoder, name):
+    ops = resolve_backend(name, "cpu")
+    x_BI, W_LI, b_L, *_ = tensors()
+
+    def output(x_BI):
+        if encoder == "encode_jumprelu":
+            return ops.encode_jumprelu(x_BI, W_LI, b_L, torch.zeros(L), 2.0, "gdm").to_dense()
+        return encode(ops, encoder, x_BI, W_LI, b_L).to_dense()
+
+    x_BI = x_BI.detach()
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* use backend='reference'"):
+        torch.func.jvp(output, (x_BI,), (torch.ones_like(x_BI),))
+    assert output(x_BI).any(), "and works as before outside"
+
+
+@named
+def test_forward_mode_is_refused_by_every_op_after_the_encoder(name):
+    ops = resolve_backend(name, "cpu")
+    x_BI, W_LI, b_L, W_LO, *_ = (tensor.detach() for tensor in tensors())
+    latents = ops.encode_topk(x_BI, W_LI, b_L, K)
+    calls = {
+        "sparse_decode": lambda W: ops.sparse_decode(latents, W),
+        "decoder_norms": lambda W: ops.decoder_norms(W, (3, 5), "sum").n_L,
+        "recon_loss": lambda W: ops.recon_loss(W, torch.zeros_like(W), (3, 5)).loss,
+        "weighted_l1": lambda W: ops.weighted_l1(latents, W.sum(1), torch.ones(L)),
+    }
+    for op, call in calls.items():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (W_LO,), (torch.ones_like(W_LO),))
+        assert call(W_LO).isfinite().all(), op
