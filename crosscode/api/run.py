@@ -20,6 +20,7 @@ from crosscode.build.experiment import open_experiment
 from crosscode.build.finished import FinishedRun
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
+from crosscode.commands.parts.closing import closes_of
 from crosscode.commands.parts.reading import (
     LatentLogits,
     ShownExample,
@@ -28,11 +29,12 @@ from crosscode.commands.parts.reading import (
     logits_of_latent,
     text_experiment,
 )
-from crosscode.commands.parts.steering import Models, Steered, ablation, compare_steered, steering
+from crosscode.commands.parts.steering import Model, Models, Steered, ablation, compare_steered, steering
 from crosscode.commands.report import report_run
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.text.prompts import Prompt
 from crosscode.errors import InputError
+from crosscode.evaluation.closes import Closes
 from crosscode.evaluation.intervention import Positions
 
 if TYPE_CHECKING:
@@ -173,6 +175,30 @@ class Run(FinishedRun):
                 `seed` (0), `n_changed` (8).
         """
         return compare_steered(self, prompt, strengths, ablate, **options)
+
+    def closes(
+        self,
+        latents: Sequence[int] | None = None,
+        model_a: Model = 0,
+        model_b: Model = 1,
+        *,
+        n_tokens: int = 4096,
+        n_random: int = 5,
+        seed: int = 0,
+    ) -> Closes:
+        """The share of `KL(B || A)` on held-out text that goes away when what B has of some latents is added to A, beside random
+        latents with vectors of the same norms. See `crosscode.evaluation.closes`.
+
+        Args:
+            latents: default: those that are tagged as B's; where there are none, the 10 that lean most to B.
+            n_tokens: usable held-out tokens, in whole batches.
+            n_random: draws of random latents.
+
+        Raises:
+            InputError: no crosscoder that writes to both models, or no such latents.
+        """
+        table = None if latents is not None else self._study
+        return closes_of(self, latents, table, model_a, model_b, n_tokens=n_tokens, n_random=n_random, seed=seed)
 
     # ---- going on
 

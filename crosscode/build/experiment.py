@@ -129,9 +129,8 @@ class Experiment(Activations, AnyExperiment):
         )
         layered = None
         if scaling_MP is None:
-            tokens = build_token_loader(self, heldout=True)
-            n_for_layers = settings.loss_recovered_n_tokens
-            layered = measure_replacement_model(model, self.harvester, tokens, self.split, n_for_layers)
+            tokens, n_layered = build_token_loader(self, heldout=True), settings.loss_recovered_n_tokens
+            layered = measure_replacement_model(model, self.harvester, tokens, self.split, n_layered, self.norm_limit())
         return replace(result, loss_recovered=found, replacement_model=layered)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 from pydantic import Field, PositiveInt
 
@@ -17,19 +18,29 @@ class Options(ConfigModel):
     """run directory"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config, and the figures are kept in the run"""
+    closes: bool = False
+    """of a diff of two models: the share of KL(second || first) that goes away when the second model's latents are added to
+    the first one, beside random latents"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     from crosscode.build.finished import FinishedRun
+    from crosscode.commands.parts.closing import check_closes, closes_of
 
     quiet_libraries()
     run = FinishedRun(options.run_dir, options.trust_remote_code)
     if not run.is_over:
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
+    if options.closes:
+        check_closes(run)
     result = run.evaluate(options.n_tokens)
     shown = {name: value for name, value in result.to_json().items() if not name.endswith("_L")}
+    if options.closes:
+        shown["closes"] = asdict(closes_of(run))
+        if options.n_tokens is None:
+            run.directory.write_evaluation(result.to_json() | {"closes": shown["closes"]})
     print(json_text(shown))
     result.check_finite()
 

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.norms import NormLimit
 from crosscode.data.text.tokens import TokenBatch
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.splicing import Change, Splicer, replacement
+from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
 log = logging.getLogger("crosscode")
 
-MAX_LOGITS = 2**26
 WAYS: tuple[str, ...] = ("from_clean_inputs", "from_own_outputs", "with_error_terms")
 
 
@@ -57,6 +58,7 @@ def measure_replacement_model(
     batches: Iterable[TokenBatch],
     split: Split,
     n_tokens: int = 4096,
+    limit: NormLimit | None = None,
 ) -> ReplacementModel | None:
     """Figures for a model whose outputs are several and none of its inputs; None for all others. None, too, and the log
     says so, where latents are selected over layers that are not computed yet (TopK with `topk_scope: all_layers`), or an
@@ -65,6 +67,7 @@ def measure_replacement_model(
     Args:
         model: folded.
         n_tokens: usable tokens after which no further batch is taken.
+        limit: tokens beyond it count as unusable.
     """
     places = _Places.of(split, harvester)
     if places is None:
@@ -76,17 +79,9 @@ def measure_replacement_model(
         if model.selects_over_parts and len(model.parts) > 1 and selection is not None:
             log.info("replacement model: not measured, as TopK over all layers selects over layers that come later")
             return None
-        splicer, sums, n_left = Splicer(harvester, 0), _Sums(), n_tokens
-        for batch in batches:
-            rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * splicer.model.vocab_size))
-            for start in range(0, batch.tokens_HS.shape[0], rows):
-                own = slice(start, start + rows)
-                segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
-                part = _Part(batch.tokens_HS[own], batch.mask_HS[own], segments_HS)
-                _add(sums, part, model, harvester, splicer, places, split)
-            n_left -= int(batch.mask_HS.sum())
-            if n_left <= 0:
-                break
+        splicer, sums = Splicer(harvester, 0), _Sums()
+        for part in text_parts(harvester, batches, n_tokens, limit):
+            _add(sums, part, model, harvester, splicer, places, split)
     except _OutOfOrder as error:
         log.warning("replacement model: not measured, as %s", error)
         return None
@@ -113,30 +108,19 @@ class _Places:
         return cls(inputs, outputs) if M == 1 and len(outputs) > 1 and not {*inputs} & {*outputs} else None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A few sequences at a time: logits are the largest tensors here."""
-
-    tokens_HS: Tensor
-    mask_HS: Tensor
-    segments_HS: Tensor | None
-
-
 def _add(
     sums: _Sums,
-    part: _Part,
+    part: TextPart,
     model: BaseCrosscoder,
     harvester: ActivationHarvester,
     splicer: Splicer,
     places: _Places,
     split: Split,
 ) -> None:
-    acts_HSMPD = harvester.harvest(part.tokens_HS, part.segments_HS).float()
-    input_BXiDi, target_BXoDo = split.activations(acts_HSMPD[part.mask_HS.to(acts_HSMPD.device)].to(model.device))
+    input_BXiDi, target_BXoDo = split.activations(part.usable().to(model.device))
     recon_BXD = model(input_BXiDi).reshape(target_BXoDo.shape)
     clean_HSV = splicer.logits(part.tokens_HS, part.segments_HS)
-    recon_HSXD = recon_BXD.new_zeros(*part.mask_HS.shape, *recon_BXD.shape[1:])
-    recon_HSXD[part.mask_HS.to(recon_BXD.device)] = recon_BXD
+    recon_HSXD = part.everywhere(recon_BXD)
     spliced = {p: replacement(recon_HSXD[:, :, x], part.mask_HS) for x, p in enumerate(places.outputs)}
     changes = (
         spliced,
@@ -212,16 +196,15 @@ class _Sums:
         self.n, self.ce_clean = 0, 0.0
         self.ce, self.kl, self.same = (dict.fromkeys(WAYS, 0.0) for _ in range(3))
 
-    def add(self, part: _Part, clean_HSV: Tensor, logits: dict[str, Tensor]) -> None:
-        counted_HS = (part.mask_HS[:, :-1] & part.mask_HS[:, 1:]).to(clean_HSV.device)
-        next_N1 = part.tokens_HS[:, 1:].to(clean_HSV.device)[counted_HS][:, None]
-        clean_NV = clean_HSV[:, :-1][counted_HS].log_softmax(-1)
+    def add(self, part: TextPart, clean_HSV: Tensor, logits: dict[str, Tensor]) -> None:
+        clean_NV = part.predictions(clean_HSV)
+        next_N1 = part.predicted().to(clean_NV.device)[:, None]
         self.n += next_N1.shape[0]
         self.ce_clean -= float(clean_NV.gather(1, next_N1).double().sum())
         for way, logits_HSV in logits.items():
-            found_NV = logits_HSV[:, :-1][counted_HS].log_softmax(-1)
+            found_NV = part.predictions(logits_HSV)
             self.ce[way] -= float(found_NV.gather(1, next_N1).double().sum())
-            self.kl[way] += float((clean_NV.exp() * (clean_NV - found_NV)).sum(-1).double().sum())
+            self.kl[way] += float(kl_N(clean_NV, found_NV).double().sum())
             self.same[way] += float((found_NV.argmax(-1) == clean_NV.argmax(-1)).double().sum())
 
     def result(self) -> ReplacementModel | None:

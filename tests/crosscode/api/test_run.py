@@ -303,3 +303,23 @@ def test_the_command_shows_what_a_latent_does_beside_a_random_direction(text_run
     assert "latent = 99: must be between 0 and 31" in capsys.readouterr().err
     assert main([*base, "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_what_a_models_latents_close_is_measured_and_kept(text_run, capsys):
+    named = text_run.closes([1, 2], "one", "two", n_tokens=50, n_random=2)
+    assert named.latents == [1, 2] and len(named.random_shares) == 2
+    usual = text_run.closes(n_tokens=50)
+    relative = text_run.table().query("firings >= 20")["relative_norm_two"]
+    assert usual.latents and (relative[usual.latents] > 0.5).all()
+    other_way = text_run.closes(model_a="two", model_b="one", n_tokens=50)
+    assert other_way.latents and (relative[other_way.latents] < 0.5).all()
+    assert main(["evaluate", str(text_run.path), "--closes"]) == 0
+    shown = json.loads(capsys.readouterr().out)["closes"]
+    assert shown == json.loads((text_run.path / "evaluation.json").read_text())["closes"]
+    assert shown["latents"] == usual.latents and shown["kl"] > 0
+
+
+def test_one_model_alone_has_nothing_to_close(acts, train, capsys):
+    run = train(acts)
+    assert main(["evaluate", str(run.path), "--closes"]) == 2
+    assert "closes: needs a crosscoder between two language models" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""The causal claim of a model diff: which latents are added to the other model, and what that closes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crosscode.analysis.diffing import DiffTable
+from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.build.data import build_token_loader
+from crosscode.build.finished import FinishedRun
+from crosscode.commands.parts.reading import text_experiment
+from crosscode.commands.parts.steering import Model, check_latent, chosen_models, model_names
+from crosscode.errors import InputError
+from crosscode.evaluation.closes import Closes, measure_closes
+
+MIN_FIRINGS = 20
+N_LEANING = 10
+
+
+def closes_of(
+    run: FinishedRun,
+    latents: Sequence[int] | None = None,
+    study: LatentsPass | None = None,
+    model_a: Model = 0,
+    model_b: Model = 1,
+    *,
+    n_tokens: int = 4096,
+    n_random: int = 5,
+    seed: int = 0,
+) -> Closes:
+    """See `Run.closes`. `study`: of the run, where it is there already."""
+    check_closes(run)
+    experiment = text_experiment(run, "closes")
+    (a,), (b,) = (chosen_models(run, one) for one in (model_a, model_b))
+    if latents is None:
+        if study is None:
+            names = experiment.output_names()
+            study = study_latents(run.model, experiment.heldout_batches(), experiment.split, names)
+        latents = latents_of_b(study.pairs, *(model_names(run)[m] for m in (a, b)))
+    for latent in latents:
+        check_latent(run, latent)
+    return measure_closes(
+        run.model,
+        experiment.harvester,
+        build_token_loader(experiment, heldout=True),
+        experiment.split,
+        list(dict.fromkeys(latents)),
+        run.max_activation_L > 0,
+        model_a=a,
+        model_b=b,
+        n_tokens=n_tokens,
+        n_random=n_random,
+        seed=seed,
+        limit=experiment.norm_limit(),
+    )
+
+
+def check_closes(run: FinishedRun) -> None:
+    """Raise `InputError` where there are no two language models to compare."""
+    if len(run.config.language_models) < 2:
+        raise InputError("closes: needs a crosscoder between two language models")
+
+
+def latents_of_b(pairs: Sequence[DiffTable], name_a: str, name_b: str) -> list[int]:
+    """Latents that fire at least 20 times and are tagged as B's at any hookpoint; where there are none, the 10 that lean most
+    to B at the first one.
+
+    Raises:
+        InputError: the two models are not compared, or no latent leans to B.
+    """
+    of_both = []
+    for table in pairs:
+        of_pair = tuple(name.rpartition("/")[0] for name in (table.name_a, table.name_b))
+        if of_pair in ((name_a, name_b), (name_b, name_a)):
+            of_both.append((table, "b" if of_pair == (name_a, name_b) else "a"))
+    if not of_both:
+        raise InputError(f"closes: {name_a!r} and {name_b!r} are not compared in this run; name latents")
+    tagged: dict[int, None] = {}
+    for table, side in of_both:
+        tag = "B-only" if side == "b" else "A-only"
+        for latent, (of_latent, firings) in enumerate(zip(table.tag, table.firings.tolist(), strict=True)):
+            if of_latent == tag and firings >= MIN_FIRINGS:
+                tagged[latent] = None
+    table, side = of_both[0]
+    found = list(tagged) or table.most_specific(side, N_LEANING, MIN_FIRINGS)
+    if not found:
+        raise InputError(f"closes: no latent leans to {name_b!r}")
+    return found

@@ -1,0 +1,136 @@
+"""How much of the difference between two models' predictions goes away when latents of one are added to the other
+(Minder et al. 2025, arXiv 2504.02922): the causal claim behind a ranking.
+
+At each usable token, `sum_l a_l (W_dec[l, B] - W_dec[l, A])` is added to model A's activation at each hookpoint, with `a_l`
+as the crosscoder finds it on both models' own activations: A gets what B has of these latents. What counts is
+
+    share closed = 1 - KL(B || A with them) / KL(B || A)
+
+on held-out text, beside the same with random latents: at each token the same activations, and vectors of the same norms, but
+in the directions in which other latents, drawn among those that fire, write to B.
+
+H sequences · S sequence · B usable tokens · P hookpoints · D width · N latents · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from crosscode.data.harvest.harvester import ActivationHarvester
+from crosscode.data.norms import NormLimit
+from crosscode.data.text.tokens import TokenBatch
+from crosscode.errors import InputError
+from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.splicing import Splicer
+from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.decoder_vectors import decoder_vectors_NXD
+from crosscode.models.split import Split
+
+
+@dataclass(frozen=True)
+class Closes:
+    """KL divergences are means over predicted tokens, nats."""
+
+    latents: list[int]
+    n_tokens: int
+    kl: float
+    """KL(B || A)"""
+    kl_closed: float
+    """KL(B || A with the latents)"""
+    share: float
+    """1 - kl_closed / kl; negative where the latents make it worse"""
+    random_shares: list[float]
+    """the same for each draw of random latents"""
+    random_share: float | None
+    """their mean"""
+
+
+@full_precision()
+@torch.no_grad()
+def measure_closes(
+    model: BaseCrosscoder,
+    harvester: ActivationHarvester,
+    batches: Iterable[TokenBatch],
+    split: Split,
+    latents: Sequence[int],
+    alive_L: Tensor,
+    *,
+    model_a: int = 0,
+    model_b: int = 1,
+    n_tokens: int = 4096,
+    n_random: int = 5,
+    seed: int = 0,
+    limit: NormLimit | None = None,
+) -> Closes:
+    """What the latents of model B close when they are added to model A.
+
+    Args:
+        model: folded, with outputs at both language models.
+        latents: those of B.
+        alive_L: bool; among which random latents are drawn.
+        n_tokens: usable tokens after which no further batch is taken.
+        n_random: draws of as many random latents.
+
+    Raises:
+        InputError: no latents, too few others, or outputs that do not cover both models.
+    """
+    places = split.output_places(*harvester.dims[:2])
+    x_AP, x_BP = ([x for x, (m, _) in enumerate(places) if m == wanted] for wanted in (model_a, model_b))
+    hookpoints = [p for m, p in places if m == model_a]
+    if model_a == model_b or not x_AP or len(x_AP) != len(x_BP):
+        raise InputError("closes: needs a crosscoder that writes to two language models")
+    latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)
+    if not len(latents_N):
+        raise InputError("closes: no latents to add")
+    vectors_NXD = decoder_vectors_NXD(model, latents_N).float()
+    difference_NPD = vectors_NXD[:, x_BP] - vectors_NXD[:, x_AP]
+    others = alive_L.clone().cpu()
+    others[latents_N.cpu()] = False
+    others_O = others.nonzero().squeeze(1)
+    if n_random and len(others_O) < len(latents_N):
+        raise InputError(f"closes: {len(latents_N)} latents, but only {len(others_O)} others fire to compare them with")
+    generator = torch.Generator().manual_seed(seed)
+    added = [difference_NPD]
+    for _ in range(n_random):
+        drawn_N = others_O[torch.randperm(len(others_O), generator=generator)[: len(latents_N)]]
+        random_NPD = decoder_vectors_NXD(model, drawn_N)[:, x_BP].float()
+        norm_NP1 = random_NPD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        added.append(random_NPD / norm_NP1 * difference_NPD.norm(dim=-1, keepdim=True))
+    splicer_a, splicer_b = (Splicer(harvester, m) for m in (model_a, model_b))
+    n, kl, kl_closed = 0, 0.0, [0.0] * len(added)
+    for part in text_parts(harvester, batches, n_tokens, limit):
+        input_BXiDi = split.activations(part.usable().to(model.device))[0]
+        a_BN = model.encode_latents(input_BXiDi).columns_BN(latents_N).float()
+        b_HSV, a_HSV = (one.logits(part.tokens_HS, part.segments_HS) for one in (splicer_b, splicer_a))
+        n_vocabulary = min(b_HSV.shape[-1], a_HSV.shape[-1])  # one of them may have rows for tokens that there are not
+        b_NV, plain_NV = (part.predictions(logits_HSV[..., :n_vocabulary]) for logits_HSV in (b_HSV, a_HSV))
+        n += b_NV.shape[0]
+        kl += float(kl_N(b_NV, plain_NV).double().sum())
+        for i, vectors_NPD in enumerate(added):
+            delta_BPD = torch.einsum("bn,npd->bpd", a_BN, vectors_NPD)
+            with_NV = part.predictions(_logits_with(splicer_a, part, delta_BPD, hookpoints)[..., :n_vocabulary])
+            kl_closed[i] += float(kl_N(b_NV, with_NV).double().sum())
+    if not n:
+        raise InputError("closes: the held-out text has no prediction to look at")
+    if kl <= 0:
+        raise InputError("closes: both language models predict the same, so there is nothing to close")
+    share, *random_shares = (1 - one / kl for one in kl_closed)
+    mean = fmean(random_shares) if random_shares else None
+    return Closes(latents_N.tolist(), n, kl / n, kl_closed[0] / n, share, random_shares, mean)
+
+
+def _logits_with(splicer: Splicer, part: TextPart, delta_BPD: Tensor, hookpoints: Sequence[int]) -> Tensor:
+    delta_HSPD = part.everywhere(delta_BPD)
+
+    def add(act: Tensor, i: int) -> Tensor:
+        return act + delta_HSPD[:, :, i].to(act).reshape(act.shape)
+
+    changes = {p: partial(add, i=i) for i, p in enumerate(hookpoints)}
+    return splicer.logits_changed(part.tokens_HS, part.segments_HS, changes)

@@ -1,0 +1,127 @@
+"""What latents close, where it is known, and against hooks written by hand.
+
+S sequence · M models · D width · L latents.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from crosscode.data import ActivationHarvester, TokenBatch, load_language_model, wrap_language_model
+from crosscode.errors import InputError
+from crosscode.evaluation.closes import measure_closes
+from crosscode.models import ModelHookpointAcausalCrosscoder, ReLUActivation
+from crosscode.models.architecture import split_for
+
+WIDTH = 16
+SPLIT = split_for("model_hookpoint_acausal")
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def harvester(tiny_lms):
+    """A, and B, which differs from A in the layers up to the hookpoint alone."""
+    torch.set_num_threads(1)
+    a = load_language_model(tiny_lms[0])
+    generator = torch.Generator().manual_seed(0)
+    for param in a.model.parameters():
+        param.copy_(param + 0.3 * torch.randn(param.shape, generator=generator))
+    changed = copy.deepcopy(a.model)
+    for layer in changed.model.layers[:2]:
+        for param in layer.parameters():
+            param.copy_(param + 0.2 * torch.randn(param.shape, generator=generator))
+    return ActivationHarvester([a, wrap_language_model(changed, a.tokenizer, "B")], [HOOK])
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(2)
+    tokens_HS = torch.randint(3, 60, (4, 9), generator=generator)
+    return TokenBatch(tokens_HS, torch.ones_like(tokens_HS, dtype=torch.bool), None, 0)
+
+
+def coordinates():
+    """Latents that are the coordinates of both models, each in both signs: together they hold all that there is."""
+    eye_LMPD = torch.eye(2 * WIDTH).reshape(2 * WIDTH, 2, 1, WIDTH)
+    model = ModelHookpointAcausalCrosscoder(2, 1, WIDTH, 4 * WIDTH, ReLUActivation(4 * WIDTH))
+    with torch.no_grad():
+        for weight in (model.W_enc_LXiDi, model.W_dec_LXoDo):
+            weight.copy_(torch.cat([eye_LMPD, -eye_LMPD]))
+        model.b_enc_L.zero_()
+        model.b_dec_XoDo.zero_()
+    model.fold_activation_scaling_into_weights_(torch.ones(2, 1), torch.ones(2, 1))
+    return model.eval()
+
+
+ALIVE = torch.ones(4 * WIDTH, dtype=torch.bool)
+
+
+def test_all_latents_turn_one_model_into_the_other(harvester, batch):
+    found = measure_closes(coordinates(), harvester, [batch], SPLIT, range(4 * WIDTH), ALIVE, n_random=0)
+    assert found.kl > 0.1 and found.share == pytest.approx(1, abs=1e-5) and found.n_tokens == 4 * 8
+    assert found.random_share is None
+    back = measure_closes(
+        coordinates(), harvester, [batch], SPLIT, range(4 * WIDTH), ALIVE, model_a=1, model_b=0, n_random=0
+    )
+    assert back.share == pytest.approx(1, abs=1e-5)
+
+
+def log_probs(lm, tokens_S, delta_SD=None):
+    layer, handles = lm.model.model.layers[1], []
+    if delta_SD is not None:
+        handles.append(layer.register_forward_hook(lambda module, args, out: out + delta_SD))
+    try:
+        with torch.no_grad():
+            return lm.model(tokens_S[None], use_cache=False).logits[0].double().log_softmax(-1)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_some_latents_close_what_they_close_by_hand(harvester, batch):
+    model, latents = coordinates(), [3, WIDTH + 2, WIDTH + 9, 3 * WIDTH + 2]
+    batch.mask_HS[:, 0] = False
+    found = measure_closes(model, harvester, [batch], SPLIT, latents, ALIVE, n_random=4)
+    a, b = harvester.models
+    kl, closed, n = 0.0, 0.0, 0
+    for tokens_S in batch.tokens_HS:
+        with torch.no_grad():
+            acts = [lm.model(tokens_S[None], output_hidden_states=True).hidden_states[2][0] for lm in (a, b)]
+        x_SI = torch.cat(acts, 1)
+        delta_SD = torch.zeros(len(tokens_S), WIDTH)
+        for latent in latents:
+            sign, coordinate = (1, latent) if latent < 2 * WIDTH else (-1, latent - 2 * WIDTH)
+            value_S = (sign * x_SI[:, coordinate]).relu() * sign
+            delta_SD[:, coordinate % WIDTH] += value_S if coordinate >= WIDTH else -value_S
+        delta_SD[0] = 0
+        p, q, r = log_probs(b, tokens_S), log_probs(a, tokens_S), log_probs(a, tokens_S, delta_SD)
+        kl += float((p.exp() * (p - q)).sum(-1)[1:-1].sum())
+        closed += float((p.exp() * (p - r)).sum(-1)[1:-1].sum())
+        n += len(tokens_S) - 2
+    assert found.n_tokens == n
+    assert found.kl == pytest.approx(kl / n, rel=1e-4)
+    assert found.kl_closed == pytest.approx(closed / n, rel=1e-4)
+    assert found.share == pytest.approx(1 - closed / kl, abs=1e-4)
+    assert len(set(found.random_shares)) == 4
+    assert found.random_share == pytest.approx(sum(found.random_shares) / 4)
+
+
+def test_latents_that_both_models_share_alike_close_nothing(harvester, batch):
+    model = coordinates()
+    with torch.no_grad():
+        model.W_dec_LXoDo[5] = torch.randn(1, 1, WIDTH).expand(2, 1, WIDTH)
+    found = measure_closes(model, harvester, [batch], SPLIT, [5], ALIVE)
+    assert found.share == pytest.approx(0, abs=1e-12) and found.random_share == pytest.approx(0, abs=1e-12)
+
+
+def test_what_cannot_be_compared_is_refused(harvester, batch):
+    with pytest.raises(InputError, match="closes: no latents to add"):
+        measure_closes(coordinates(), harvester, [batch], SPLIT, [], ALIVE)
+    with pytest.raises(InputError, match="closes: 2 latents, but only 1 others fire"):
+        measure_closes(coordinates(), harvester, [batch], SPLIT, [0, 1], torch.arange(4 * WIDTH) < 3)
+    with pytest.raises(InputError, match="needs a crosscoder that writes to two language models"):
+        measure_closes(coordinates(), harvester, [batch], SPLIT, [0], ALIVE, model_b=0)
+    twice = ActivationHarvester([harvester.models[0]] * 2, [HOOK])
+    with pytest.raises(InputError, match="predict the same, so there is nothing to close"):
+        measure_closes(coordinates(), twice, [batch], SPLIT, [0], ALIVE)
