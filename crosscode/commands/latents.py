@@ -26,10 +26,13 @@ def run(options: Options) -> None:
 
     quiet_libraries()
     text = [{"role": "user", "content": options.text}] if options.chat else options.text
-    found = latents_of_text(FinishedRun(options.run_dir), text)
+    run = FinishedRun(options.run_dir)
+    found = latents_of_text(run, text)
     width = max(map(len, found.tokens))
     for position, token in enumerate(found.tokens):
         strongest = "  ".join(f"{latent}:{value:.3g}" for latent, value in found.strongest(position, options.n))
+        if position == 0 and not run.config.data.keep_first_position:
+            strongest += "  (training leaves out position 0)"
         print(f"{token:<{width}}  {strongest}".rstrip())
 
 

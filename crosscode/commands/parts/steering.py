@@ -20,10 +20,10 @@ from crosscode.data.text.prompts import Prompt
 from crosscode.errors import InputError
 from crosscode.evaluation.intervention import Interventions, Positions
 
-Model = str | int | LanguageModel
-"""A language model of a run: its name, its number, or itself."""
-Models = Model | Sequence[Model] | None
-"""Some of them; None: all."""
+Model = Any
+"""A language model of a run: its name, its number, itself, or its `transformers` model."""
+Models = Any
+"""One of them, several, or None for all."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,17 @@ def chosen_models(run: FinishedRun, models: Models) -> list[int]:
     names, loaded = model_names(run), text_experiment(run, "models").harvester.models
     if models is None:
         return list(range(len(names)))
-    several = [models] if isinstance(models, (str, int, LanguageModel)) else models
-    found = []
-    for one in several:
-        if isinstance(one, str) and one in names:
-            found.append(names.index(one))
-        elif isinstance(one, LanguageModel) and one in loaded:
-            found.append(loaded.index(one))
-        elif isinstance(one, int) and 0 <= one < len(names):
-            found.append(one)
-        else:
-            raise InputError(f"models: {one!r} is not one of this run's: {', '.join(names)}")
-    return list(dict.fromkeys(found))
+    found: dict[int, None] = {}
+    for one in models if isinstance(models, (list, tuple)) else [models]:
+        of_one = [
+            m
+            for m, (name, lm) in enumerate(zip(names, loaded, strict=True))
+            if one is lm or one is lm.model or (isinstance(one, (str, int)) and one in (name, m))
+        ]
+        if not of_one:
+            raise InputError(f"models: {str(one)[:80]!r} is not one of this run's: {', '.join(names)}")
+        found[of_one[0]] = None
+    return list(found)
 
 
 def _check_positions(positions: Positions) -> None:

@@ -230,7 +230,9 @@ def test_logits_of_a_latent_are_those_of_each_model_itself(text_run):
 
 def test_the_command_shows_the_largest_latents_of_each_token(text_run, capsys):
     assert main(["latents", str(text_run.path), "--text", "w1 w2", "--n", "2"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("  (training leaves out position 0)")
+    rows = [line.partition("  (")[0].split() for line in out.splitlines()]
     found = text_run.latents("w1 w2")
     assert [row[0] for row in rows] == ["<s>", "w1", "w2"]
     for position, (_, *shown) in enumerate(rows):
@@ -266,7 +268,7 @@ def test_a_run_steers_its_models_by_multiples_of_the_largest_activation(text_run
     handle = lm.model.model.layers[1].register_forward_hook(lambda module, args, out: out + vector_D)
     expected = lm.model(ids).logits
     handle.remove()
-    for models in ("two", 1, [lm], None):
+    for models in ("two", 1, [lm], lm.model, None):
         with text_run.steer({latent: 1.5}, models=models):
             found = lm.model(ids).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
