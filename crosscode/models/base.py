@@ -22,6 +22,7 @@ from crosscode.config.registry import type_of
 from crosscode.errors import InputError
 from crosscode.models import checkpoint, folding
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.elsewhere import elsewhere
 from crosscode.models.forward import ForwardResult as ForwardResult
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.shapes import check_shape, checked_latents
@@ -259,14 +260,27 @@ class BaseCrosscoder(CoderWeights):
         """Write `model.safetensors` and `config.json` into the folder `path`, whole or not at all.
 
         Args:
-            metadata: JSON values that belong to the weights, such as models and hookpoints.
+            metadata: JSON values that belong to the weights, such as models and hookpoints; default: `self.metadata`.
         """
-        checkpoint.save_model(self, Path(path), metadata or {})
+        checkpoint.save_model(self, Path(path), dict(self.metadata if metadata is None else metadata))
+
+    def export(self, to: str, path: str | Path, *, position: str | None = None, overwrite: bool = False) -> Path:
+        """Write the model into the new folder `path` as another library has it; returns that folder.
+
+        Args:
+            to: "saelens", "circuit-tracer", "sparsify", "dictionary-learning" or "kissane".
+            position: write one output position of it alone, by its name (`position_names`).
+            overwrite: replace an earlier export that is there.
+
+        Raises:
+            InputError: what the format cannot hold, with what would work; a folder that is there already.
+        """
+        return elsewhere("export")([self], to, Path(path), position=position, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path, *, backend: AnyBackend = "auto", device: str | torch.device = "cpu") -> Self:
-        """A saved model, equal to the bit, in eval mode. It takes raw activations: the scaling of a run's checkpoint, whose
-        model is unfolded, is folded in.
+        """A saved model, equal to the bit, in eval mode; or that of another library's file or folder. It takes raw
+        activations: the scaling of a run's checkpoint, whose model is unfolded, is folded in.
 
         Raises:
             InputError: a missing folder, another architecture, or tensors whose names, shapes or dtypes differ.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from crosscode_kernels import AnyBackend
+from crosscode_kernels import AnyBackend, Backend
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from crosscode.formats import MODEL, STATE_TENSORS
 from crosscode.models.activations.base import ACTIVATIONS
 from crosscode.models.architecture import class_of_kind, split_for
 from crosscode.models.coder import Coder
+from crosscode.models.elsewhere import elsewhere
 from crosscode.models.folding import fold_scaling_
 from crosscode.stored import SavedModel, check, read_json
 
@@ -76,6 +77,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return check(MODEL.read(config, where), SavedModel, where)
 
 
+def is_own(path: Path) -> bool:
+    """Whether a folder is one that `save` wrote; other libraries have a `config.json` as well."""
+    try:
+        return MODEL.key in read_json(path / CONFIG_FILE, dict[str, Any])
+    except FileNotFoundError:
+        return False
+    except (InputError, OSError):
+        return path.is_dir()
+
+
 def check_undamaged(path: Path) -> None:
     """Raise `InputError` for a saved model that is not as it was written. Earlier versions left no checksums."""
     damage = find_damage(path, MODEL_FILES) if (path / CHECKSUMS_FILE).exists() else None
@@ -87,6 +98,12 @@ def load_model(
     cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device, fold: bool = True
 ) -> ModelT:
     """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
+    foreign: Any = None if is_own(path) else elsewhere("load")(path)
+    if foreign is not None:
+        if cls not in type(foreign).__mro__:
+            raise InputError(f"model path {str(path)!r}: holds a {foreign.kind!r} model, not a {cls.__name__}")
+        foreign.backend = Backend.parse(backend)
+        return foreign.to(device).eval()
     config = read_config(path)
     check_undamaged(path)
     spec, metadata = dict(config["model"]), config.get("metadata") or {}
@@ -107,7 +124,7 @@ def load_model(
             part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
             part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
-    model.position_names = tuple(metadata.get("output_positions", ()))
+    model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
     if fold and not is_folded and (scaling := _scaling_of(path, config)) is not None:
         fold_scaling_(model, *scaling)
     return model.to(device).eval()

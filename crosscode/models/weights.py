@@ -7,8 +7,9 @@ output · L latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,9 @@ class CoderWeights(nn.Module, Coder):
     use_pre_bias: bool = False
     position_names: tuple[str, ...] = ()
     """Names of the output's positions, where they are known (of a saved model, from its metadata)."""
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    """What is known of the activations that it was trained on: `language_models` (path, name, fingerprint, n_layers, ...),
+    `hookpoints`, `architecture`; of a saved model, and saved again with it."""
     folded_scaling_in_Xi: Tensor | None
     folded_scaling_out_Xo: Tensor | None
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from crosscode.config.registry import ConfigModel, Configured, Registry
 from crosscode.errors import InputError
 
+NEVER = 1e30
+"""A threshold that no pre-activation reaches; finite, so that gradients are."""
+
 
 class Selection(NamedTuple):
     """What an activation keeps: the `k` largest of each token, or the `k * B` largest of the batch."""
@@ -124,6 +127,24 @@ class ActivationFunction(Configured, nn.Module, ABC):
     def tracked_threshold(self) -> Tensor | None:
         """The one threshold that eval mode applies to what is ranked; None: it has none, or none yet."""
         return None
+
+    def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor | None:
+        """`theta_L`, not negative, with which eval mode gives `h * 1[h > theta]`; None: what is kept depends on other latents.
+        A latent that never fires has `NEVER`.
+
+        Raises:
+            InputError: it was never trained.
+        """
+        return None
+
+    def ranked_cutoff(self) -> Tensor | None:
+        """The one threshold above which eval mode keeps what it ranks; None: there is none."""
+        return None
+
+    def set_cutoffs_(self, theta: Tensor) -> None:
+        """Make eval mode give `h * 1[h > theta]`, for a `theta_L`; where latents are ranked, for the one value of what is
+        ranked."""
+        raise NotImplementedError(f"{self.type_name()} has no thresholds")
 
     def rescale_latents_(self, scale_L: Tensor) -> None:
         """Called when pre-activations are multiplied by `scale_L`: adapt, so that the same latents are active."""

@@ -16,8 +16,14 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from crosscode.errors import InputError
-from crosscode.models.activations.base import ACTIVATIONS, Selection
+from crosscode.models.activations.base import ACTIVATIONS, NEVER, Selection
 from crosscode.models.activations.topk import AnnealedK, AnnealedKConfig, topk_mask_BL
+
+
+def _just_below(theta: Tensor) -> Tensor:
+    """What is at least `theta` is above this."""
+    return torch.nextafter(theta, torch.zeros_like(theta))
+
 
 THRESHOLD_SLACK = 1e-5
 """A value this close below the inference threshold, as a share of it, still reaches it: on the batch that set the
@@ -131,6 +137,21 @@ class BatchTopkActivation(AnnealedK):
     @torch.no_grad()
     def settle_threshold_(self, threshold: Tensor) -> None:
         self.threshold.copy_(threshold)
+
+    @torch.no_grad()
+    def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor:
+        scale_L, theta = self._rank_scale(n_L), self._inference_threshold()
+        if scale_L is None or bool(theta == 0):
+            return _just_below(theta).expand(self.n_latents).clone()
+        return torch.where(scale_L > 0, _just_below(theta / scale_L), NEVER)
+
+    @torch.no_grad()
+    def ranked_cutoff(self) -> Tensor:
+        return _just_below(self._inference_threshold())
+
+    def set_cutoffs_(self, theta: Tensor) -> None:
+        above = torch.nextafter(theta.float().clamp(min=0), torch.tensor(float("inf")))
+        self.settle_threshold_(above / (1 - THRESHOLD_SLACK))
 
     def running_statistics(self) -> tuple[Tensor, ...]:
         return self.threshold, self.mean_weight

@@ -62,5 +62,12 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         self.log_threshold_L.copy_(threshold_L.log())
 
     @torch.no_grad()
+    def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor:
+        return self.log_threshold_L.exp()
+
+    def set_cutoffs_(self, theta: Tensor) -> None:
+        self.set_thresholds_(theta.clamp(min=torch.finfo(torch.float32).tiny))
+
+    @torch.no_grad()
     def rescale_latents_(self, scale_L: Tensor) -> None:
         self.log_threshold_L.add_(scale_L.log())

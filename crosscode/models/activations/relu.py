@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -31,6 +32,9 @@ class ReLUActivation(ActivationFunction):
 
     def forward(self, preacts_BL: Tensor) -> Tensor:
         return preacts_BL.relu()
+
+    def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor:
+        return torch.zeros(self.n_latents)
 
     def rescale_latents_(self, scale_L: Tensor) -> None:
         """Nothing to do: what is positive stays so."""

@@ -1,0 +1,1 @@
+"""One file a format. A new one registers itself; no other file lists it."""
