@@ -14,7 +14,8 @@ from crosscode.build.stores import Stores
 from crosscode.config.data import DataConfig, HarvestConfig, LanguageModelConfig
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture
 from crosscode.data.harvest.harvester import ActivationHarvester
-from crosscode.data.harvest.language_models import LanguageModel, available_device, load_language_model
+from crosscode.data.harvest.language_models import LanguageModel, available_device
+from crosscode.data.harvest.loading import load_language_model
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.store.harvest import HarvestThroughStore
 from crosscode.data.text.documents import DocumentSource
@@ -33,12 +34,18 @@ _ENOUGH_FOR_VALIDATION = 20
 # ---- language models
 
 
-def load_model(config: LanguageModelConfig, field: str, default_device: str) -> LanguageModel:
-    """A language model; `field` is its place in the config, for messages."""
-    with at_field(f"{field}.path = {config.path!r}"):
-        log.info("loading language model %s", config.path)
-        options = config.model_dump(exclude={"path", "name", "device"})
-        return load_language_model(locate(config.path), device=config.device or default_device, **options)
+def load_models(configs: Sequence[LanguageModelConfig], default_device: str) -> list[LanguageModel]:
+    """The language models of a config; those of one base hold its weights once."""
+    loaded: dict[Any, LanguageModel] = {}
+    models = []
+    for i, config in enumerate(configs):
+        with at_field(f"language_models.{i}.path = {config.path!r}"):
+            adapter = "" if config.adapter is None else f" with adapter {config.adapter}"
+            log.info("loading language model %s%s", config.path, adapter)
+            options = config.model_dump(exclude={"path", "name", "device"})
+            device = config.device or default_device
+            models.append(load_language_model(locate(config.path), device=device, loaded=loaded, **options))
+    return models
 
 
 def locate(path: str) -> str:
@@ -137,7 +144,7 @@ def open_activations(
         check_documents(config, documents)
         stores.check_text(documents)
     if models is None:
-        models = [load_model(lm, f"language_models.{i}", str(device)) for i, lm in enumerate(config.language_models)]
+        models = load_models(config.language_models, str(device))
     if to_train:
         check_usable(config, documents, models[0].tokenizer, field="data.source", least=batch_size)
         if heldout is not None:

@@ -80,6 +80,8 @@ def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[C
 
 # ---- a whole run
 
+_OF_ADAPTER = ("adapter", "adapter_revision", "adapter_scale")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Activations, AnyExperiment):
@@ -100,7 +102,13 @@ class Experiment(Activations, AnyExperiment):
 
     def language_model_facts(self) -> list[dict[str, Any]]:
         return [
-            {"path": lm.path, "name": lm.short_name(), "revision": lm.revision, "fingerprint": loaded.fingerprint()}
+            {
+                "path": lm.path,
+                "name": lm.short_name(),
+                "revision": lm.revision,
+                **({} if lm.adapter is None else lm.model_dump(include=set(_OF_ADAPTER))),
+                "fingerprint": loaded.fingerprint(),
+            }
             for lm, loaded in zip(self.config.language_models, self.harvester.models, strict=True)
         ]
 

@@ -15,7 +15,8 @@ from crosscode.build.data import locate
 from crosscode.config.data import HarvestConfig, LanguageModelConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.harvester import check_hookpoints
-from crosscode.data.harvest.language_models import LanguageModel, load_skeleton
+from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.harvest.loading import load_skeleton
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
 from crosscode.trainers.optimizers import OPTIMIZERS

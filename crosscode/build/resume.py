@@ -38,7 +38,7 @@ OTHER_RUN = (
 # Which language model it is stands in the checkpoint as a fingerprint of its weights, wherever the files are now.
 CHECKED_BY_FINGERPRINT = (
     "language_models.*.path", "language_models.*.revision", "language_models.*.gguf_file",
-    "language_models.*.trust_remote_code",
+    "language_models.*.trust_remote_code", "language_models.*.adapter", "language_models.*.adapter_revision",
 )  # fmt: skip
 MOVED = (
     "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path",

@@ -132,6 +132,8 @@ def dump_config(config: ExperimentConfig) -> str:
         values["finetune_from"] = str(Path(config.finetune_from).expanduser().resolve())
     for language_model in values["language_models"]:
         _make_absolute(language_model)
+        if language_model["adapter"] is not None:
+            _make_absolute(language_model, "adapter")
     _make_data_absolute(values["data"])
     return yaml.safe_dump({name: values[name] for name in (*_FIRST, *values)}, sort_keys=False, allow_unicode=True)
 
@@ -148,7 +150,7 @@ def _make_data_absolute(data: dict[str, Any]) -> None:
         store["path"] = str(Path(store["path"]).expanduser().resolve())
 
 
-def _make_absolute(values: dict[str, Any]) -> None:
-    path = Path(values["path"]).expanduser()
+def _make_absolute(values: dict[str, Any], name: str = "path") -> None:
+    path = Path(values[name]).expanduser()
     if path.exists():
-        values["path"] = str(path.resolve())
+        values[name] = str(path.resolve())

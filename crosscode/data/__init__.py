@@ -5,10 +5,9 @@ from crosscode.data.harvest.harvester import ActivationHarvester, check_hookpoin
 from crosscode.data.harvest.language_models import (
     LanguageModel,
     check_common_tokenizer,
-    load_language_model,
-    load_skeleton,
     wrap_language_model,
 )
+from crosscode.data.harvest.loading import load_language_model, load_skeleton
 from crosscode.data.store.format import StoreError
 from crosscode.data.store.harvest import HarvestThroughStore, harvest_to_store
 from crosscode.data.store.manifest import make_manifest

@@ -1,24 +1,20 @@
-"""Language models as the source of activations: a hub name, a local folder, a GGUF file or an in-memory model.
-
-Every way in ends in the same frozen `LanguageModel`: eval mode, no gradients, one tokenizer, one fingerprint.
+"""Language models as the source of activations: every way in (`loading`, `adapters`, a model in memory) ends in the same
+frozen `LanguageModel`: eval mode, no gradients, one tokenizer, one fingerprint.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import os
 import re
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from crosscode.data.text.tokenizers import load_tokenizer, tokenizer_difference
+from crosscode.data.text.tokenizers import tokenizer_difference
 from crosscode.errors import InputError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
@@ -39,12 +35,16 @@ class LanguageModel:
     one: it is run on token ids. `name` is what the user called it (hub name,
     folder, or a free name for an in-memory model), `revision` the hub revision asked for, if any. `lock` is held by
     whoever has hooks on the modules: training and evaluation may harvest from one model in different threads.
+    With an adapter, `model` has it in its modules, `peft_model` is the `PeftModel` around it, and `adapter_rules` say how
+    its weights act.
     """
 
     model: Any
     tokenizer: Any
     name: str
     revision: str | None = None
+    peft_model: Any = field(default=None, repr=False)
+    adapter_rules: str = field(default="", repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
@@ -88,13 +88,25 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    def plain_tree(self) -> Any:
+        """A copy of the module tree that shares every weight; an adapter is merged in it, equal to rounding, and what it
+        changes has weights of its own."""
+        if self.peft_model is None:
+            return shared_copy(self.model)
+        whole = shared_copy(self.peft_model)
+        for module in list(whole.modules()):
+            layer = getattr(module, "base_layer", None)
+            for name, weight in [] if layer is None else list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, torch.nn.Parameter(weight.clone(), requires_grad=False))
+        return whole.merge_and_unload()
+
     def fingerprint(self) -> str:
         """16 hex digits of the weights: names, shapes, dtypes and an exact integer checksum of every tensor's bits.
 
         Two models that differ in one weight differ in it, and two in which weights changed places. It reads every
         weight, at memory speed, on the model's own device, and does not depend on the device.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.adapter_rules.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             digest.update(_bit_sums(tensor))
@@ -116,60 +128,6 @@ def _bit_sums(tensor: torch.Tensor) -> bytes:
     return torch.cat([*sums, flat[whole:].long()]).cpu().numpy().tobytes()
 
 
-def load_language_model(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> LanguageModel:
-    """Load a model and its tokenizer, if it has one, with `transformers`.
-
-    `name_or_path`: a hub name, a folder, or a `.gguf` file (the same as its folder plus `gguf_file`).
-    `dtype`: "float32", "bfloat16" or "float16", of the weights and of the run.
-    Raises InputError when the folder or file is missing, the dtype is unknown or the hub has no such model.
-    """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    source, gguf_file = _find_source(name_or_path, gguf_file)
-
-    from transformers import AutoModelForCausalLM
-
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        common["gguf_file"] = gguf_file
-    dense = _dense_gguf_options() if gguf_file is not None else {}
-    with _one_line_errors(name_or_path, revision):
-        place = available_device(device)
-        _check_no_adapter(source, revision)
-        tokenizer = load_tokenizer(source, common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
-        )
-        model, info = loaded
-        _check_nothing_is_missing(model, info["missing_keys"])
-    name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
-    return _freeze(model.to(place), tokenizer, name, revision)
-
-
-def _check_no_adapter(source: str, revision: str | None) -> None:
-    """`transformers` reads the weights beside an adapter and passes over it, or over them, as other packages are there."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    folder = Path(source)
-    if folder.is_dir():
-        found = next((file.name for file in sorted(folder.iterdir()) if file.name.startswith("adapter_")), None)
-    else:
-        found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
-    if found is not None:
-        raise InputError(
-            f"{found!r} is there, an adapter, which would not be applied; merge it into the weights (peft: "
-            "merge_and_unload, then save_pretrained) and name that folder, or move the adapter away"
-        )
-
-
 def available_device(name: str | torch.device) -> torch.device:
     """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
     if name == "auto":
@@ -182,76 +140,9 @@ def available_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _check_nothing_is_missing(model: Any, missing: Collection[str]) -> None:
-    """`transformers` fills weights that a checkpoint lacks with random numbers, and says so in a warning alone."""
-    if missing:
-        n_all = sum(1 for _ in model.parameters())
-        raise InputError(f"{len(missing)} of its {n_all} weights are not in the files ({min(missing)}, ...)")
-
-
-def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
-    """The modules of a model without its weights and without a tokenizer, from its configuration alone.
-
-    Enough to check hookpoints before anything expensive is loaded. Not for GGUF files.
-    """
-    source, gguf_file = _find_source(name_or_path, None)
-    if gguf_file is not None:
-        raise InputError(f"language model {name_or_path!r}: a GGUF file has no configuration apart from its weights")
-
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with _one_line_errors(name_or_path, revision), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return _freeze(model, None, name_or_path, revision)
-
-
-def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """What `transformers` is to load, and the GGUF file in it; a missing folder or file is refused here."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf" and gguf_file is None:
-        name_or_path, gguf_file = str(path.parent), path.name
-        path = path.parent
-    if not path.is_dir():
-        if _looks_like_a_path(name_or_path):
-            raise InputError(f"language model {name_or_path!r}: no such folder")
-        return name_or_path, gguf_file
-    if gguf_file is not None and not (path / gguf_file).is_file():
-        raise InputError(f"gguf_file: {gguf_file!r} is not in folder {str(path)!r}")
-    if gguf_file is None and not (path / "config.json").is_file():
-        with _one_line_errors(name_or_path, None):
-            _check_no_adapter(str(path), None)
-        raise InputError(f"language model {name_or_path!r}: the folder holds no config.json")
-    return str(path), gguf_file
-
-
-@contextmanager
-def _one_line_errors(name_or_path: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = first_line(error)
-        if "ignore_mismatched_sizes" in reason:
-            reason = "its files hold weights of other shapes than its config.json describes"
-        elif reason.endswith(":"):
-            reason = " ".join(str(error).split())[:200]
-        raise InputError(f"language model {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
-
-
-def _dense_gguf_options() -> dict[str, Any]:
-    """Unpack quantised weights once: packed ones would be unpacked again in every forward pass of a harvest.
-
-    Versions of `transformers` without the option always unpack.
-    """
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
 def wrap_language_model(hf_model: Any, tokenizer: Any, name: str = "in-memory") -> LanguageModel:
     """Use a `transformers` model that is already in memory; it is put in eval mode and its gradients switched off."""
-    return _freeze(hf_model, tokenizer, name, None)
+    return freeze(hf_model, tokenizer, name, None)
 
 
 def check_common_tokenizer(models: Sequence[LanguageModel]) -> None:
@@ -267,12 +158,13 @@ def check_common_tokenizer(models: Sequence[LanguageModel]) -> None:
             raise InputError(f"models {first.name!r} and {other.name!r} have different tokenizers: {difference}")
 
 
-def _freeze(model: Any, tokenizer: Any, name: str, revision: str | None) -> LanguageModel:
+def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **adapter: Any) -> LanguageModel:
     model.eval()
     model.requires_grad_(False)
-    return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision)
+    return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, **adapter)
 
 
-def _looks_like_a_path(name: str) -> bool:
-    """Hub names are `name` or `owner/name`; anything else that is not there is a missing folder."""
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(("/", ".gguf"))
+def shared_copy(tree: Any, besides: Collection[int] = ()) -> Any:
+    """A copy of a module tree over the same parameters and buffers, but for those whose `id` is in `besides`."""
+    tensors = [*tree.parameters(), *tree.buffers()]
+    return copy.deepcopy(tree, {id(tensor): tensor for tensor in tensors if id(tensor) not in besides})

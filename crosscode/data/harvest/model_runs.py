@@ -5,7 +5,6 @@ H harvest batch (sequences) · S sequence · P hookpoints.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -155,16 +154,15 @@ def _layer_of(name: str) -> int | None:
 
 
 def _boot_bridge(model: LanguageModel) -> Any:
-    """A bridge over a copy of the module tree that shares every weight: booting rewires the tree that it is given.
+    """A bridge over a copy of the module tree: booting rewires the tree that it is given.
 
     It gets no tokenizer: it would load a second one by name, and token ids are all that it is given to run.
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    tensors = [*model.model.parameters(), *model.model.buffers()]
-    tree = copy.deepcopy(model.model, {id(tensor): tensor for tensor in tensors})
     architecture = type(model.model).__name__
     try:
+        tree = model.plain_tree()
         return build_bridge_from_module(tree, architecture, hf_config=tree.config, model_name=model.name)
     except Exception as error:
         raise InputError(

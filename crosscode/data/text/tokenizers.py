@@ -14,7 +14,7 @@ _PROBE_TEXT = (
     "DON'T SHOUT  e\u0301 \ufb01 \uff21\u200d 12345678   \r\n</s><|endoftext|> x"
 )
 _NO_MATTER_OF_IDS = {"trim_offsets"}
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TOKENIZER_FILE = re.compile(
     r"^(tokenizer|vocab|merges|added_tokens|special_tokens|spiece|sentencepiece|tekken)|\.(model|tiktoken|spm)$"
 )
@@ -37,7 +37,7 @@ def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError):
         missing_is_none = {"revision": options["revision"], "_raise_exceptions_for_missing_entries": False}
-        if has_one or any(cached_file(source, name, **missing_is_none) for name in _TOKENIZER_FILES):
+        if has_one or any(cached_file(source, name, **missing_is_none) for name in TOKENIZER_FILES):
             raise
         return None
 

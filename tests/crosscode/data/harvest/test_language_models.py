@@ -110,7 +110,7 @@ def _cut(folder):
         (lambda folder: (folder / "adapter_model.safetensors").touch(), "'adapter_model.safetensors' is there"),
         (
             lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-            "'adapter_config.json' is there, an adapter, which would not be applied; merge it",
+            "adapter_config.json is there, but no adapter_model.safetensors",
         ),
     ],
 )

@@ -6,7 +6,7 @@ N vectors · D width.
 import pytest
 import torch
 
-from crosscode.data.harvest.language_models import load_language_model, wrap_language_model
+from crosscode.data import load_language_model, wrap_language_model
 from crosscode.data.harvest.unembedding import unembed
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError

@@ -1,0 +1,211 @@
+"""Adapters (`peft`) on a language model: a module tree of their own over the weights of the base, which are held once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosscode.data.harvest.language_models import LanguageModel, freeze, shared_copy
+from crosscode.data.text.tokenizers import TOKENIZER_FILES, load_tokenizer
+from crosscode.errors import InputError
+
+log = logging.getLogger("crosscode")
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations of LoRA that leave the base as it is; the others (PiSSA, OLoRA, ...) take something out of it."""
+_NO_MATTER = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type", "peft_version")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The files of an adapter, in a folder of this machine.
+
+    `name` is what the user called it, `revision` the hub revision asked for, `config` its `adapter_config.json`.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def base(self) -> str | None:
+        """The model that it was trained on."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.config.get("revision")
+
+
+def find_adapter(name: str, revision: str | None) -> Adapter | None:
+    """The adapter in a folder, or in a hub repository (`OWNER/NAME`, `OWNER/NAME/SUBFOLDER`), None where there is none.
+
+    Of a hub repository its files are downloaded. Raises InputError for one without weights.
+    """
+    from transformers.utils.hub import cached_file
+
+    folder, options = Path(name).expanduser(), {}
+    if folder.is_dir():
+        repo, found = str(folder), [folder / file for file in (_CONFIG, *_WEIGHTS) if (folder / file).is_file()]
+    else:
+        *owner_and_name, subfolder = [*name.split("/", 2), *([""] * (2 - name.count("/")))][:3]
+        repo = "/".join(part for part in owner_and_name if part)
+        options = {"revision": revision, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
+        names = (_CONFIG, *_WEIGHTS[:1])
+        paths = [cached_file(repo, file, **options) for file in names]
+        if paths[0] and not paths[1]:
+            paths.append(cached_file(repo, _WEIGHTS[1], **options))
+        found = [Path(path) for path in paths if path]
+    if not found or found[0].name != _CONFIG:
+        return None
+    if len(found) == 1:
+        raise InputError(f"adapter {name!r}: {_CONFIG} is there, but no {' or '.join(_WEIGHTS)}")
+    if options:
+        for file in TOKENIZER_FILES:
+            cached_file(repo, file, **options)
+    try:
+        config = json.loads(found[0].read_text())
+    except ValueError as error:
+        raise InputError(f"adapter {name!r}: {_CONFIG} is no JSON ({error})") from error
+    return Adapter(found[0].parent, name, revision, config)
+
+
+def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> LanguageModel:
+    """`base` with the adapter, as `peft` runs it, unmerged: `model` is the plain class with the adapter in its modules.
+
+    The weights are those of `base`, but for what the adapter brings or replaces; `base` stays as it is. `scale`
+    multiplies what LoRA adds.
+
+    Raises:
+        InputError: `peft` is not installed; files that do not fit the base, or of which a part would not be used; an
+            adapter that changes no logit, that acts outside of modules (prompts), or that `scale` does not reach whole.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(
+            f"adapter {adapter.name!r}: needs the package peft; try: pip install 'crosscode[peft]'"
+        ) from error
+    if scale != 1:
+        _check_scale(adapter, scale)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+        if config.is_prompt_learning:
+            raise InputError(
+                f"adapter {adapter.name!r}: {_kind(config)} adds tokens to the text; only weights can be adapted"
+            )
+        config.inference_mode = True
+        tensors = peft.utils.load_peft_weights(str(adapter.folder), device="cpu")
+        tree = _prepared_tree(base.model, config, tensors)
+        before = _states(base.model)
+        whole = peft.PeftModel(tree, config)
+        result = whole.load_adapter(str(adapter.folder), "default", torch_device=str(base.device))
+    if before != _states(base.model):
+        raise InputError(f"adapter {adapter.name!r}: {_kind(config)} would change the weights of {base.name!r} itself")
+    unused = [key for key in result.unexpected_keys if not _is_said_twice(key, tensors)]
+    for what, keys in (("unexpected", unused), ("missing", result.missing_keys)):
+        if keys:
+            place = f"its files are not for {base.name!r} ({type(base.model).__name__})"
+            raise InputError(f"adapter {adapter.name!r}: {place}: {len(keys)} weights are {what} ({min(keys)}, ...)")
+    if scale != 1:
+        for module in whole.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.scale_layer(scale)
+    tokenizer = load_tokenizer(str(adapter.folder), {"revision": None}) or base.tokenizer
+    revision, scaled = adapter.revision and f"@{adapter.revision}", "" if scale == 1 else f" x {scale:g}"
+    rules = {name: value for name, value in adapter.config.items() if name not in _NO_MATTER}
+    adapted = freeze(
+        whole.get_base_model(),
+        tokenizer,
+        f"{base.name} + {adapter.name}{revision or ''}{scaled}",
+        base.revision,
+        peft_model=whole,
+        adapter_rules=json.dumps({**rules, "scale": scale}, sort_keys=True),
+    )
+    _check_effect(base, adapted, whole, adapter)
+    return adapted
+
+
+def _prepared_tree(model: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A tree over the same weights, but for those that the adapter's files replace, with embeddings of their size."""
+    if getattr(config, "init_lora_weights", True) not in _KEEPS_BASE:
+        return copy.deepcopy(model)
+    brought = {key.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+    copied_by_peft = getattr(config, "modules_to_save", None) or ()
+    private = {
+        id(weight)
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if name in brought and not any(part in copied_by_peft for part in name.split("."))
+    }
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    table = brought.get(f"{name}.weight")
+    n_rows = len(embedding.weight if table is None else table)
+    if n_rows == len(embedding.weight):
+        return shared_copy(model, besides=private)
+    ends = [module for module in (embedding, model.get_output_embeddings()) if module is not None]
+    tree = shared_copy(model, besides=private | {id(weight) for module in ends for weight in module.parameters()})
+    tree.resize_token_embeddings(n_rows, mean_resizing=False)
+    return tree
+
+
+def _is_said_twice(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Of modules that are saved whole, resized ones stand three times: as they are, again, and as they were."""
+    for infix in (".modules_to_save.", ".original_module."):
+        again = tensors.get(key.replace(infix, "."))
+        if infix in key and again is not None:
+            return infix == ".original_module." or torch.equal(tensors[key], again)
+    return False
+
+
+def _states(model: Any) -> list[tuple[int, int]]:
+    """Where each weight lies and how often it was written to."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in model.parameters()]
+
+
+def _kind(config: Any) -> str:
+    return f"an adapter of type {config.peft_type.value}"
+
+
+def _check_scale(adapter: Adapter, scale: float) -> None:
+    """Raise InputError where a part of what an adapter does is no addition that could be scaled."""
+    config = adapter.config
+    whole = ("modules_to_save", "trainable_token_indices", "use_dora")
+    parts = [name for name in whole if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("peft_type") != "LORA":
+        parts.insert(0, f"peft_type {config.get('peft_type')}")
+    if parts:
+        raise InputError(
+            f"adapter_scale = {scale}: scales what LoRA adds, but adapter {adapter.name!r} has {parts[0]}, which is no "
+            "addition; leave it at 1"
+        )
+
+
+@torch.no_grad()
+def _check_effect(base: LanguageModel, adapted: LanguageModel, whole: Any, adapter: Adapter) -> None:
+    """Raise InputError for an adapter that changes no logit, or that does not act through the modules alone."""
+    size = min(base.vocab_size, adapted.vocab_size)
+    tokens_HS = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0)).to(base.device)
+    mine = adapted.model(input_ids=tokens_HS, use_cache=False).logits
+    if not torch.equal(mine, whole(input_ids=tokens_HS, use_cache=False).logits):
+        raise InputError(f"adapter {adapter.name!r}: acts outside of the model's modules, and cannot be harvested")
+    if base.vocab_size == adapted.vocab_size and torch.equal(
+        mine, base.model(input_ids=tokens_HS, use_cache=False).logits
+    ):
+        raise InputError(f"adapter {adapter.name!r}: changes no logit of {base.name!r}; was it trained?")
+    trained_on = adapter.base
+    if trained_on and Path(trained_on).name != Path(base.name).name:
+        log.warning("adapter %s was trained on %s, and is put on %s", adapter.name, trained_on, base.name)

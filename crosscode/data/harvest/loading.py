@@ -1,0 +1,217 @@
+"""Language models from a hub name, a local folder or a GGUF file, with or without an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from crosscode.data.harvest.adapters import Adapter, apply_adapter, find_adapter
+from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze
+from crosscode.data.text.tokenizers import load_tokenizer
+from crosscode.errors import InputError, first_line
+
+
+def load_language_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    adapter_scale: float = 1.0,
+    loaded: dict[Any, LanguageModel] | None = None,
+) -> LanguageModel:
+    """Load a model and its tokenizer, if it has one, with `transformers`, and an adapter on it with `peft`.
+
+    Args:
+        name_or_path: a hub name, a folder, or a `.gguf` file (the same as its folder plus `gguf_file`). One that holds an
+            adapter alone stands for that adapter on the base that it names.
+        dtype: "float32", "bfloat16" or "float16", of the weights and of the run.
+        adapter: folder or hub name of an adapter, `OWNER/NAME/SUBFOLDER` for one in a folder of its repository.
+        adapter_scale: what LoRA adds is multiplied by it.
+        loaded: models without adapter that are there already, and to which this one's base is added: weights of a base
+            that several models have are held once.
+
+    Raises:
+        InputError: the folder or file is missing, the dtype is unknown or the hub has no such model; as `apply_adapter`.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    on_base = _find_adapter(name_or_path, revision, gguf_file, adapter, adapter_revision)
+    if on_base is None and adapter_scale != 1:
+        raise InputError(f"adapter_scale = {adapter_scale}: {name_or_path!r} has no adapter")
+    if on_base is not None and adapter is None:
+        name_or_path, revision = _base_of(on_base), on_base.base_revision
+    source, gguf_file = _find_source(name_or_path, gguf_file)
+    with _one_line_errors(name_or_path, revision):
+        place = available_device(device)
+    key = (source, revision, gguf_file, dtype, place, trust_remote_code)
+    loaded = {} if loaded is None else loaded
+    if key not in loaded:
+        model, tokenizer = _load(source, revision, gguf_file, dtype, place, trust_remote_code, name_or_path)
+        name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
+        loaded[key] = freeze(model, tokenizer, name, revision)
+    if on_base is None:
+        return loaded[key]
+    with _one_line_errors(f"{name_or_path} + {on_base.name}", on_base.revision, but=(InputError,)):
+        return apply_adapter(loaded[key], on_base, adapter_scale)
+
+
+def _load(
+    source: str,
+    revision: str | None,
+    gguf_file: str | None,
+    dtype: str,
+    place: torch.device,
+    trust_remote_code: bool,
+    name: str,
+) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        common["gguf_file"] = gguf_file
+    dense = _dense_gguf_options() if gguf_file is not None else {}
+    with _one_line_errors(name, revision):
+        _check_no_adapter(source, revision)
+        tokenizer = load_tokenizer(source, common)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
+        )
+        model, info = found
+        _check_nothing_is_missing(model, info["missing_keys"])
+        return model.to(place), tokenizer
+
+
+def _find_adapter(
+    path: str, revision: str | None, gguf_file: str | None, adapter: str | None, adapter_revision: str | None
+) -> Adapter | None:
+    """The adapter that is asked for, or that stands at `path` alone."""
+    if adapter is not None:
+        found = find_adapter(adapter, adapter_revision)
+        if found is None:
+            raise InputError(f"adapter = {adapter!r}: no folder or hub repository with an adapter_config.json")
+        return found
+    folder = Path(path).expanduser()
+    if gguf_file is not None or folder.suffix == ".gguf" or (not folder.is_dir() and _looks_like_a_path(path)):
+        return None
+    if folder.is_dir():
+        return None if (folder / "config.json").is_file() else find_adapter(path, None)
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with _one_line_errors(path, revision):
+        is_alone = find_adapter_config_file(path, revision=revision) and not cached_file(
+            path, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        return find_adapter(path, revision) if is_alone else None
+
+
+def _base_of(adapter: Adapter) -> str:
+    if not adapter.base:
+        raise InputError(f"adapter {adapter.name!r}: names no base; give it as path, and this as adapter")
+    return adapter.base
+
+
+def _check_no_adapter(source: str, revision: str | None) -> None:
+    """`transformers` reads the weights beside an adapter and passes over it, or over them, as other packages are there."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(source)
+    if folder.is_dir():
+        found = next((file.name for file in sorted(folder.iterdir()) if file.name.startswith("adapter_")), None)
+    else:
+        found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
+    if found is not None:
+        raise InputError(
+            f"{found!r} is there, an adapter beside the weights of a model, which would not be applied: move it into a "
+            "folder of its own, and name that as adapter if it is meant"
+        )
+
+
+def _check_nothing_is_missing(model: Any, missing: Collection[str]) -> None:
+    """`transformers` fills weights that a checkpoint lacks with random numbers, and says so in a warning alone."""
+    if missing:
+        n_all = sum(1 for _ in model.parameters())
+        raise InputError(f"{len(missing)} of its {n_all} weights are not in the files ({min(missing)}, ...)")
+
+
+def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
+    """The modules of a model without its weights and without a tokenizer, from its configuration alone; of an adapter, those
+    of its base.
+
+    Enough to check hookpoints before anything expensive is loaded. Not for GGUF files.
+    """
+    adapter = _find_adapter(name_or_path, revision, None, None, None)
+    if adapter is not None:
+        name_or_path, revision = _base_of(adapter), adapter.base_revision
+    source, gguf_file = _find_source(name_or_path, None)
+    if gguf_file is not None:
+        raise InputError(f"language model {name_or_path!r}: a GGUF file has no configuration apart from its weights")
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _one_line_errors(name_or_path, revision), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return freeze(model, None, name_or_path, revision)
+
+
+def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """What `transformers` is to load, and the GGUF file in it; a missing folder or file is refused here."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and gguf_file is None:
+        name_or_path, gguf_file = str(path.parent), path.name
+        path = path.parent
+    if not path.is_dir():
+        if _looks_like_a_path(name_or_path):
+            raise InputError(f"language model {name_or_path!r}: no such folder")
+        return name_or_path, gguf_file
+    if gguf_file is not None and not (path / gguf_file).is_file():
+        raise InputError(f"gguf_file: {gguf_file!r} is not in folder {str(path)!r}")
+    if gguf_file is None and not (path / "config.json").is_file():
+        raise InputError(f"language model {name_or_path!r}: the folder holds no config.json")
+    return str(path), gguf_file
+
+
+@contextmanager
+def _one_line_errors(
+    name_or_path: str, revision: str | None, *, but: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    try:
+        yield
+    except but:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its files hold weights of other shapes than its config.json describes"
+        elif reason.endswith(":"):
+            reason = " ".join(str(error).split())[:200]
+        raise InputError(f"language model {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
+
+
+def _dense_gguf_options() -> dict[str, Any]:
+    """Unpack quantised weights once: packed ones would be unpacked again in every forward pass of a harvest.
+
+    Versions of `transformers` without the option always unpack.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; anything else that is not there is a missing folder."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(("/", ".gguf"))

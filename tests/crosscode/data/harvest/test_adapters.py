@@ -1,0 +1,273 @@
+"""A model with an adapter computes what `peft` computes, over weights that are held once."""
+
+import json
+
+import pytest
+import torch
+
+from crosscode.data import ActivationHarvester, load_language_model, load_skeleton
+from crosscode.errors import InputError
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+TOKENS_HS = torch.randint(6, 46, (3, 9), generator=torch.Generator().manual_seed(0))
+NAMES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
+TARGETS = {
+    "llama": ["q_proj", "down_proj"],
+    "qwen3": ["q_proj", "down_proj"],
+    "gemma2": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+}
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "norms_to_save": {"modules_to_save": ["input_layernorm"]},
+    "bias": {"bias": "all"},
+    "tokens": {"trainable_token_indices": [7, 8]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "resized": {},
+    "resized_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+CASES = [(family, kind) for family in TARGETS for kind in ("lora", "rslora", "dora", "resized")]
+CASES += [("llama", kind) for kind in KINDS if ("llama", kind) not in CASES] + [("gpt2", "bias"), ("gpt_neox", "bias")]
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tmp_path_factory, build_model, tokenizer):
+    """`make_adapter(family, kind)`: folders of a base and of an adapter of random weights on it."""
+    made = {}
+
+    def make(family, kind, seed=0):
+        if (family, kind, seed) in made:
+            return made[family, kind, seed]
+        folder = tmp_path_factory.mktemp(f"{family}_{kind}")
+        base = build_model(family).eval()
+        with torch.no_grad():
+            for name, param in base.named_parameters():
+                if name.endswith("bias"):
+                    param.normal_(std=0.1)
+        base.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        if kind.startswith("resized"):
+            base.resize_token_embeddings(50, mean_resizing=False)
+        config = {"r": 2, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": TARGETS[family], **KINDS[kind]}
+        torch.manual_seed(seed)
+        base.name_or_path = base.config._name_or_path = str(folder / "base")
+        model = peft.get_peft_model(base, peft.LoraConfig(**config))
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.requires_grad:
+                    param.add_(0.3 * torch.randn(param.shape))
+        model.save_pretrained(folder / "adapter")
+        made[family, kind, seed] = (str(folder / "base"), str(folder / "adapter"))
+        return made[family, kind, seed]
+
+    return make
+
+
+def plain_peft(base, adapter, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    rows = peft.utils.load_peft_weights(adapter, device="cpu")
+    sizes = [len(rows[key]) for key in rows if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+    if sizes:
+        model.resize_token_embeddings(sizes[0], mean_resizing=False)
+    return peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+def own_hooks(model, tokens_HS):
+    """The residual stream from `hidden_states`, an MLP from a hook of one's own, and logits."""
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    blocks = next(m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    mlp = (
+        blocks[1].mlp if not hasattr(blocks[1], "post_feedforward_layernorm") else blocks[1].post_feedforward_layernorm
+    )
+    seen = {}
+    hooks = [
+        mlp.register_forward_hook(lambda _m, _a, out: seen.update(mlp=out)),
+        blocks[2].register_forward_hook(
+            lambda _m, _a, out: seen.update(last=out if isinstance(out, torch.Tensor) else out[0])
+        ),
+    ]
+    with torch.no_grad():
+        out = model(input_ids=tokens_HS, output_hidden_states=True, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    acts_HSPD = torch.stack([out.hidden_states[0], out.hidden_states[1], seen["mlp"], seen["last"]], 2)
+    return acts_HSPD, out.logits
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_activations_and_logits_are_those_of_peft_to_the_bit(family, kind, make_adapter):
+    base, adapter = make_adapter(family, kind)
+    expected_HSPD, logits_HSV = own_hooks(plain_peft(base, adapter), TOKENS_HS)
+    model = load_language_model(base, adapter=adapter)
+    acts_HSMPD = ActivationHarvester([model], NAMES).harvest(TOKENS_HS)
+    assert torch.equal(acts_HSMPD[:, :, 0], expected_HSPD)
+    with torch.no_grad():
+        assert torch.equal(model.model(TOKENS_HS).logits, logits_HSV)
+    unadapted_HSPD, _ = own_hooks(load_language_model(base).model, TOKENS_HS)
+    assert not torch.equal(expected_HSPD, unadapted_HSPD) or "lm_head" in KINDS[kind].get("modules_to_save", ())
+
+
+@pytest.mark.parametrize("kind", ["lora", "modules_to_save", "resized", "bias", "dora"])
+def test_the_base_beside_it_is_the_base(kind, make_adapter):
+    base, adapter = make_adapter("llama", kind)
+    loaded = {}
+    adapted = load_language_model(base, adapter=adapter, loaded=loaded)
+    plain = load_language_model(base, loaded=loaded)
+    alone_HSPD, logits_HSV = own_hooks(load_language_model(base).model, TOKENS_HS)
+    own_hooks(adapted.model, TOKENS_HS)
+    acts_HSPD, plain_HSV = own_hooks(plain.model, TOKENS_HS)
+    assert torch.equal(acts_HSPD, alone_HSPD)
+    assert torch.equal(plain_HSV, logits_HSV)
+    assert plain.fingerprint() == load_language_model(base).fingerprint() != adapted.fingerprint()
+    if kind != "resized":  # there the embeddings are the adapter's
+        with adapted.peft_model.disable_adapter():
+            off_HSPD, _ = own_hooks(adapted.model, TOKENS_HS)
+        assert torch.equal(off_HSPD, alone_HSPD) or kind == "bias"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_that_of_peft_to_the_bit(dtype, make_adapter):
+    base, adapter = make_adapter("qwen3", "lora")
+    expected_HSPD, _ = own_hooks(plain_peft(base, adapter, getattr(torch, dtype)), TOKENS_HS)
+    model = load_language_model(base, adapter=adapter, dtype=dtype)
+    assert torch.equal(ActivationHarvester([model], NAMES).harvest(TOKENS_HS)[:, :, 0], expected_HSPD.float())
+
+
+def _n_bytes(models):
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in models for t in m.model.parameters()
+    }
+    return sum(storages.values())
+
+
+def test_models_that_share_a_base_hold_it_once(make_adapter):
+    base, first = make_adapter("llama", "lora")
+    _, second = make_adapter("llama", "lora", seed=1)
+    loaded = {}
+    models = [load_language_model(base, adapter=adapter, loaded=loaded) for adapter in (None, first, second)]
+    n_base = _n_bytes(models[:1])
+    n_adapters = sum(
+        tensor.numel() * tensor.element_size()
+        for folder in (first, second)
+        for tensor in peft.utils.load_peft_weights(folder, device="cpu").values()
+    )
+    assert _n_bytes(models) == n_base + n_adapters
+    one, two = (ActivationHarvester([model], NAMES).harvest(TOKENS_HS) for model in models[1:])
+    both = ActivationHarvester(models[1:], NAMES).harvest(TOKENS_HS)
+    assert torch.equal(both, torch.cat([one, two], 2))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "modules_to_save", "resized"])
+def test_equal_to_the_merged_model_within_rounding(kind, make_adapter):
+    base, adapter = make_adapter("llama", kind)
+    model = load_language_model(base, adapter=adapter)
+    expected, _ = own_hooks(plain_peft(base, adapter).merge_and_unload(), TOKENS_HS)
+    plain = ActivationHarvester([model], NAMES).harvest(TOKENS_HS)[:, :, 0]
+    bridge = ActivationHarvester([model], NAMES, path="bridge").harvest(TOKENS_HS)[:, :, 0]
+    torch.testing.assert_close(plain, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(bridge, expected, atol=2e-5, rtol=1e-4)
+    again = ActivationHarvester([model], NAMES).harvest(TOKENS_HS)[:, :, 0]
+    assert torch.equal(again, plain)
+
+
+def test_an_adapter_alone_stands_on_the_base_that_it_names(make_adapter):
+    base, adapter = make_adapter("llama", "lora")
+    alone, named = load_language_model(adapter), load_language_model(base, adapter=adapter)
+    assert alone.fingerprint() == named.fingerprint()
+    assert (alone.name, alone.tokenizer.get_vocab()) == (f"{base} + {adapter}", named.tokenizer.get_vocab())
+    assert load_skeleton(adapter).n_layers == 3
+
+
+def test_scale_multiplies_what_lora_adds(make_adapter):
+    base, adapter = make_adapter("llama", "lora")
+    doubled = load_language_model(base, adapter=adapter, adapter_scale=2.0)
+    by_hand = plain_peft(base, adapter)
+    with torch.no_grad():
+        for name, param in by_hand.named_parameters():
+            if "lora_B" in name:
+                param.mul_(2)
+    expected, _ = own_hooks(by_hand, TOKENS_HS)
+    torch.testing.assert_close(ActivationHarvester([doubled], NAMES).harvest(TOKENS_HS)[:, :, 0], expected)
+    assert doubled.fingerprint() != load_language_model(base, adapter=adapter).fingerprint()
+
+
+@pytest.fixture
+def copies(make_adapter, tmp_path):
+    import shutil
+
+    base, adapter = make_adapter("llama", "lora")
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+def _change(folder, make):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file(make(load_file(file)), file)
+
+
+def _config(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: _change(f, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()}), "changes no logit"),
+        (lambda f: _change(f, lambda w: w | {"base_model.model.model.layers.9.x.lora_A.weight": torch.ones(1)}), "unexp"),
+        (lambda f: _change(f, lambda w: dict(sorted(w.items())[1:])), "1 weights are missing"),
+        (lambda f: _change(f, lambda w: {k: v[:, :1].clone() for k, v in w.items()}), "size mismatch|shapes|Error"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_config.json is there, but no adapter_model"),
+        (lambda f: (f / "adapter_config.json").unlink(), "no folder or hub repository with an adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is no JSON"),
+        (lambda f: _config(f, target_modules=["nowhere"]), "nowhere"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_are_refused_in_one_line(damage, message, copies):
+    base, adapter = copies
+    damage(adapter)
+    with pytest.raises(InputError, match=message) as error:
+        load_language_model(str(base), adapter=str(adapter))
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_is_no_adapter_of_weights(copies, tmp_path, build_model):
+    model = peft.get_peft_model(
+        build_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    model.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(InputError, match="PROMPT_TUNING adds tokens to the text"):
+        load_language_model(str(copies[0]), adapter=str(tmp_path / "prompt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("dora", "use_dora"), ("modules_to_save", "modules_to_save"), ("bias", "bias")]
+)
+def test_a_scale_that_would_not_reach_all_is_refused(kind, part, make_adapter):
+    base, adapter = make_adapter("llama", kind)
+    with pytest.raises(InputError, match=f"adapter_scale = 0.5: .* has {part}"):
+        load_language_model(base, adapter=adapter, adapter_scale=0.5)
+    with pytest.raises(InputError, match=r"adapter_scale = 0.5: .* has no adapter"):
+        load_language_model(base, adapter_scale=0.5)
+
+
+def test_an_adapter_beside_the_weights_is_never_passed_over(copies):
+    base, adapter = copies
+    (adapter / "adapter_config.json").rename(base / "adapter_config.json")
+    with pytest.raises(InputError, match="would not be applied"):
+        load_language_model(str(base))
