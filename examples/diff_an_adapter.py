@@ -39,7 +39,7 @@ for step in range(min(100, n_tokens // 1000)):
     optimizer.zero_grad()
     if step % 20 == 0:
         print(f"adapter: step {step}, loss {loss:.2f}")
-model.save_pretrained(adapter)
+model.save_pretrained(str(adapter))
 
 values = read_yaml("demo")
 values["language_models"] = [{"path": "demo:base"}, {"path": "demo:base", "adapter": str(adapter), "name": "lora"}]
