@@ -21,8 +21,8 @@ from crosscode.config.registry import ConfigModel as ConfigModel
 from crosscode.data.dataloader import ActivationsDataloader as ActivationsDataloader
 from crosscode.data.harvest.harvester import ActivationHarvester as ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel as LanguageModel
-from crosscode.data.harvest.language_models import load_language_model as load_language_model
 from crosscode.data.harvest.language_models import wrap_language_model as wrap_language_model
+from crosscode.data.harvest.loading import load_language_model as load_language_model
 from crosscode.data.rows import Rows as Rows
 from crosscode.data.rows import RowSource as RowSource
 from crosscode.data.scaling import estimate_scaling as estimate_scaling

@@ -91,7 +91,7 @@ def test_a_run_looks_through_a_store_once_before_it_reads(harvest, with_data, mo
 def test_the_shuffle_buffer_of_a_store_is_its_window(harvest, with_data):
     """Rows of a store wait once, in the dtype on disk, and no checkpoint holds them."""
     data = build_dataloader(open_experiment(check_config(with_data(stores=[harvest()], shuffle_buffer_size=128))))
-    assert (data.rows.window, data.shuffle_buffer_size) == (128, 0)
+    assert (data.rows.rows.window, data.shuffle_buffer_size) == (128, 0)
     next(iter(data))
     assert data.state_dict()["buffer"]["rows_NE"].shape[0] == 0
 
