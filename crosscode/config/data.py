@@ -12,7 +12,7 @@ from crosscode.config.registry import ConfigModel
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Source
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
-TemplateTokens = Literal["keep", "mask"]
+TemplateTokens = Literal["keep", "mask", "answers"]
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"  # a name is printed, and stands in files
 SequenceLength = Annotated[int, Field(ge=2)]
 
@@ -123,7 +123,8 @@ class TokenRules(ConfigModel):
     mask_token_ids: list[NonNegativeInt] = Field(default=[])
     """leave out activations at these token ids"""
     template_tokens: TemplateTokens = "keep"
-    """chats: whether activations at tokens that the chat template adds are used"""
+    """chats: whether activations at tokens that the chat template adds are used; answers: only those of what the assistant
+    says (and none of plain text)"""
 
 
 class TokenPolicy(TokenRules):

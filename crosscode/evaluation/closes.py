@@ -50,6 +50,8 @@ class Closes:
     """the same for each draw of random latents"""
     random_share: float | None
     """their mean"""
+    answers: Closes | None = None
+    """the same, where only predictions of what the assistant says count; None where there are no chats"""
 
 
 @full_precision()
@@ -68,6 +70,7 @@ def measure_closes(
     n_random: int = 5,
     seed: int = 0,
     limit: NormLimit | None = None,
+    counted: Iterable[TokenBatch] | None = None,
 ) -> Closes:
     """What the latents of model B close when they are added to model A.
 
@@ -77,6 +80,8 @@ def measure_closes(
         alive_L: bool; among which random latents are drawn.
         n_tokens: usable tokens after which no further batch is taken.
         n_random: draws of as many random latents.
+        limit: tokens beyond it count as unusable.
+        counted: the same text with masks of the tokens whose predictions count; default: all.
 
     Raises:
         InputError: no latents, too few others, or outputs that do not cover both models.
@@ -105,7 +110,7 @@ def measure_closes(
         added.append(random_NPD / norm_NP1 * difference_NPD.norm(dim=-1, keepdim=True))
     splicer_a, splicer_b = (Splicer(harvester, m) for m in (model_a, model_b))
     n, kl, kl_closed = 0, 0.0, [0.0] * len(added)
-    for part in text_parts(harvester, batches, n_tokens, limit):
+    for part in text_parts(harvester, batches, n_tokens, limit, counted):
         input_BXiDi = split.activations(part.usable().to(model.device))[0]
         a_BN = model.encode_latents(input_BXiDi).columns_BN(latents_N).float()
         b_HSV, a_HSV = (one.logits(part.tokens_HS, part.segments_HS) for one in (splicer_b, splicer_a))

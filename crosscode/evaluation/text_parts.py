@@ -26,6 +26,8 @@ class TextPart:
     mask_HS: Tensor
     segments_HS: Tensor | None
     acts_HSMPD: Tensor
+    counted_HS: Tensor
+    """of which tokens the predictions count, where they are usable"""
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
@@ -39,30 +41,60 @@ class TextPart:
 
     def predictions(self, logits_HSV: Tensor) -> Tensor:
         """`log_prob_NV` of what is predicted at a usable position of a usable token."""
-        counted_HS = self.mask_HS[:, :-1] & self.mask_HS[:, 1:]
-        return logits_HSV[:, :-1][counted_HS.to(logits_HSV.device)].log_softmax(-1)
+        return logits_HSV[:, :-1][self._predicted_HS().to(logits_HSV.device)].log_softmax(-1)
 
     def predicted(self) -> Tensor:
         """`tokens_N` that `predictions` are about."""
-        return self.tokens_HS[:, 1:][self.mask_HS[:, :-1] & self.mask_HS[:, 1:]]
+        return self.tokens_HS[:, 1:][self._predicted_HS()]
+
+    def _predicted_HS(self) -> Tensor:
+        return self.mask_HS[:, :-1] & self.mask_HS[:, 1:] & self.counted_HS[:, 1:]
 
 
 @torch.no_grad()
 def text_parts(
-    harvester: ActivationHarvester, batches: Iterable[TokenBatch], n_tokens: int, limit: NormLimit | None = None
+    harvester: ActivationHarvester,
+    batches: Iterable[TokenBatch],
+    n_tokens: int,
+    limit: NormLimit | None = None,
+    counted: Iterable[TokenBatch] | None = None,
 ) -> Iterator[TextPart]:
-    """Parts of whole batches, until `n_tokens` usable tokens were seen. Tokens beyond the `limit` count as unusable."""
+    """Parts of whole batches, until `n_tokens` usable tokens were seen. Tokens beyond the `limit` count as unusable.
+
+    Args:
+        counted: the same text, or those of its sequences that matter, in the same order with other masks: which tokens'
+            predictions count, and towards `n_tokens`; default: all.
+    """
+    rows_counted = None if counted is None else _Rows(counted)
     for batch in batches:
         acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
         mask_HS = batch.mask_HS if limit is None else limit.narrowed(batch.mask_HS, acts_HSMPD)
+        counted_HS = torch.ones_like(mask_HS) if rows_counted is None else rows_counted.masks_of(batch.tokens_HS)
         rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * max(lm.vocab_size for lm in harvester.models)))
         for start in range(0, batch.tokens_HS.shape[0], rows):
             own = slice(start, start + rows)
             segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
-            yield TextPart(batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own])
-        n_tokens -= int(mask_HS.sum())
+            yield TextPart(batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own], counted_HS[own])
+        n_tokens -= int((mask_HS & counted_HS).sum())
         if n_tokens <= 0:
             return
+
+
+class _Rows:
+    """Sequences with masks, of which others may be left out."""
+
+    def __init__(self, batches: Iterable[TokenBatch]):
+        self._rows = (row for batch in batches for row in zip(batch.tokens_HS, batch.mask_HS, strict=True))
+        self._next = next(self._rows, None)
+
+    def masks_of(self, tokens_HS: Tensor) -> Tensor:
+        """`mask_HS` of the sequences that come next, all False for those that are left out."""
+        mask_HS = torch.zeros_like(tokens_HS, dtype=torch.bool)
+        for tokens_S, mask_S in zip(tokens_HS, mask_HS, strict=True):
+            if self._next is not None and torch.equal(self._next[0], tokens_S):
+                mask_S.copy_(self._next[1])
+                self._next = next(self._rows, None)
+        return mask_HS
 
 
 def kl_N(p_NV: Tensor, q_NV: Tensor) -> Tensor:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 from crosscode.analysis.diffing import DiffTable
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
 from crosscode.build.data import build_token_loader
+from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
 from crosscode.commands.parts.reading import text_experiment
 from crosscode.commands.parts.steering import Model, check_latent, chosen_models, model_names
+from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.evaluation.closes import Closes, measure_closes
 
 MIN_FIRINGS = 20
 N_LEANING = 10
+N_TO_FIND_A_CHAT = 64
 
 
 def closes_of(
@@ -39,7 +45,8 @@ def closes_of(
         latents = latents_of_b(study.pairs, *(model_names(run)[m] for m in (a, b)))
     for latent in latents:
         check_latent(run, latent)
-    return measure_closes(
+    measure = partial(
+        measure_closes,
         run.model,
         experiment.harvester,
         build_token_loader(experiment, heldout=True),
@@ -51,8 +58,23 @@ def closes_of(
         n_tokens=n_tokens,
         n_random=n_random,
         seed=seed,
-        limit=experiment.norm_limit(),
     )
+    found = measure(limit=experiment.norm_limit())
+    answers = _answers(experiment)
+    if answers is None:
+        return found
+    return replace(found, answers=measure(limit=experiment.norm_limit(), counted=answers))
+
+
+def _answers(experiment: Experiment) -> TokenSequenceLoader | None:
+    """The held-out text with masks of what the assistant says; None where it does not seem to hold chats."""
+    tokenizer = experiment.tokenizer
+    if getattr(tokenizer, "chat_template", None) is None or not getattr(tokenizer, "is_fast", False):
+        return None
+    documents = islice(experiment.heldout_documents.open(), N_TO_FIND_A_CHAT)
+    if not any(len(one) and isinstance(one[0], dict) for one in documents):
+        return None
+    return build_token_loader(experiment, heldout=True).fresh(template_tokens="answers")
 
 
 def check_closes(run: FinishedRun) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from crosscode.errors import InputError, first_line
@@ -17,22 +17,25 @@ _FIRST_PRIVATE, _N_PRIVATE = 0xF0000, 0x110000 - 0xF0000
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-    """The text of `messages`, and where in it what their contents say begins and ends, in order.
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], roles: Container[str] | None = None
+) -> tuple[str, list[Span]]:
+    """The text of `messages`, and where in it what their contents say begins and ends, in order; of those of some roles, if
+    they are given.
 
     Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
     a way that leaves their places unknown.
     """
     text = chat_text(tokenizer, messages)
-    spans = _spans_by_marks(tokenizer, messages, text)
-    if spans is None:
-        spans = _spans_by_characters(tokenizer, messages, text)
-    if spans is None:
+    found = _spans_by_marks(tokenizer, messages, text)
+    if found is None:
+        found = _spans_by_characters(tokenizer, messages, text)
+    if found is None:
         raise InputError(
             "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
             f"template adds ({text[:60]!r}...); set template_tokens: keep"
         )
-    return text, spans
+    return text, [span for span, i in found if roles is None or messages[i]["role"] in roles]
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, to_answer: bool = False) -> str:
@@ -57,8 +60,9 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], to_answer: boo
         ) from error
 
 
-def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
-    """Exact places: the template is filled with marks in place of contents, and what stands around them is its own.
+def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[tuple[Span, int]] | None:
+    """Exact places, each with its message's number: the template is filled with marks in place of contents, and what stands
+    around them is its own.
 
     None where a content is no text, or where the template does more with contents than trim them.
     """
@@ -81,10 +85,12 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
             return None
         end, frame_end = begin + len(shown), at + len(mark)
         spans.append((begin, end))
-    return spans if text[end:] == frame[frame_end:] else None
+    return list(zip(spans, range(len(spans)), strict=True)) if text[end:] == frame[frame_end:] else None
 
 
-def _spans_by_characters(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
+def _spans_by_characters(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str
+) -> list[tuple[Span, int]] | None:
     """Places for a template that cuts or reorders contents (drops earlier thinking, puts the system into a turn).
 
     Each character of a content that is not white space, nor in what templates look for (tags, brackets), is replaced by
@@ -92,11 +98,11 @@ def _spans_by_characters(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
     not that of the real contents. A content that is changed, not cut, has no span.
     """
     originals: list[tuple[int, str, int]] = []  # by number: which text, the text, which character of it
-    n_texts = 0
+    message_of: list[int] = []  # by text
 
-    def tagged(content: str) -> str:
-        nonlocal n_texts
-        n_texts += 1
+    def tagged(content: str, message: int) -> str:
+        n_texts = len(message_of)
+        message_of.append(message)
         parts, at = [], 0
         for kept in [*_LOOKED_FOR.finditer(content), None]:
             end = len(content) if kept is None else kept.start()
@@ -110,13 +116,13 @@ def _spans_by_characters(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
     if sum(len(content) for message in messages for content in _texts(message.get("content"))) > _N_PRIVATE:
         return None
     twins = []
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, str):
-            content = tagged(content)
+            content = tagged(content, number)
         elif isinstance(content, list):
             content = [
-                {**part, "text": tagged(part["text"])} if isinstance(part, Mapping) and _texts([part]) else part
+                {**part, "text": tagged(part["text"], number)} if isinstance(part, Mapping) and _texts([part]) else part
                 for part in content
             ]
         twins.append({**message, "content": content} if "content" in message else message)
@@ -145,7 +151,7 @@ def _spans_by_characters(tokenizer: Any, messages: Sequence[Mapping[str, Any]], 
             spans.append((place, place + 1))
             owners.append(owner)
         last = (owner, i, place)
-    return [span for span, owner in zip(spans, owners, strict=True) if owner not in changed]
+    return [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
 
 
 def _texts(content: Any) -> list[str]:

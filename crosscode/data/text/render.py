@@ -28,7 +28,8 @@ class DocumentRenderer:
     `bos_id` starts every document that does not start with it already, `separator_id` ends every one that does not
     end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
     Where one token is BOS and separator, a document's own BOS goes: what stands before the document is one.
-    `template_tokens="mask"` masks what a chat template adds around the messages.
+    `template_tokens="mask"` masks what a chat template adds around the messages, "answers" all that the assistant does not
+    say, plain text included.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class DocumentRenderer:
         rendered = []
         for document in documents:
             if isinstance(document, str):
-                ids, masked = next(ids_of_texts), None
+                ids = next(ids_of_texts)
+                masked = [True] * len(ids) if self._template_tokens == "answers" else None
             elif len(document) and isinstance(document[0], dict):
                 ids, masked = self._render_chat(document)
             else:
-                ids, masked = self._check_ids(document), None
+                ids = self._check_ids(document)
+                masked = [True] * len(ids) if self._template_tokens == "answers" else None
             if self._own_bos_goes and len(ids) and ids[0] == self._separator_id:
                 ids, masked = ids[1:], masked and masked[1:]
             if len(ids):
@@ -95,10 +98,11 @@ class DocumentRenderer:
             return self._tokenize([chat_text(self._tokenizer, messages)])[0], None
         if not getattr(self._tokenizer, "is_fast", False):
             raise InputError(
-                f"template_tokens: mask takes a tokenizer that knows which characters a token stands for, and a "
-                f"{type(self._tokenizer).__name__} does not; set template_tokens: keep"
+                f"template_tokens: {self._template_tokens} takes a tokenizer that knows which characters a token stands "
+                f"for, and a {type(self._tokenizer).__name__} does not; set template_tokens: keep"
             )
-        text, spans = render_chat(self._tokenizer, messages)
+        roles = ("assistant",) if self._template_tokens == "answers" else None
+        text, spans = render_chat(self._tokenizer, messages, roles)
         encoded = self._tokenize([text], return_offsets_mapping=True)
         masked = [
             not any(begin < last and first < end for begin, end in spans)
@@ -111,12 +115,13 @@ class DocumentRenderer:
         flags_T = torch.zeros(len(ids), dtype=torch.uint8)
         if masked is not None:
             flags_T[torch.tensor(masked)] |= MASKED
+        flag = MASKED if self._template_tokens == "answers" else 0
         if self._bos_id is not None and ids[0] != self._bos_id:
             tokens_T = torch.cat([torch.tensor([self._bos_id]), tokens_T])
-            flags_T = torch.nn.functional.pad(flags_T, (1, 0))
+            flags_T = torch.nn.functional.pad(flags_T, (1, 0), value=flag)
         if self._separator_id is not None and ids[-1] != self._separator_id:
             tokens_T = torch.cat([tokens_T, torch.tensor([self._separator_id])])
-            flags_T = torch.nn.functional.pad(flags_T, (0, 1))
+            flags_T = torch.nn.functional.pad(flags_T, (0, 1), value=flag)
         flags_T[0] |= DOCUMENT_START
         if pad_to is not None:
             n_missing = row_ends(tokens_T, pad_to, self._row_bos_id)[-1] - tokens_T.numel()

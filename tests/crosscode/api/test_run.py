@@ -325,3 +325,30 @@ def test_one_model_alone_has_nothing_to_close(acts, train, capsys):
     run = train(acts)
     assert main(["evaluate", str(run.path), "--closes"]) == 2
     assert "closes: needs a crosscoder between two language models" in capsys.readouterr().err
+
+
+def test_what_closes_on_answers_is_said_where_there_are_chats(tiny_config, save_tiny_lm, tmp_path):
+    from transformers import AutoTokenizer
+
+    for seed, name in enumerate(("one", "two")):
+        save_tiny_lm(tmp_path / name, seed)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.chat_template = "{% for m in messages %}w50 {{ m['content'] }} w51 {% endfor %}"
+        tokenizer.save_pretrained(tmp_path / name)
+    generator = torch.Generator().manual_seed(0)
+
+    def words(n):
+        return " ".join(f"w{i}" for i in torch.randint(45, (n,), generator=generator).tolist())
+
+    chats = [[{"role": "user", "content": words(4)}, {"role": "assistant", "content": words(6)}] for _ in range(150)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    tiny_config["language_models"] = [{"path": str(tmp_path / name)} for name in ("one", "two")]
+    tiny_config["data"]["source"] = {"type": "local", "path": str(tmp_path / "chats.jsonl"), "column": "messages"}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(tiny_config))
+    run = crosscode.train(str(tmp_path / "my.yaml"), progress=False)
+    found = run.closes([1, 2], n_random=1)
+    assert found.answers is not None and found.answers.answers is None
+    assert 0 < found.answers.n_tokens < 0.7 * found.n_tokens
+    assert found.answers.kl != pytest.approx(found.kl)
+    steered = run.compare_steered([{"role": "user", "content": "w1"}], {1: 0.0}, n_tokens=2)
+    assert set(steered) == {"one", "two"}

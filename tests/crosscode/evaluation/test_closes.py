@@ -125,3 +125,16 @@ def test_what_cannot_be_compared_is_refused(harvester, batch):
     twice = ActivationHarvester([harvester.models[0]] * 2, [HOOK])
     with pytest.raises(InputError, match="predict the same, so there is nothing to close"):
         measure_closes(coordinates(), twice, [batch], SPLIT, [0], ALIVE)
+
+
+def test_predictions_that_do_not_count_are_left_out(harvester, batch):
+    """Of the four sequences two have something that counts; the others are left out of what says so."""
+    keep_H, chosen_S = torch.tensor([1, 3]), torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool)
+    counted = TokenBatch(batch.tokens_HS[keep_H], chosen_S.expand(2, -1), None, 0)
+    found = measure_closes(coordinates(), harvester, [batch], SPLIT, [3], ALIVE, n_random=0, counted=[counted])
+    a, b = harvester.models
+    kl = 0.0
+    for tokens_S in batch.tokens_HS[keep_H]:
+        p, q = log_probs(b, tokens_S), log_probs(a, tokens_S)
+        kl += float((p.exp() * (p - q)).sum(-1)[chosen_S.nonzero()[:, 0] - 1].sum())
+    assert found.n_tokens == 6 and found.kl == pytest.approx(kl / 6, rel=1e-4)

@@ -10,10 +10,10 @@ from crosscode.errors import InputError
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content']|trim }} </s> {% endfor %}"
 
 
-def used_tokens(messages, tokenizer):
+def used_tokens(messages, tokenizer, template_tokens="mask"):
     loader = TokenSequenceLoader(
         wrap_documents([messages]), tokenizer, sequence_length=16, epochs=1, bos="none", keep_first_position=True,
-        template_tokens="mask",
+        template_tokens=template_tokens,
     )  # fmt: skip
     batch = next(iter(loader))
     return [(i, int(batch.tokens_HS[0, i])) for i in batch.mask_HS[0].nonzero()[:, 0].tolist()]
@@ -31,6 +31,29 @@ def used_tokens(messages, tokenizer):
 def test_only_what_the_messages_wrote_is_used(contents, used, build_tokenizer):
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
     assert used_tokens(messages, build_tokenizer(chat_template=TEMPLATE)) == used
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m['content']|trim", "m['content'][1:]|trim")])
+def test_only_what_the_assistant_says_is_an_answer(template, build_tokenizer):
+    texts = (("user", " w1 w2"), ("assistant", " w2 w3"), ("user", " w1"), ("assistant", " w4"))
+    messages = [{"role": role, "content": text} for role, text in texts]
+    found = used_tokens(messages, build_tokenizer(chat_template=template), "answers")
+    # user w1 w2 </s> assistant w2 w3 </s> user w1 </s> assistant w4 </s>
+    assert [place for place, _ in found] == [5, 6, 12]
+
+
+def test_plain_text_holds_no_answer(build_tokenizer):
+    tokenizer = build_tokenizer(chat_template=TEMPLATE)
+    chat = [{"role": "assistant", "content": "w1 w2"}]
+    rules = {"sequence_length": 16, "epochs": 1, "bos": "document", "keep_first_position": True}
+    loader = TokenSequenceLoader(
+        wrap_documents(["w5 w6 w7", chat, [9, 9]], column=None), tokenizer, **rules, template_tokens="answers"
+    )
+    (batch,) = loader
+    whole = next(iter(loader.fresh(template_tokens="keep")))
+    assert batch.tokens_HS.tolist() == whole.tokens_HS.tolist()
+    answer = tokenizer("w1 w2", add_special_tokens=False)["input_ids"]
+    assert batch.tokens_HS[batch.mask_HS].tolist() == answer
 
 
 def test_a_content_of_parts_is_found_where_the_template_writes_it(build_tokenizer):
