@@ -108,6 +108,11 @@ class EvaluationResult:
             if found.loss_recovered is not None:
                 scalars[f"loss_recovered/{name}"] = found.loss_recovered
             scalars |= {f"ce_spliced/{name}": found.ce_spliced, f"kl_spliced/{name}": found.kl_spliced}
+        if self.replacement_model is not None:
+            found = self.replacement_model
+            scalars |= {
+                f"{figure}_{way}": value for figure in ("ce", "kl") for way, value in getattr(found, figure).items()
+            }
         return {f"eval/{name}": value for name, value in scalars.items()}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from crosscode.data.text.tokens import TokenBatch
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import Splicer
+from crosscode.evaluation.text_parts import TextPart, text_parts
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
-MAX_LOGITS = 2**26
 N_RESAMPLES = 1000
 ALL_HOOKPOINTS = "all hookpoints"
 
@@ -76,17 +76,11 @@ def measure_loss_recovered(
     sums = {name: _SequenceSums() for places in places_M for name in places}
     splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
     with RawModel(model, split, scaling_MP) as raw_model:
-        for batch in batches:
-            acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-            if limit is not None:
-                batch = replace(batch, mask_HS=limit.narrowed(batch.mask_HS, acts_HSMPD))
-            recon_HSXD = reconstruct(raw_model, acts_HSMPD, batch.mask_HS)
+        for part in text_parts(harvester, batches, n_tokens, limit):
+            recon_HSXD = reconstruct(raw_model, part.acts_HSMPD, part.mask_HS)
             for splicer, places in zip(splicers, places_M, strict=True):
                 if splicer is not None:
-                    _add_batch(sums, splicer, places, batch, recon_HSXD)
-            n_tokens -= int(batch.mask_HS.sum())
-            if n_tokens <= 0:
-                break
+                    _add_part(sums, splicer, places, part, recon_HSXD)
     return {name: found.result() for name, found in sums.items() if found.n_predictions}
 
 
@@ -121,22 +115,17 @@ def reconstruct(raw_model: RawModel, acts_HSMPD: Tensor, mask_HS: Tensor, max_ro
     return recon_HSXD
 
 
-def _add_batch(
-    sums: dict[str, _SequenceSums], splicer: Splicer, places: Places, batch: TokenBatch, recon_HSXD: Tensor
+def _add_part(
+    sums: dict[str, _SequenceSums], splicer: Splicer, places: Places, part: TextPart, recon_HSXD: Tensor
 ) -> None:
-    # A few sequences at a time: logits are the largest tensors here.
-    rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * splicer.model.vocab_size))
-    for start in range(0, batch.tokens_HS.shape[0], rows):
-        own = slice(start, start + rows)
-        tokens_HS, mask_HS, recon = batch.tokens_HS[own], batch.mask_HS[own], recon_HSXD[own]
-        segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
-        clean_HSV = splicer.logits(tokens_HS, segments_HS)
-        for name, positions in places.items():
-            spliced = {p: recon[:, :, x] for p, x in positions.items()}
-            zeros = {p: torch.zeros_like(acts_HSD) for p, acts_HSD in spliced.items()}
-            spliced_HSV = splicer.logits(tokens_HS, segments_HS, spliced, mask_HS)
-            zero_HSV = splicer.logits(tokens_HS, segments_HS, zeros, mask_HS)
-            sums[name].add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)
+    tokens_HS, mask_HS, segments_HS = part.tokens_HS, part.mask_HS, part.segments_HS
+    clean_HSV = splicer.logits(tokens_HS, segments_HS)
+    for name, positions in places.items():
+        spliced = {p: recon_HSXD[:, :, x] for p, x in positions.items()}
+        zeros = {p: torch.zeros_like(acts_HSD) for p, acts_HSD in spliced.items()}
+        spliced_HSV = splicer.logits(tokens_HS, segments_HS, spliced, mask_HS)
+        zero_HSV = splicer.logits(tokens_HS, segments_HS, zeros, mask_HS)
+        sums[name].add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)
 
 
 FIGURES = ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced", "kl_zero")

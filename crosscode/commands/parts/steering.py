@@ -55,18 +55,20 @@ def steering(
     run: FinishedRun, strengths: Mapping[int, float], models: Models = None, positions: Positions = "all"
 ) -> AbstractContextManager[None]:
     """See `Run.steer`."""
-    interventions = interventions_of(run)
     _check_positions(positions)
-    return interventions.steer(amounts_of(run, strengths), chosen_models(run, models), positions)
+    amounts = amounts_of(run, strengths)
+    return interventions_of(run).steer(amounts, chosen_models(run, models), positions)
 
 
 def ablation(
     run: FinishedRun, latents: Iterable[int], models: Models = None, positions: Positions = "all"
 ) -> AbstractContextManager[None]:
     """See `Run.ablate`."""
-    interventions = interventions_of(run)
     _check_positions(positions)
-    return interventions.ablate(list(dict.fromkeys(latents)), chosen_models(run, models), positions)
+    wanted = list(dict.fromkeys(latents))
+    for latent in wanted:
+        check_latent(run, latent)
+    return interventions_of(run).ablate(wanted, chosen_models(run, models), positions)
 
 
 def amounts_of(run: FinishedRun, strengths: Mapping[int, float]) -> dict[int, float]:
@@ -76,8 +78,9 @@ def amounts_of(run: FinishedRun, strengths: Mapping[int, float]) -> dict[int, fl
         InputError: no such latent, or one that never fires.
     """
     amounts: dict[int, float] = {}
-    for latent, strength in strengths.items():
+    for latent in strengths:
         check_latent(run, latent)
+    for latent, strength in strengths.items():
         largest = float(run.max_activation_L[latent])
         if largest == 0 and strength != 0:
             raise InputError(
@@ -145,11 +148,11 @@ def compare_steered(
     """See `Run.compare_steered`."""
     if bool(strengths) == bool(ablate):
         raise InputError("steer: give latents to add (strengths) or latents to take out (ablate), one of the two")
-    interventions, chosen = interventions_of(run), chosen_models(run, models)
     _check_positions(positions)
     amounts, latents = amounts_of(run, strengths or {}), list(dict.fromkeys(ablate))
     for latent in latents:
         check_latent(run, latent)
+    interventions, chosen = interventions_of(run), chosen_models(run, models)
     ids = ids_of_prompt(run, prompt, to_answer=True)
     limit = interventions.harvester.max_sequence_length
     room = n_tokens if limit is None else min(n_tokens, limit - len(ids))
