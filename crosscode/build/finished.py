@@ -14,6 +14,7 @@ from crosscode.build.heldout import AnyExperiment
 from crosscode.build.schema import load_own_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
+from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.base import BaseCrosscoder
 from crosscode.runs.directory import open_run
@@ -80,5 +81,13 @@ class FinishedRun:
         if n_tokens is not None and result.n_tokens < n_tokens:
             log.warning("n_tokens = %d: only %d are held out; the figures are of these", n_tokens, result.n_tokens)
         if n_tokens is None:
-            self.directory.write_evaluation(result.to_json())
+            self._keep(result)
         return result
+
+    def _keep(self, result: EvaluationResult) -> None:
+        """In the run, where it may be written and no process is training it."""
+        try:
+            with self.directory.held():
+                self.directory.write_evaluation(result.to_json())
+        except (InputError, OSError) as error:
+            log.warning("the figures are not kept in the run: %s", error)

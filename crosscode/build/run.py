@@ -46,6 +46,7 @@ def build_trainer(
     progress: bool = True,
     typed_overwrite: bool = False,
     made_by: str = "train",
+    run_id: str | None = None,
 ) -> Trainer:
     """Everything that `Trainer` is composed of. A new run's directory is made by the trainer itself, once it has its
     first batch: until then nothing is written.
@@ -57,10 +58,11 @@ def build_trainer(
         model: an initialised model to use in place of the one that the config describes, on its device.
         callbacks, loggers: besides those that the config asks for.
         typed_overwrite: the user typed that the run may be replaced, though it is not over.
-        made_by: the command, which is noted in the run directory.
+        made_by, run_id: the command, and what it knows the run by; noted in the run directory.
     """
     config, split = experiment.config, experiment.split
-    run = _run_directory(config, resume, typed_overwrite, made_by)
+    facts = {"made_by": made_by} | ({} if run_id is None else {"id": run_id})
+    run = _run_directory(config, resume, typed_overwrite, facts)
     step = resume.step if resume else None
     data = data or build_dataloader(experiment)
     given, width = model, experiment.dims[2]
@@ -97,7 +99,7 @@ def build_trainer(
 
 
 def _run_directory(
-    config: ExperimentConfig, resume: ResumePoint | None, typed_overwrite: bool, made_by: str
+    config: ExperimentConfig, resume: ResumePoint | None, typed_overwrite: bool, facts: dict[str, str]
 ) -> RunDirectory:
     """Where the run will be, checked; what begins it there waits for the trainer."""
     if resume is not None:
@@ -106,7 +108,7 @@ def _run_directory(
     check_stores_outside(config)
     check_may_begin(config, typed_overwrite)
     run = RunDirectory(config.run_path())
-    run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), made_by)
+    run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), **facts)
     return run
 
 

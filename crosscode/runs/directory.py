@@ -83,20 +83,32 @@ class RunDirectory:
         with self.held():
             self.begin()
 
-    def create_later(self, config_yaml: str, check: Callable[[], None], made_by: str = "train") -> None:
-        """Let `begin` make the run, where `check` still allows it then, and put by the one that lies there."""
-        self._start = partial(self._create, config_yaml, check, made_by)
+    def create_later(self, config_yaml: str, check: Callable[[], None], **facts: Any) -> None:
+        """Let `begin` make the run, where `check` still allows it then, and put by the one that lies there. `facts`
+        stand in its marker."""
+        self._start = partial(self._create, config_yaml, check, facts)
 
     def reopen_later(self, step: int | None) -> None:
-        """Let `begin` do what `reopen` does."""
-        self._start = partial(self.reopen, step)
+        """Let `begin` do what `reopen` does, unless another process has been at work here since now."""
+        self._start = partial(self._reopen_as_seen, step, self._seen())
+
+    def _reopen_as_seen(self, step: int | None, seen: Any) -> None:
+        if self._seen() != seen:
+            raise InputError(
+                f"resume: another process has worked on {str(self.path)!r} meanwhile; look at it, and resume it again if "
+                "it is not over"
+            )
+        self.reopen(step)
+
+    def _seen(self) -> tuple[list[int], bool]:
+        return self.steps(), (self.path / "summary.json").is_file()
 
     def begin(self) -> None:
         """Do what was put off until nothing can fail any more. To be called while the run is held."""
         start, self._start = self._start, _nothing
         start()
 
-    def _create(self, config_yaml: str, check: Callable[[], None], made_by: str) -> None:
+    def _create(self, config_yaml: str, check: Callable[[], None], facts: dict[str, Any]) -> None:
         check()
         left = find_files(self.path)
         self._begun = True
@@ -107,7 +119,7 @@ class RunDirectory:
         if left.foreign:
             names = ", ".join(str(path) for path in left.foreign[:10]) + (", ..." if len(left.foreign) > 10 else "")
             log.info("run %s: what crosscode did not write stays: %s", self.path, names)
-        write_marker(self.path, "run", made_by=made_by)
+        write_marker(self.path, "run", **facts)
         write_text(self.config_file, config_yaml)
         self.say_what_is_put_by()
 

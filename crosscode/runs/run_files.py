@@ -131,7 +131,7 @@ def step_files(folder: Path) -> Iterator[Path]:
 def write_marker(root: Path, kind: str, **facts: Any) -> None:
     """`.crosscode`: which kind of folder this is, and what crosscode writes in it."""
     writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "tensorboard", "tokenizer", "wandb"]
-    names = {"run": writes, "sweep": [MARKER, "sweep.json"]}[kind]
+    names = {"run": writes, "sweep": [MARKER, LOCK_FILE, "sweep.json"]}[kind]
     write_json(root / MARKER, {"kind": kind, **RUN.stamp(), **facts, "writes": names})
 
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 
 from crosscode.build.experiment import open_experiment
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.replacing import check_may_begin
-from crosscode.build.resume import ResumePoint
+from crosscode.build.resume import ResumePoint, config_values
 from crosscode.build.run import build_dataloader, build_trainer
+from crosscode.build.schema import check_config
+from crosscode.commands.parts.sweep_file import SWEEP_FILE, SweepFile
 from crosscode.commands.parts.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.errors import CrosscodeError, InputError, Interrupted
+from crosscode.errors import CrosscodeError, InputError, Interrupted, at_field
 from crosscode.evaluation.precision import float32_products
-from crosscode.files import check_is_no_link, check_may_be_filled, write_json
+from crosscode.files import check_is_no_link, check_may_be_filled, remove, write_text
 from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
-from crosscode.runs.run_files import read_marker, write_marker
+from crosscode.runs.run_files import MARKER, read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss
 from crosscode.trainers.interruption import StopSignals
 from crosscode.trainers.opening import next_batch, open_runs
@@ -35,58 +37,6 @@ from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
 
 log = logging.getLogger("crosscode")
-
-SWEEP_FILE = "sweep.json"
-
-
-# ---- what is known of each run
-
-
-class SweepFile:
-    """`sweep.json`: for each run its label and folder, and once it is over its summary, or the error that ended it."""
-
-    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]):
-        self.folder, self.rows = folder, {row["run"]: row for row in rows}
-
-    @classmethod
-    def open(cls, folder: Path) -> SweepFile:
-        check_is_no_link(folder / SWEEP_FILE)
-        try:
-            rows = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"sweep: {str(folder)!r} holds no sweep (no {SWEEP_FILE} there)") from error
-        except ValueError as error:
-            raise InputError(f"sweep: {str(folder / SWEEP_FILE)!r} is damaged: {error}") from error
-        return cls(folder, rows)
-
-    def note(self, label: str, **facts: Any) -> None:
-        row = self.rows[label]
-        self.rows[label] = {"run": row["run"], "path": row["path"], **facts}
-        self.save()
-
-    def save(self) -> None:
-        write_json(self.folder / SWEEP_FILE, list(self.rows.values()))
-
-    def path(self, label: str) -> Path:
-        """Where a run is now: the whole sweep may have been moved.
-
-        Raises:
-            InputError: that is no folder of its own in the sweep's, or a link.
-        """
-        path = self.folder / Path(self.rows[label]["path"]).name
-        if path.name in ("", "..") or path == self.folder:
-            raise InputError(f"sweep: {str(self.folder / SWEEP_FILE)!r}: {label}: no folder of a run is named")
-        check_is_no_link(path)
-        return path
-
-    def unfinished(self) -> list[str]:
-        """A run that met a loss that is not finite would meet it again; after other errors it can go on."""
-        return [label for label, row in self.rows.items() if "step" not in row and row.get("resumable", True)]
-
-    def state(self) -> str:
-        n_failed = sum("error" in row for row in self.rows.values())
-        n_done = sum("step" in row for row in self.rows.values())
-        return f"{n_done} of {len(self.rows)} runs done" + (f", {n_failed} failed" if n_failed else "")
 
 
 class SharedStream:
@@ -132,17 +82,27 @@ def run_sweep(
         split_for(point.config.crosscoder.type).check(*point.config.n_positions())
     experiment = open_experiment(points[0].config)
     with closing(build_dataloader(experiment)) as data:
-        trainers: dict[str, Trainer] = {}
-        for point in points:
-            trainers[point.label] = build_trainer(
-                _at(experiment, point.config),
-                data=SharedStream(data),
-                progress=False,
-                typed_overwrite=typed_overwrite,
-                made_by="sweep",
-            )
-        file = SweepFile(folder, [{"run": label, "path": str(trainer.run.path)} for label, trainer in trainers.items()])
-        return _train_side_by_side(trainers, data, file, progress)
+        rows = [
+            {
+                "run": point.label,
+                "path": str(point.config.run_path()),
+                "id": uuid4().hex,
+                "config": config_values(point.config),
+            }
+            for point in points
+        ]
+        trainers = {
+            point.label: _new_trainer(_at(experiment, point.config), data, row["id"], typed_overwrite)
+            for point, row in zip(points, rows, strict=True)
+        }
+        return _train_side_by_side(trainers, data, SweepFile(folder, rows), progress, held=False)
+
+
+def _new_trainer(experiment: AnyExperiment, data: ActivationSource, run_id: str, typed_overwrite: bool) -> Trainer:
+    stream = SharedStream(data)
+    return build_trainer(
+        experiment, data=stream, progress=False, typed_overwrite=typed_overwrite, made_by="sweep", run_id=run_id
+    )
 
 
 def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = False) -> list[dict[str, Any]]:
@@ -150,25 +110,35 @@ def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = 
 
     The stream starts where the run is that is furthest behind; others join in when it reaches them.
     """
-    file = SweepFile.open(folder)
+    with RunDirectory(folder).held() if folder.is_dir() else nullcontext():
+        return _resume_sweep(SweepFile.open(folder), progress, trust_remote_code)
+
+
+def _resume_sweep(file: SweepFile, progress: bool, trust_remote_code: bool) -> list[dict[str, Any]]:
     for label in file.rows:  # finished by `crosscode train --resume`, or just before a kill
-        if (file.path(label) / "summary.json").is_file():
+        if file.is_made(label) and (file.path(label) / "summary.json").is_file():
             file.note(label, **RunDirectory(file.path(label)).read_summary())
-    points = {label: ResumePoint.find(file.path(label), trust_remote_code) for label in file.unfinished()}
-    log.info("sweep: %s, %d to go on with", file.state(), len(points))
-    if not points:
+    labels = file.unfinished()
+    points = {label: ResumePoint.find(file.path(label), trust_remote_code) for label in labels if file.is_made(label)}
+    configs = {label: points[label].config if label in points else _config_of(file, label) for label in labels}
+    log.info("sweep: %s, %d to go on with", file.state(), len(labels))
+    if not labels:
         return list(file.rows.values())
-    experiment = open_experiment(next(iter(points.values())).config)
+    experiment = open_experiment(configs[labels[0]])
     with closing(build_dataloader(experiment)) as data:
         trainers: dict[str, Trainer] = {}
         streams = {label: SharedStream(data) for label in points}
-        for label, point in points.items():
-            own = _at(experiment, point.config)
-            trainers[label] = build_trainer(own, resume=point, data=streams[label], progress=False)
-        state = streams[min(trainers, key=lambda label: trainers[label].step)].loaded
+        for label, config in configs.items():
+            own = _at(experiment, config)
+            if label in points:
+                trainers[label] = build_trainer(own, resume=points[label], data=streams[label], progress=False)
+            else:
+                trainers[label] = _new_trainer(own, data, file.rows[label]["id"], typed_overwrite=True)
+        behind = min(trainers, key=lambda label: trainers[label].step)
+        state = streams[behind].loaded if behind in streams else None
         if state is not None:
             data.load_state_dict(state)
-        return _train_side_by_side(trainers, data, file, progress)
+        return _train_side_by_side(trainers, data, file, progress, held=True)
 
 
 def _check_free(points: Sequence[GridPoint], folder: Path, typed: bool) -> None:
@@ -191,13 +161,20 @@ def _check_free(points: Sequence[GridPoint], folder: Path, typed: bool) -> None:
         check_may_begin(point.config, typed)
 
 
+def _config_of(file: SweepFile, label: str) -> ExperimentConfig:
+    """Of a run that was about to be made, or to replace another, when a process ended."""
+    with at_field(str(file.folder / SWEEP_FILE)):
+        config = check_config(file.rows[label]["config"])
+    return config.model_copy(update={"run_dir": str(file.path(label)), "overwrite": True})
+
+
 def _at(experiment: AnyExperiment, config: ExperimentConfig) -> AnyExperiment:
     split = split_for(config.crosscoder.type)
     return replace(experiment, config=config, split=split)  # pyright: ignore[reportArgumentType]  # each is a dataclass
 
 
 def _train_side_by_side(
-    trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool
+    trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool, *, held: bool
 ) -> list[dict[str, Any]]:
     running = trainers
     n_steps = next(iter(running.values())).n_steps
@@ -205,9 +182,7 @@ def _train_side_by_side(
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
         batches = iter(data)
         acts_BMPD = next_batch(list(running.values()), batches, position)
-        open_runs(list(running.values()), runs)
-        write_marker(file.folder, "sweep")
-        file.save()
+        _open(list(running.values()), file, runs, held=held)
         for trainer in running.values():
             trainer.start()
         bar.start(position)
@@ -234,6 +209,26 @@ def _train_side_by_side(
                 f"continue with: crosscode sweep --resume {file.folder}"
             )
     return list(file.rows.values())
+
+
+def _open(trainers: list[Trainer], file: SweepFile, runs: ExitStack, *, held: bool) -> None:
+    """Say what will be made, then make it: from wherever a process ends, `resume_sweep` goes on. `held`: the sweep's
+    folder is already."""
+    sweep = RunDirectory(file.folder)
+    if not held:
+        runs.enter_context(sweep.held())
+    paths = [file.folder / MARKER, file.folder / SWEEP_FILE]
+    kept = {path: path.read_text(encoding="utf-8") if path.is_file() else None for path in paths}
+    write_marker(file.folder, "sweep")
+    file.save()
+    try:
+        open_runs(trainers, runs)
+    except Exception:
+        for path, text in kept.items():
+            remove(path) if text is None else write_text(path, text)
+        sweep.undo()
+        raise
+    file.all_made()
 
 
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:
