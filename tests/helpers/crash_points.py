@@ -29,7 +29,13 @@ CONFIG = {
     "evaluation": {"n_tokens": 64},
     "backend": "torch",
     "device": "cpu",
-    "train": {"n_tokens": 512, "batch_size": 64, "checkpoint_every": 3, "log_every": 2, "optimizer": {"type": "adam", "lr": 1e-3}},
+    "train": {
+        "n_tokens": 512,
+        "batch_size": 64,
+        "checkpoint_every": 3,
+        "log_every": 2,
+        "optimizer": {"type": "adam", "lr": 1e-3},
+    },
 }  # fmt: skip
 SWEEP = ["sweep", "config.yaml", "--grid", "train.optimizer.lr=1e-3,2e-3", "--run-dir", "runs"]
 TRAIN = ["train", "config.yaml", "--run-dir", "runs/a"]
@@ -121,7 +127,7 @@ def main(scenario: str, folder: Path, points: list[int]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import crosscode.build.run  # noqa: F401
+    import crosscode.build.run
     import crosscode.commands.parts.sweep_runs  # noqa: F401
 
     before, killed, after = SCENARIOS[scenario]
