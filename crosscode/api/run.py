@@ -5,6 +5,7 @@ Axes: S positions of a text · L latents · X output positions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+log = logging.getLogger("crosscode")
+
+
 class Run(FinishedRun):
     """A run directory, read when something is first asked for. See also `path`, `config`, `experiment`.
 
@@ -62,7 +66,12 @@ class Run(FinishedRun):
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl."""
-        return read_metrics(self.directory.metrics_file).rows
+        found = read_metrics(self.directory.metrics_file)
+        if found.n_unreadable:
+            log.warning(
+                "%s: %d lines that cannot be read are left out", self.directory.metrics_file, found.n_unreadable
+            )
+        return found.rows
 
     def report(
         self, n_tokens: int | None = None, csv: str | Path | None = None, parquet: str | Path | None = None

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from crosscode.build.experiment import open_experiment
 from crosscode.build.heldout import AnyExperiment
-from crosscode.build.schema import load_own_config
+from crosscode.build.resume import config_values
+from crosscode.build.run import check_same_language_models
+from crosscode.build.schema import check_config, load_own_config
+from crosscode.config.data import TokenRules
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.formats import today
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import open_run
 from crosscode.stored import Evaluation, read_json
 from crosscode.trainers.warm_start import find_model, load_folded
@@ -34,7 +39,7 @@ class FinishedRun:
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
         self.directory, self._trust_remote_code = open_run(path), trust_remote_code
-        self.path = self.directory.path
+        self.path, self._seen = self.directory.path, self.directory.seen()
 
     @cached_property
     def config(self) -> ExperimentConfig:
@@ -59,8 +64,15 @@ class FinishedRun:
 
     @cached_property
     def experiment(self) -> AnyExperiment:
-        """Held-out text and language models, or the rows that were held out."""
-        return open_experiment(self.config, to_train=False)
+        """Held-out text and language models, or the rows that were held out.
+
+        Raises:
+            InputError: the config names others than the model was trained on.
+        """
+        check_is_its_own(self.config, self.model_folder)
+        experiment = open_experiment(self.config, to_train=False)
+        check_same_language_models(self.model_folder, experiment.language_model_facts())
+        return experiment
 
     @cached_property
     def max_activation_L(self) -> Tensor:
@@ -85,9 +97,38 @@ class FinishedRun:
         return result
 
     def _keep(self, result: EvaluationResult) -> None:
-        """In the run, where it may be written and no process is training it."""
+        """In the run, where it may be written, no process is training it, and none has since this one began to look."""
         try:
             with self.directory.held():
+                if self.directory.seen() != self._seen:
+                    raise InputError("another process has worked on it meanwhile")
                 self.directory.write_evaluation(result.to_json())
         except (InputError, OSError) as error:
             log.warning("the figures are not kept in the run: %s", error)
+
+
+def check_is_its_own(config: ExperimentConfig, folder: Path) -> None:
+    """Whether a config, which somebody may have changed, is that of the saved model beside it, as far as that decides its
+    figures. Other text, or other rules for its tokens, are allowed, and said.
+
+    Raises:
+        InputError: another architecture, other hookpoints or language models.
+    """
+    before = read_config(folder)["metadata"].get("config")
+    if before is None:
+        return
+    then, now = (config_values(one) for one in (check_config(today(before, str(folder))), config))
+    for name in (*TokenRules.model_fields, "sequence_length"):
+        old, new = then["data"].get(name), now["data"].get(name)
+        if old != new:
+            log.warning("config.yaml: data.%s is %r; the model was trained with %r", name, new, old)
+    fields = {
+        "hookpoints": (then["hookpoints"], now["hookpoints"]),
+        "crosscoder.type": (then["crosscoder"]["type"], now["crosscoder"]["type"]),
+        "language_models": tuple(len(one["language_models"]) for one in (then, now)),
+    }
+    for name, (old, new) in fields.items():
+        if old != new:
+            raise InputError(
+                f"config.yaml: {name} = {new!r}: the model in {str(folder)!r} was trained with {old!r}; put it back"
+            )

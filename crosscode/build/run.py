@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from crosscode.build.data import available_device
@@ -76,7 +77,7 @@ def build_trainer(
     elif step is None:
         initialise(experiment, model, constraints, data)
     else:
-        check_same_language_models(run, step, metadata)
+        check_same_language_models(run.checkpoint(step), metadata["language_models"])
     trainer = Trainer(
         model,
         data,
@@ -177,12 +178,12 @@ def model_metadata(experiment: AnyExperiment) -> dict[str, Any]:
     }
 
 
-def check_same_language_models(run: RunDirectory, step: int, metadata: dict[str, Any]) -> None:
-    """A run continues on the weights that it began with."""
-    before = read_config(run.checkpoint(step))["metadata"].get("language_models", [])
-    for old, new in zip(before, metadata["language_models"], strict=False):
-        if old["fingerprint"] != new["fingerprint"]:
+def check_same_language_models(folder: Path, now: Sequence[dict[str, Any]]) -> None:
+    """A run continues, and is judged, on the weights that its saved model in `folder` was trained on."""
+    before = read_config(folder)["metadata"].get("language_models") or []
+    for i, (old, new) in enumerate(zip(before, now, strict=False)):
+        if old.get("fingerprint") not in (None, new["fingerprint"]):
             raise InputError(
-                f"resume: language model {new['path']!r} has other weights than when the run began "
-                f"(fingerprint {new['fingerprint']}, was {old['fingerprint']})"
+                f"language_models.{i}.path = {new['path']!r}: has other weights than when the run began (fingerprint "
+                f"{new['fingerprint']}, was {old['fingerprint']})"
             )

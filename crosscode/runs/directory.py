@@ -90,18 +90,20 @@ class RunDirectory:
 
     def reopen_later(self, step: int | None) -> None:
         """Let `begin` do what `reopen` does, unless another process has been at work here since now."""
-        self._start = partial(self._reopen_as_seen, step, self._seen())
+        self._start = partial(self._reopen_as_seen, step, self.seen())
 
     def _reopen_as_seen(self, step: int | None, seen: Any) -> None:
-        if self._seen() != seen:
+        if self.seen() != seen:
             raise InputError(
                 f"resume: another process has worked on {str(self.path)!r} meanwhile; look at it, and resume it again if "
                 "it is not over"
             )
         self.reopen(step)
 
-    def _seen(self) -> tuple[list[int], bool]:
-        return self.steps(), (self.path / "summary.json").is_file()
+    def seen(self) -> Any:
+        """What would be another if a process trained here, or replaced the run, meanwhile."""
+        files = [self.config_file, self.path / "summary.json"]
+        return self.steps(), [(file.stat().st_ino, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
 
     def begin(self) -> None:
         """Do what was put off until nothing can fail any more. To be called while the run is held."""

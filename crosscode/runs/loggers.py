@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,14 +95,24 @@ def cut_rows(path: Path, last_step: int, n_rows: int | None = None) -> None:
     """Keep the rows up to a step, and at most the first `n_rows`. An unfinished last line goes as well."""
     if not path.is_file():
         return
-    kept, n_dropped = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if parse_json(line, Row, str(path))["step"] <= last_step:
-                kept.append(line)
-        except InputError:
-            n_dropped += 1
+    rows = list(_rows(path))
+    kept = [line for line, step in rows if step is not None and step <= last_step]
+    n_dropped = sum(step is None for _, step in rows)
     if n_dropped:
         log.warning("%s: %d lines that cannot be read are dropped", path, n_dropped)
     kept = kept if n_rows is None else kept[:n_rows]
     write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def unreadable_lines(path: Path) -> int:
+    """How many lines of a file are no rows."""
+    return sum(step is None for _, step in _rows(path))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, int | None]]:
+    """Lines with their steps, None where there is none to read."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield line, parse_json(line, Row, str(path))["step"]
+        except InputError:
+            yield line, None

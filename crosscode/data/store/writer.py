@@ -258,7 +258,7 @@ def _write_resume(folder: Path, n_shards: int, state: dict[str, Any], finished: 
 
 def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bool]:
     """The position after `n_shards` shards, and whether the data is at its end; (None, False) before the first."""
-    found = [_parse_resume(path) for path in sorted(folder.glob(f"resume-{n_shards:06d}-*.safetensors"))]
+    found = [read_position(path) for path in sorted(folder.glob(f"resume-{n_shards:06d}-*.safetensors"))]
     if found:
         return max(found, key=lambda item: item[1])
     if n_shards:
@@ -268,7 +268,7 @@ def _read_resume(folder: Path, n_shards: int) -> tuple[dict[str, Any] | None, bo
     return None, False
 
 
-def _parse_resume(path: Path) -> tuple[dict[str, Any], bool]:
+def read_position(path: Path) -> tuple[dict[str, Any], bool]:
     content, where = path.read_bytes(), f"store: {str(path)!r}"
     if path.name.split("-")[2] != f"{zlib.crc32(content):08x}.safetensors":
         raise StoreError(f"{where} does not match the checksum in its name; the store can be read only")

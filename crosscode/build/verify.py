@@ -1,0 +1,104 @@
+"""Whether what lies in a run, a sweep, a saved model or a store is what was written: every byte, and what belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from crosscode.build.finished import check_is_its_own
+from crosscode.build.schema import load_config
+from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.data.store.reader import ActivationCache, positions
+from crosscode.data.store.writer import read_position
+from crosscode.errors import InputError, first_line
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import WEIGHTS_FILE
+from crosscode.runs.checkpoints import find_step_damage
+from crosscode.runs.directory import RunDirectory, open_run
+from crosscode.runs.loggers import unreadable_lines
+from crosscode.runs.run_files import ASIDE, read_marker
+from crosscode.stored import Evaluation, Summary, SweepRow, read_json
+
+Finding = tuple[str, str | None]
+"""What was looked at, and what is wrong with it."""
+
+
+def verify(path: Path) -> Iterator[Finding]:
+    """One finding after the other; nothing is written.
+
+    Raises:
+        InputError: nothing of ours lies there.
+    """
+    if (path / "manifest.json").exists():
+        yield from _store(path)
+    elif (path / "sweep.json").exists():
+        yield from _sweep(path)
+    elif (path / WEIGHTS_FILE).exists():
+        yield _found(".", partial(_model, path))
+    elif (path / "config.yaml").exists() or (path / ASIDE).exists():
+        yield from _run(path)
+    else:
+        raise InputError(f"verify: {str(path)!r} is no run, sweep, saved model or store")
+
+
+def _found(name: str, look: Callable[[], str | None]) -> Finding:
+    try:
+        return name, look()
+    except (InputError, OSError) as error:
+        return name, first_line(error)
+
+
+def _run(path: Path) -> Iterator[Finding]:
+    run = open_run(path)
+    yield _found(
+        ".crosscode", lambda: None if read_marker(path) else "missing: made by an earlier version, or taken away"
+    )
+    yield _found("config.yaml", lambda: load_config(run.config_file) and None)
+    for name in ("metrics.jsonl", "histograms.jsonl"):
+        if (path / name).exists():
+            yield _found(name, partial(_lines, path / name))
+    for name, kind in (("summary.json", Summary), ("evaluation.json", Evaluation)):
+        if (path / name).exists():
+            yield _found(name, lambda name=name, kind=kind: read_json(path / name, kind) and None)
+    for step in run.steps():
+        yield _found(f"checkpoints/step_{step}", partial(find_step_damage, run.checkpoint(step)))
+    if run.final.exists():
+        yield _found("final", partial(_final, run))
+
+
+def _lines(file: Path) -> str | None:
+    n_bad = unreadable_lines(file)
+    return f"{n_bad} line(s) cannot be read" if n_bad else None
+
+
+def _final(run: RunDirectory) -> str | None:
+    problem = _model(run.final)
+    if problem is None:
+        check_is_its_own(load_config(run.config_file), run.final)
+    return problem
+
+
+def _model(folder: Path) -> str | None:
+    BaseCrosscoder.load(folder, backend="reference")
+    return (
+        None if (folder / CHECKSUMS_FILE).exists() else f"no {CHECKSUMS_FILE}: it loads, but nothing says what it was"
+    )
+
+
+def _sweep(path: Path) -> Iterator[Finding]:
+    yield _found("sweep.json", lambda: read_json(path / "sweep.json", list[SweepRow]) and None)
+    for folder in sorted(each.parent for each in path.glob("*/config.yaml")):
+        for name, problem in _run(folder):
+            yield f"{folder.name}/{name}", problem
+
+
+def _store(path: Path) -> Iterator[Finding]:
+    def rows() -> None:
+        with closing(ActivationCache(path)) as store:
+            store.verify()
+
+    yield _found("rows", rows)
+    for file in sorted(positions(path)):
+        yield _found(file.name, lambda file=file: read_position(file) and None)

@@ -1,0 +1,37 @@
+"""`crosscode verify`: whether the files of a run, a sweep, a saved model or a store are what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+from crosscode.errors import CrosscodeError, InputError
+
+
+class Options(ConfigModel):
+    path: Path = Field(title="RUN|STORE")
+    """a run, a sweep, a saved model, or a store"""
+
+
+def run(options: Options) -> None:
+    if not options.path.is_dir():
+        raise InputError(f"verify: {str(options.path)!r}: no such folder")
+    from crosscode.build.verify import verify
+
+    quiet_libraries()
+    n_all = n_bad = 0
+    for name, problem in verify(options.path):
+        print(
+            f"{'whole' if problem is None else 'damaged':8}{name}{'' if problem is None else f': {problem}'}",
+            flush=True,
+        )
+        n_all, n_bad = n_all + 1, n_bad + (problem is not None)
+    if n_bad:
+        raise CrosscodeError(f"verify: {n_bad} of {n_all} parts of {str(options.path)!r} are not as they were written")
+
+
+COMMAND = Command("check every byte of a run or store against its checksums", run, Options, positional="path")
