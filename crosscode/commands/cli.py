@@ -6,8 +6,11 @@ import errno
 import logging
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
@@ -29,7 +32,8 @@ DESCRIPTION = """Train crosscoders, transcoders and SAEs on language model activ
 EXIT_CODES = f"""exit codes: 0 done; {EXIT_FAILED} failed; {EXIT_BAD_INPUT} bad input, nothing written;
 {EXIT_INTERRUPTED} stopped by Ctrl-C or SIGTERM with everything saved, `crosscode train --resume RUN` goes on (a
 second signal ends at once, by that signal; what is lost then is what came after the last checkpoint);
-{EXIT_CTRL_C} stopped by Ctrl-C outside of training; {EXIT_CLOSED_PIPE} nobody reads the output any more"""
+{EXIT_CTRL_C} stopped by Ctrl-C outside of training (143 by SIGTERM, 129 by SIGHUP); {EXIT_CLOSED_PIPE} nobody reads
+the output any more"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +85,10 @@ def _guarded(command: Callable[[], None]) -> int:
     for ours in ("crosscode", "crosscode_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)
     try:
-        command()
+        with _terminations_heard():
+            command()
+    except _Terminated as error:
+        return _say(f"stopped by {error.signal.name}", 128 + error.signal)
     except Interrupted as error:
         return _say(error, EXIT_INTERRUPTED)
     except KeyboardInterrupt:
@@ -99,6 +106,32 @@ def _guarded(command: Callable[[], None]) -> int:
         what = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
         return _say(f"{place}{what}{advice}", EXIT_FAILED)
     return 0
+
+
+class _Terminated(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _terminations_heard() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP, unless they are ignored or somebody listens, leave through every `finally`."""
+
+    def leave(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in numbers if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say(problem: object, code: int) -> int:

@@ -103,7 +103,9 @@ class RunDirectory:
     def seen(self) -> Any:
         """What would be another if a process trained here, or replaced the run, meanwhile."""
         files = [self.config_file, self.path / "summary.json"]
-        return self.steps(), [(file.stat().st_ino, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
+        return self.steps(), [
+            (file.stat().st_ino, file.stat().st_mtime_ns) if file.is_file() else None for file in files
+        ]
 
     def begin(self) -> None:
         """Do what was put off until nothing can fail any more. To be called while the run is held."""

@@ -102,7 +102,10 @@ class Progress:
 
     def _print(self, text: str) -> None:
         of_all = "" if self.total is None else f"/{self.total}"
-        print(f"{self.unit} {self._done}{of_all}  {text}".rstrip(), file=sys.stderr, flush=True)
+        try:
+            print(f"{self.unit} {self._done}{of_all}  {text}".rstrip(), file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it any more, which is no reason to stop
+            self.enabled = False
 
 
 def _is_terminal() -> bool:

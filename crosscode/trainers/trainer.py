@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
-from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import Evaluate, EvaluationResult
 from crosscode.evaluation.precision import float32_products
 from crosscode.models.base import BaseCrosscoder
@@ -34,7 +33,7 @@ from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
-from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.interruption import Stopped, StopSignals, interruptible
 from crosscode.trainers.opening import check_parts, check_ready, next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
@@ -135,13 +134,13 @@ class Trainer:
                     break
                 self.train_step(acts_BMPD)
                 if stop.received:
-                    self.save_and_close()
-                    raise Interrupted(
-                        f"stopped by {stop.received} after step {self.step} of {self.n_steps}; "
-                        f"continue with: crosscode train --resume {self.run.path}"
-                    )
+                    break
                 acts_BMPD = next_batch([self], batches, self.step)
-            return self.finish()
+            with suppress(Stopped):
+                if not stop.received:
+                    return self.finish()
+            self.save_and_close()
+            raise stop.interrupted(self.step, self.n_steps, f"crosscode train --resume {self.run.path}")
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
@@ -181,7 +180,7 @@ class Trainer:
                 loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
-            grad_norm = clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
+            grad_norm = self._clip()
             for constraint in self.constraints:
                 constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
@@ -233,7 +232,9 @@ class Trainer:
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.n_steps)
 
-    # ---- what is reported
+    def _clip(self) -> Tensor:
+        """The gradient norm before clipping, on the device."""
+        return clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
 
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
         """Reads values from the device."""
@@ -262,22 +263,21 @@ class Trainer:
 
     def _evaluate_in_training(self) -> None:
         self.optimizer_plan.start_evaluation(self.optimizer)
-        self._evaluate(self.data.scaling_MP)
+        with suppress(Stopped):  # the loop looks whether a signal came
+            self._evaluate(self.data.scaling_MP)
         self.optimizer_plan.start_training(self.optimizer)
 
     def _evaluate(self, scaling_MP: Tensor | None) -> EvaluationResult | None:
         """Held-out figures of the model as it is, into the metrics."""
         if self.evaluate is None:
             return None
-        with self.phases("eval"), self.progress.during("evaluate"):
+        with self.phases("eval"), self.progress.during("evaluate"), interruptible():
             evaluation = self.evaluate(self.model, scaling_MP)
             self.callbacks.evaluate(self, evaluation)
         if scaling_MP is not None and (problems := evaluation.problems()):
             log.warning("step %d: %s", self.step, problems)
         self._log(evaluation.as_metrics())
         return evaluation
-
-    # ---- checkpoints
 
     def save_checkpoint(self, *, or_warn: bool = False) -> None:
         """`checkpoints/step_N/`, whole or not there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from operator import methodcaller
@@ -23,14 +23,14 @@ from crosscode.build.schema import check_config
 from crosscode.commands.parts.sweep_file import SWEEP_FILE, SweepFile
 from crosscode.commands.parts.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.errors import CrosscodeError, InputError, Interrupted, at_field
+from crosscode.errors import CrosscodeError, InputError, at_field
 from crosscode.evaluation.precision import float32_products
 from crosscode.files import check_is_no_link, check_may_be_filled, remove, write_text
 from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import MARKER, read_marker, write_marker
 from crosscode.trainers.faults import NonFiniteLoss
-from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.interruption import Stopped, StopSignals
 from crosscode.trainers.opening import next_batch, open_runs
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.source import ActivationSource
@@ -200,14 +200,12 @@ def _train_side_by_side(
         for label, trainer in list(running.items()):
             if stop.received:
                 break
-            _each(running, file, partial(_finish, file, label), {label: trainer})
-            running.pop(label, None)
+            with suppress(Stopped):
+                _each(running, file, partial(_finish, file, label), {label: trainer})
+                running.pop(label, None)
         if stop.received and running:
             _each(running, file, methodcaller("save_and_close"))
-            raise Interrupted(
-                f"stopped by {stop.received} after step {position} of {n_steps} ({file.state()}); "
-                f"continue with: crosscode sweep --resume {file.folder}"
-            )
+            raise stop.interrupted(position, n_steps, f"crosscode sweep --resume {file.folder}", f" ({file.state()})")
     return list(file.rows.values())
 
 

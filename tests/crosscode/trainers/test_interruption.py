@@ -9,7 +9,9 @@ import threading
 import pytest
 
 from crosscode.errors import Interrupted
+from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.trainers.interruption import StopSignals
+from crosscode.trainers.progress import Progress
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -65,3 +67,62 @@ with StopSignals() as stop:
     assert done.stdout.split() == [numbers[0]]
     assert done.returncode == -getattr(signal, numbers[1])
     assert "a second signal ends at once" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_signal_within_an_evaluation_ends_it_at_once_and_saves(name, at, make_trainer):
+    waited = []
+
+    def evaluate(model, scaling_MP):
+        if trainer.step == at:
+            os.kill(os.getpid(), getattr(signal, name))
+            waited.append(True)
+        return EvaluationResult(1, 0.5, {"x0": 0.5}, 1.0, 1.0, 1.0, 0.0, [0.0])
+
+    trainer = make_trainer(n_steps=4, evaluate_every=2, evaluate=evaluate)
+    with pytest.raises(Interrupted, match=rf"{name} after step {at} of 4; continue with: crosscode train --resume"):
+        trainer.train()
+    assert not waited and trainer.run.steps()[-1] == at
+    assert not (trainer.run.path / "summary.json").exists()
+    assert trainer.run.final.exists() == (at == 4)
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_outside_of_training_a_signal_ends_a_command_with_one_line(name, code):
+    program = f"""
+import os, signal, sys, time
+from crosscode.commands import cli
+def wait(arguments):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(60)
+cli._dispatch = wait
+sys.exit(cli.main(["report"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", timeout=30)
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1 and "stopped by" in done.stderr
+
+
+def test_a_closed_pipe_of_the_log_does_not_end_a_run(make_trainer, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = isatty = lambda self: False
+
+    trainer = make_trainer(n_steps=3)
+    trainer.progress = Progress(3)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    trainer.train()
+    assert trainer.step == 3
