@@ -25,7 +25,7 @@ CASES = ("blocks.14.hook_resid_post@2x512", "blocks.14.hook_resid_post@1x2048", 
 
 def main(rounds: int, cases: Sequence[str]) -> None:
     path = str(smollm2_path())
-    exact = load_language_model(path)
+    exact = load_language_model(path, dtype="float32")
     rounded = load_language_model(path, dtype="bfloat16")
     rows = []
     for case in cases:

@@ -52,7 +52,7 @@ print(peak, peak - before)
 
 
 def main(rounds: int, folder: Path) -> None:
-    model = load_language_model(str(smollm2_path()))
+    model = load_language_model(str(smollm2_path()), dtype="float32")
     harvester = ActivationHarvester([model], [HOOKPOINT])
     tokens = token_loader(model.tokenizer)
     source = HarvestedRows(tokens, harvester)

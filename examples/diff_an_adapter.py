@@ -42,7 +42,8 @@ for step in range(min(100, n_tokens // 1000)):
 model.save_pretrained(str(adapter))
 
 values = read_yaml("demo")
-values["language_models"] = [{"path": "demo:base"}, {"path": "demo:base", "adapter": str(adapter), "name": "lora"}]
+demo = {"path": "demo:base", "dtype": "float32"}
+values["language_models"] = [demo, {**demo, "adapter": str(adapter), "name": "lora"}]
 config = adapter / "diff.yaml"
 config.write_text(yaml.safe_dump(values, sort_keys=False))  # crosscode train CONFIG does the same
 heldout = {"n_tokens": min(50_000, n_tokens), "loss_recovered_n_tokens": 1024}

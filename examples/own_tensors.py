@@ -17,7 +17,7 @@ run_dir = sys.argv[1] if len(sys.argv) > 1 else "runs/own_tensors"
 n_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 300_000
 
 # Any code that makes activations will do. Here: a small model that comes with crosscode, reading Python's own library.
-lm = crosscode.load_language_model(str(demo_model_path("base")))
+lm = crosscode.load_language_model(str(demo_model_path("base")), dtype="float32")
 text = "".join(inspect.getsource(module) for module in (argparse, textwrap))
 ids = torch.tensor(lm.tokenizer(text)["input_ids"])
 tokens_HS = ids[: len(ids) // 128 * 128].view(-1, 128)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.build.stores import Stores
-from crosscode.config.data import DataConfig, HarvestConfig, LanguageModelConfig
+from crosscode.config.data import DataConfig, HarvestConfig
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel, available_device

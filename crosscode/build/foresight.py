@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from crosscode.build.data import locate
-from crosscode.config.data import HarvestConfig, LanguageModelConfig
+from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.harvester import check_hookpoints
-from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.harvest.language_models import LanguageModel, available_device
 from crosscode.data.harvest.loading import load_skeleton
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
@@ -31,6 +32,7 @@ def check_language_models(config: HarvestConfig) -> int | None:
         InputError: naming the field, its value and what would be right.
     """
     widths = []
+    weights: dict[torch.device | None, dict[str, int]] = {}
     for i, lm in enumerate(config.language_models):
         skeleton = _skeleton(lm, f"language_models.{i}")
         if skeleton is None:
@@ -43,6 +45,7 @@ def check_language_models(config: HarvestConfig) -> int | None:
                 f"at most {limit} positions"
             )
         widths.append(skeleton.d_model)
+        _check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
     return max(widths, default=None)
 
 
@@ -52,6 +55,44 @@ def _skeleton(config: LanguageModelConfig, field: str) -> LanguageModel | None:
         return None
     with at_field(f"{field}.path = {config.path!r}"):
         return load_skeleton(locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def _check_weights(
+    config: LanguageModelConfig,
+    field: str,
+    skeleton: LanguageModel,
+    default_device: str,
+    weights: dict[torch.device | None, dict[str, int]],
+) -> None:
+    """Raise `InputError` where a model's weights, beside those before it, need more memory than is free.
+
+    Args:
+        weights: bytes by device and base; those of this model are added.
+    """
+    dtype = str(skeleton.config.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    # At least so many: packed weights of 4 bits are the smallest.
+    packed = config.quantization or getattr(skeleton.model.config, "quantization_config", None)
+    per_weight = 0.5 if packed else _BYTES.get(dtype, 2)
+    n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
+    device = None if config.device_map is not None else available_device(config.device or default_device)
+    there = _memory(device) if device is not None else _memory_of_all()
+    on_device = weights.setdefault(device, {})
+    on_device[f"{skeleton.name}@{skeleton.revision} {dtype} {config.quantization}"] = int(per_weight * n_weights)
+    n_bytes = sum(on_device.values())
+    if there is not None and n_bytes > there:
+        beside = f" ({n_bytes / 2**30:.1f} GiB with the models before it)" if len(on_device) > 1 else ""
+        form = " packed" if packed else f" in {dtype}"
+        raise InputError(
+            f"{field}.path = {config.path!r}: {n_weights / 1e9:.3g} billion weights{form} take "
+            f"{per_weight * n_weights / 2**30:.1f} GiB{beside}, more than the {there / 2**30:.1f} GiB that are free on "
+            f"{device or 'all devices'}; a smaller dtype, quantization, or device_map: auto over several GPUs may fit"
+        )
+
+
+def _memory_of_all() -> int | None:
+    there = [_memory(torch.device("cpu"))]
+    there += [_memory(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return None if None in there else sum(n for n in there if n is not None)
 
 
 def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device: torch.device) -> None:

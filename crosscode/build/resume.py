@@ -30,7 +30,10 @@ NO_EFFECT_ON_WEIGHTS = (
     "train.checkpoint_every", "train.keep_*", "train.max_skipped_steps", "train.wandb_project", "train.tensorboard",
     "data.prefetch", "data.token_workers", "data.cache.shard_mb",
 )  # fmt: skip
-ROUNDING = ("backend", "device", "train.grad_accumulation", "train.tf32", "train.compile")
+ROUNDING = (
+    "backend", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",
+    "language_models.*.attn_implementation",
+)  # fmt: skip
 OTHER_RUN = (
     "objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision",
     "train.dead_after_tokens",

@@ -40,8 +40,11 @@ class Stores:
         and the writer. `models`: those in memory, if the config's are not what is used.
         """
         loaded = [{"name": model.name, "dtype": dtype_name(model)} for model in models or ()]
+        named = [
+            {"name": lm.path} | ({} if lm.dtype == "auto" else {"dtype": lm.dtype}) for lm in config.language_models
+        ]
         wanted: Manifest = {
-            "models": loaded or [{"name": lm.path, "dtype": lm.dtype} for lm in config.language_models],
+            "models": loaded or named,
             "hookpoints": config.hookpoints,
             "tokens": config.token_policy().recorded(),
         }

@@ -8,50 +8,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from pydantic_core import InitErrorDetails
 
 from crosscode.config.arrays import ArraysSource
+from crosscode.config.language_models import DTypeName, LanguageModelConfig
 from crosscode.config.registry import ConfigModel
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Source
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
 TemplateTokens = Literal["keep", "mask", "answers"]
-_PRINTABLE = r"^[^\x00-\x1f\x7f]+$"  # a name is printed, and stands in files
 SequenceLength = Annotated[int, Field(ge=2)]
-
-
-class LanguageModelConfig(ConfigModel):
-    """A language model whose activations are harvested."""
-
-    path: str = Field(pattern=_PRINTABLE)
-    """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`), or `package:NAME/FILE` for a
-    file that an installed Python package ships. A path to an adapter stands for it on the base that it names"""
-    adapter: str | None = Field(default=None, pattern=_PRINTABLE)
-    """adapter on it (LoRA and others of `peft`): a local folder or a hub name, OWNER/NAME or OWNER/NAME/SUBFOLDER"""
-    adapter_revision: str | None = None
-    """git revision of a hub adapter"""
-    adapter_scale: float = Field(default=1.0, allow_inf_nan=False)
-    """what LoRA adds is multiplied by it"""
-    name: str | None = Field(default=None, pattern=_PRINTABLE)
-    """short name in metrics and reports; null: the last part of the path, or of the adapter's"""
-    revision: str | None = None
-    """git revision of a hub model"""
-    gguf_file: str | None = None
-    """file name inside the folder `path`, for GGUF weights"""
-    dtype: DTypeName = "float32"
-    """dtype of the weights and of the run"""
-    device: str | None = None
-    """device of this model; null: that of the crosscoder"""
-    trust_remote_code: bool = False
-    """let a hub model run code of its own"""
-
-    def short_name(self) -> str:
-        return self.name or (self.adapter or self.path).rstrip("/").split("/")[-1].split(":")[-1].removesuffix(".gguf")
-
-    @model_validator(mode="after")
-    def _of_adapter(self) -> LanguageModelConfig:
-        if self.adapter is None and self.adapter_revision is not None:
-            raise ValueError(f"adapter_revision = {self.adapter_revision!r}: is given without adapter")
-        if self.adapter_scale == 0:
-            raise ValueError("adapter_scale = 0.0: would be the base; leave adapter out")
-        return self
 
 
 class CacheConfig(ConfigModel):

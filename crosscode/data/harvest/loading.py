@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,19 @@ from crosscode.data.harvest.language_models import DTYPES, LanguageModel, availa
 from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError, first_line
 
+log = logging.getLogger("crosscode")
+
 
 def load_language_model(
     name_or_path: str,
     *,
     revision: str | None = None,
     gguf_file: str | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     adapter: str | None = None,
     adapter_revision: str | None = None,
@@ -35,7 +42,10 @@ def load_language_model(
     Args:
         name_or_path: a hub name, a folder, or a `.gguf` file (the same as its folder plus `gguf_file`). One that holds an
             adapter alone stands for that adapter on the base that it names.
-        dtype: "float32", "bfloat16" or "float16", of the weights and of the run.
+        dtype: of the weights and of the run: "float32", "bfloat16", "float16", or "auto", the checkpoint's own.
+        device_map: places of its parts, as `transformers` takes them ("auto": over all GPUs); instead of `device`.
+        attn_implementation: as `transformers` takes it; None: what it prefers.
+        quantization: fields of one of `transformers`' quantisation configs, `quant_method` among them.
         adapter: folder or hub name of an adapter, `OWNER/NAME/SUBFOLDER` for one in a folder of its repository.
         adapter_scale: what LoRA adds is multiplied by it.
         loaded: models without adapter that are there already, and to which this one's base is added: weights of a base
@@ -44,8 +54,8 @@ def load_language_model(
     Raises:
         InputError: the folder or file is missing, the dtype is unknown or the hub has no such model; as `apply_adapter`.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     on_base = _find_adapter(name_or_path, revision, gguf_file, adapter, adapter_revision)
     if on_base is None and adapter_scale != 1:
         raise InputError(f"adapter_scale = {adapter_scale}: {name_or_path!r} has no adapter")
@@ -54,12 +64,22 @@ def load_language_model(
     source, gguf_file = _find_source(name_or_path, gguf_file)
     with _one_line_errors(name_or_path, revision):
         place = available_device(device)
-    key = (source, revision, gguf_file, dtype, place, trust_remote_code)
+    options = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file,
+        "dtype": dtype,
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+    }
+    key = json.dumps([source, str(place), options, quantization], sort_keys=True)
     loaded = {} if loaded is None else loaded
     if key not in loaded:
-        model, tokenizer = _load(source, revision, gguf_file, dtype, place, trust_remote_code, name_or_path)
         name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
-        loaded[key] = freeze(model, tokenizer, name, revision)
+        with _one_line_errors(name_or_path, revision):
+            _check_no_adapter(source, revision)
+            loaded[key] = freeze(*_load(source, place, options, quantization), name, revision)
+            log.info("language model %s runs in %s", name, str(loaded[key].dtype).removeprefix("torch."))
     if on_base is None:
         return loaded[key]
     with _one_line_errors(f"{name_or_path} + {on_base.name}", on_base.revision, but=(InputError,)):
@@ -67,30 +87,38 @@ def load_language_model(
 
 
 def _load(
-    source: str,
-    revision: str | None,
-    gguf_file: str | None,
-    dtype: str,
-    place: torch.device,
-    trust_remote_code: bool,
-    name: str,
+    source: str, place: torch.device, options: Mapping[str, Any], quantization: Mapping[str, Any] | None
 ) -> tuple[Any, Any]:
     """Model and tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        common["gguf_file"] = gguf_file
-    dense = _dense_gguf_options() if gguf_file is not None else {}
-    with _one_line_errors(name, revision):
-        _check_no_adapter(source, revision)
-        tokenizer = load_tokenizer(source, common)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **common, **dense
-        )
-        model, info = found
-        _check_nothing_is_missing(model, info["missing_keys"])
+    given = {name: value for name, value in options.items() if value is not None or name == "revision"}
+    of_files = ("revision", "trust_remote_code", "gguf_file")
+    tokenizer = load_tokenizer(source, {name: value for name, value in given.items() if name in of_files})
+    given["dtype"] = DTYPES.get(options["dtype"], "auto")
+    if "gguf_file" in given:
+        given |= _dense_gguf_options()
+    if quantization is not None:
+        given["quantization_config"] = _quantization_config(quantization)
+        given.setdefault("device_map", {"": str(place)})  # packed weights cannot be moved afterwards
+    found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **given)
+    model, info = found
+    _check_nothing_is_missing(model, info["missing_keys"])
+    if "device_map" not in given:
         return model.to(place), tokenizer
+    n_off = sum(weight.is_meta for weight in model.parameters())
+    if n_off:
+        raise InputError(f"device_map = {given['device_map']!r}: {n_off} weights found no place on a device")
+    return model, tokenizer
+
+
+def _quantization_config(fields: Mapping[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(dict(fields))
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"quantization = {dict(fields)}: {first_line(error)}") from error
 
 
 def _find_adapter(

@@ -10,6 +10,7 @@ import torch
 from crosscode.build import experiment as experiment_module
 from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import check_config
+from crosscode.data import load_language_model
 from crosscode.errors import InputError
 from crosscode.seeds import derived_seed
 
@@ -98,3 +99,39 @@ def test_the_corrected_size_is_taken(refusal, tiny_config):
 def test_seeds_of_streams_fit_a_generator_and_are_what_they_were():
     assert derived_seed(7, 3, 5) == (7 * 1_000_003 + 3) * 1_000_003 + 5
     torch.Generator().manual_seed(derived_seed(2**63 - 1, 3, 5))
+
+
+def test_language_models_that_cannot_fit_are_refused_with_the_numbers(refusal, tiny_config, monkeypatch):
+    from crosscode.build import foresight
+
+    monkeypatch.setattr(foresight, "_memory", lambda device: 20_000)
+    message = refusal()
+    assert "language_models.0.path = " in message
+    assert "billion weights in float32 take" in message
+    assert "are free on cpu" in message
+    n_bytes = sum(
+        p.numel() * 4 for p in load_language_model(tiny_config["language_models"][0]["path"]).model.parameters()
+    )
+    monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes)
+    assert "language_models.1.path = " in refusal()
+    monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes // 2)
+    assert "language_models.1.path = " in refusal(
+        language_models=[{**m, "dtype": "bfloat16"} for m in models(tiny_config)]
+    )
+    packed = {"quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes // 8 - 1)
+    assert "billion weights packed take" in refusal(language_models=[{**m, **packed} for m in models(tiny_config)])
+
+
+def test_a_base_that_two_models_share_is_counted_once(tiny_config, monkeypatch):
+    from crosscode.build import foresight
+
+    base = models(tiny_config)[0]
+    n_bytes = sum(p.numel() * 4 for p in load_language_model(base["path"]).model.parameters())
+    monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes)
+    two = [base, {**base, "name": "again"}]
+    assert foresight.check_language_models(check_config({**tiny_config, "language_models": two})) == 16
+
+
+def models(config):
+    return [{"path": model["path"]} for model in config["language_models"]]

@@ -21,7 +21,7 @@ IDS = torch.tensor([[1, 250, 17, 900, 33, 481, 77]])
 @pytest.fixture(scope="module")
 def lms():
     torch.set_num_threads(1)
-    return [load_language_model(str(demo_model_path(name))) for name in ("base", "tuned")]
+    return [load_language_model(str(demo_model_path(name)), dtype="float32") for name in ("base", "tuned")]
 
 
 @pytest.fixture

@@ -40,6 +40,44 @@ def test_dtype(folder):
     assert load_language_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_dtype_is_the_checkpoints_own_and_activations_are_float32(stored, folder, build_model, caplog):
+    build_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
+    with caplog.at_level("INFO", "crosscode"):
+        loaded = load_language_model(str(folder))
+    assert loaded.dtype == getattr(torch, stored)
+    assert f"runs in {stored}" in caplog.text
+    assert ActivationHarvester([loaded], ["blocks.1.hook_resid_post"]).harvest(TOKENS_HS).dtype == torch.float32
+    assert load_language_model(str(folder), dtype="float32").dtype == torch.float32
+
+
+def test_options_of_transformers_pass_through(folder):
+    plain = load_language_model(str(folder))
+    assert plain.config._attn_implementation == "sdpa"
+    eager = load_language_model(str(folder), attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    assert eager.fingerprint() == plain.fingerprint()
+    pytest.importorskip("accelerate")
+    placed = load_language_model(str(folder), device_map={"": "cpu"})
+    acts = [ActivationHarvester([m], ["blocks.1.hook_resid_post"]).harvest(TOKENS_HS) for m in (plain, placed)]
+    assert torch.equal(*acts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_implementation": "nothing"}, "attn|nothing"),
+        ({"quantization": {"load_in_2bit": True}}, r"quantization = \{'load_in_2bit': True\}: .*quant_method"),
+        ({"quantization": {"quant_method": "none"}}, "quantization = .*none"),
+        ({"device_map": "somewhere"}, "somewhere|device_map"),
+    ],
+)
+def test_options_that_transformers_does_not_know_are_refused_in_one_line(options, message, folder):
+    with pytest.raises(InputError, match=message) as error:
+        load_language_model(str(folder), **options)
+    assert "\n" not in str(error.value)
+
+
 def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
     loaded = load_language_model(str(folder))
     print_of_file = loaded.fingerprint()
@@ -60,7 +98,7 @@ def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
         ("./missing", {}, "'./missing': no such folder"),
         ("/nowhere/at/all", {}, "no such folder"),
         ("/nowhere/model.gguf", {}, "no such folder"),
-        ("FOLDER", {"dtype": "float8"}, "dtype: 'float8' is not one of float32, bfloat16, float16"),
+        ("FOLDER", {"dtype": "float8"}, "dtype: 'float8' is not one of auto, float32, bfloat16, float16"),
         ("FOLDER", {"gguf_file": "x.gguf"}, "gguf_file: 'x.gguf' is not in folder"),
         ("FOLDER/..", {}, "holds no config.json"),
         ("FOLDER", {"device": "gpu"}, "device = 'gpu': not available here"),

@@ -51,7 +51,7 @@ def random_model(name):
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi", "olmo", "demo"])
 def test_logits_are_those_of_the_model_with_the_vector_as_its_last_residual(name):
     if name == "demo":
-        model = load_language_model(str(demo_model_path("tuned")))
+        model = load_language_model(str(demo_model_path("tuned")), dtype="float32")
         last_block = model.model.model.layers[-1]
     else:
         model, last_block = random_model(name)
