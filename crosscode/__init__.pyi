@@ -40,6 +40,9 @@ from crosscode.errors import Interrupted as Interrupted
 from crosscode.evaluation.heldout import EvaluationResult as EvaluationResult
 from crosscode.evaluation.heldout import measure_reconstruction as measure_reconstruction
 
+# Other libraries
+from crosscode.interop.saebench import SAEBenchCoder as SAEBenchCoder
+
 # Models
 from crosscode.models import ActivationFunction as ActivationFunction
 from crosscode.models import AnthropicSTEJumpReLUActivation as AnthropicSTEJumpReLUActivation

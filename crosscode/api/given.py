@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from crosscode.build.around import section_of_model
 from crosscode.build.arrays import GivenArrays
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, TrainConfig
 from crosscode.data.arrays.in_order import ParquetInput
@@ -21,7 +22,6 @@ from crosscode.data.arrays.random_access import ArrayInput, FileInput, StoreInpu
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, BaseCrosscoder
 from crosscode.models.architecture import split_for
-from crosscode.models.checkpoint import model_config
 
 FEWEST_STEPS = 1000
 _READ_AHEAD = 4
@@ -167,20 +167,4 @@ def section_of(crosscoder: Any, names_MP: list[list[str]], width: int) -> dict[s
         raise InputError(
             "crosscoder: the model's scaling is folded in; to train it further, give finetune_from its folder"
         )
-    n_models, n_hookpoints = len(names_MP), len(names_MP[0])
-    saved = model_config(model)
-    kinds = [name for name in ARCHITECTURES if ARCHITECTURES[name] is type(model)]
-    fitting = [name for name in kinds if ARCHITECTURES.config_class(name).split.accepts(n_hookpoints)]
-    wanted = type(model).dims_for(n_models, n_hookpoints, width)
-    found = {name: getattr(model, name) for name in wanted}
-    if not fitting or wanted != found:
-        raise InputError(
-            f"crosscoder: the model has {found}, but acts of {n_models} model(s), {n_hookpoints} hookpoint(s) and width "
-            f"{width} need {wanted}"
-        )
-    fields = ARCHITECTURES.config_class(fitting[0]).model_fields
-    return {
-        "type": fitting[0],
-        **{name: value for name, value in saved.items() if name in fields},
-        "init": {"type": "given"},
-    }
+    return section_of_model(model, len(names_MP), len(names_MP[0]), width)

@@ -108,6 +108,7 @@ class Experiment(Activations, AnyExperiment):
                 "revision": lm.revision,
                 **({} if lm.adapter is None else lm.model_dump(include=set(_OF_ADAPTER))),
                 "fingerprint": loaded.fingerprint(),
+                **loaded.facts(),
             }
             for lm, loaded in zip(self.config.language_models, self.harvester.models, strict=True)
         ]

@@ -34,7 +34,7 @@ def check_language_models(config: HarvestConfig) -> int | None:
     widths = []
     weights: dict[torch.device | None, dict[str, int]] = {}
     for i, lm in enumerate(config.language_models):
-        skeleton = _skeleton(lm, f"language_models.{i}")
+        skeleton = skeleton_of(lm, f"language_models.{i}")
         if skeleton is None:
             continue
         check_hookpoints(skeleton, config.hookpoints)
@@ -49,7 +49,7 @@ def check_language_models(config: HarvestConfig) -> int | None:
     return max(widths, default=None)
 
 
-def _skeleton(config: LanguageModelConfig, field: str) -> LanguageModel | None:
+def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None:
     """None for a GGUF file, which has no configuration apart from its weights."""
     if config.gguf_file is not None or config.path.endswith(".gguf"):
         return None

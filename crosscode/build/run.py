@@ -172,6 +172,7 @@ def model_metadata(experiment: AnyExperiment) -> dict[str, Any]:
     return {
         "language_models": experiment.language_model_facts(),
         "hookpoints": config.hookpoints,
+        "widths": [[experiment.dims[2]] * experiment.dims[1]] * experiment.dims[0],
         "output_positions": experiment.output_names(),
         "architecture": config.crosscoder.type,
         "config": config_values(config),
@@ -182,6 +183,12 @@ def check_same_language_models(folder: Path, now: Sequence[dict[str, Any]]) -> N
     """A run continues, and is judged, on the weights that its saved model in `folder` was trained on."""
     before = read_config(folder)["metadata"].get("language_models") or []
     for i, (old, new) in enumerate(zip(before, now, strict=False)):
+        differ = [name for name in ("class", "n_layers", "d_model") if old.get(name, new.get(name)) != new.get(name)]
+        if differ:
+            have = ", ".join(f"{name} {new.get(name)!r} in place of {old[name]!r}" for name in differ)
+            raise InputError(
+                f"language_models.{i}.path = {new['path']!r}: has {have}, on which {str(folder)!r} was trained"
+            )
         if old.get("fingerprint") not in (None, new["fingerprint"]):
             raise InputError(
                 f"language_models.{i}.path = {new['path']!r}: has other weights than when the run began (fingerprint "

@@ -27,8 +27,9 @@ def export(
     made = writing_format(to)
     check_target(path, made, overwrite=overwrite)
     coders = [_at(from_model(model), position) for model in models]
-    if refusal := refusal_of(made, coders):
-        raise InputError(f"export --to {to}: {refusal}")
+    check_holds(made, coders)
+    for note in made.notes(coders):
+        log.warning("export --to %s: %s", to, note)
     with new_folder(path, made.index) as folder:
         made.write(coders, folder)
         write_about(folder, coders)
@@ -53,11 +54,15 @@ def planned(model: BaseCrosscoder, position: str | None = None) -> PlainCoder:
     return _at(from_model(model), position)
 
 
-def refusal_of(made: Format, coders: Sequence[PlainCoder]) -> str | None:
-    """Why these cannot be written, and what would work; None: they can."""
-    if len(coders) > 1 and not made.takes_several:
-        return f"holds one coder, and {len(coders)} are given; export each into a folder of its own"
-    return made.refusal(coders)
+def check_holds(made: Format, coders: Sequence[PlainCoder], *, complete: bool = True) -> None:
+    """Raise `InputError` with the reason why these cannot be written, and what would work."""
+    refusal = (
+        made.refusal(coders, complete=complete)
+        if made.takes_several or len(coders) == 1
+        else (f"holds one coder, and {len(coders)} are given; export each into a folder of its own")
+    )
+    if refusal:
+        raise InputError(f"export --to {made.type_name()}: {refusal}")
 
 
 def check_target(path: Path, made: Format, *, overwrite: bool) -> None:

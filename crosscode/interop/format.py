@@ -35,10 +35,14 @@ class Format(Configured, ABC):
     takes_several: ClassVar[bool] = False
     """whether several coders go into one export"""
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         """Why these cannot be held, and what would work; None: they can. Weights are not looked at: they may be on the meta
-        device."""
+        device. `complete`: whether these are all that go into an export, or some of them."""
         raise NotImplementedError
+
+    def notes(self, coders: Sequence[PlainCoder]) -> list[str]:
+        """What is still wanted of coders that can be held, and what not all that reads them knows."""
+        return []
 
     def write(self, coders: Sequence[PlainCoder], folder: Path) -> None:
         """Write files into an empty folder."""

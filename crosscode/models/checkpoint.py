@@ -98,7 +98,7 @@ def load_model(
     cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device, fold: bool = True
 ) -> ModelT:
     """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
-    foreign: Any = None if is_own(path) else elsewhere("load")(path)
+    foreign: Any = None if is_own(path) or not path.exists() else elsewhere("load")(path)
     if foreign is not None:
         if cls not in type(foreign).__mro__:
             raise InputError(f"model path {str(path)!r}: holds a {foreign.kind!r} model, not a {cls.__name__}")

@@ -6,9 +6,17 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from crosscode.errors import InputError
+
 
 @cache
 def elsewhere(name: str) -> Any:
-    """`load` or `export` of the package that registers them as an entry point of the group `crosscode.models`."""
-    (found,) = {point.value: point for point in entry_points(group="crosscode.models", name=name)}.values()
+    """`load`, `recognise` or `export` of the package that registers them as an entry point of the group `crosscode.models`.
+
+    Raises:
+        InputError: the package was not installed again since it declares them.
+    """
+    found = next(iter(entry_points(group="crosscode.models", name=name)), None)
+    if found is None:
+        raise InputError("crosscode is installed as an earlier version: install it again (pip install -e .)")
     return found.load()

@@ -15,6 +15,8 @@ from torch import Tensor
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import is_own
+from crosscode.models.elsewhere import elsewhere
 from crosscode.models.initialization.base import SampleBatches
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory
@@ -50,14 +52,14 @@ def warm_start(
             part.folded_scaling_in_Xi = part.folded_scaling_out_Xo = None
         for part, (old_part, part_model) in enumerate(zip(old.parts, model.parts, strict=True)):
             own = range(len(model.parts)) if old.selects_over_parts else range(part, part + 1)
-            _convert_activation(source, old_part, part_model, lambda k, own=own: _threshold_for(model, own, k, samples))
+            _convert_activation(source, old_part, part_model, lambda k, own=own: threshold_for(model, own, k, samples))
 
 
 def find_model(source: str, field: str = "finetune_from") -> Path:
     """The folder of the saved model that `source` names: itself, a run's `final/`, or its newest whole checkpoint.
     `field` is where it was named, for messages."""
     path = Path(source).expanduser()
-    if (path / "model.safetensors").is_file():
+    if (path / "model.safetensors").is_file() or (not is_own(path) and elsewhere("recognise")(path) is not None):
         return path
     run = RunDirectory(path)
     if (run.final / "model.safetensors").is_file():
@@ -125,7 +127,7 @@ def _cannot(source: str, before: ActivationFunction, after: ActivationFunction) 
     )
 
 
-def _threshold_for(model: BaseCrosscoder, own: Sequence[int], k: int, samples: SampleBatches) -> Tensor:
+def threshold_for(model: BaseCrosscoder, own: Sequence[int], k: int, samples: SampleBatches) -> Tensor:
     """The value that `k` latents of a token exceed on average, over a sample. `own`: the parts that they are of."""
     largest, n_tokens = [], 0
     for input_BXiDi, _ in samples():

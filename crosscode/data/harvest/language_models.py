@@ -100,6 +100,10 @@ class LanguageModel:
                 setattr(layer, name, torch.nn.Parameter(weight.clone(), requires_grad=False))
         return whole.merge_and_unload()
 
+    def facts(self) -> dict[str, Any]:
+        """What a saved coder says of it, beside its name and fingerprint."""
+        return {"class": type(self.model).__name__, "n_layers": self.n_layers, "d_model": self.d_model}
+
     def fingerprint(self) -> str:
         """16 hex digits of the weights: names, shapes, dtypes and an exact integer checksum of every tensor's bits.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscode.config.reading import load_yaml
 from crosscode.config.registry import ConfigModel
 from crosscode.files import write_text
-from crosscode.interop.circuit_tracer_names import HOOKS, hook_names, name_problem
+from crosscode.interop.circuit_tracer_names import HOOKS, hook_names, name_note, name_problem
 from crosscode.interop.format import (
     CONVERT,
     FORMATS,
@@ -54,20 +54,17 @@ class CircuitTracer(Format):
     files = r"config\.yaml|(layer|W_enc|W_dec)_\d+\.safetensors"
     takes_several = True
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
-        return self.problem(coders, complete=True)
-
-    def problem(self, coders: Sequence[PlainCoder], *, complete: bool) -> str | None:
-        """As `refusal`. `complete`: whether these are to be all layers, or some of them."""
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         found = next(filter(None, map(_problem_of_one, coders)), None)
         if found is None and any(coder.kind == COMPOUND for coder in coders) and len(coders) > 1:
             found = "a cross-layer transcoder is an export by itself; name it alone"
         return found or _problem_of_set(coders, complete=complete)
 
-    def missing_layers(self, coders: Sequence[PlainCoder]) -> list[int]:
-        """Layers of the language model of which there is no transcoder among these."""
+    def notes(self, coders: Sequence[PlainCoder]) -> list[str]:
         n_layers = coders[0].language_model().get("n_layers") or 0
-        return sorted(set(range(n_layers)) - {layer for coder in coders for layer in _layers(coder)})
+        missing = sorted(set(range(n_layers)) - {layer for coder in coders for layer in _layers(coder)})
+        found = [f"it wants all layers at once: still to train are {', '.join(map(str, missing))}"] if missing else []
+        return [*found, *filter(None, [name_note(coders)])]
 
     def write(self, coders: Sequence[PlainCoder], folder: Path) -> None:
         is_clt = coders[0].kind == COMPOUND

@@ -54,7 +54,7 @@ class DictionaryLearning(Format):
     index = CONFIG
     files = r"config\.json|ae\.pt|model\.safetensors"
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
         kind = coder.parts[0].kind
         if coder.kind == CROSSCODER:

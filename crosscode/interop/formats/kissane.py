@@ -27,7 +27,7 @@ class Kissane(Format):
     index = CONFIG
     files = r"cfg\.json|cc_weights\.pt"
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
         if coder.kind != CROSSCODER or tuple(coder.b_dec_XoDo.shape[:2]) != (2, 1):
             return (

@@ -53,7 +53,7 @@ class SAELens(Format):
     index = CONFIG
     files = r"cfg\.json|sae_weights\.safetensors"
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
         several = several_parts(coder, "take circuit-tracer or dictionary-learning, which know more than one")
         if several:

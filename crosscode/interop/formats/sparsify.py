@@ -40,7 +40,7 @@ class Sparsify(Format):
     index = CONFIG
     files = r"cfg\.json|sae\.safetensors"
 
-    def refusal(self, coders: Sequence[PlainCoder]) -> str | None:
+    def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
         several = several_parts(coder, "take circuit-tracer or dictionary-learning, which know more than one")
         if several:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import crosscode
 from crosscode.errors import InputError
 from crosscode.interop.export import export
 from crosscode.interop.format import FORMATS
@@ -166,3 +167,32 @@ def test_a_link_and_the_working_folder_are_left_alone(awkward, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is the working folder"):
         model.export("saelens", tmp_path)
+
+
+# ---- SAEBench
+
+
+@pytest.mark.parametrize("kind", ["sae_pre_bias", "crosscoder_1x1"])
+@pytest.mark.parametrize("active", ["topk", "groupmax", "jumprelu", "batch_topk_by_norm"])
+def test_sae_bench_gets_unit_decoder_rows_and_our_outputs(kind, active, awkward):
+    case = awkward(kind, active)
+    coder = crosscode.SAEBenchCoder(case.model)
+    torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(24))
+    x_HSD = case.raw_BXiDi.reshape(4, 10, 5)
+    torch.testing.assert_close(coder(x_HSD).reshape(case.raw_BXiDi.shape), case.model(case.raw_BXiDi))
+    norms_L = case.model.W_dec_LXoDo.flatten(1).norm(dim=1)
+    torch.testing.assert_close(coder.encode(x_HSD).flatten(0, 1), case.model.encode(case.raw_BXiDi) * norms_L)
+    assert (coder.cfg.hook_name, coder.cfg.hook_layer, coder.cfg.d_sae) == ("blocks.0.hook_resid_post", 0, 24)
+    if active == "jumprelu":  # whose encoder the benchmark may use by itself
+        a_BL = case.model.encode(case.raw_BXiDi) * norms_L
+        h_BL = case.raw_BXiDi.reshape(40, 5) @ coder.W_enc + coder.b_enc
+        torch.testing.assert_close(a_BL[a_BL > 0], h_BL[a_BL > 0])
+
+
+def test_sae_bench_is_for_saes(awkward):
+    with pytest.raises(InputError, match="SAEBench measures SAEs"):
+        crosscode.SAEBenchCoder(awkward("transcoder", "relu").model)
+    case = awkward("sae", "relu")
+    case.model.metadata = {}
+    with pytest.raises(InputError, match="model_name: the model does not say it"):
+        crosscode.SAEBenchCoder(case.model)

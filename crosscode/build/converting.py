@@ -1,0 +1,96 @@
+"""Another activation for a trained model, with thresholds that are found on held-out text.
+
+Axes: B tokens · M models · P hookpoints · D width · Xi/Xo input/output crosscoding dims · L latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crosscode.build.around import open_around, values_around, write_run_around
+from crosscode.build.finished import FinishedRun
+from crosscode.build.heldout import AnyExperiment
+from crosscode.build.resume import config_values
+from crosscode.build.schema import check_config
+from crosscode.errors import InputError
+from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.models import ACTIVATIONS, BaseCrosscoder
+from crosscode.trainers.warm_start import threshold_for
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Held-out figures before and after, and where the run with the new activation is."""
+
+    before: EvaluationResult
+    after: EvaluationResult
+    path: Path
+
+
+def convert(run: FinishedRun, activation: str, out: Path) -> Conversion:
+    """Write a run that holds the model of another with the activation "jumprelu" or "batch_topk".
+
+    What has thresholds keeps them. Those of a TopK are found: the value that k latents a token exceed on average, over
+    held-out activations.
+
+    Raises:
+        InputError: an activation that cannot become this one; the folder `out` is there already.
+    """
+    experiment, model = run.experiment, run.model
+    converted = with_activation(model, activation, experiment)
+    values = values_around(config_values(run.config), converted, out)
+    values["name"] = run.config.name
+    open_around(values, converted)
+    before = measure_reconstruction(
+        model, experiment.heldout_activations(), experiment.split, experiment.output_names()
+    )
+    after = write_run_around(check_config(values), converted, experiment, "convert")
+    return Conversion(before, after, out)
+
+
+@torch.no_grad()
+def with_activation(model: BaseCrosscoder, name: str, experiment: AnyExperiment) -> BaseCrosscoder:
+    """A copy of a folded model with another activation, in eval mode."""
+    old = model.activation_fns[0]
+    if name not in ("jumprelu", "batch_topk"):
+        raise InputError(f"activation = {name!r}: a trained model can become 'jumprelu', and a topk 'batch_topk'")
+    if name == old.type_name() or (name == "batch_topk" and not old.keeps_k):
+        raise InputError(f"activation = {name!r}: the model's is {old.type_name()!r}, which cannot become that")
+    config = {"type": name, "k": old.k} if name == "batch_topk" else {"type": name}
+    converted = model.clone().eval()
+    if hasattr(converted, "topk_scope") and name == "jumprelu":
+        converted.topk_scope = "layer"  # pyright: ignore[reportArgumentType]
+
+    def samples():
+        batches = experiment.heldout_activations()
+        return ((input_.to(model.device), target) for input_, target in map(experiment.split.activations, batches))
+
+    for index, (part, new) in enumerate(zip(model.parts, converted.parts, strict=True)):
+        own = range(len(model.parts)) if model.selects_over_parts else range(index, index + 1)
+        theta = _theta(model, part.activation_fn, part.ranking_norms_L(), own, samples)
+        new.activation_fn = ACTIVATIONS.build(config, n_latents=part.n_latents, **_selects_from(converted))
+        new.activation_fn.to_param_dtype(model.dtype).to(model.device)
+        new.activation_fn.set_cutoffs_(theta if name == "jumprelu" else theta.flatten()[0])
+    return converted.eval()
+
+
+def _selects_from(model: BaseCrosscoder) -> dict[str, int]:
+    return {"selects_from": model.n_latents} if model.selects_over_parts else {}
+
+
+def _theta(model: BaseCrosscoder, activation, n_L: Tensor, own: Sequence[int], samples) -> Tensor:
+    """Threshold of each latent of one part."""
+    theta_L = activation.cutoffs_L(n_L if activation.uses_decoder_norms else None)
+    if theta_L is not None:
+        return theta_L.to(model.device)
+    if not activation.keeps_k:
+        raise InputError(
+            f"activation: a {activation.type_name()!r} has no threshold that lets through what it keeps; train on with "
+            "finetune_from"
+        )
+    return threshold_for(model, own, activation.k, samples).expand(activation.n_latents).clone()

@@ -1,0 +1,65 @@
+"""The files of another library as a saved model, or as a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from crosscode.build.around import open_around, values_around, write_run_around
+from crosscode.build.schema import check_config
+from crosscode.config.reading import read_yaml
+from crosscode.errors import InputError
+from crosscode.files import check_is_no_link, check_may_be_filled
+from crosscode.interop.format import FORMATS
+from crosscode.interop.reading import read, recognise
+from crosscode.models import BaseCrosscoder
+
+
+def import_model(path: Path, name: str | None, out: Path, config: str | None = None) -> Iterator[str]:
+    """Write what is at `path` into the new folder `out`; lines that say what.
+
+    Raises:
+        InputError: no or another format, something that ours cannot be, a folder that is there, or a config whose
+            activations are of other dimensions.
+    """
+    check_may_be_filled(out, "out")
+    check_is_no_link(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
+    found = recognise(path) if name is None else FORMATS.build({"type": name})
+    if found is None:
+        raise InputError(
+            f"import {str(path)!r}: is of no format that is known ({', '.join(FORMATS)})"
+            if path.exists()
+            else f"import {str(path)!r}: no such file or folder"
+        )
+    models = read(path, found)
+    if config is not None:
+        if len(models) > 1:
+            raise InputError(
+                f"import {str(path)!r}: holds {len(models)} models; name the file of one, as a run has but one"
+            )
+        yield from _as_run(models[0], config, out)
+        return
+    if len(models) == 1:
+        models[0].save(out)
+        yield f"model       {out}  {models[0]!r}"
+        return
+    try:
+        for i, model in enumerate(models):
+            model.save(out / f"layer_{i}")
+            yield f"model       {out / f'layer_{i}'}  {model!r}"
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _as_run(model: BaseCrosscoder, config: str, out: Path) -> Iterator[str]:
+    values = values_around(read_yaml(config), model, out)
+    experiment = open_around(values, model)
+    result = write_run_around(check_config(values), model, experiment, "import")
+    yield f"run         {out}"
+    for name, value in result.fvu_by_position.items():
+        yield f"FVU         {value:.4f}  {name}"
+    yield f"L0          {result.l0:.1f}"

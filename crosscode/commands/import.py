@@ -1,0 +1,38 @@
+"""`crosscode import`: the files of another library as a model of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+
+TEXT = """read a model of saelens, circuit-tracer, sparsify, dictionary-learning, kissane or gemma-scope
+PATH is a folder or file as those libraries write it. Without --config DIR becomes a saved model, which load, export and
+finetune_from take (of the transcoders of all layers a folder with one each); with it a run, which evaluate, report and steer
+take, too: language models, hookpoints and text are those of the config."""
+
+
+class Options(ConfigModel):
+    path: Path = Field(title="PATH")
+    """folder or file"""
+    source_format: str | None = Field(default=None, alias="from", title="FORMAT")
+    """one of those names; null: as its files look"""
+    out: Path = Field(title="DIR")
+    """a new folder"""
+    config: str | None = Field(default=None, title="CONFIG.yaml")
+    """make a run on the language models, hookpoints and text of this config (a file, a run, or a recipe's name)"""
+
+
+def run(options: Options) -> None:
+    quiet_libraries()
+    from crosscode.build.importing import import_model
+
+    for line in import_model(options.path, options.source_format, options.out, options.config):
+        print(line)
+
+
+COMMAND = Command(TEXT, run, Options, positional="path")
