@@ -9,7 +9,7 @@ as the crosscoder finds it on both models' own activations: A gets what B has of
 on held-out text, beside the same with random latents: at each token the same activations, and vectors of the same norms, but
 in the directions in which other latents, drawn among those that fire, write to B.
 
-H sequences · S sequence · B usable tokens · P hookpoints · D width · N latents · V vocabulary.
+H sequences · S sequence · B usable tokens · P hookpoints · D width · N latents · V vocabulary · Q all sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
 from crosscode.data.text.tokens import TokenBatch
 from crosscode.errors import InputError
+from crosscode.evaluation.bootstrap import interval_95, resampled_means
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.splicing import Splicer
 from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
@@ -46,6 +47,8 @@ class Closes:
     """KL(B || A with the latents)"""
     share: float
     """1 - kl_closed / kl; negative where the latents make it worse"""
+    share_ci95: list[float] | None
+    """its 95 % interval by the bootstrap over sequences; None for a single one"""
     random_shares: list[float]
     """the same for each draw of random latents"""
     random_share: float | None
@@ -109,26 +112,41 @@ def measure_closes(
         norm_NP1 = random_NPD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         added.append(random_NPD / norm_NP1 * difference_NPD.norm(dim=-1, keepdim=True))
     splicer_a, splicer_b = (Splicer(harvester, m) for m in (model_a, model_b))
-    n, kl, kl_closed = 0, 0.0, [0.0] * len(added)
+    sums_HF: list[Tensor] = []  # predictions, KL as it is, KL with each of `added`
     for part in text_parts(harvester, batches, n_tokens, limit, counted):
         input_BXiDi = split.activations(part.usable().to(model.device))[0]
         a_BN = model.encode_latents(input_BXiDi).columns_BN(latents_N).float()
         b_HSV, a_HSV = (one.logits(part.tokens_HS, part.segments_HS) for one in (splicer_b, splicer_a))
         n_vocabulary = min(b_HSV.shape[-1], a_HSV.shape[-1])  # one of them may have rows for tokens that there are not
         b_NV, plain_NV = (part.predictions(logits_HSV[..., :n_vocabulary]) for logits_HSV in (b_HSV, a_HSV))
-        n += b_NV.shape[0]
-        kl += float(kl_N(b_NV, plain_NV).double().sum())
-        for i, vectors_NPD in enumerate(added):
+        figures = [torch.ones(b_NV.shape[0]), kl_N(b_NV, plain_NV)]
+        for vectors_NPD in added:
             delta_BPD = torch.einsum("bn,npd->bpd", a_BN, vectors_NPD)
             with_NV = part.predictions(_logits_with(splicer_a, part, delta_BPD, hookpoints)[..., :n_vocabulary])
-            kl_closed[i] += float(kl_N(b_NV, with_NV).double().sum())
-    if not n:
+            figures.append(kl_N(b_NV, with_NV))
+        sums_HF.append(torch.stack([part.by_sequence(figure_N) for figure_N in figures], 1))
+    sums_QF = torch.cat(sums_HF) if sums_HF else torch.zeros(0, 2)
+    sums_QF = sums_QF[sums_QF[:, 0] > 0]
+    if not len(sums_QF):
         raise InputError("closes: the held-out text has no prediction to look at")
+    n, kl, kl_closed, *kl_random = sums_QF.sum(0).tolist()
     if kl <= 0:
         raise InputError("closes: both language models predict the same, so there is nothing to close")
-    share, *random_shares = (1 - one / kl for one in kl_closed)
-    mean = fmean(random_shares) if random_shares else None
-    return Closes(latents_N.tolist(), n, kl / n, kl_closed[0] / n, share, random_shares, mean)
+    interval = None
+    if len(sums_QF) > 1:
+        means_RF = resampled_means(sums_QF[:, 0], sums_QF[:, 1:3])
+        interval = interval_95(1 - means_RF[:, 1] / means_RF[:, 0])
+    random_shares = [1 - one / kl for one in kl_random]
+    return Closes(
+        latents=latents_N.tolist(),
+        n_tokens=int(n),
+        kl=kl / n,
+        kl_closed=kl_closed / n,
+        share=1 - kl_closed / kl,
+        share_ci95=interval,
+        random_shares=random_shares,
+        random_share=fmean(random_shares) if random_shares else None,
+    )
 
 
 def _logits_with(splicer: Splicer, part: TextPart, delta_BPD: Tensor, hookpoints: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ A hookpoint that is a module's input replaces what this module reads; where the 
 module (`hook_resid_mid`), that stream stays clean. A model that is harvested in TransformerBridge is spliced in it.
 
 H harvest batch (sequences) · S sequence · V vocabulary · M models · P hookpoints · D width ·
-Xi/Xo input/output crosscoding dims · X flattened Xo · Q all sequences · R resamples.
+Xi/Xo input/output crosscoding dims · X flattened Xo · Q all sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
 from crosscode.data.text.tokens import TokenBatch
+from crosscode.evaluation.bootstrap import interval_95, resampled_means
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import Splicer
@@ -33,7 +34,6 @@ from crosscode.evaluation.text_parts import TextPart, text_parts
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
-N_RESAMPLES = 1000
 ALL_HOOKPOINTS = "all hookpoints"
 
 
@@ -171,18 +171,12 @@ def _recovered(ce_clean: float, ce_spliced: float, ce_zero: float) -> float | No
 
 
 def _intervals(n_Q: Tensor, sums_QF: Tensor) -> dict[str, list[float]]:
-    """Percentile bootstrap: tokens of one sequence depend on each other, sequences hardly do."""
     if n_Q.shape[0] < 2:
         return {}
-    generator = torch.Generator().manual_seed(0)
-    drawn_RQ = torch.randint(n_Q.shape[0], (N_RESAMPLES, n_Q.shape[0]), generator=generator)
-    ones_RQ = torch.ones_like(drawn_RQ, dtype=torch.float64)
-    times_RQ = torch.zeros_like(ones_RQ).scatter_add(1, drawn_RQ, ones_RQ)
-    means_RF = (times_RQ @ sums_QF) / (times_RQ @ n_Q)[:, None]
+    means_RF = resampled_means(n_Q, sums_QF)
     columns: dict[str, Tensor] = dict(zip(FIGURES, means_RF.unbind(1), strict=True))
     span_R = columns["ce_zero"] - columns["ce_clean"]
     if bool((span_R > 0).all()):
         columns["loss_recovered"] = (columns["ce_zero"] - columns["ce_spliced"]) / span_R
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     finite = {name: column_R for name, column_R in columns.items() if bool(column_R.isfinite().all())}
-    return {name: column_R.quantile(ends).tolist() for name, column_R in finite.items()}
+    return {name: interval_95(column_R) for name, column_R in finite.items()}

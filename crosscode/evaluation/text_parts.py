@@ -47,6 +47,13 @@ class TextPart:
         """`tokens_N` that `predictions` are about."""
         return self.tokens_HS[:, 1:][self._predicted_HS()]
 
+    def by_sequence(self, values_N: Tensor) -> Tensor:
+        """`sum_H` (float64, on the CPU) of values of the predictions."""
+        sequence_N = self._predicted_HS().nonzero()[:, 0]
+        return torch.zeros(len(self.mask_HS), dtype=torch.float64).index_add(
+            0, sequence_N.cpu(), values_N.double().cpu()
+        )
+
     def _predicted_HS(self) -> Tensor:
         return self.mask_HS[:, :-1] & self.mask_HS[:, 1:] & self.counted_HS[:, 1:]
 

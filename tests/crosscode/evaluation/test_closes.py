@@ -60,7 +60,7 @@ ALIVE = torch.ones(4 * WIDTH, dtype=torch.bool)
 def test_all_latents_turn_one_model_into_the_other(harvester, batch):
     found = measure_closes(coordinates(), harvester, [batch], SPLIT, range(4 * WIDTH), ALIVE, n_random=0)
     assert found.kl > 0.1 and found.share == pytest.approx(1, abs=1e-5) and found.n_tokens == 4 * 8
-    assert found.random_share is None
+    assert found.random_share is None and found.share_ci95 == pytest.approx([1, 1], abs=1e-5)
     back = measure_closes(
         coordinates(), harvester, [batch], SPLIT, range(4 * WIDTH), ALIVE, model_a=1, model_b=0, n_random=0
     )
@@ -103,6 +103,9 @@ def test_some_latents_close_what_they_close_by_hand(harvester, batch):
     assert found.kl == pytest.approx(kl / n, rel=1e-4)
     assert found.kl_closed == pytest.approx(closed / n, rel=1e-4)
     assert found.share == pytest.approx(1 - closed / kl, abs=1e-4)
+    assert found.share_ci95 is not None
+    low, high = found.share_ci95
+    assert low < found.share < high
     assert len(set(found.random_shares)) == 4
     assert found.random_share == pytest.approx(sum(found.random_shares) / 4)
 
