@@ -15,7 +15,6 @@ from torch import Tensor
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import is_own
 from crosscode.models.elsewhere import elsewhere
 from crosscode.models.initialization.base import SampleBatches
 from crosscode.runs.checkpoints import Checkpoints
@@ -59,7 +58,7 @@ def find_model(source: str, field: str = "finetune_from") -> Path:
     """The folder of the saved model that `source` names: itself, a run's `final/`, or its newest whole checkpoint.
     `field` is where it was named, for messages."""
     path = Path(source).expanduser()
-    if (path / "model.safetensors").is_file() or (not is_own(path) and elsewhere("recognise")(path) is not None):
+    if (path / "model.safetensors").is_file():
         return path
     run = RunDirectory(path)
     if (run.final / "model.safetensors").is_file():
@@ -67,6 +66,8 @@ def find_model(source: str, field: str = "finetune_from") -> Path:
     step = Checkpoints(run).newest_whole()
     if step is not None:
         return run.checkpoint(step)
+    if path.exists() and elsewhere("recognise")(path) is not None:
+        return path
     raise InputError(f"{field} = {source!r}: holds neither a saved model nor a run with one")
 
 
