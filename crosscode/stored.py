@@ -225,6 +225,7 @@ class ShardInfo(Stored):
     index: Count
     norm_sums: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
     content: str | None = None
+    token_hash: str | None = None
 
 
 class TensorHeader(Stored):

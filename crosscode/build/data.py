@@ -217,7 +217,7 @@ def build_rows(activations: Activations) -> RowSource:
     """Rows to train on: out of stores, harvested, or harvested into a store."""
     data = activations.config.data
     tokens = build_token_loader(activations, heldout=False)
-    if data.stores:
+    if data.reads_stores():
         stores = activations.stores or Stores.open(activations.config, activations.harvester.models)
         return stores.rows(tokens, activations.harvester)
     if data.cache is None:

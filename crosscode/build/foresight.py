@@ -107,7 +107,7 @@ def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device:
     what = "weights, gradients and optimizer state"
     _check_fits(f"crosscoder.{size}", getattr(config.crosscoder, size), n_bytes, device, what)
     M, P, capacity = len(config.language_models), len(config.hookpoints), config.data.shuffle_buffer_size
-    rows = (0 if config.data.stores else DEFAULT_CAPACITY) if capacity is None else capacity
+    rows = (0 if config.data.reads_stores() else DEFAULT_CAPACITY) if capacity is None else capacity
     n_bytes = rows * M * P * width * _BYTES[config.data.activation_dtype]
     what = f"activations of {M} x {P} x {width}"
     _check_fits("data.shuffle_buffer_size", rows, n_bytes, torch.device("cpu"), what)

@@ -44,7 +44,7 @@ CHECKED_BY_FINGERPRINT = (
     "language_models.*.trust_remote_code", "language_models.*.adapter", "language_models.*.adapter_revision",
 )  # fmt: skip
 MOVED = (
-    "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path",
+    "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path", "data.join.*",
     "data.source.files.*.path", "data.source.heldout_files.*.path",
 )  # fmt: skip
 

@@ -146,6 +146,7 @@ def _make_data_absolute(data: dict[str, Any]) -> None:
                 _make_absolute(part["source"])
         for file in [*(source or {}).get("files", ()), *(source or {}).get("heldout_files", ())]:
             _make_absolute(file)
+    data["join"] = [str(Path(path).expanduser().resolve()) for path in data["join"]]
     for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
         store["path"] = str(Path(store["path"]).expanduser().resolve())
 

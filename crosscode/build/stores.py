@@ -11,6 +11,7 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.data.store.joined import JoinedStores
 from crosscode.data.store.manifest import Manifest, check_same_content, dtype_name, make_manifest
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.rows import StoredRows
@@ -28,7 +29,8 @@ class Stores:
 
     config: HarvestConfig
     wanted: Manifest
-    opened: list[ActivationCache]
+    opened: dict[str, ActivationCache | JoinedStores]
+    """by their fields"""
     written: Manifest | None
     """what `data.cache` holds already"""
 
@@ -54,12 +56,14 @@ class Stores:
             dtypes = {"dtype": cache.dtype, "activation_dtype": config.data.activation_dtype}
             with at_field("data.cache"):
                 written = check_can_write(cache.path, {**wanted, **dtypes})
-        opened = []
-        for i, store in enumerate(config.data.stores):
-            with at_field(f"data.stores.{i}"):
-                opened.append(ActivationCache(store.path))
-                opened[-1].check_not_empty()
-                check_same_content(opened[-1].path, opened[-1].manifest, wanted, to_append=False, partly=True)
+        opened: dict[str, ActivationCache | JoinedStores] = {}
+        for i, named in enumerate(config.data.stores or [None] * bool(config.data.join)):
+            field = "data.join" if named is None else f"data.stores.{i}"
+            with at_field(field):
+                store = JoinedStores(config.data.join) if named is None else ActivationCache(named.path)
+                store.check_not_empty()
+                check_same_content(store.path, store.manifest, wanted, to_append=False, partly=True)
+                opened[field] = store
         return cls(config, wanted, opened, written)
 
     def check_text(self, documents: DocumentSource) -> None:
@@ -77,7 +81,7 @@ class Stores:
         self._check_all(make_manifest(tokens, harvester, dtype="float32"), tokens.source)
         weights = [store.weight for store in data.stores if store.weight is not None]
         return StoredRows(
-            self.opened,
+            list(self.opened.values()),
             weights=weights or None,
             epochs=data.epochs,
             seed=self.config.seed,
@@ -88,10 +92,10 @@ class Stores:
     def _check_all(self, wanted: Manifest, documents: DocumentSource, *, partly: bool = False) -> None:
         """Each may hold a part of a mixture, or the whole text."""
         texts = {part.fingerprint for part in parts_of(documents)}
-        for i, store in enumerate(self.opened):
+        for field, store in self.opened.items():
             held = store.manifest["tokens"]["dataset"]
             of_text = _of_text(wanted, held if held in texts else documents.fingerprint)
-            with at_field(f"data.stores.{i}"):
+            with at_field(field):
                 check_same_content(store.path, store.manifest, of_text, to_append=False, partly=partly)
 
 
@@ -100,6 +104,7 @@ def check_stores_outside(config: ExperimentConfig) -> None:
     run = config.run_path().resolve()
     cache = config.data.cache
     paths = {f"data.stores.{i}": store.path for i, store in enumerate(config.data.stores)}
+    paths |= {f"data.join.{i}": path for i, path in enumerate(config.data.join)}
     paths |= {} if cache is None else {"data.cache.path": cache.path}
     for field, path in paths.items():
         if Path(path).resolve().is_relative_to(run):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
@@ -34,12 +34,15 @@ class Options(ConfigModel):
     """the folder of the store; short for --data.cache.path"""
     n_tokens: PositiveInt | None = None
     """where to stop; null: after one pass over the text"""
+    models: list[NonNegativeInt] | None = Field(default=None, title="NUMBER")
+    """harvest these of the config's language models alone, counted from 0 (--models 0 --models 1); a run reads stores that
+    were harvested apart with --data.join DIR,DIR"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
     store = {} if options.store is None else {"data": {"cache": {"path": options.store}}}
     typed = merged(fields(HarvestConfig), store)
-    config = harvest_config(merged(read_yaml(options.config) if options.config else {}, typed))
+    config = harvest_config(merged(read_yaml(options.config) if options.config else {}, typed), options.models)
     quiet_libraries()
     cache = run_harvest(config, options.n_tokens)
     M, P, D = cache.dims
@@ -51,8 +54,9 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
             print(f"mean norm   {norm:.4g}  {name}")
 
 
-def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
-    """What a harvest needs of a run's values; stores that the run reads are not looked at.
+def harvest_config(values: Mapping[str, Any], models: Sequence[int] | None = None) -> HarvestConfig:
+    """What a harvest needs of a run's values; stores that the run reads are not looked at. `models`: numbers of the language
+    models that are harvested, default all.
 
     Raises:
         InputError: naming each bad field, its value and what is allowed; or no store to write is named.
@@ -60,11 +64,18 @@ def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
     own = HarvestConfig.model_fields
     kept = {name: value for name, value in values.items() if name in own or name not in ExperimentConfig.model_fields}
     if isinstance(kept.get("data"), Mapping):
-        kept["data"] = {name: value for name, value in kept["data"].items() if name != "stores"}
+        kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("stores", "join")}
     config = checked(HarvestConfig, kept)
     if config.data.cache is None:
         raise InputError("data.cache: no store to write is given; name its folder with --store DIR")
-    return config
+    if models is None:
+        return config
+    named = config.language_models
+    for m in models:
+        if m >= len(named) or list(models).count(m) > 1:
+            wrong = "is named twice" if m < len(named) else f"must be below {len(named)}, the number of language_models"
+            raise InputError(f"models = {m}: {wrong}")
+    return config.model_copy(update={"language_models": [named[m] for m in models]})
 
 
 def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress: bool = True) -> ActivationCache:

@@ -134,6 +134,9 @@ class DataConfig(TokenRules, TextConfig):
     stores: list[StoreConfig] = Field(default=[])
     """read activations from these stores instead of harvesting: [FOLDER, ...] or [{path: FOLDER, weight: 2}, ...]. A
     store of something else than this config describes is refused; with a mixture each may hold a part of it"""
+    join: list[str] = Field(default=[])
+    """read these stores as one instead of harvesting: [FOLDER, FOLDER, ...], whose rows are of the same tokens and which hold
+    the models one after another (`crosscode harvest --models`), or the hookpoints; stores of other tokens are refused"""
     store_read_block: PositiveInt | None = None
     """consecutive activations of a store that are read together; they end up apart, in one window of
     shuffle_buffer_size. null: as many as 32 KiB hold, at most 16. A few hundred read a disk at its full speed; 1
@@ -155,12 +158,20 @@ class DataConfig(TokenRules, TextConfig):
     """leave tokens out of training and of figures where an activation is longer than this times the median norm at its
     place (attention sinks may be 300 times as long), or not finite; null: none, and what is not finite is an error"""
 
+    def reads_stores(self) -> bool:
+        """Whether activations are not harvested but read."""
+        return bool(self.stores or self.join)
+
     @model_validator(mode="after")
     def _one_way(self) -> DataConfig:
         if self.cache is not None and self.stores:
             raise ValueError(
                 f"cache.path = {self.cache.path!r} is written and stores ({self.stores[0].path!r}, ...) are read "
                 "instead of harvesting: give one of the two"
+            )
+        if self.join and (self.stores or self.cache is not None):
+            raise ValueError(
+                f"join ({self.join[0]!r}, ...): {'stores' if self.stores else 'cache'} is given as well: give one of them"
             )
         if len({store.weight is None for store in self.stores}) > 1:
             raise ValueError("stores: give a weight to each of them, or to none")

@@ -20,13 +20,15 @@ from crosscode.errors import InputError
 
 @dataclass(frozen=True)
 class Rows:
-    """Usable, unscaled activations in the order in which they come; `epoch` counts from 0.
+    """Usable, unscaled activations in the order in which they come; `epoch` counts from 0. `tokens_R`: their token ids,
+    where they come straight from a harvest.
 
     The tensor belongs to whoever receives it: a source keeps no hold on its memory.
     """
 
     acts_RMPD: torch.Tensor
     epoch: int
+    tokens_R: torch.Tensor | None = None
 
 
 class RowStream(Iterator[Rows], Protocol):
@@ -121,7 +123,7 @@ class _HarvestStream:
 
     def __next__(self) -> Rows:
         batch = next(self._iterator)
-        return Rows(harvest_usable(self._harvester, batch), batch.epoch)
+        return Rows(harvest_usable(self._harvester, batch), batch.epoch, batch.tokens_HS[batch.mask_HS])
 
     def state_dict(self) -> dict[str, Any]:
         return self._tokens.state_dict()

@@ -59,7 +59,7 @@ def harvest_to_store(
             if item is None:
                 writer.finish()
                 break
-            writer.append(item.acts_RMPD, stream.state_dict())
+            writer.append(item.acts_RMPD, stream.state_dict(), item.tokens_R)
             if not writer.full:
                 n_rows += item.acts_RMPD.shape[0]
                 n_bytes += item.acts_RMPD.shape[0] * writer.layout.row_bytes
@@ -176,15 +176,15 @@ class _ThroughStream:
             self._live = self._source.harvested.open(self._writer.resume_state)
             self._live_row = self._writer.n_rows
         for item in self._live:
-            stored_RMPD = self._append(item.acts_RMPD, self._live.state_dict())
+            stored_RMPD = self._append(item.acts_RMPD, self._live.state_dict(), item.tokens_R)
             first, self._live_row = self._live_row, self._live_row + stored_RMPD.shape[0]
             if self._live_row > self._row:
                 return stored_RMPD[max(0, self._row - first) :].clone()
         self._warn_only(self._writer.finish)
         return None
 
-    def _append(self, acts_RMPD: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
-        stored_RMPD = self._warn_only(self._writer.append, acts_RMPD, state)
+    def _append(self, acts_RMPD: torch.Tensor, state: dict[str, Any], tokens_R: torch.Tensor | None) -> torch.Tensor:
+        stored_RMPD = self._warn_only(self._writer.append, acts_RMPD, state, tokens_R)
         # A writer that has failed keeps nothing more, and still gives back what it would have stored.
         return self._writer.append(acts_RMPD, state) if stored_RMPD is None else stored_RMPD
 

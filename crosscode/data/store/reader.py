@@ -37,12 +37,16 @@ _FEWEST_ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard: its rows, where its data begins, and the sums of norms `norm_sum_MP` of its activations."""
+    """A whole shard: its rows, where its data begins, and the sums of norms `norm_sum_MP` of its activations.
+
+    `token_hash` is that of the token ids of all rows up to its end; None in earlier stores.
+    """
 
     path: Path
     n_rows: int
     offset: int
     norm_sum_MP: torch.Tensor
+    token_hash: str | None = None
 
 
 def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
@@ -66,7 +70,8 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
                 f"store {str(folder)!r}: shard {name} was written for another manifest ({theirs}) than the one in "
                 f"this folder ({content}); one of the two was copied here"
             )
-        shards.append(Shard(path, n_rows, offset, torch.tensor(info["norm_sums"], dtype=torch.float64)))
+        norm_sum_MP = torch.tensor(info["norm_sums"], dtype=torch.float64)
+        shards.append(Shard(path, n_rows, offset, norm_sum_MP, info.get("token_hash")))
     if len(shards) < n_written and (shards or n_written > 1):  # the very first position comes before any shard
         raise StoreError(f"store {str(folder)!r}: {len(shards)} shards are there, but {n_written} were written")
     return shards

@@ -40,6 +40,7 @@ from crosscode.data.store.manifest import (
     write_manifest,
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
+from crosscode.data.store.token_hash import TokenHash
 from crosscode.errors import check_at_least, fitting
 from crosscode.files import held, is_temporary, remove, write_parts
 from crosscode.stored import PositionHeader, parse_json
@@ -69,6 +70,7 @@ class ActivationCacheWriter:
         self._waiting: list[PackedRows] = []
         self._waiting_bytes = 0
         self._norm_sum_MP = torch.zeros(self.layout.dims[:2], dtype=torch.float64)
+        self._token_hash: TokenHash | None = TokenHash()
         self._state: dict[str, Any] | None = None
         self.full = False
         self.finished = False
@@ -92,6 +94,7 @@ class ActivationCacheWriter:
             shards = list_shards(self.path, stored or manifest)
             self.n_shards = len(shards)
             self.n_rows = sum(shard.n_rows for shard in shards)
+            self._token_hash = TokenHash.after(shards[-1].token_hash) if shards else TokenHash()
             self.n_bytes = sum(shard.path.stat().st_size for shard in shards)
             self.resume_state, self.finished = _read_resume(self.path, self.n_shards)
             for leftover in [*_unfinished(self.path), *_other_positions(self.path, self.n_shards)]:
@@ -102,8 +105,11 @@ class ActivationCacheWriter:
             self._release()
             raise
 
-    def append(self, acts_RMPD: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
-        """Add rows; `state` is the position of the data after them. Returns them as the store will give them back.
+    def append(
+        self, acts_RMPD: torch.Tensor, state: dict[str, Any], tokens_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add rows; `state` is the position of the data after them, `tokens_R` their token ids. Returns them as the store
+        will give them back.
 
         Rows that no longer fit below `max_bytes` are not kept, and `full` is set.
         """
@@ -120,6 +126,7 @@ class ActivationCacheWriter:
             self._waiting.append(rows)
             self._waiting_bytes += n_bytes
             self._norm_sum_MP += norm_sum_MP
+            self._token_hash = self._token_hash and self._token_hash.with_tokens(tokens_R)
             self._state = state
             if self._waiting_bytes >= self._shard_bytes:
                 self.flush()
@@ -164,6 +171,7 @@ class ActivationCacheWriter:
     def _write_shard(self, finished: bool) -> None:
         assert self._state is not None
         info = {"norm_sums": self._norm_sum_MP.tolist(), "content": self._content}
+        info |= {} if self._token_hash is None else {"token_hash": str(self._token_hash)}
         _write_resume(self.path, self.n_shards + 1, self._state, finished)
         self.n_bytes += write_shard(self.path, self.n_shards, self.layout, self._waiting, info)
         self.n_rows += sum(rows.acts_RE.shape[0] for rows in self._waiting)

@@ -14,6 +14,7 @@ from crosscode.build.run import build_dataloader, build_trainer
 from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.commands import cli
 from crosscode.commands.harvest import harvest_config, run_harvest
+from crosscode.config.reading import load_yaml
 from crosscode.data import ActivationCache, ActivationHarvester
 from crosscode.data.store import reader, writer
 from crosscode.errors import InputError
@@ -445,3 +446,40 @@ def test_a_position_continues_exactly_through_everything_at_once(kind, with_data
         rest, _ = batches_from(states[n_done - 1])
         assert len(rest) == len(whole) - n_done
         assert all(torch.equal(one, two) for one, two in zip(rest, whole[n_done:], strict=True))
+
+
+def test_models_that_are_harvested_apart_are_read_as_one(with_data, tmp_path, harvest, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(with_data()))
+    for m in (0, 1):
+        cli.main(["harvest", str(config), "--models", str(m), "--store", str(tmp_path / f"model{m}")])
+    apart = [str(tmp_path / "model0"), str(tmp_path / "model1")]
+    joined = build_dataloader(open_experiment(check_config(with_data(join=apart))))
+    whole = build_dataloader(open_experiment(check_config(with_data(stores=[harvest("whole")]))))
+    for mine, theirs, _ in zip(joined, whole, range(3), strict=False):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(joined.scaling_MP, whole.scaling_MP)
+    config = check_config(with_data(join=apart))
+    assert load_yaml(dump_config(config), "x")["data"]["join"] == apart
+    with pytest.raises(InputError, match=r"data.join: .*models.0.weights"):
+        build_dataloader(open_experiment(check_config(with_data(join=apart[::-1]))))
+    with pytest.raises(InputError, match="stores is given as well: give one of them"):
+        check_config(with_data(join=apart, stores=apart))
+    with pytest.raises(InputError, match="models = 2: must be below 2, the number of language_models"):
+        harvest_config(with_data(cache={"path": "x"}), [2])
+
+
+def test_a_run_on_joined_stores_goes_on_to_the_bit(with_data, tmp_path, tiny_lms):
+    values = with_data(cache={"path": str(tmp_path / "a")})
+    run_harvest(harvest_config(values, [0]), progress=False)
+    run_harvest(harvest_config(with_data(cache={"path": str(tmp_path / "b")}), [1]), progress=False)
+    values = with_data(join=[str(tmp_path / "a"), str(tmp_path / "b")])
+    loader = build_dataloader(open_experiment(check_config(values)))
+    batches = iter(loader)
+    for _ in range(2):
+        next(batches)
+    state = loader.state_dict()
+    expected = next(batches)
+    again = build_dataloader(open_experiment(check_config(values)))
+    again.load_state_dict(state)
+    assert torch.equal(next(iter(again)), expected)
