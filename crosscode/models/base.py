@@ -286,3 +286,20 @@ class BaseCrosscoder(CoderWeights):
             InputError: a missing folder, another architecture, or tensors whose names, shapes or dtypes differ.
         """
         return checkpoint.load_model(cls, Path(path), backend=backend, device=torch.device(device))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        backend: AnyBackend = "auto",
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """As `load`, of a folder or of a repository USER/NAME on the Hugging Face hub (`revision`: branch, tag or commit).
+
+        Raises:
+            InputError: no such folder or repository, or no way to the hub.
+        """
+        path = Path(name) if Path(name).exists() else elsewhere("fetch")(str(name), revision)
+        return cls.load(path, backend=backend, device=device)

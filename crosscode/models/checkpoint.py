@@ -98,6 +98,8 @@ def load_model(
     cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device, fold: bool = True
 ) -> ModelT:
     """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
+    if not path.exists() and elsewhere("is_repo")(str(path)):
+        path = elsewhere("fetch")(str(path))
     foreign: Any = None if is_own(path) or not path.exists() else elsewhere("load")(path)
     if foreign is not None:
         if cls not in type(foreign).__mro__:

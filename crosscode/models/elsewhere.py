@@ -11,7 +11,8 @@ from crosscode.errors import InputError
 
 @cache
 def elsewhere(name: str) -> Any:
-    """`load`, `recognise` or `export` of the package that registers them as an entry point of the group `crosscode.models`.
+    """`load`, `recognise`, `export`, `is_repo` or `fetch`: of the package that registers them as entry points of the group
+    `crosscode.models`.
 
     Raises:
         InputError: the package was not installed again since it declares them.

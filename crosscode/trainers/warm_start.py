@@ -68,6 +68,8 @@ def find_model(source: str, field: str = "finetune_from") -> Path:
         return run.checkpoint(step)
     if path.exists() and elsewhere("recognise")(path) is not None:
         return path
+    if not path.exists() and elsewhere("is_repo")(source):
+        return elsewhere("fetch")(source)
     raise InputError(f"{field} = {source!r}: holds neither a saved model nor a run with one")
 
 

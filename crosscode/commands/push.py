@@ -1,0 +1,50 @@
+"""`crosscode push`: a model to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
+
+TEXT = """upload a trained model to the Hugging Face hub: crosscode push RUN USER/NAME
+RUN is a run directory or the folder of a saved model. What goes up: the model, the config, figures, the report and a card;
+--dry-run shows it. You must be logged in there (`hf auth login`, or HF_TOKEN)."""
+
+
+class Options(ConfigModel):
+    words: list[str] = Field(title="RUN USER/NAME")
+    """the run, and the repository, which is made if there is none"""
+    private: bool = False
+    """make it a private one"""
+    license: str | None = None
+    """its licence, as the hub names it, such as mit"""
+    dry_run: bool = False
+    """upload nothing: show the files and the card"""
+
+
+def run(options: Options) -> None:
+    if len(options.words) != 2:
+        raise InputError("push: usage: crosscode push RUN USER/NAME")
+    quiet_libraries()
+    from crosscode.interop.hub import CARD, contents, push
+    from crosscode.trainers.warm_start import find_model
+
+    source, name = options.words
+    folder = find_model(source, "RUN")
+    is_run = (Path(source) / "config.yaml").is_file() and folder.parent in (Path(source), Path(source) / "checkpoints")
+    files = contents(folder, Path(source) if is_run else None, name, options.license)
+    if options.dry_run:
+        for file, content in files.items():
+            size = len(content.encode()) if isinstance(content, str) else content.stat().st_size
+            print(f"{size:>12,}  {file}")
+        print(f"\n{files[CARD]}")
+        return
+    print(push(name, files, private=options.private))
+
+
+COMMAND = Command(TEXT, run, Options, positional="words")

@@ -1,0 +1,195 @@
+"""Models on the Hugging Face hub: a repository holds one saved model, its config, figures, report and card."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.errors import InputError, first_line
+from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
+from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
+from crosscode.stored import Evaluation, Summary, read_json
+
+CARD = "README.md"
+_OF_RUN = ("config.yaml", "summary.json", "evaluation.json", "report.html")
+_PULLED = (*MODEL_FILES, CHECKSUMS_FILE, CARD, *_OF_RUN)
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo(name: str) -> bool:
+    """Whether this may be a repository, USER/NAME: it has that form, and there is no folder of that first name here."""
+    path = Path(name)
+    return _NAME.fullmatch(name) is not None and not path.exists() and not path.parent.exists()
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The saved model of a repository, in the hub's own cache.
+
+    Raises:
+        InputError: no such repository, no way to it, or no model of ours in it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub(name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PULLED)))
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"hub {name!r}: no saved model there (no {CONFIG_FILE} at its top)")
+    return folder
+
+
+def pull(name: str, out: Path, revision: str | None = None) -> Path:
+    """The saved model of a repository as the new folder `out`."""
+    check_may_be_filled(out, "out")
+    check_is_no_link(out)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
+    found = fetch(name, revision)
+    check_undamaged(found)
+    with new_folder(out, CONFIG_FILE) as folder:
+        for file in _PULLED:
+            if (found / file).is_file():
+                shutil.copyfile(found / file, folder / file)
+    return out
+
+
+def contents(model_folder: Path, run: Path | None, name: str, licence: str | None = None) -> dict[str, Path | str]:
+    """What goes into a repository: by its name there a file, or the text of one. Checkpoints, metrics, logs and whatever else
+    lies in a run stay where they are.
+
+    Args:
+        run: the run directory of the model, if it is of one.
+    """
+    _check_name(name)
+    check_undamaged(model_folder)
+    found: dict[str, Path | str] = {file: model_folder / file for file in MODEL_FILES}
+    if (model_folder / CHECKSUMS_FILE).is_file():
+        found[CHECKSUMS_FILE] = model_folder / CHECKSUMS_FILE
+    for file in _OF_RUN if run is not None else ():
+        assert run is not None
+        check_is_no_link(run / file)
+        if (run / file).is_file():
+            found[file] = run / file
+    return {**found, CARD: card(model_folder, run, name, licence)}
+
+
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise InputError(f"{name!r}: is no name of a repository; it is USER/NAME")
+
+
+def push(name: str, files: Mapping[str, Path | str], *, private: bool = False, message: str = "Upload a model") -> str:
+    """Make the repository, if there is none, and upload the files in one commit; returns its address.
+
+    Raises:
+        InputError: the hub refuses, or there is no way to it.
+    """
+    _check_name(name)
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as root, _hub(name):
+        for file, content in files.items():
+            if isinstance(content, str):
+                write_text(Path(root) / file, content)
+            else:
+                (Path(root) / file).symlink_to(content.resolve())
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=root, commit_message=message)
+    return str(address)
+
+
+class _hub:
+    """Within the block what goes wrong with the hub becomes one line."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from httpx import HTTPError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        if isinstance(error, (HTTPError, HfHubHTTPError, LocalEntryNotFoundError)):
+            raise InputError(f"hub {self.name!r}: {first_line(error)}") from error
+
+
+# ---- the card
+
+
+def card(model_folder: Path, run: Path | None, name: str, licence: str | None = None) -> str:
+    """The text of README.md: what the model is, its figures, and how to load it."""
+    config = read_config(model_folder)
+    spec, metadata = config["model"], config["metadata"]
+    models = [model for model in metadata.get("language_models") or [] if model.get("path")]
+    architecture = str(metadata.get("architecture") or spec["kind"])
+    source = ((metadata.get("config") or {}).get("data") or {}).get("source") or {}
+    front: dict[str, Any] = {
+        "library_name": "crosscode",
+        "tags": [
+            "crosscode",
+            "sparse-autoencoder",
+            "interpretability",
+            architecture.replace("_", "-"),
+            spec["activation"]["type"],
+        ],
+        "base_model": [model["path"] for model in models if _NAME.fullmatch(model["path"])],
+        "datasets": [source["name"]] if source.get("type") == "hub" else [],
+        "license": licence,
+    }
+    front = {field: value for field, value in front.items() if value}
+    rows = [
+        ("architecture", architecture),
+        ("latents", f"{spec['n_latents']:,}"),
+        ("activation", _options(spec["activation"])),
+    ]
+    rows += [("language model", str(model.get("name") or model["path"])) for model in models]
+    rows += [("hookpoint", hook) for hook in metadata.get("hookpoints") or []]
+    lines = [f"# {name.split('/')[-1]}", "", *_table(("", ""), rows), ""]
+    figures = _figures(run)
+    if figures:
+        lines += ["Held-out figures:", "", *_table(("figure", "value"), figures), ""]
+    lines += [
+        "```python",
+        "import crosscode",
+        "",
+        f'model = crosscode.BaseCrosscoder.from_pretrained("{name}")',
+        "```",
+        "",
+    ]
+    lines += ["It takes raw activations of its hookpoints: the scaling of training is folded into the weights.", ""]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
+
+
+def _figures(run: Path | None) -> list[tuple[str, str]]:
+    if run is None:
+        return []
+    found: dict[str, Any] = {}
+    for file, kind in (("summary.json", Summary), ("evaluation.json", Evaluation)):
+        if (run / file).is_file():
+            found |= read_json(run / file, kind)
+    rows = [("FVU", found.get("fvu")), ("L0", found.get("l0")), ("dead latents (share)", found.get("dead_fraction"))]
+    rows += [(f"FVU, {name}", value) for name, value in (found.get("fvu_by_position") or {}).items()]
+    for name, spliced in (found.get("loss_recovered") or {}).items():
+        rows.append(
+            (f"loss recovered, {name}", spliced.get("loss_recovered") if isinstance(spliced, dict) else spliced)
+        )
+    return [(name, f"{value:.4g}") for name, value in rows if isinstance(value, (int, float))]
+
+
+def _options(activation: Mapping[str, Any]) -> str:
+    return ", ".join(
+        [activation["type"], *(f"{k} {activation[k]}" for k in ("k", "rank_by") if activation.get(k) is not None)]
+    )
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
+    return [f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows]]
