@@ -55,7 +55,8 @@ def _run(path: Path) -> Iterator[Finding]:
     yield _found(
         ".crosscode", lambda: None if read_marker(path) else "missing: made by an earlier version, or taken away"
     )
-    yield _found("config.yaml", lambda: load_config(run.config_file) and None)
+    config = _found("config.yaml", lambda: load_config(run.config_file) and None)
+    yield config
     for name in ("metrics.jsonl", "histograms.jsonl"):
         if (path / name).exists():
             yield _found(name, partial(_lines, path / name))
@@ -65,7 +66,7 @@ def _run(path: Path) -> Iterator[Finding]:
     for step in run.steps():
         yield _found(f"checkpoints/step_{step}", partial(find_step_damage, run.checkpoint(step)))
     if run.final.exists():
-        yield _found("final", partial(_final, run))
+        yield _found("final", partial(_final, run, with_config=config[1] is None))
 
 
 def _lines(file: Path) -> str | None:
@@ -73,9 +74,9 @@ def _lines(file: Path) -> str | None:
     return f"{n_bad} line(s) cannot be read" if n_bad else None
 
 
-def _final(run: RunDirectory) -> str | None:
+def _final(run: RunDirectory, *, with_config: bool) -> str | None:
     problem = _model(run.final)
-    if problem is None:
+    if problem is None and with_config:
         check_is_its_own(load_config(run.config_file), run.final)
     return problem
 
@@ -99,6 +100,11 @@ def _store(path: Path) -> Iterator[Finding]:
         with closing(ActivationCache(path)) as store:
             store.verify()
 
+    def position(file: Path, n_written: int) -> str | None:
+        read_position(file)
+        n_shards = len(list(path.glob("shard-*.safetensors")))
+        return f"{n_written} shards were written, {n_shards} are there" if n_shards < n_written else None
+
     yield _found("rows", rows)
-    for file in sorted(positions(path)):
-        yield _found(file.name, lambda file=file: read_position(file) and None)
+    for file, n_written in sorted(positions(path).items()):
+        yield _found(file.name, partial(position, file, n_written))
