@@ -243,6 +243,24 @@ class ShardHeader(Stored):
     sums: TensorHeader
 
 
+class HeldoutEntry(TensorHeader):
+    dtype: str
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class HeldoutMetadata(Stored):
+    first_row: Annotated[str, Field(pattern=r"^\d+$")]
+    n_heldout: Annotated[str, Field(pattern=r"^\d+$")]
+
+
+class HeldoutHeader(Stored):
+    """The header of `heldout.safetensors`."""
+
+    __pydantic_extra__: dict[str, HeldoutEntry]  # pyright: ignore[reportIncompatibleVariableOverride]
+    metadata: HeldoutMetadata = Field(alias="__metadata__")
+    acts: HeldoutEntry
+
+
 class PositionMetadata(Stored):
     state: str
     finished: Literal["0", "1"]

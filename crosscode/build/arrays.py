@@ -6,7 +6,6 @@ Axes: N held-out rows · B tokens · M models · P hookpoints · D width · H se
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from torch import Tensor
 from crosscode.build.heldout import AnyExperiment, HeldoutBatch
 from crosscode.config.arrays import ArrayFile, ArraysSource
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.arrays.heldout_file import read_header, write_heldout
 from crosscode.data.arrays.opening import open_input, open_safetensors
 from crosscode.data.arrays.random_access import ArrayInput
 from crosscode.data.arrays.rows import Arrays
 from crosscode.data.harvest.language_models import available_device
 from crosscode.data.rows import RowSource
 from crosscode.errors import InputError, at_field
-from crosscode.files import new_folder, write_parts
+from crosscode.files import new_folder
 from crosscode.models.split import Split
 from crosscode.trainers.callbacks import Callback
 
@@ -62,6 +62,7 @@ class ArrayExperiment(AnyExperiment):
         if self.arrays is not None:
             return self.arrays.dims
         n_models, n_hookpoints = self.config.n_positions()
+        read_header(self._file)
         return n_models, n_hookpoints, open_safetensors(self._file, "acts").row_shape[-1]
 
     @property
@@ -78,7 +79,7 @@ class ArrayExperiment(AnyExperiment):
         arrays, config = self.arrays, self.config
         assert arrays is not None
         if self._file.is_file():  # of a run that goes on
-            return int(_header(self._file)["__metadata__"]["n_heldout"])
+            return int(read_header(self._file)["__metadata__"]["n_heldout"])
         if self.heldout_arrays is not None:
             return 0
         n_rows = config.train.n_tokens if arrays.n_rows is None else arrays.n_rows
@@ -140,6 +141,7 @@ class ArrayExperiment(AnyExperiment):
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         if not self._file.is_file():
             raise InputError(f"run: {str(self._file)!r} is missing: nothing is held out to look at")
+        read_header(self._file)
         with closing(open_safetensors(self._file, "acts")) as acts:
             tokens_HS = self._tokens_HS(acts.n_rows)
             H, S = tokens_HS.shape
@@ -154,7 +156,7 @@ class ArrayExperiment(AnyExperiment):
 
     def _tokens_HS(self, n_rows: int) -> Tensor:
         """Tokens as they were given, or the numbers of the rows, each by itself."""
-        entries = _header(self._file)
+        entries = read_header(self._file)
         if "tokens" not in entries:
             return torch.arange(n_rows)[:, None] + int(entries["__metadata__"]["first_row"])
         from safetensors import safe_open
@@ -166,7 +168,7 @@ class ArrayExperiment(AnyExperiment):
     def tokenizer(self) -> Any:
         folder = self.config.run_path() / TOKENIZER
         if not folder.is_dir():
-            return NumberTokenizer("" if "tokens" in _header(self._file) else "row ")
+            return NumberTokenizer("" if "tokens" in read_header(self._file) else "row ")
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder)
@@ -192,7 +194,8 @@ class ArrayExperiment(AnyExperiment):
             tokens_HS = _sequences(tokens.flatten()[first_row : first_row + n_rows], tokens, self.config)
             sections["tokens"] = ("I64", tuple(tokens_HS.shape), 8)
             tail = [tokens_HS.numpy()]
-        write_parts(self._file, itertools.chain([_header_bytes(sections, first_row, self.n_heldout)], parts, tail))
+        parts = itertools.chain(parts, tail)
+        write_heldout(self._file, sections, parts, first_row=first_row, n_heldout=self.n_heldout)
         if self.given is not None and self.given.tokenizer is not None:
             with new_folder(self.config.run_path() / TOKENIZER, "tokenizer_config.json") as folder:
                 self.given.tokenizer.save_pretrained(folder)
@@ -276,21 +279,3 @@ def _sequences(tokens_N: Tensor, given: Tensor, config: ExperimentConfig) -> Ten
     tokens_HS = torch.zeros(H * S, dtype=torch.int64)
     tokens_HS[: len(tokens_N)] = tokens_N.to(torch.int64).cpu()
     return tokens_HS.view(H, S)
-
-
-def _header_bytes(sections: dict[str, tuple[str, tuple[int, ...], int]], first_row: int, n_heldout: int) -> bytes:
-    """Of a safetensors file."""
-    entries: dict[str, Any] = {"__metadata__": {"first_row": str(first_row), "n_heldout": str(n_heldout)}}
-    at = 0
-    for name, (tag, shape, itemsize) in sections.items():
-        end = at + int(np.prod(shape)) * itemsize
-        entries[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _header(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))

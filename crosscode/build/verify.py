@@ -7,9 +7,11 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from crosscode.build.arrays import HELDOUT_FILE
 from crosscode.build.finished import check_is_its_own
 from crosscode.build.schema import load_config
 from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.data.arrays.heldout_file import read_header
 from crosscode.data.store.reader import ActivationCache, positions
 from crosscode.data.store.writer import read_position
 from crosscode.errors import InputError, first_line
@@ -63,6 +65,8 @@ def _run(path: Path) -> Iterator[Finding]:
     for name, kind in (("summary.json", Summary), ("evaluation.json", Evaluation)):
         if (path / name).exists():
             yield _found(name, lambda name=name, kind=kind: read_json(path / name, kind) and None)
+    if (path / HELDOUT_FILE).exists():
+        yield _found(HELDOUT_FILE, lambda: None if read_header(path / HELDOUT_FILE) else "empty")
     for step in run.steps():
         yield _found(f"checkpoints/step_{step}", partial(find_step_damage, run.checkpoint(step)))
     if run.final.exists():

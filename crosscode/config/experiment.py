@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,7 +34,7 @@ class CrosscoderConfig(ConfigModel):
     model_config = ConfigDict(extra="allow")
     type: Any = DEFAULT_ARCHITECTURE
     """architecture; decides how harvested activations become input and target"""
-    n_latents: PositiveInt | None = None
+    n_latents: Annotated[int, Field(ge=1, lt=2**40)] | None = None
     """number of latents; give this or expansion_factor"""
     expansion_factor: PositiveFloat | None = None
     """number of latents as a multiple of the width D"""

@@ -29,6 +29,15 @@ class ConfigModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _no_size_of_nothing(self) -> Self:
+        """A number that no tensor or file can have is said here, rather than by whatever meets it first."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{name} = {value}: must be below 2**63")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _read_counts(cls, values: Any) -> Any:
