@@ -9,6 +9,7 @@ from pydantic_core import InitErrorDetails
 
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.language_models import DTypeName, LanguageModelConfig
+from crosscode.config.positions import PositionRules
 from crosscode.config.registry import ConfigModel
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Source
 
@@ -87,6 +88,8 @@ class TokenRules(ConfigModel):
     template_tokens: TemplateTokens = "keep"
     """chats: whether activations at tokens that the chat template adds are used; answers: only those of what the assistant
     says (and none of plain text)"""
+    positions: PositionRules | None = None
+    """which positions of chats, and how many of a document; null: all that the other fields leave"""
 
 
 class TokenPolicy(TokenRules):
@@ -118,6 +121,7 @@ class TokenPolicy(TokenRules):
     def recorded(self) -> dict[str, Any]:
         """What stores and saved positions keep, as JSON. Masked ids are kept beside it, once the tokenizer has its say."""
         without = {"epochs", "n_workers", "mask_special_tokens", "mask_token_ids"}
+        without |= {"positions"} if self.positions is None else set()  # as it was recorded before there were any
         return self.model_dump(mode="json", exclude=without)
 
 

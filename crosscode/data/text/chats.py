@@ -14,6 +14,7 @@ Span = tuple[int, int]
 _MARK = "\ue0f1{}\ue0f2"
 # The last planes are for private use, a character for each of a chat's.
 _FIRST_PRIVATE, _N_PRIVATE = 0xF0000, 0x110000 - 0xF0000
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
@@ -26,6 +27,12 @@ def render_chat(
     Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
     a way that leaves their places unknown.
     """
+    text, found = message_spans(tokenizer, messages)
+    return text, [span for span, i in found if roles is None or messages[i]["role"] in roles]
+
+
+def message_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[Span, int]]]:
+    """As `render_chat`, with the number of the message beside each place."""
     text = chat_text(tokenizer, messages)
     found = _spans_by_marks(tokenizer, messages, text)
     if found is None:
@@ -35,7 +42,26 @@ def render_chat(
             "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
             f"template adds ({text[:60]!r}...); set template_tokens: keep"
         )
-    return text, [span for span, i in found if roles is None or messages[i]["role"] in roles]
+    return text, found
+
+
+def marked_by_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
+    """What the template itself marks as the assistant's (`{% generation %}`), a place for each of its messages; None where it
+    marks nothing."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not _GENERATION.search(template):
+        return None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    found: Any = render_jinja_template(
+        [[dict(message) for message in messages]],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    rendered, marked = found
+    n_answers = sum(message["role"] == "assistant" for message in messages)
+    return list(marked[0]) if rendered[0] == text and len(marked[0]) == n_answers else None
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, to_answer: bool = False) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from crosscode.config.data import TemplateTokens
-from crosscode.data.text.chats import chat_text, render_chat
+from crosscode.config.positions import PositionRules
+from crosscode.data.text.chats import chat_text, message_spans
 from crosscode.data.text.documents import Document
+from crosscode.data.text.positions import chosen_positions, in_spans
 from crosscode.errors import InputError
 
 MASKED = 1
@@ -29,7 +31,7 @@ class DocumentRenderer:
     end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
     Where one token is BOS and separator, a document's own BOS goes: what stands before the document is one.
     `template_tokens="mask"` masks what a chat template adds around the messages, "answers" all that the assistant does not
-    say, plain text included.
+    say, plain text included. `positions` chooses among what is left.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DocumentRenderer:
         row_bos_id: int | None,
         separator_id: int | None,
         template_tokens: TemplateTokens,
+        positions: PositionRules | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._bos_id = bos_id
@@ -47,6 +50,8 @@ class DocumentRenderer:
         self._own_bos_goes = separator_id is not None and separator_id == getattr(tokenizer, "bos_token_id", None)
         self._separator_id = separator_id
         self._template_tokens = template_tokens
+        self._positions = PositionRules() if positions is None else positions
+        self._only_chats = template_tokens == "answers" or self._positions.of_chats
 
     def __call__(self, documents: Sequence[Document], *, pad_to: int | None, pad_id: int) -> list[Rendered]:
         """`pad_to`: the length of the sequences of which each document fills its own (None: documents share them)."""
@@ -56,12 +61,12 @@ class DocumentRenderer:
         for document in documents:
             if isinstance(document, str):
                 ids = next(ids_of_texts)
-                masked = [True] * len(ids) if self._template_tokens == "answers" else None
+                masked = [True] * len(ids) if self._only_chats else None
             elif len(document) and isinstance(document[0], dict):
                 ids, masked = self._render_chat(document)
             else:
                 ids = self._check_ids(document)
-                masked = [True] * len(ids) if self._template_tokens == "answers" else None
+                masked = [True] * len(ids) if self._only_chats else None
             if self._own_bos_goes and len(ids) and ids[0] == self._separator_id:
                 ids, masked = ids[1:], masked and masked[1:]
             if len(ids):
@@ -94,34 +99,45 @@ class DocumentRenderer:
         return ids
 
     def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
-        if self._template_tokens == "keep":
+        rules = self._positions
+        if self._template_tokens == "keep" and not rules.of_chats and rules.thinking == "keep":
             return self._tokenize([chat_text(self._tokenizer, messages)])[0], None
         if not getattr(self._tokenizer, "is_fast", False):
+            asked, off = f"template_tokens: {self._template_tokens}", "template_tokens: keep"
+            if self._template_tokens == "keep":
+                asked, off = "positions: it", "positions: null"
             raise InputError(
-                f"template_tokens: {self._template_tokens} takes a tokenizer that knows which characters a token stands "
-                f"for, and a {type(self._tokenizer).__name__} does not; set template_tokens: keep"
+                f"{asked} takes a tokenizer that knows which characters a token stands for, and a "
+                f"{type(self._tokenizer).__name__} does not; set {off}"
             )
-        roles = ("assistant",) if self._template_tokens == "answers" else None
-        text, spans = render_chat(self._tokenizer, messages, roles)
+        text, found = message_spans(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
-        masked = [
-            not any(begin < last and first < end for begin, end in spans)
-            for first, last in encoded["offset_mapping"][0]
-        ]
-        return encoded["input_ids"][0], masked
+        offsets = encoded["offset_mapping"][0]
+        masked = [False] * len(offsets)
+        if self._template_tokens != "keep":
+            roles = ("assistant",) if self._template_tokens == "answers" else None
+            spans = [span for span, i in found if roles is None or messages[i]["role"] in roles]
+            masked = [not inside for inside in in_spans(offsets, spans)]
+        chosen = chosen_positions(rules, self._tokenizer, messages, text, found, offsets)
+        return encoded["input_ids"][0], [not use or mask for use, mask in zip(chosen, masked, strict=True)]
 
     def _finish(self, ids: list[int], masked: list[bool] | None, pad_to: int | None, pad_id: int) -> Rendered:
         tokens_T = torch.tensor(ids, dtype=torch.long)
         flags_T = torch.zeros(len(ids), dtype=torch.uint8)
         if masked is not None:
             flags_T[torch.tensor(masked)] |= MASKED
-        flag = MASKED if self._template_tokens == "answers" else 0
+        flag = MASKED if self._only_chats else 0
         if self._bos_id is not None and ids[0] != self._bos_id:
             tokens_T = torch.cat([torch.tensor([self._bos_id]), tokens_T])
             flags_T = torch.nn.functional.pad(flags_T, (1, 0), value=flag)
         if self._separator_id is not None and ids[-1] != self._separator_id:
             tokens_T = torch.cat([tokens_T, torch.tensor([self._separator_id])])
             flags_T = torch.nn.functional.pad(flags_T, (0, 1), value=flag)
+        limit = self._positions.at_most_per_document
+        usable_U = (flags_T & MASKED == 0).nonzero()[:, 0]
+        if limit is not None and len(usable_U) > limit:
+            flags_T |= MASKED
+            flags_T[usable_U[torch.arange(limit) * len(usable_U) // limit]] ^= MASKED
         flags_T[0] |= DOCUMENT_START
         if pad_to is not None:
             n_missing = row_ends(tokens_T, pad_to, self._row_bos_id)[-1] - tokens_T.numel()

@@ -81,6 +81,7 @@ class TokenSequenceLoader:
             row_bos_id=self.row_bos_id,
             separator_id=self.separator_id,
             template_tokens=policy.template_tokens,
+            positions=policy.positions,
         )
         pad_id = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)

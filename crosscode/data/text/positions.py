@@ -1,0 +1,86 @@
+"""Which positions of a chat are used: by role, around the beginning of turns, in or out of thinking.
+
+Places are characters of the rendered chat, [begin, end).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crosscode.config.positions import PositionRules
+from crosscode.data.text.chats import Span, marked_by_template
+
+_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+
+
+def chosen_positions(
+    rules: PositionRules,
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    found: Sequence[tuple[Span, int]],
+    offsets: Sequence[Span],
+) -> list[bool]:
+    """Of each token whether all rules leave it, but for the number a document.
+
+    Args:
+        found: where in `text` each message (by number) is said, as `message_spans` has it.
+        offsets: where each token is.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = marked_by_template(tokenizer, messages, text)
+    if marked is not None:
+        found = [(span, i) for span, i in found if i not in answers] + list(zip(marked, answers, strict=True))
+    thinking = _thinking(text, found, answers)
+    said = sorted([*found, *thinking])
+    chosen = [True] * len(offsets)
+    if rules.thinking != "keep":
+        inside = in_spans(offsets, [span for span, _ in thinking])
+        chosen = [one == (rules.thinking == "only") for one in inside]
+    wanted = [(span, i) for span, i in said if rules.roles is None or messages[i]["role"] in rules.roles]
+    if rules.around_turn is not None:
+        near = _windows(rules.around_turn, wanted, said, offsets)
+    elif rules.roles is not None:
+        near = in_spans(offsets, [span for span, _ in wanted])
+    else:
+        return chosen
+    return [one and other for one, other in zip(chosen, near, strict=True)]
+
+
+def in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Of each token whether it has a character in one of the places."""
+    return [any(begin < last and first < end for begin, end in spans) for first, last in offsets]
+
+
+def _thinking(text: str, found: Sequence[tuple[Span, int]], answers: Sequence[int]) -> list[tuple[Span, int]]:
+    """Where the assistant thinks: within what it says, or where the template writes it, before that and after the message
+    before."""
+    places = []
+    for match in _THINKING.finditer(text):
+        after = [(span, i) for span, i in sorted(found) if span[1] > match.start()]
+        if after and after[0][1] in answers:
+            i = after[0][1]
+            end = max(span[1] for span, of in found if of == i)
+            places.append(((match.start(), min(match.end(), end)), i))
+    return places
+
+
+def _windows(
+    window: tuple[int, int],
+    wanted: Sequence[tuple[Span, int]],
+    said: Sequence[tuple[Span, int]],
+    offsets: Sequence[Span],
+) -> list[bool]:
+    chosen = [False] * len(offsets)
+    for i in dict.fromkeys(i for _, i in wanted):
+        begin = min(span[0] for span, of in wanted if of == i)
+        end = max(span[1] for span, of in wanted if of == i)
+        before = max((span[1] for span, of in said if of != i and span[1] <= begin), default=0)
+        first = next((t for t, (_, last) in enumerate(offsets) if last > begin), None)
+        if first is None:
+            continue
+        for t in range(max(0, first + window[0]), min(len(offsets), first + window[1] + 1)):
+            chosen[t] |= offsets[t][0] >= before and offsets[t][0] < end
+    return chosen
