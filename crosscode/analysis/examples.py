@@ -111,7 +111,7 @@ class _ExamplePool:
         if n < 1 or left < 0 or right < 0:
             raise InputError(f"examples: n = {n} must be at least 1, left = {left} and right = {right} at least 0")
         self.n_latents, self.n, self.left, self.right = n_latents, n, left, right
-        self._kept = _no_rows(left + 1 + right)
+        self._kept, self._is_sorted = _no_rows(left + 1 + right), True
         self._entry_rank_L = np.full(n_latents, -np.inf)
 
     def offer(self, batch: EncodedBatch, entries: _Entries, index_C: NDArray, rank_C: NDArray) -> None:
@@ -144,7 +144,7 @@ class _ExamplePool:
         merged = self._kept.take(~stays_C).joined(new)
         order_C = np.lexsort((merged.position_C, merged.sequence_C, -merged.rank_C, merged.latent_C))
         merged = merged.take(order_C[self._best(merged.latent_C[order_C], merged.core_C[order_C])])
-        self._kept = self._kept.take(stays_C).joined(merged)
+        self._kept, self._is_sorted = self._kept.take(stays_C).joined(merged), False
         full_L = np.bincount(merged.latent_C, minlength=self.n_latents) >= self.n
         lowest_L = np.full(self.n_latents, np.inf)
         np.minimum.at(lowest_L, merged.latent_C, merged.rank_C)
@@ -161,9 +161,12 @@ class _ExamplePool:
 
     def examples(self, latent: int) -> list[Example]:
         """Kept examples of a latent, largest rank first."""
-        rows = self._kept.take(np.flatnonzero(self._kept.latent_C == latent))
-        rows = rows.take(np.lexsort((rows.position_C, rows.sequence_C, -rows.rank_C)))
-        return list(_examples(rows, self.left))
+        if not self._is_sorted:
+            kept = self._kept
+            self._kept = kept.take(np.lexsort((kept.position_C, kept.sequence_C, -kept.rank_C, kept.latent_C)))
+            self._is_sorted = True
+        start, stop = np.searchsorted(self._kept.latent_C, [latent, latent + 1])
+        return list(_examples(self._kept.take(np.arange(start, stop)), self.left))
 
 
 class TopExamples:

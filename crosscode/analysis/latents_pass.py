@@ -68,15 +68,17 @@ def study_latents(
     position_names: Sequence[str],
     pairs: Sequence[tuple[int, int]] | None = None,
     n_examples: int = 8,
+    more: Sequence[Collector] = (),
 ) -> LatentsPass:
-    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair."""
+    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair. `more` collectors
+    see it too."""
     names = list(position_names)
     pairs = pairs_to_compare(names) if pairs is None else pairs
     firing = FiringStats(model.n_latents)
     top = TopExamples(model.n_latents, n=n_examples)
     quantiles = QuantileExamples(model.n_latents)
     scalings = [LatentScaling(model, a, b) for a, b in pairs]
-    collectors: list[Collector] = [firing, top, quantiles, *scalings]
+    collectors: list[Collector] = [firing, top, quantiles, *scalings, *more]
     collect(encode_heldout(model, heldout, split), *collectors)
     tables = [diff_latents(model, names, *scaling.positions, firing, scaling.result()) for scaling in scalings]
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()

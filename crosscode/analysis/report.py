@@ -1,9 +1,10 @@
-"""`report.html`: one self-contained page about a run."""
+"""A run's pages: `report.html`, one self-contained summary, and `report/index.html`, the explorer of every latent."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from markupsafe import Markup
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
-from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.analysis.latents_pass import LatentsPass
+from crosscode.analysis.records import LatentRecords, Unembed, study_records
 from crosscode.analysis.run_record import RunRecord, read_run
+from crosscode.analysis.site_data import scripts
 from crosscode.analysis.training_curves import training_figures
 from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
@@ -32,6 +35,19 @@ class HeldoutText:
     tokenizer: Any
     split: Split
     position_names: Sequence[str]
+    unembed: Unembed | None = None
+    """without it latents have no logits"""
+
+
+_EXPLORER = Path(__file__).parent / "explorer"
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """What makes the summary the first page of the explorer."""
+
+    css: str
+    script: str
 
 
 def write_report(
@@ -43,7 +59,7 @@ def write_report(
     latents_csv: Path | None = None,
     latents_parquet: Path | None = None,
 ) -> Path:
-    """Write `report.html` of a run, finished or not.
+    """Write `report.html` of a run, finished or not, and beside it, where latents can be looked at, `report/index.html`.
 
     Args:
         run: the run directory.
@@ -61,6 +77,7 @@ def write_report(
     """
     record = read_run(run)
     study: LatentsPass | None = None
+    records: LatentRecords | None = None
     tokenizer: Any = None
     reason = None
     try:
@@ -69,12 +86,14 @@ def write_report(
         if heldout is not None:
             text = heldout()
             tokenizer = text.tokenizer
-            study = study_latents(model, text.batches, text.split, text.position_names)
+            study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed)
     except (CrosscodeError, OSError) as error:
         reason = str(error)
     page = render(record, model, study, tokenizer, reason)
     path = output or record.path / "report.html"
     write_text(path, page)
+    if study is not None and records is not None:
+        write_explorer(path.parent / "report", study, records, tokenizer, record, model)
     if latents_csv is not None or latents_parquet is not None:
         if study is None:
             raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
@@ -86,12 +105,37 @@ def write_report(
     return path
 
 
+def write_explorer(
+    folder: Path,
+    study: LatentsPass,
+    records: LatentRecords,
+    tokenizer: Any,
+    record: RunRecord,
+    model: BaseCrosscoder | None,
+) -> None:
+    """`index.html` and what it reads, into a folder that only this fills; the page comes last."""
+    data = folder / "data"
+    if data.is_dir() and not data.is_symlink():
+        shutil.rmtree(data)
+    data.mkdir(parents=True)
+    for name, text in scripts(study, records, tokenizer):
+        write_text(data / f"{name}.js", text)
+    for name in ("tabulator.min.js", "tabulator.LICENSE"):
+        write_text(folder / name, (_EXPLORER / name).read_text(encoding="utf-8"))
+    css, own_css, script = (
+        (_EXPLORER / name).read_text(encoding="utf-8") for name in ("tabulator_simple.min.css", "app.css", "app.js")
+    )
+    explorer = Explorer(f"{css}\n{own_css}", script)
+    write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer))
+
+
 def render(
     record: RunRecord,
     model: BaseCrosscoder | None,
     study: LatentsPass | None,
     tokenizer: Any,
     no_latents_reason: str | None = None,
+    explorer: Explorer | None = None,
 ) -> str:
     """The page as text."""
     environment = Environment(
@@ -101,7 +145,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = Markup
+    environment.filters["raw"] = Markup
     problems = list(record.problems)
     if study is None:
         problems.append(f"Latents were not looked at: {no_latents_reason or 'no held-out text'}.")
@@ -117,10 +161,13 @@ def render(
         "latents": latent_plots.latents_section(study),
         "pairs": [] if study is None else [latent_plots.pair_section(pair) for pair in study.pairs],
         "groups": [] if study is None else cards.card_groups(study, tokenizer),
+        "explorer": explorer,
         "table": None if study is None else cards.latent_table(study),
     }
     template = environment.get_template("report.html.j2")
     script = template.render(context, content_security_policy="").rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    # What the page's own script adds may run: of a page from disk no other word for "beside it" is heard by all browsers.
+    more = "" if explorer is None else " 'strict-dynamic'; connect-src 'self'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{more}"
     return template.render(context, content_security_policy=policy)

@@ -1,4 +1,4 @@
-"""`crosscode report`: the page about a run, on the held-out text that its config names."""
+"""`crosscode report`: the pages about a run, on the held-out text that its config names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def report_run(
     trust_remote_code: bool = False,
     latents_parquet: Path | None = None,
 ) -> Path:
-    """Write `report.html` of a run; returns its path.
+    """Write `report.html` and `report/index.html` of a run; returns the path of the first.
 
     Args:
         n_tokens: held-out tokens to look at; default: as configured.
@@ -53,6 +53,7 @@ def report_run(
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.finished import FinishedRun
+    from crosscode.commands.parts.reading import unembed_of
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
         if path is not None and not path.parent.is_dir():
@@ -63,9 +64,12 @@ def report_run(
     def heldout() -> HeldoutText:
         experiment = run.experiment
         batches = experiment.heldout_batches(n_tokens)
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, experiment.output_names())
+        names = experiment.output_names()
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed_of(experiment))
 
     return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
 
 
-COMMAND = Command("write RUN/report.html", run, Options, positional="run_dir")
+COMMAND = Command(
+    "write RUN/report.html, a summary, and RUN/report/index.html, every latent", run, Options, positional="run_dir"
+)

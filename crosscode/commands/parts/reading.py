@@ -5,7 +5,9 @@ Axes: S tokens · M models · P hookpoints · D width · L latents · X output p
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,13 @@ from crosscode.analysis.examples import Example
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
+from crosscode.build.heldout import AnyExperiment
 from crosscode.data.harvest.unembedding import unembed
 from crosscode.data.text.prompts import Prompt, prompt_ids
 from crosscode.errors import InputError
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
+
+log = logging.getLogger("crosscode")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,21 @@ def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False) 
     experiment = text_experiment(run, "text")
     bos, limit = run.config.data.bos != "none", experiment.harvester.max_sequence_length
     return prompt_ids(experiment.tokenizer, prompt, bos=bos, to_answer=to_answer, max_length=limit)
+
+
+def unembed_of(experiment: AnyExperiment) -> Callable[[int, Tensor], Tensor] | None:
+    """From vectors at an output position (by number) to logits; None where no position is in a residual stream."""
+    if not isinstance(experiment, Experiment):
+        return None
+    models = experiment.harvester.models
+    model_of = [models[m] for m, _ in experiment.split.output_places(*experiment.harvester.dims[:2])]
+    try:
+        for model in set(model_of):
+            unembed(model, torch.zeros(1, experiment.harvester.dims[2]))
+    except InputError as error:
+        log.warning("%s; the report shows none", error)
+        return None
+    return lambda x, vectors_ND: unembed(model_of[x], vectors_ND)
 
 
 def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:

@@ -342,3 +342,19 @@ def test_latents_are_spread_from_frequent_to_rare(make_model, make_heldout):
     alive = study.firing.counts_L[study.firing.counts_L >= 2]
     assert counts == sorted(counts, reverse=True) and len(set(chosen)) == 7
     assert counts[0] == int(alive.max()) and counts[-1] == int(alive.min())
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_the_explorer_has_a_record_of_every_latent(make_run, heldout_text):
+    run = make_run()
+    folder = write_report(run, heldout=heldout_text).parent / "report"
+    page = Page((folder / "index.html").read_text(encoding="utf-8"))
+    assert len(page.has("script")) == 1 and not page.has("link")
+    found = {}
+    for path in (folder / "data").glob("*.js"):
+        name, value = json.loads(f"[{path.read_text().removeprefix('crosscodeData(').removesuffix(');' + chr(10))}]")
+        found[name] = value
+    assert found.keys() == {"records-0", "table", "texts"}
+    assert len(found["records-0"]) == len(found["table"]["search"]) == 24
+    firings = next(one for one in found["table"]["columns"] if one["name"] == "firings")["values"]
+    assert [sum(record["histogram"]) for record in found["records-0"]] == firings

@@ -1,0 +1,301 @@
+// The explorer: routes after the hash, #/latents?... and #/latent/N. Everything from the run enters the page as text.
+{
+  const known = {}, loading = {};
+  window.crosscodeData = (name, value) => { known[name] = value; };
+  const load = file => loading[file] ??= new Promise((done, failed) => {
+    const script = document.createElement("script");
+    script.src = file;
+    script.onload = done;
+    script.onerror = () => failed(new Error(`${file} cannot be read`));
+    document.head.append(script);
+  });
+  const data = async name => { await load(`data/${name}.js`); return known[name]; };
+  const make = (tag, properties, ...children) => {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children);
+    return element;
+  };
+  const byId = id => document.getElementById(id);
+  const served = location.protocol.startsWith("http");
+  const digits = value => typeof value !== "number" ? value ?? "–" :
+    Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(3)));
+
+  // ---- the table: sorted and searched here, shown by Tabulator page by page
+
+  const PAGE = 100;
+  const state = { q: "", sort: "latent", dir: "asc", page: 1 };
+  let columns, search, table, order = [], orderKey, quiet = false;
+
+  async function readTable() {
+    if (columns) return;
+    const found = await data("table");
+    const n = found.search.length;
+    const numbers = { name: "latent", values: Int32Array.from({ length: n }, (_, i) => i) };
+    columns = [numbers, { name: "tokens", values: found.search }, ...found.columns];
+    search = found.search.map(text => text.toLowerCase());
+  }
+
+  const column = name => columns.find(one => one.name === name);
+
+  function matcher(term) {
+    const found = /^(.+?)(<=|>=|=|<|>)(.+)$/.exec(term);
+    const one = found && columns.find(each => each.name.toLowerCase() === found[1].replaceAll("_", " ") ||
+      each.name.toLowerCase() === found[1]);
+    if (one) {
+      const [, , sign, text] = found, number = Number(text);
+      const tests = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b };
+      if (sign === "=") return i => String(one.values[i]).toLowerCase().replaceAll(" ", "_") === text.replaceAll(" ", "_");
+      return i => one.values[i] !== null && tests[sign](one.values[i], number);
+    }
+    return i => search[i].includes(term) || String(i) === term;
+  }
+
+  function reorder() {
+    const key = JSON.stringify([state.q, state.sort, state.dir]);
+    if (key === orderKey) return;
+    orderKey = key;
+    const terms = state.q.toLowerCase().split(/\s+/).filter(Boolean).map(matcher);
+    order = [];
+    for (let i = 0; i < search.length; i++) if (terms.every(test => test(i))) order.push(i);
+    const values = (column(state.sort) ?? columns[0]).values, sign = state.dir === "desc" ? -1 : 1;
+    order.sort((i, j) => {
+      const a = values[i], b = values[j];
+      if (a === null || b === null) return a === b ? i - j : a === null ? 1 : -1;
+      return a < b ? -sign : a > b ? sign : i - j;
+    });
+  }
+
+  const tableHash = () => "#/latents?" + new URLSearchParams(
+    Object.entries(state).filter(([, value]) => value !== "" && value !== 1));
+
+  function rows(parameters) {
+    const sorter = parameters.sort?.[0];
+    if (sorter && !quiet) [state.sort, state.dir] = [columns[Number(sorter.field.slice(1))].name, sorter.dir];
+    state.page = parameters.page;
+    reorder();
+    const last = Math.max(1, Math.ceil(order.length / PAGE));
+    byId("found").textContent = `${order.length.toLocaleString("en")} of ${search.length.toLocaleString("en")} latents`;
+    byId("sort").value = state.sort;
+    byId("dir").value = state.dir;
+    history.replaceState(null, "", tableHash());
+    const some = order.slice((parameters.page - 1) * PAGE, parameters.page * PAGE);
+    return { last_page: last, data: some.map(i => Object.fromEntries(columns.map((one, c) => [`c${c}`, one.values[i]]))) };
+  }
+
+  const latentLink = i => make("a", { href: `#/latent/${i}`, textContent: i });
+
+  async function showTable(query) {
+    const start = new URLSearchParams(query);
+    Object.assign(state, { q: start.get("q") ?? "", sort: start.get("sort") ?? "latent", dir: start.get("dir") ?? "asc" });
+    const page = Number(start.get("page") ?? 1);
+    await Promise.all([readTable(), load("tabulator.min.js")]);
+    if (!column(state.sort)) state.sort = "latent";
+    byId("search").value = state.q;
+    if (!byId("sort").options.length) byId("sort").append(...columns.map(one => new Option(one.name.replaceAll("_", " "), one.name)));
+    if (!table) {
+      table = new Tabulator("#table", {
+        ajaxURL: "rows", ajaxRequestFunc: async (url, config, parameters) => rows(parameters),
+        pagination: true, paginationMode: "remote", paginationSize: PAGE, paginationInitialPage: page,
+        sortMode: "remote", height: "68vh", index: "c0", nestedFieldSeparator: false, headerSortTristate: false,
+        initialSort: [{ column: `c${columns.indexOf(column(state.sort))}`, dir: state.dir }],
+        placeholder: "No latent is like that.", layout: "fitData",
+        columns: columns.map((one, c) => ({
+          field: `c${c}`, title: String(c), frozen: c === 0, hozAlign: typeof one.values[0] === "string" ? "left" : "right",
+          titleFormatter: () => make("span", { textContent: one.name.replaceAll("_", " ") }),
+          formatter: cell => c === 0 ? latentLink(cell.getValue()) : make("span", { textContent: digits(cell.getValue()) }),
+          ...(one.name === "tokens" ? { width: 220 } : {}),
+        })),
+      });
+      table.on("rowClick", (event, row) => { location.hash = `#/latent/${row.getData().c0}`; });
+    } else await resort(page);
+  }
+
+  async function resort(page = 1) {
+    quiet = true;
+    table.setSort(`c${columns.indexOf(column(state.sort))}`, state.dir);
+    quiet = false;
+    await table.setPage(page);
+  }
+
+  byId("search").addEventListener("input", () => { state.q = byId("search").value; table?.setPage(1); });
+  byId("sort").addEventListener("change", () => { state.sort = byId("sort").value; resort(); });
+  byId("dir").addEventListener("change", () => { state.dir = byId("dir").value; resort(); });
+
+  // ---- one latent
+
+  function* pieces(texts, numbers) {
+    let bytes = [], from = 0;
+    for (const [i, number] of numbers.entries()) {
+      const piece = texts.pieces[number];
+      if (typeof piece === "string") {
+        if (bytes.length) yield [from, i, new TextDecoder().decode(new Uint8Array(bytes))];
+        bytes = [];
+        yield [i, i + 1, piece];
+        continue;
+      }
+      if (!bytes.length) from = i;
+      bytes.push(...piece);
+      try {
+        yield [from, i + 1, new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes))];
+        bytes = [];
+      } catch { /* a character that goes on in the next token */ }
+    }
+    if (bytes.length) yield [from, numbers.length, new TextDecoder().decode(new Uint8Array(bytes))];
+  }
+
+  function exampleItem(texts, [sequence, position, ...active], largest, norms) {
+    const strengths = new Map();
+    for (let i = 0; i < active.length; i += 2) strengths.set(position + active[i], active[i + 1]);
+    const code = make("code"), more = make("button", { className: "more", textContent: "more", title: "show more of the text around" });
+    let radius = [20, 11];
+    const draw = () => {
+      const tokens = texts.texts[sequence], first = Math.max(0, position - radius[0]);
+      const shown = tokens.slice(first, position + radius[1] + 1);
+      code.replaceChildren(...[...pieces(texts, shown)].map(([from, to, text]) => {
+        const value = Math.max(0, ...Array.from({ length: to - from }, (_, i) => strengths.get(first + from + i) ?? 0));
+        const span = make("span", { textContent: text });
+        if (value > 0) {
+          span.className = "hit";
+          span.style.setProperty("--s", Math.min(1, value / largest));
+          const each = norms.map(([name, norm]) => `${name} ${digits(value * norm)}`).join(", ");
+          span.title = `activation ${digits(value)}${each && `; it writes a vector of norm: ${each}`}`;
+        }
+        if (first + from <= position && position < first + to) span.classList.add("peak");
+        return span;
+      }));
+      more.hidden = first === 0 && position + radius[1] >= tokens.length - 1;
+    };
+    more.addEventListener("click", () => { radius = radius.map(r => r * 3); draw(); });
+    draw();
+    return make("li", {}, make("span", { className: "value", textContent: digits(strengths.get(position)) }), code, more);
+  }
+
+  function histogram(counts, upper) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("viewBox", "0 0 320 100");
+    svg.setAttribute("class", "histogram");
+    svg.setAttribute("role", "img");
+    svg.setAttribute("aria-label", `histogram of activations up to ${digits(upper)}`);
+    const most = Math.log1p(Math.max(...counts)), width = 320 / counts.length;
+    counts.forEach((count, i) => {
+      const bar = document.createElementNS(svg.namespaceURI, "rect"), height = 100 * Math.log1p(count) / most;
+      const sizes = { x: i * width, y: 100 - height, width: Math.max(width - 1, 0.5), height };
+      for (const [key, value] of Object.entries(sizes)) bar.setAttribute(key, value);
+      const title = document.createElementNS(svg.namespaceURI, "title");
+      title.textContent = `${digits(upper * i / counts.length)} to ${digits(upper * (i + 1) / counts.length)}: ${count}`;
+      bar.append(title);
+      svg.append(bar);
+    });
+    return svg;
+  }
+
+  const card = (title, ...children) => make("section", { className: "block" }, make("h3", { textContent: title }), ...children);
+  const pairs = (rows, first) => make("table", {}, make("tbody", {}, ...rows.map(([key, value]) =>
+    make("tr", {}, make("td", {}, first(key)), make("td", { textContent: digits(value) })))));
+
+  async function showLatent(latent) {
+    const view = byId("latent");
+    await readTable();
+    if (!(latent >= 0 && latent < search.length)) {
+      view.replaceChildren(make("p", { textContent: `There is no latent ${latent}; they go from 0 to ${search.length - 1}.` }));
+      return;
+    }
+    const { perFile } = known.table;
+    const [some, texts] = await Promise.all([data(`records-${Math.floor(latent / perFile)}`), data("texts")]);
+    const record = some[latent % perFile];
+    const largest = Math.max(1e-30, column("max_activation").values[latent]);
+    const norms = columns.filter(one => one.name.startsWith("decoder_norm"))
+      .map(one => [one.name.slice("decoder_norm_".length), one.values[latent]]);
+    reorder();
+    const at = order.indexOf(latent), step = by => order[at + by] ?? (at < 0 ? latent + by : undefined);
+    const link = (text, target) => target === undefined || target < 0 || target >= search.length ? "" :
+      make("a", { href: `#/latent/${target}`, textContent: text, className: "step" });
+    const titles = ["Where it is largest", "Strongest quarter of its firings", "Second quarter", "Third quarter", "Weakest quarter"];
+    const note = make("textarea", { id: "note", rows: 2, placeholder: "Your note on this latent", ariaLabel: "note" });
+    note.value = await readNote(latent);
+    note.addEventListener("change", () => writeNote(latent, note.value));
+    view.replaceChildren(
+      make("p", { className: "steps" }, link("← previous", step(-1)), link("next →", step(1))),
+      make("h2", { textContent: `Latent ${latent}` }),
+      make("dl", { className: "figures-of" }, ...columns.slice(2).map(one => make("div", {},
+        make("dt", { textContent: one.name.replaceAll("_", " ") }), make("dd", { textContent: digits(one.values[latent]) })))),
+      note,
+      make("p", { className: "muted", id: "saved" }),
+      make("div", { className: "blocks" },
+        card("Activations where it fires", ...(record.histogram.length ? [histogram(record.histogram, record.upper),
+          make("p", { className: "muted", textContent: `from 0 to ${digits(record.upper)}; heights are logarithmic` })] :
+          [make("p", { className: "muted", textContent: "It never fired." })])),
+        card("Nearest by decoder cosine", pairs(record.byDecoder, latentLink)),
+        card("Nearest by firing together", pairs(record.byFiring, latentLink)),
+        ...Object.entries(record.logits).flatMap(([name, [top, bottom]]) => [
+          card(`Largest logits, ${name}`, pairs(top, text => make("code", { textContent: text }))),
+          card(`Smallest logits, ${name}`, pairs(bottom, text => make("code", { textContent: text })))])),
+      ...record.examples.flatMap((examples, i) => examples.length ? [make("section", { className: "card" },
+        make("h3", { textContent: titles[i] }),
+        make("ol", { className: "snippets" }, ...examples.map(one => exampleItem(texts, one, largest, norms))))] : []));
+    view.dataset.latent = latent;
+  }
+
+  // ---- notes: in the run where `crosscode view` serves the page, else in this browser
+
+  const noteKey = `crosscode notes ${location.pathname}`;
+  let notes;
+  async function readNote(latent) {
+    notes ??= served ? await (await fetch("notes")).json() : JSON.parse(localStorage.getItem(noteKey) ?? "{}");
+    return notes[latent] ?? "";
+  }
+  async function post(path, value) {
+    const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error);
+    return found;
+  }
+  async function writeNote(latent, text) {
+    notes[latent] = text;
+    try {
+      if (served) await post("notes", { latent, text });
+      else localStorage.setItem(noteKey, JSON.stringify(notes));
+      byId("saved").textContent = served ? "saved in the run" : "saved in this browser; `crosscode view` saves notes in the run";
+    } catch (error) { byId("saved").textContent = `not saved: ${error.message}`; }
+  }
+
+  // ---- a typed prompt
+
+  byId("prompt-form").addEventListener("submit", async event => {
+    event.preventDefault();
+    const out = byId("encoded");
+    out.textContent = "…";
+    try {
+      const found = await post("encode", { text: byId("prompt-text").value });
+      out.replaceChildren(make("table", {}, make("tbody", {}, ...found.tokens.map((token, i) => make("tr", {},
+        make("td", {}, make("code", { textContent: token })),
+        make("td", {}, ...found.strongest[i].flatMap(([latent, value]) => [latentLink(latent), ` ${digits(value)}  `])))))));
+    } catch (error) { out.textContent = error.message; }
+  });
+
+  // ---- routes and keys
+
+  async function route() {
+    const [, place, rest] = /^#\/(latents|latent|prompt)?[/?]?(.*)$/.exec(location.hash) ?? [];
+    const shown = place ?? "overview";
+    for (const name of ["overview", "latents", "latent", "prompt"]) byId(name).hidden = name !== shown;
+    document.querySelector("nav a[data-place=latents]").href = tableHash();
+    for (const link of document.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.dataset.place === shown);
+    try {
+      if (shown === "latents") await showTable(rest);
+      if (shown === "latent") { await showLatent(Number(rest)); window.scrollTo(0, 0); }
+      byId("trouble").textContent = "";
+    } catch (error) { byId("trouble").textContent = error.message; }
+    if (shown === "overview" && location.hash.startsWith("#latent-")) byId(location.hash.slice(1))?.scrollIntoView();
+  }
+  document.addEventListener("keydown", event => {
+    if (event.target.matches("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const steps = [...document.querySelectorAll("#latent:not([hidden]) .step")];
+    if (event.key === "/") { event.preventDefault(); if (byId("latents").hidden) location.hash = "#/latents"; setTimeout(() => byId("search").focus(), 0); }
+    if (event.key === "ArrowLeft") steps.find(link => link.textContent.startsWith("←"))?.click();
+    if (event.key === "ArrowRight") steps.find(link => link.textContent.startsWith("next"))?.click();
+  });
+  byId("prompt-link").hidden = !served;
+  window.addEventListener("hashchange", route);
+  route();
+}

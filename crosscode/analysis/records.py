@@ -1,0 +1,200 @@
+"""What is shown of every latent beyond its row in the table, collected in the same pass over held-out text.
+
+Axes: H sequences · S positions · B usable tokens · X output positions (flattened) · D width · L latents ·
+N active entries · K neighbours · V vocabulary · E ends of a list of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from crosscode.analysis.encoded import EncodedBatch, HeldoutBatch
+from crosscode.analysis.geometry import decoder_vectors_LXD
+from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.models.base import BaseCrosscoder
+from crosscode.models.decoder_vectors import decoder_vectors_NXD
+from crosscode.models.split import Split
+
+Unembed = Callable[[int, Tensor], Tensor]
+"""Number of an output position and vectors [N, D] there -> logits [N, V]."""
+MAX_LOGIT_POSITIONS = 4
+_CHUNK = 256
+
+
+class Histograms:
+    """Counts each latent's activations in equal bins from 0 to `upper_L`, exactly: a latent that goes beyond its range
+    has it doubled, and its bins joined in twos."""
+
+    def __init__(self, n_latents: int, n_bins: int = 64):
+        self.upper_L = np.zeros(n_latents)
+        self.counts_LN = np.zeros((n_latents, n_bins), np.int64)
+
+    def update(self, batch: EncodedBatch) -> None:
+        latent_N = batch.entries.latent_N.cpu().numpy()
+        value_N = batch.entries.value_N.double().cpu().numpy()
+        n_latents, n_bins = self.counts_LN.shape
+        largest_L = np.zeros(n_latents)
+        np.maximum.at(largest_L, latent_N, value_N)
+        new_L = (self.upper_L == 0) & (largest_L > 0)
+        self.upper_L[new_L] = largest_L[new_L]
+        while len(wide := np.flatnonzero(largest_L > self.upper_L)):
+            joined = self.counts_LN[wide].reshape(len(wide), n_bins // 2, 2).sum(2)
+            self.counts_LN[wide] = np.concatenate([joined, np.zeros_like(joined)], axis=1)
+            self.upper_L[wide] *= 2
+        bin_N = np.minimum((value_N / self.upper_L[latent_N] * n_bins).astype(np.int64), n_bins - 1)
+        self.counts_LN += np.bincount(latent_N * n_bins + bin_N, minlength=n_latents * n_bins).reshape(
+            n_latents, n_bins
+        )
+
+
+class Texts:
+    """Keeps the tokens that were read."""
+
+    def __init__(self) -> None:
+        self.sequences: list[NDArray[np.int64]] = []
+
+    def update(self, batch: EncodedBatch) -> None:
+        self.sequences.extend(batch.tokens_HS.cpu().numpy().astype(np.int64))
+
+
+class CoFiring:
+    """Keeps which latents fire together on the first tokens, up to `max_entries` entries."""
+
+    def __init__(self, n_latents: int, max_entries: int = 2_000_000):
+        self._n_latents, self._room, self._n_tokens = n_latents, max_entries, 0
+        self._token_N: list[NDArray] = []
+        self._latent_N: list[NDArray] = []
+
+    def update(self, batch: EncodedBatch) -> None:
+        entries = batch.entries
+        if self._room <= 0:
+            return
+        self._token_N.append((entries.token_N.cpu().numpy() + self._n_tokens).astype(np.int32))
+        self._latent_N.append(entries.latent_N.cpu().numpy().astype(np.int32))
+        self._room -= len(entries.token_N)
+        self._n_tokens += batch.position_B.shape[0]
+
+    def nearest(self, n: int) -> Neighbours:
+        """By `n_ij / sqrt(n_i n_j)` of the tokens on which both fire."""
+        none = [np.zeros(0, np.int32)]
+        place = (np.concatenate(self._latent_N or none), np.concatenate(self._token_N or none))
+        fires_LB = csr_matrix(
+            (np.ones(len(place[0]), np.float32), place), shape=(self._n_latents, max(self._n_tokens, 1))
+        )
+        norm_L = np.sqrt(np.maximum(np.asarray(fires_LB.sum(1)).ravel(), 1))
+        fires_BL = fires_LB.T.tocsr()
+
+        def similarity(start: int, stop: int) -> Tensor:
+            both = (fires_LB[start:stop] @ fires_BL).toarray()
+            return torch.from_numpy(both / norm_L[start:stop, None] / norm_L[None])
+
+        return _nearest(similarity, self._n_latents, n)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The most similar other latents, best first."""
+
+    latent_LK: Tensor
+    similarity_LK: Tensor
+
+    def of(self, latent: int) -> list[tuple[int, float]]:
+        """Those with any similarity."""
+        pairs = zip(self.latent_LK[latent].tolist(), self.similarity_LK[latent].tolist(), strict=True)
+        return [(other, value) for other, value in pairs if value > 0]
+
+
+@dataclass(frozen=True)
+class LogitEnds:
+    """The largest and the smallest logits of every latent at one output position, outermost first."""
+
+    top_id_LE: Tensor
+    top_LE: Tensor
+    bottom_id_LE: Tensor
+    bottom_LE: Tensor
+    writes_L: Tensor
+    """whether the latent has a decoder vector there"""
+
+
+@dataclass(frozen=True)
+class LatentRecords:
+    """Of every latent; see `study_records`."""
+
+    histograms: Histograms
+    sequences: list[NDArray[np.int64]]
+    by_decoder: Neighbours
+    by_firing: Neighbours
+    logits: dict[str, LogitEnds] = field(default_factory=dict)
+    """by name of the output position; of positions outside the residual stream nothing"""
+
+
+def study_records(
+    model: BaseCrosscoder,
+    heldout: Iterable[HeldoutBatch],
+    split: Split,
+    position_names: Sequence[str],
+    unembed: Unembed | None = None,
+    n_neighbours: int = 8,
+    n_logits: int = 10,
+) -> tuple[LatentsPass, LatentRecords]:
+    """`study_latents` and the records of every latent, in one pass. Memory: some KB for each latent, and the tokens.
+
+    Args:
+        unembed: from vectors at an output position to logits; without it there are no logits.
+    """
+    histograms, texts, together = Histograms(model.n_latents), Texts(), CoFiring(model.n_latents)
+    study = study_latents(model, heldout, split, position_names, more=(histograms, texts, together))
+    logits: dict[str, LogitEnds] = {}
+    if unembed is not None:
+        for x in logit_positions(position_names):
+            logits[position_names[x]] = logit_ends(model, x, unembed, n_logits)
+    by_decoder, by_firing = nearest_by_decoder(model, n_neighbours), together.nearest(n_neighbours)
+    return study, LatentRecords(histograms, texts.sequences, by_decoder, by_firing, logits)
+
+
+def logit_positions(names: Sequence[str]) -> list[int]:
+    """All output positions, or of many the last of each model."""
+    if len(names) <= MAX_LOGIT_POSITIONS:
+        return list(range(len(names)))
+    return list({name.rpartition("/")[0]: x for x, name in enumerate(names)}.values())
+
+
+@torch.no_grad()
+def logit_ends(model: BaseCrosscoder, x: int, unembed: Unembed, n: int) -> LogitEnds:
+    """Of the raw decoder vectors at output position x; float32, on the CPU."""
+    found: list[tuple[Tensor, ...]] = []
+    device = model.parts[0].W_dec_LXoDo.device
+    for start in range(0, model.n_latents, _CHUNK):
+        latents_N = torch.arange(start, min(start + _CHUNK, model.n_latents), device=device)
+        vectors_ND = decoder_vectors_NXD(model, latents_N)[:, x]
+        logits_NV = unembed(x, vectors_ND)
+        k = min(n, logits_NV.shape[1])
+        top, bottom = logits_NV.topk(k), logits_NV.topk(k, largest=False)
+        ends = (top.indices, top.values, bottom.indices, bottom.values, vectors_ND.any(1))
+        found.append(tuple(one.cpu() for one in ends))
+    return LogitEnds(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def nearest_by_decoder(model: BaseCrosscoder, n: int) -> Neighbours:
+    """By cosine of the decoder vectors of all output positions put together, in the scale of training."""
+    W_LF = torch.nn.functional.normalize(decoder_vectors_LXD(model).float().flatten(1))
+    return _nearest(lambda start, stop: W_LF[start:stop] @ W_LF.T, model.n_latents, n)
+
+
+def _nearest(similarity: Callable[[int, int], Tensor], n_latents: int, n: int) -> Neighbours:
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, n_latents, _CHUNK):
+        stop = min(start + _CHUNK, n_latents)
+        similarity_NL = similarity(start, stop)
+        similarity_NL[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
+        best = similarity_NL.topk(min(n, n_latents - 1))
+        parts.append((best.indices.cpu(), best.values.float().cpu()))
+    return Neighbours(*(torch.cat(column) for column in zip(*parts, strict=True)))
