@@ -51,9 +51,8 @@ class _Vocabulary:
     def number(self, token: int) -> int:
         if token not in self._numbers:
             piece = self._display.piece(token)
-            whole = isinstance(piece, str) or _is_text(piece)
             self._numbers[token] = len(self.pieces)
-            self.pieces.append(self.text(token) if whole else list(piece))
+            self.pieces.append(self.text(token) if isinstance(piece, str) or _is_text(piece) else list(piece))
         return self._numbers[token]
 
     def text(self, token: int) -> str:
