@@ -1,0 +1,44 @@
+"""`crosscode features`: what every latent does, as the files of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
+
+
+class Options(ConfigModel):
+    run_dir: str = Field(title="RUN")
+    """run directory"""
+    to: Literal["circuit-tracer", "delphi"] = Field(title="FORMAT")
+    """circuit-tracer or delphi"""
+    out: Path = Field(title="DIR")
+    """a new folder"""
+    layer: NonNegativeInt | None = None
+    """layer under which circuit-tracer finds the features; null: that of the run's first hookpoint"""
+    n_tokens: PositiveInt | None = None
+    """held-out activations; null: as in the run's config"""
+
+
+def run(options: Options) -> None:
+    from crosscode.build.finished import FinishedRun
+    from crosscode.commands.parts.feature_files import write_features
+
+    if options.out.exists():
+        raise InputError(f"out: {str(options.out)!r} is there already; name a new folder")
+    quiet_libraries()
+    print(write_features(FinishedRun(options.run_dir), options.to, options.out, options.layer, options.n_tokens))
+
+
+COMMAND = Command(
+    "examples and logits of every latent, as feature files of circuit-tracer or a cache of delphi",
+    run,
+    Options,
+    positional="run_dir",
+)
