@@ -39,14 +39,16 @@ CONFIGS = {
     "by_norm": {"type": "batch_topk", "k": 4, "rank_by": "decoder_norm_weighted"},
     "jumprelu": {"type": "jumprelu", "log_threshold_init": -1.5},
 }
-# What runs in the other environment: from FOLDER and x, `latents` and `output`.
+# What runs in the other environment, once for all: from each FOLDER and x, `latents` and `output`.
 CHILD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-folder, x = sys.argv[1], load_file(sys.argv[2])["x"]
-with torch.no_grad():
+def apply(folder, x):
 {body}
-save_file({{"latents": latents.contiguous(), "output": output.contiguous()}}, sys.argv[3])
+    return {{"latents": latents.contiguous(), "output": output.contiguous()}}
+with torch.no_grad():
+    for folder, x, out in zip(*[iter(sys.argv[1:])] * 3):
+        save_file(apply(folder, load_file(x)["x"]), out)
 """
 BODIES = {
     "saelens": """
@@ -163,15 +165,19 @@ def ours(group: list[BaseCrosscoder], x: torch.Tensor, has_layers: bool, of: Cal
 def main(library: str) -> int:
     python, n_bad = environment(library), 0
     with tempfile.TemporaryDirectory() as root:
-        for number, (name, group, has_layers) in enumerate(models(library)):
+        cases = list(models(library))
+        arguments, inputs = [], []
+        for number, (_, group, has_layers) in enumerate(cases):
             folder = export(group, library, Path(root) / str(number))
             n_layers = group[0].in_dims[0] if group[0].in_dims else len(group)
-            x = torch.randn(32, *((n_layers,) if has_layers else ()), D, generator=torch.Generator().manual_seed(9))
-            files = [Path(root) / f"{number}.{part}" for part in ("in", "out")]
-            save_file({"x": x}, files[0])
-            code = CHILD.format(body=BODIES[library].strip("\n"))
-            subprocess.run([str(python), "-c", code, str(folder), *map(str, files)], check=True)
-            found = load_file(files[1])
+            shape = (32, *((n_layers,) if has_layers else ()), D)
+            inputs.append(torch.randn(shape, generator=torch.Generator().manual_seed(9)))
+            save_file({"x": inputs[-1]}, Path(root) / f"{number}.in")
+            arguments += [str(folder), *(str(Path(root) / f"{number}.{part}") for part in ("in", "out"))]
+        code = CHILD.format(body=BODIES[library].strip("\n"))
+        subprocess.run([str(python), "-c", code, *arguments], check=True)
+        for number, ((name, group, has_layers), x) in enumerate(zip(cases, inputs, strict=True)):
+            found = load_file(Path(root) / f"{number}.out")
             expected = {
                 "latents": ours(group, x, has_layers, lambda model, x: model.encode(x)).flatten(1),
                 "output": ours(group, x, has_layers, lambda model, x: model(x)),
