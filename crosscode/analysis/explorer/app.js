@@ -16,7 +16,9 @@
     return element;
   };
   const byId = id => document.getElementById(id);
-  const served = location.protocol.startsWith("http");
+  let served = false;
+  const asked = !location.protocol.startsWith("http") ? Promise.resolve() :
+    fetch("notes").then(answer => answer.ok ? answer.json() : undefined).catch(() => undefined);
   const digits = value => typeof value !== "number" ? value ?? "–" :
     Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(3)));
 
@@ -236,12 +238,12 @@
     view.dataset.latent = latent;
   }
 
-  // ---- notes: in the run where `crosscode view` serves the page, else in this browser
+  // ---- notes: in the run where a server beside the page takes them, else in this browser
 
   const noteKey = `crosscode notes ${location.pathname}`;
   let notes;
   async function readNote(latent) {
-    notes ??= served ? await (await fetch("notes")).json() : JSON.parse(localStorage.getItem(noteKey) ?? "{}");
+    notes ??= await asked ?? JSON.parse(localStorage.getItem(noteKey) ?? "{}");
     return notes[latent] ?? "";
   }
   async function post(path, value) {
@@ -255,7 +257,7 @@
     try {
       if (served) await post("notes", { latent, text });
       else localStorage.setItem(noteKey, JSON.stringify(notes));
-      byId("saved").textContent = served ? "saved in the run" : "saved in this browser; `crosscode view` saves notes in the run";
+      byId("saved").textContent = served ? "saved in the run" : "saved in this browser";
     } catch (error) { byId("saved").textContent = `not saved: ${error.message}`; }
   }
 
@@ -295,7 +297,7 @@
     if (event.key === "ArrowLeft") steps.find(link => link.textContent.startsWith("←"))?.click();
     if (event.key === "ArrowRight") steps.find(link => link.textContent.startsWith("next"))?.click();
   });
-  byId("prompt-link").hidden = !served;
+  asked.then(found => { served = found !== undefined; byId("prompt-link").hidden = !served; });
   window.addEventListener("hashchange", route);
   route();
 }
