@@ -36,10 +36,6 @@ class Encoder(NamedTuple):
     W_enc_LI: Tensor
     b_enc_L: Tensor | None
 
-    @property
-    def n_latents(self) -> int:
-        return self.W_enc_LI.shape[0]
-
     def of_latents(self, rows: Any) -> Encoder:
         """The same batch for some latents: a slice, or indices."""
         return Encoder(self.x_BI, self.W_enc_LI[rows], None if self.b_enc_L is None else self.b_enc_L[rows])

@@ -49,16 +49,16 @@ def aux_topk(
     if k and backend.name == "torch" and may_look(x_BI):
         k = min(k, dead_mask_L.sum().reshape(1).tolist()[0])
         if k == 0:  # nothing to compute, no gradient, nothing to keep for one
-            return SparseLatents.none(x_BI.shape[0], encoder.n_latents, encoder.x_BI)
+            return SparseLatents.none(x_BI.shape[0], encoder.W_enc_LI.shape[0], encoder.x_BI)
     return _encode(encoder, dead_mask_L, k, backend=backend)
 
 
 def check_dead(op: str, encoder: Encoder, dead_mask_L: Tensor, k: int) -> None:
-    check_k(op, k, encoder.n_latents)
-    if dead_mask_L.dtype != torch.bool or tuple(dead_mask_L.shape) != (encoder.n_latents,):
+    check_k(op, k, encoder.W_enc_LI.shape[0])
+    if dead_mask_L.dtype != torch.bool or tuple(dead_mask_L.shape) != (encoder.W_enc_LI.shape[0],):
         raise ValueError(
             f"{op}: dead_mask_L is {dead_mask_L.dtype} of shape {tuple(dead_mask_L.shape)}; "
-            f"must be bool of shape ({encoder.n_latents},)"
+            f"must be bool of shape ({encoder.W_enc_LI.shape[0]},)"
         )
     if dead_mask_L.device != encoder.x_BI.device:
         raise ValueError(

@@ -43,7 +43,7 @@ def dead_decode(
         encoder = checked_encoder("dead_decode", backend, encoder)
         (W_dec_LO,) = autocast(backend, W_dec_LO)
         check_dead("dead_decode", encoder, dead_mask_L, k)
-        check_decoder("dead_decode", encoder.n_latents, encoder.x_BI, W_dec_LO, None)
+        check_decoder("dead_decode", encoder.W_enc_LI.shape[0], encoder.x_BI, W_dec_LO, None)
         dead_Q = dead_mask_L.nonzero().squeeze(1)
         if min(k, dead_Q.shape[0]) > SPARSE_BELOW * dead_Q.shape[0]:
             # PyTorch refuses to cast a sparse gradient back to the weight's own dtype.

@@ -43,8 +43,8 @@ def encode_batch_topk(
     """The `k * B` largest of the whole batch, ranked by `a_l * rank_scale_l` (1 where None); values unscaled."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_batch_topk", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_k("encode_batch_topk", k, encoder.n_latents)
-    check_per_latent("encode_batch_topk", x_BI, encoder.n_latents, rank_scale_L=rank_scale_L)
+    check_k("encode_batch_topk", k, encoder.W_enc_LI.shape[0])
+    check_per_latent("encode_batch_topk", x_BI, encoder.W_enc_LI.shape[0], rank_scale_L=rank_scale_L)
     rank_scale_L = None if rank_scale_L is None else rank_scale_L.detach()
     if backend.name == "reference":
         return reference.encode_batch_topk(preacts(*encoder, backend=backend), k, rank_scale_L)

@@ -34,9 +34,11 @@ def encode_groupmax(
     """The maximum of each of k contiguous groups of L / k latents of `relu(x W_enc^T + b_enc)`."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_groupmax", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_k("encode_groupmax", k, encoder.n_latents)
-    if k > 0 and encoder.n_latents % k:
-        raise ValueError(f"encode_groupmax: {encoder.n_latents} latents do not divide into k = {k} equal groups")
+    check_k("encode_groupmax", k, encoder.W_enc_LI.shape[0])
+    if k > 0 and encoder.W_enc_LI.shape[0] % k:
+        raise ValueError(
+            f"encode_groupmax: {encoder.W_enc_LI.shape[0]} latents do not divide into k = {k} equal groups"
+        )
     if backend.name == "reference":
         return reference.encode_groupmax(preacts(*encoder, backend=backend), k)
     return _encode(encoder, k, backend=backend)

@@ -58,10 +58,10 @@ def group_max(h_BL: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_groupmax(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
-    group_width = encoder.n_latents // k
+    group_width = encoder.W_enc_LI.shape[0] // k
     idx_parts: list[Tensor] = []
     value_parts: list[Tensor] = []
-    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.n_latents, group_width):
+    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.W_enc_LI.shape[0], group_width):
         h_BL = preacts(encoder.of_latents(chunk))
         idx_BK, value_BK = group_max(h_BL, h_BL.shape[1] // group_width)
         idx_parts.append(idx_BK + chunk.start)

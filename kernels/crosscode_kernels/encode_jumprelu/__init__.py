@@ -49,7 +49,7 @@ def encode_jumprelu(
     straight-through gradient, too (see `jumprelu.input_gradient`), in dense form."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_jumprelu", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_per_latent("encode_jumprelu", x_BI, encoder.n_latents, t_L=t_L)
+    check_per_latent("encode_jumprelu", x_BI, encoder.W_enc_LI.shape[0], t_L=t_L)
     check_straight_through("encode_jumprelu", eps, ste)
     if backend.name != "torch" or input_gradient:
         h_BL = preacts(*encoder, backend=backend)

@@ -43,7 +43,7 @@ def encode_threshold(
     """`a_l = relu(h_l)` where `a_l * rank_scale_l >= threshold` and `a_l > 0`."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_threshold", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_per_latent("encode_threshold", x_BI, encoder.n_latents, rank_scale_L=rank_scale_L)
+    check_per_latent("encode_threshold", x_BI, encoder.W_enc_LI.shape[0], rank_scale_L=rank_scale_L)
     if threshold.dim() != 0 or not threshold.is_floating_point():
         raise ValueError(
             f"encode_threshold: threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; "

@@ -86,10 +86,10 @@ def kept_entries(
 def encode_threshold(encoder: Encoder, threshold: Tensor, rank_scale_L: Tensor | None) -> SparseLatents:
     """No gradient. At least one token."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for chunk in token_chunks(encoder.x_BI.shape[0], encoder.n_latents):
+    for chunk in token_chunks(encoder.x_BI.shape[0], encoder.W_enc_LI.shape[0]):
         h_BL = preacts(encoder._replace(x_BI=encoder.x_BI[chunk]))
         count_B = kept_counts(h_BL, threshold, rank_scale_L)
         parts.append((count_B, *kept_entries(h_BL, threshold, rank_scale_L, count_B, int(count_B.sum()))))
     count_B, column_N, value_N = (torch.cat(part) for part in zip(*parts, strict=True))
     row_ptr_B1 = torch.nn.functional.pad(torch.cumsum(count_B, 0, dtype=torch.int32), (1, 0))
-    return SparseLatents(row_ptr_B1, column_N, value_N, encoder.n_latents)
+    return SparseLatents(row_ptr_B1, column_N, value_N, encoder.W_enc_LI.shape[0])

@@ -35,7 +35,7 @@ def encode_topk(
     """The k largest of `relu(x W_enc^T + b_enc)` of each token."""
     backend = backend_for(backend, x_BI)
     encoder = checked_encoder("encode_topk", backend, (x_BI, W_enc_LI, b_enc_L))
-    check_k("encode_topk", k, encoder.n_latents)
+    check_k("encode_topk", k, encoder.W_enc_LI.shape[0])
     if backend.name == "reference":
         return reference.encode_topk(preacts(*encoder, backend=backend), k)
     return _encode(encoder, k, backend=backend)

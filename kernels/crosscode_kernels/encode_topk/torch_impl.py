@@ -20,7 +20,7 @@ _SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE = 1 << 22, 256
 def dense_preacts(encoder: Encoder) -> Tensor:
     """`h_BL`, in one pass, without gradient."""
     x_BI, W_enc_LI, b_enc_L = encoder
-    h_BL = host_buffers.empty((x_BI.shape[0], encoder.n_latents), x_BI)
+    h_BL = host_buffers.empty((x_BI.shape[0], encoder.W_enc_LI.shape[0]), x_BI)
     if b_enc_L is None:
         return torch.mm(x_BI, W_enc_LI.T, out=h_BL)
     return torch.addmm(b_enc_L, x_BI, W_enc_LI.T, out=h_BL)

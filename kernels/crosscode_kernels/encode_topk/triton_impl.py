@@ -15,7 +15,7 @@ from crosscode_kernels.selection.triton_impl import latent_chunks, preacts, row_
 def encode_topk(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     idx_parts: list[Tensor] = []
     value_parts: list[Tensor] = []
-    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.n_latents):
+    for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.W_enc_LI.shape[0]):
         h_BL = preacts(encoder.of_latents(chunk))
         idx_BK, value_BK = row_topk(h_BL, min(k, h_BL.shape[1]))
         idx_parts.append(idx_BK + chunk.start)

@@ -46,7 +46,7 @@ def define_encoder(kernel: Kernel, variants: Mapping[str, Kernel] | None = None)
         with_order = encoder.wants_weight_grad()
         entries = _entries(op(encoder, *arguments, with_order, backend=backend))
         order = LatentOrder(entries.order_N, entries.latent_ptr_L1) if with_order else None
-        return SparseLatents(*entries[:3], encoder.n_latents, order, padded=True)
+        return SparseLatents(*entries[:3], encoder.W_enc_LI.shape[0], order, padded=True)
 
     return encode
 
