@@ -33,6 +33,7 @@ _TOP = (
 )
 _MODEL = ("config.json", "model.safetensors", "checksums.json")
 _STATE = ("trainer_state.json", "trainer_state.safetensors")
+_EXPLORER = ("index.html", "tabulator.min.js", "tabulator.LICENSE", "notes.json")
 
 
 def _any(names: tuple[str, ...]) -> str:
@@ -45,6 +46,8 @@ _FOLDERS = {
     r"final": _any(_MODEL),
     r"checkpoints": r"(?!)",
     r"checkpoints/(damaged_)?step_\d+": _any((*_MODEL, *_STATE)),
+    r"report": _any(_EXPLORER),
+    r"report/data": r"(table|texts|records-\d+)\.js",
     r"tokenizer": r".+\.(json|jinja|txt|model)",
     r"tensorboard": r"events\.out\.tfevents\..+",
     r"wandb": r"(offline-)?run-.+|latest-run|debug(-internal)?\.log",
@@ -95,6 +98,12 @@ def _names_in(folder: Path) -> str | None:
     return next((names for pattern, names in _FOLDERS.items() if re.fullmatch(pattern, folder.as_posix())), None)
 
 
+def is_ours(file: Path) -> bool:
+    """Whether crosscode writes a file of that name, which is relative to the run directory."""
+    names = _names_in(file.parent)
+    return names is not None and re.fullmatch(names, file.name) is not None
+
+
 def remove_files(root: Path) -> None:
     """Remove what is ours, `config.yaml` last: until then it is the run that it was."""
     found = find_files(root)
@@ -130,7 +139,7 @@ def step_files(folder: Path) -> Iterator[Path]:
 
 def write_marker(root: Path, kind: str, **facts: Any) -> None:
     """`.crosscode`: which kind of folder this is, and what crosscode writes in it."""
-    writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "tensorboard", "tokenizer", "wandb"]
+    writes = [*_TOP, LOCK_FILE, ASIDE, "checkpoints", "final", "report", "tensorboard", "tokenizer", "wandb"]
     names = {"run": writes, "sweep": [MARKER, LOCK_FILE, "sweep.json"]}[kind]
     write_json(root / MARKER, {"kind": kind, **RUN.stamp(), **facts, "writes": names})
 
