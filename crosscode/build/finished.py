@@ -60,7 +60,14 @@ class FinishedRun:
     def model(self) -> BaseCrosscoder:
         """The trained model (of a run that is not over, that of its newest checkpoint), with scaling folded in: it takes
         raw activations. In eval mode, on the config's device."""
-        return load_folded(self.model_folder, self.config.backend, available_device(self.config.device))
+        folder, device = self.model_folder, available_device(self.config.device)
+        try:
+            return load_folded(folder, self.config.backend, device)
+        except (InputError, OSError):
+            if (folder / "model.safetensors").exists():
+                raise
+        # A process that trains here has a newer checkpoint, and removed this one.
+        return load_folded(self.model_folder, self.config.backend, device)
 
     @cached_property
     def experiment(self) -> AnyExperiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from crosscode.errors import InputError
 
 if TYPE_CHECKING:
     from crosscode.build.finished import FinishedRun
+    from crosscode.build.heldout import HeldoutBatch
 
 
 class Options(ConfigModel):
@@ -63,11 +65,23 @@ def report_run(
 
     def heldout() -> HeldoutText:
         experiment = run.experiment
-        batches = experiment.heldout_batches(n_tokens)
+        batches = _shown(experiment.heldout_batches(n_tokens), n_tokens or run.config.evaluation.n_tokens)
         names = experiment.output_names()
         return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed_of(experiment))
 
     return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
+
+
+def _shown(batches: Iterable[HeldoutBatch], n_tokens: int) -> Iterator[HeldoutBatch]:
+    """With the progress of whoever reads them."""
+    from crosscode.trainers.progress import Progress
+
+    done = 0
+    with Progress(n_tokens, what="report", unit="token") as progress:
+        for batch in batches:
+            yield batch
+            done += int(batch.mask_HS.sum())
+            progress.show(done, "")
 
 
 COMMAND = Command(
