@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from crosscode.data.schemas import HeldoutHeader
 from crosscode.errors import InputError
 from crosscode.files import write_parts
-from crosscode.stored import HeldoutHeader, parse_json
+from crosscode.stored import parse_json
 
 _DIGEST_BYTES = 32
 _AT_ONCE = 1 << 20

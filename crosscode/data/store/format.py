@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from crosscode.data.schemas import ShardHeader, ShardInfo
 from crosscode.errors import InputError
 from crosscode.files import write_parts
-from crosscode.stored import ShardHeader, ShardInfo, parse_json
+from crosscode.stored import parse_json
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}

@@ -14,12 +14,13 @@ from typing import Any
 from crosscode.config.nested import flatten
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.schemas import StoreManifest
 from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.files import write_parts
 from crosscode.formats import STORE
-from crosscode.stored import StoreManifest, check, read_json
+from crosscode.stored import check, read_json
 
 _FILE = "manifest.json"
 _FORMAT = "crosscode-activations"

@@ -23,6 +23,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from crosscode.data.schemas import PositionHeader
 from crosscode.data.store.format import (
     PackedRows,
     StoreError,
@@ -43,7 +44,7 @@ from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.data.store.token_hash import TokenHash
 from crosscode.errors import check_at_least, fitting
 from crosscode.files import held, is_temporary, remove, write_parts
-from crosscode.stored import PositionHeader, parse_json
+from crosscode.stored import parse_json
 
 
 class ActivationCacheWriter:
