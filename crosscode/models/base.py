@@ -288,18 +288,12 @@ class BaseCrosscoder(CoderWeights):
         return checkpoint.load_model(cls, Path(path), backend=backend, device=torch.device(device))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        backend: AnyBackend = "auto",
-        device: str | torch.device = "cpu",
-    ) -> Self:
-        """As `load`, of a folder or of a repository USER/NAME on the Hugging Face hub (`revision`: branch, tag or commit).
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **options: Any) -> Self:
+        """As `load`, with its options, of a folder or of a repository USER/NAME on the Hugging Face hub (`revision`: a
+        branch, tag or commit).
 
         Raises:
             InputError: no such folder or repository, or no way to the hub.
         """
         path = Path(name) if Path(name).exists() else elsewhere("fetch")(str(name), revision)
-        return cls.load(path, backend=backend, device=device)
+        return cls.load(path, **options)

@@ -1,12 +1,9 @@
 // The explorer: routes after the hash, #/latents?... and #/latent/N. Everything from the run enters the page as text.
 {
-  const known = {}, loading = {};
-  window.crosscodeData = (name, value) => { known[name] = value; };
+  const known = {}, loading = {}; window.crosscodeData = (name, value) => { known[name] = value; };
   const load = file => loading[file] ??= new Promise((done, failed) => {
     const script = document.createElement("script");
-    script.src = file;
-    script.onload = done;
-    script.onerror = () => failed(new Error(`${file} cannot be read`));
+    Object.assign(script, { src: file, onload: done, onerror: () => failed(new Error(`${file} cannot be read`)) });
     document.head.append(script);
   });
   const data = async name => { await load(`data/${name}.js`); return known[name]; };
@@ -298,6 +295,6 @@
     if (event.key === "ArrowRight") steps.find(link => link.textContent.startsWith("next"))?.click();
   });
   asked.then(found => { served = found !== undefined; byId("prompt-link").hidden = !served; });
-  window.addEventListener("hashchange", route);
+  addEventListener("hashchange", route);
   route();
 }
