@@ -84,6 +84,4 @@ def _shown(batches: Iterable[HeldoutBatch], n_tokens: int) -> Iterator[HeldoutBa
             progress.show(done, "")
 
 
-COMMAND = Command(
-    "write RUN/report.html, a summary, and RUN/report/index.html, every latent", run, Options, positional="run_dir"
-)
+COMMAND = Command("write RUN/report.html and an explorer of all latents", run, Options, positional="run_dir")

@@ -30,9 +30,9 @@ class Options(ConfigModel):
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """what to train"""
     resume: str | None = Field(default=None, title="RUN")
-    """go on with this run; its config is its own, as it stands"""
+    """go on with this run, by its own config"""
     trust_remote_code: bool = False
-    """let the language models of a run that is there run code of their own, where its config says so"""
+    """let a run's language models run code of their own"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:

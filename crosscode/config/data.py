@@ -186,7 +186,7 @@ class HarvestConfig(ConfigModel):
     """Everything that decides which activations there are."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of initialisation, data order and shuffling"""
+    """seed of all that is random"""
     device: str = "auto"
     """device of the crosscoder, and of language models that name none: auto, cpu, cuda, cuda:1, mps"""
     language_models: list[LanguageModelConfig] = Field(default=[])

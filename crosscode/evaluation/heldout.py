@@ -43,9 +43,9 @@ class EvaluationResult:
     `max_activation_L` its largest activation, 0 where it never fires.
 
     `not_finite`: tokens whose activation is NaN or infinite, by position where there are any; `far_out`: those that are
-    very long. `l0` and its percentiles are those of use: a BatchTopK by its threshold. `l0_train_mode` is there for a
-    BatchTopK: the mean when it selects over batches. `loss_recovered` by output position, where it was measured, as
-    `replacement_model`.
+    very long; `constant`: positions without variance, whose FVU is not defined. `l0` and its percentiles are those of
+    use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK: the mean when it selects over batches.
+    `loss_recovered` by output position, where it was measured, as `replacement_model`.
     """
 
     n_tokens: int
@@ -60,6 +60,7 @@ class EvaluationResult:
     max_activation_L: list[float] = field(default_factory=list)
     not_finite: dict[str, int] = field(default_factory=dict)
     far_out: dict[str, FarOut] = field(default_factory=dict)
+    constant: list[str] = field(default_factory=list)
     replacement_model: ReplacementModel | None = None
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
 
@@ -72,7 +73,10 @@ class EvaluationResult:
             place, n_bad = max(self.not_finite.items(), key=lambda item: item[1])
             return f"held-out {advice(n_bad, self.n_tokens, place)}"
         named = {**self.as_metrics(), "eval/l0_p5": self.l0_p5, "eval/l0_p95": self.l0_p95}
-        bad = [name for name, value in named.items() if not math.isfinite(value)]
+        undefined = {f"eval/fvu/{name}" for name in self.constant}
+        if len(self.constant) == len(self.fvu_by_position):
+            undefined.add("eval/fvu")
+        bad = [name for name, value in named.items() if not math.isfinite(value) and name not in undefined]
         if not bad:
             return None
         return (
@@ -85,6 +89,8 @@ class EvaluationResult:
         Raises:
             NotFinite: what is not finite.
         """
+        for place in self.constant:
+            log.warning("held-out activations do not vary at %s: there is no FVU", place)
         for place, found in self.far_out.items():
             log.warning(
                 "%d of %d held-out tokens are up to %.0f times as long as the median at %s: they may outweigh all others; "
@@ -195,6 +201,9 @@ class _Seen:
             density_L=(counts_L.double() / n_tokens).tolist(),
             max_activation_L=max_L.tolist(),
             l0_train_mode=None if n_active is None else float(n_active) / n_tokens,
+            constant=[
+                name for name, value in zip(position_names, self.fvu.variance_X().tolist(), strict=True) if value == 0
+            ],
             not_finite={name: n for name, n in zip(position_names, not_finite_X, strict=True) if n},
             far_out={name: FarOut(*far) for name, far in zip(position_names, far_X, strict=True) if far[0]},
         )

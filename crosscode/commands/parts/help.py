@@ -234,4 +234,4 @@ def _entry(left: str, text: str) -> str:
 
 
 def _width() -> int:
-    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    return max(60, min(120, shutil.get_terminal_size((110, 24)).columns))

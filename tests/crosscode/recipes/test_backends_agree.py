@@ -91,7 +91,7 @@ def make_trainer(
     """The trainer of a tiny recipe, its language models replaced by the stream."""
     config = check_config(tiny(name, folder, backend, device))
     dims = (len(config.language_models), len(config.hookpoints), WIDTH)
-    models: Any = [SimpleNamespace(fingerprint=lambda: "none") for _ in config.language_models]
+    models: Any = [SimpleNamespace(fingerprint=lambda: "none", facts=dict) for _ in config.language_models]
     harvester: Any = SimpleNamespace(dims=dims, models=models)
     documents: Any = None
     experiment = Experiment(
