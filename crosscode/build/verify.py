@@ -45,11 +45,13 @@ def verify(path: Path) -> Iterator[Finding]:
         raise InputError(f"verify: {str(path)!r} is no run, sweep, saved model or store")
 
 
-def _found(name: str, look: Callable[[], str | None]) -> Finding:
+def _found(name: str, look: Callable[[], object]) -> Finding:
+    """`look` raises, or returns, what is wrong; whatever else it returns than a text is what it has read."""
     try:
-        return name, look()
+        found = look()
     except (InputError, OSError) as error:
         return name, first_line(error)
+    return name, found if isinstance(found, str) else None
 
 
 def _run(path: Path) -> Iterator[Finding]:
@@ -57,16 +59,16 @@ def _run(path: Path) -> Iterator[Finding]:
     yield _found(
         ".crosscode", lambda: None if read_marker(path) else "missing: made by an earlier version, or taken away"
     )
-    config = _found("config.yaml", lambda: load_config(run.config_file) and None)
+    config = _found("config.yaml", partial(load_config, run.config_file))
     yield config
     for name in ("metrics.jsonl", "histograms.jsonl"):
         if (path / name).exists():
             yield _found(name, partial(_lines, path / name))
     for name, kind in (("summary.json", Summary), ("evaluation.json", Evaluation)):
         if (path / name).exists():
-            yield _found(name, lambda name=name, kind=kind: read_json(path / name, kind) and None)
+            yield _found(name, partial(read_json, path / name, kind))
     if (path / HELDOUT_FILE).exists():
-        yield _found(HELDOUT_FILE, lambda: None if read_header(path / HELDOUT_FILE) else "empty")
+        yield _found(HELDOUT_FILE, partial(read_header, path / HELDOUT_FILE))
     for step in run.steps():
         yield _found(f"checkpoints/step_{step}", partial(find_step_damage, run.checkpoint(step)))
     if run.final.exists():
@@ -93,7 +95,7 @@ def _model(folder: Path) -> str | None:
 
 
 def _sweep(path: Path) -> Iterator[Finding]:
-    yield _found("sweep.json", lambda: read_json(path / "sweep.json", list[SweepRow]) and None)
+    yield _found("sweep.json", partial(read_json, path / "sweep.json", list[SweepRow]))
     for folder in sorted(each.parent for each in path.glob("*/config.yaml")):
         for name, problem in _run(folder):
             yield f"{folder.name}/{name}", problem

@@ -42,8 +42,10 @@ class SweepFile:
     def is_made(self, label: str) -> bool:
         """Whether the run that lies there is that of this sweep, and not one that it was to replace."""
         row, path = self.rows[label], self.path(label)
-        marker = read_marker(path) if path.is_dir() else None
-        return "config" not in row or ((marker or {}).get("id") == row["id"] and (path / CONFIG_FILE).is_file())
+        if "config" not in row:
+            return True
+        marker = read_marker(path) if (path / CONFIG_FILE).is_file() else None
+        return marker is not None and marker.get("id") == row["id"]
 
     def save(self) -> None:
         write_json(self.folder / SWEEP_FILE, list(self.rows.values()))
