@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.commands.synthetic import as_json
+from crosscode.files import json_text, write_text
 from crosscode.synthetic.planted import PlantedConfig
 from crosscode.synthetic.runs import SyntheticConfig, run_synthetic
 
@@ -37,7 +38,7 @@ def run(seeds: list[int], dictionaries: list[str]) -> None:
                 results.append(result)
             stored = json.loads(STORED.read_text()) if STORED.exists() else {}
             stored[f"{name}, seed {seed}"] = as_json(config, results)
-            STORED.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+            write_text(STORED, json_text(dict(sorted(stored.items())), indent=1) + "\n")
 
 
 def table() -> str:

@@ -48,14 +48,8 @@ class SyntheticResult:
     n_runs: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; None where a figure is not defined."""
-        return _without_nan(asdict(self))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+        """Plain values; NaN where a figure is not defined, which `json_text` writes as null."""
+        return asdict(self)
 
 
 def run_synthetic(config: SyntheticConfig, *, progress: bool = False) -> Iterator[SyntheticResult]:
