@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from traffic_model import DEVICES, Model
 
 aten = torch.ops.aten
-ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided}
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.resize_}
 GATHERS: dict[Any, dict[int, int]] = {
     aten._embedding_bag_forward_only: {0: 1},
     aten._embedding_bag_per_sample_weights_backward: {0: 4, 1: 2},
@@ -90,7 +90,6 @@ def counted(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, tuple[f
     t.order = kernel_of("latent_order", "torch")(t.idx_N, case.n_latents)
     model = Model(case, dtype, DEVICES[0])
     entries = t.entries
-    penalties = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
     norms = (t.norms_LX, t.n_L)
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "encode GEMM": (model.preacts().fewest, lambda: torch.nn.functional.linear(t.x_BI, t.W_enc_LI, t.b_enc_L)),
@@ -114,11 +113,8 @@ def counted(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, tuple[f
     )  # fmt: skip
     add("recon loss", model.recon().fewest, "recon_loss", t.y_BO, t.target_BO, t.segments)
     add("recon loss backward", model.recon_backward().fewest, "recon_loss_backward", t.g_X, t.y_BO, t.segments)
-    add("JumpReLU + penalties", model.penalties().fewest, "jumprelu_penalties", t.h_BL, *penalties, 4.0)
-    add(
-        "JumpReLU + penalties backward", model.penalties_backward().fewest, "jumprelu_penalties_backward",
-        t.da_BL, t.g, t.g, t.h_BL, *penalties, 2.0, False, 4.0,
-    )  # fmt: skip
+    add("JumpReLU", model.jumprelu().fewest, "jumprelu", t.h_BL, t.t_L)
+    add("JumpReLU backward", model.jumprelu_backward().fewest, "jumprelu_backward", t.da_BL, t.h_BL, t.t_L, 2.0, False)
     add("sparse penalty", model.sparse_penalty().fewest, "sparse_penalty", entries, t.n_L, t.lambda_L, None)
     found = {}
     for name, (fewest, run) in calls.items():

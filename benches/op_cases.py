@@ -104,12 +104,6 @@ OPS: dict[str, Op] = {
     "recon_loss": Op(lambda ops, t: ops.recon_loss(t.y_BO, t.target_BO, t.segments).loss, ("y_BO",)),
     "jumprelu": Op(lambda ops, t: ops.jumprelu(t.h_BL, t.t_L, 2.0, "anthropic"), ("h_BL", "t_L")),
     "pre_act": Op(lambda ops, t: ops.pre_act(t.h_BL, t.t_L, t.n_L, t.lambda_L), ("h_BL", "t_L", "n_L")),
-    "jumprelu_penalties": Op(
-        lambda ops, t: ops.jumprelu_penalties(
-            t.h_BL, t.t_L, t.n_L, t.lambda_L, t.lambda_L, eps=2.0, ste="anthropic", c=C
-        ),
-        ("h_BL", "t_L", "n_L"),
-    ),
     "weighted_l1 dense": Op(lambda ops, t: ops.weighted_l1(t.dense, t.n_L, t.lambda_L), ("a_BL", "n_L")),
     "weighted_l1 sparse": Op(lambda ops, t: ops.weighted_l1(t.sparse, t.n_L, t.lambda_L), ("value", "n_L")),
     "weighted_tanh dense": Op(lambda ops, t: ops.weighted_tanh(t.dense, t.n_L, t.lambda_L, C), ("a_BL", "n_L")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import triton
+from static_loops import loop_facts
 
 HOT = ("W_ptr", "rows_ptr", "dy_ptr", "residual_ptr", "y_ptr", "x_ptr", "h_ptr", "da_ptr")
 """Arguments that are whole matrices. The target in the decode is not among them: one row for the k rows gathered."""
@@ -117,6 +118,7 @@ def cubin_facts(cubin: bytes) -> dict[str, Any]:
         "registers": numbers["REG"],
         "spills": numbers["LOCAL"] + numbers["STACK"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "load_widths": sorted({_WIDTH[f".{kind[1]}" if kind else ""] for kind in kinds}),
+        **loop_facts(sass)._asdict(),
     }
 
 

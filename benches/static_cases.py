@@ -75,7 +75,7 @@ class Tensors:
         self.h_BL = normal(n_tokens, n_latents)
         self.da_BL = normal(n_tokens, n_latents)
         self.dead_L = normal(n_latents) > 0
-        self.t_L, self.n_L, self.lambda_L, self.lambda_pre_L = (positive(n_latents) for _ in range(4))
+        self.t_L, self.n_L, self.lambda_L = (positive(n_latents) for _ in range(3))
         self.norms_LX = positive(n_latents, len(case.segments))
         self.g_X = positive(len(case.segments))
         self.g = positive()
@@ -118,7 +118,6 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
     entries = t.entries
     penalty = (t.n_L, t.lambda_L)
     term = PreActTerm(t.t_L, t.n_L, t.lambda_L)
-    fused = (t.t_L, t.n_L, t.lambda_L, t.lambda_pre_L)
 
     def call(op: str, *args: Any) -> Callable[[], Any]:
         return lambda: kernel_of(op, "triton")(*args)
@@ -142,7 +141,6 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
         "recon_loss": call("recon_loss", t.y_BO, t.target_BO, t.segments),
         "recon_loss_backward": call("recon_loss_backward", t.g_X, t.y_BO, t.segments),
         "jumprelu": call("jumprelu", t.h_BL, t.t_L),
-        "jumprelu_penalties": call("jumprelu_penalties", t.h_BL, *fused, 4.0),
         "pre_act": call("pre_act", t.h_BL, term),
         "pre_act_backward": call("pre_act_backward", t.g, t.h_BL, term),
     }
@@ -153,9 +151,6 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
     for gdm in (False, True):
         suffix = "gdm" if gdm else "anthropic"
         calls[f"jumprelu_backward {suffix}"] = call("jumprelu_backward", t.da_BL, t.h_BL, t.t_L, 2.0, gdm)
-        calls[f"jumprelu_penalties_backward {suffix}"] = call(
-            "jumprelu_penalties_backward", t.da_BL, t.g, t.g, t.h_BL, *fused, 2.0, gdm, 4.0
-        )
     for kind, slope in (("l1", None), ("tanh", 4.0)):
         for form, latents in (("dense", t.h_BL), ("sparse", entries)):
             calls[f"{form}_penalty {kind}"] = call(f"{form}_penalty", latents, *penalty, slope)

@@ -225,8 +225,9 @@ def compile_all(work: list[tuple[Job, str]], n_processes: int, partial: Path, se
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per kernel and target, worst case over its configurations."""
     lines = [
-        "| kernel | target | configurations | registers | spills | shared memory | warps per SM/CU | hot loads (bit) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | target | configurations | registers | spills | shared memory | warps per SM/CU | hot loads (bit) "
+        "| loads in flight | instructions per byte |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -234,13 +235,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (kernel, target), group in sorted(groups.items()):
         built = [row for row in group if "error" not in row]
         if not built:
-            lines.append(f"| `{kernel}` | {target} | {len(group)} | does not compile | | | | |")
+            lines.append(f"| `{kernel}` | {target} | {len(group)} | does not compile | | | | | | |")
             continue
-        widths = sorted({width for row in built for width in row["hot_widths"] if row["aligned_rows"]})
+        aligned = [row for row in built if row["aligned_rows"]]
+        widths = sorted({width for row in aligned for width in row["hot_widths"]})
+        in_flight = [row["loads_in_flight"] for row in aligned if row.get("loads_in_flight")]
+        per_byte = [row["instructions_per_byte"] for row in aligned if row.get("instructions_per_byte")]
         lines.append(
             f"| `{kernel}` | {target} | {len(group)} | {max(r['registers'] for r in built)} "
             f"| {max(r['spills'] for r in built)} | {max(r['shared'] for r in built)} "
-            f"| {min(r['warps_per_unit'] for r in built)} | {', '.join(map(str, widths)) or '-'} |"
+            f"| {min(r['warps_per_unit'] for r in built)} | {', '.join(map(str, widths)) or '-'} "
+            f"| {min(in_flight, default='-')} | {max(per_byte, default='-')} |"
         )
     return "\n".join(lines)
 
@@ -273,7 +278,8 @@ def main() -> int:
         # Compile matrix
 
         Triton {triton.__version__}, no GPU involved. {len(jobs)} kernel configurations, {len(rows)}
-        compilations. Worst case over the configurations of a kernel; hot loads where rows are aligned to 16 bytes.
+        compilations. Worst case over the configurations of a kernel; from hot loads on, where rows are aligned to 16 bytes.
+        Loads in flight and instructions per byte: of the loop that loads most, per thread (`static_loops.py`; NVIDIA only).
 
         """)
     (arguments.out / "compile_matrix.md").write_text(header + table(rows) + "\n")

@@ -199,17 +199,17 @@ class Model:
         bytes_ = 2 * self.B * self.O * self.e + self.X * FP32
         return Term("recon loss backward", 0, bytes_, bytes_)
 
-    def penalties(self) -> Term:
-        fewest = 2 * self.B * self.L * self.e + 4 * self.L * FP32
+    def jumprelu(self) -> Term:
+        fewest = 2 * self.B * self.L * self.e + self.L * FP32
         splits = math.ceil(self.B / h.dense_config(self.B, self.L).rows_per_split)
-        return Term("JumpReLU + penalties", 0, fewest, fewest + (splits - 1) * 4 * self.L * FP32)
+        return Term("JumpReLU", 0, fewest, fewest + (splits - 1) * self.L * FP32)
 
-    def penalties_backward(self) -> Term:
-        fewest = 3 * self.B * self.L * self.e + 6 * self.L * FP32
+    def jumprelu_backward(self) -> Term:
+        fewest = 3 * self.B * self.L * self.e + 2 * self.L * FP32
         splits = math.ceil(self.B / h.dense_config(self.B, self.L).rows_per_split)
-        # Vectors are read and partial column sums written for each split, then read to be added.
-        moved = fewest + (splits - 1) * 4 * self.L * FP32 + 2 * 2 * splits * self.L * FP32
-        return Term("JumpReLU + penalties backward", 0, fewest, moved)
+        # The threshold is read and partial column sums written for each split, then read to be added.
+        moved = fewest + (splits - 1) * self.L * FP32 + 2 * splits * self.L * FP32
+        return Term("JumpReLU backward", 0, fewest, moved)
 
     def sparse_penalty(self) -> Term:
         fewest = self.entries + 2 * self.L * FP32
@@ -235,7 +235,7 @@ class Model:
 OPS: tuple[Callable[[Model], Term], ...] = (
     Model.preacts, Model.row_select, Model.batch_select, Model.groupmax, Model.dead_preacts,
     lambda m: m.decode(False), lambda m: m.decode(True), Model.decode_backward, Model.encode_backward, Model.norms,
-    Model.norms_backward, Model.recon, Model.recon_backward, Model.penalties, Model.penalties_backward,
+    Model.norms_backward, Model.recon, Model.recon_backward, Model.jumprelu, Model.jumprelu_backward,
     Model.sparse_penalty, Model.sparse_penalty_backward,
 )  # fmt: skip
 """Triton ops (and the vendor's encode GEMM) that must stay within `LIMIT` times the fewest bytes."""

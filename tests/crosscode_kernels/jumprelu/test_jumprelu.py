@@ -1,4 +1,4 @@
-"""JumpReLU, the pre-act penalty, and both penalties fused.
+"""JumpReLU, the pre-act penalty, and penalties on its latents.
 
 Axes: B tokens · L latents.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from crosscode_kernels import DenseLatents
 
-SHAPES = [(1, 1), (7, 63), (64, 257), (0, 5)]
+SHAPES = [(1, 1), (7, 63), (64, 257), (2, 1100), (0, 5)]
 
 
 def jumprelu_grads(h_BL, t_L, da_BL, eps, ste):
@@ -51,7 +51,7 @@ def test_nan_and_inf(backend):
     assert a_BL[0, 1:].tolist() == [float("inf"), 0, 0]
 
 
-def fused_oracle(h_BL, t_L, n_L, lam_tanh_L, lam_pre_L, da_BL, eps, ste, c, g_tanh, g_pre):
+def oracle_of_all(h_BL, t_L, n_L, lam_tanh_L, lam_pre_L, da_BL, eps, ste, c, g_tanh, g_pre):
     """Values and gradients of a, tanh and pre-act penalty, written out; upstream da, g_tanh, g_pre."""
     B = max(h_BL.shape[0], 1)
     theta_L = t_L.exp()
@@ -73,8 +73,7 @@ def fused_oracle(h_BL, t_L, n_L, lam_tanh_L, lam_pre_L, da_BL, eps, ste, c, g_ta
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ste", ["anthropic", "gdm"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
-def test_penalties_and_their_gradients(backend, dtype, shape, ste, fused, within_budget):
+def test_penalties_and_their_gradients(backend, dtype, shape, ste, within_budget):
     B, L = shape
     eps, c, g_tanh, g_pre = 2.0, 4.0, 0.7, 1.3
     h_BL = torch.randn(B, L).to(backend.device, dtype).requires_grad_()
@@ -83,24 +82,21 @@ def test_penalties_and_their_gradients(backend, dtype, shape, ste, fused, within
     lam_tanh_L, lam_pre_L = torch.rand(L).to(backend.device), torch.rand(L).to(backend.device)
     da_BL = torch.randn(B, L).to(dtype)
     ops = backend.ops
-    if fused:
-        a_BL, tanh, pre_act = ops.jumprelu_penalties(h_BL, t_L, n_L, lam_tanh_L, lam_pre_L, eps=eps, ste=ste, c=c)
-    else:
-        a_BL = ops.jumprelu(h_BL, t_L, eps, ste)
-        tanh = ops.weighted_tanh(DenseLatents(a_BL), n_L, lam_tanh_L, c)
-        pre_act = ops.pre_act(h_BL, t_L, n_L, lam_pre_L)
+    a_BL = ops.jumprelu(h_BL, t_L, eps, ste)
+    tanh = ops.weighted_tanh(DenseLatents(a_BL), n_L, lam_tanh_L, c)
+    pre_act = ops.pre_act(h_BL, t_L, n_L, lam_pre_L)
     torch.autograd.backward([a_BL, tanh, pre_act], [da_BL.to(backend.device), g_tanh + 0 * tanh, g_pre + 0 * pre_act])
 
     def inputs(dtype):
         tensors = (h_BL, t_L, n_L, lam_tanh_L, lam_pre_L, da_BL)
         return [tensor.detach().cpu().to(dtype) for tensor in tensors]
 
-    expected = fused_oracle(*inputs(torch.float64), eps, ste, c, g_tanh, g_pre)
+    expected = oracle_of_all(*inputs(torch.float64), eps, ste, c, g_tanh, g_pre)
     # Statistics are kept in float32 whatever the dtype of h: that is what "eager" does here as well.
-    eager = fused_oracle(*inputs(torch.float32), eps, ste, c, g_tanh, g_pre)
+    eager = oracle_of_all(*inputs(torch.float32), eps, ste, c, g_tanh, g_pre)
     actual = (a_BL, tanh, pre_act, h_BL.grad, t_L.grad, n_L.grad)
     for name, one, other, truth in zip(("a", "tanh", "pre", "dh", "dt", "dn"), actual, eager, expected, strict=True):
-        # With the ops apart, dh and the incoming gradient of a are rounded to the dtype of h on the way.
+        # dh and the incoming gradient of a are rounded to the dtype of h on the way.
         within_budget(one, other, truth, torch.float32 if name in ("tanh", "pre", "dn") else dtype, name)
 
 
@@ -135,16 +131,16 @@ def test_pre_act_reaches_silent_latents(backend):
     [
         ({"eps": 0.0}, "eps is 0.0; must be positive"),
         ({"ste": "other"}, "ste is 'other'; must be 'anthropic' or 'gdm'"),
-        ({"c": -1.0}, "c is -1.0; must be positive"),
     ],
 )
 def test_errors(backend, kwargs, message):
-    vectors = [torch.ones(4, device=backend.device)] * 4
-    arguments = {"eps": 2.0, "ste": "gdm", "c": 4.0} | kwargs
+    h_BL, ones_L = torch.ones(2, 4, device=backend.device), torch.ones(4, device=backend.device)
     with pytest.raises(ValueError, match=message):
-        backend.ops.jumprelu_penalties(torch.ones(2, 4, device=backend.device), *vectors, **arguments)
+        backend.ops.jumprelu(h_BL, ones_L, **{"eps": 2.0, "ste": "gdm"} | kwargs)
+    with pytest.raises(ValueError, match=r"c is -1\.0; must be positive"):
+        backend.ops.weighted_tanh(DenseLatents(h_BL), ones_L, ones_L, -1.0)
     with pytest.raises(ValueError, match=r"t_L has shape \(3,\); must be \(4,\)"):
-        backend.ops.jumprelu(torch.ones(2, 4, device=backend.device), vectors[0][:3], 2.0, "gdm")
+        backend.ops.jumprelu(h_BL, ones_L[:3], 2.0, "gdm")
 
 
 @pytest.mark.parametrize("ste", ["anthropic", "gdm"])

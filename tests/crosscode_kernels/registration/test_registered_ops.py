@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from crosscode_kernels import DenseLatents, SparseLatents, resolve_backend
+from crosscode_kernels import SparseLatents, resolve_backend
 from crosscode_kernels.registration import kernel_names
 
 B, I, L, O, K = 5, 6, 24, 8, 3  # noqa: E741
@@ -73,11 +73,6 @@ def op_calls():
         "sparse_penalty_backward": (g, *entries, n_L.detach(), lam_L, None),
         "pre_act": (h_BL, t_L, n_L, lam_L),
         "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L),
-        "jumprelu_penalties": (h_BL, t_L, n_L, lam_L, lam_L, 4.0, 2.0, False),
-        "jumprelu_penalties_backward": (
-            *(plain_BL, g, g, plain_BL, t_L.detach(), n_L.detach(), lam_L, lam_L),
-            *(2.0, False, 4.0),
-        ),
     }
     names = calls if NAME == "torch" else calls.keys() - TORCH_ONLY
     return {name: (*calls[name], *BACKEND) for name in calls if name in names}
@@ -113,10 +108,6 @@ def train_loss(ops, scheme, x_BI, W_LI, b_L, W_LO, b_O, t_L, target_BO):
         latents = ops.encode_jumprelu(x_BI, W_LI, b_L, t_L, 2.0, "anthropic")
         penalty = ops.weighted_tanh(latents, norms.n_L, lam_L, 4.0)
         penalty = penalty + ops.pre_act_penalty(latents, t_L, norms.n_L, lam_L)
-    elif scheme == "jumprelu_fused":
-        h_BL = ops.preacts(x_BI, W_LI, b_L)
-        a_BL, tanh, pre = ops.jumprelu_penalties(h_BL, t_L, norms.n_L, lam_L, lam_L, eps=2.0, ste="gdm", c=4.0)
-        latents, penalty = DenseLatents(a_BL), tanh + pre
     else:
         latents = encode(ops, scheme, x_BI, W_LI, b_L)
         penalty = ops.weighted_tanh(latents, norms.n_L, lam_L, 4.0) + ops.weighted_l1(latents, norms.n_L, lam_L)
@@ -125,7 +116,7 @@ def train_loss(ops, scheme, x_BI, W_LI, b_L, W_LO, b_O, t_L, target_BO):
 
 
 @named
-@pytest.mark.parametrize("scheme", [*ENCODERS, "l1", "jumprelu", "jumprelu_fused"])
+@pytest.mark.parametrize("scheme", [*ENCODERS, "l1", "jumprelu"])
 def test_a_compiled_training_step_gives_the_eager_loss_and_gradients(scheme, name):
     ops = resolve_backend(name, "cpu")
     losses, grads = [], []

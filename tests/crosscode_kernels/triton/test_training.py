@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels import DenseLatents, SparseLatents, resolve_backend
+from crosscode_kernels import SparseLatents, resolve_backend
 
 SEGMENTS = (6, 10)
 L, K = 20, 3
@@ -34,10 +34,9 @@ class Trainee:
         n_L = ops.decoder_norms(self.W_dec_LO, SEGMENTS, "sum").n_L
         encoder = (x_BI, self.W_enc_LI, self.b_enc_L)
         if scheme == "jumprelu":
-            out = ops.jumprelu_penalties(
-                ops.preacts(*encoder), self.t_L, n_L, self.lambda_L, self.lambda_L, eps=2.0, ste="anthropic", c=4.0
-            )
-            latents, penalty = DenseLatents(out.latents_BL), out.tanh + out.pre_act
+            latents = ops.encode_jumprelu(*encoder, self.t_L, 2.0, "anthropic")
+            penalty = ops.weighted_tanh(latents, n_L, self.lambda_L, 4.0)
+            penalty = penalty + ops.pre_act_penalty(latents, self.t_L, n_L, self.lambda_L)
         elif scheme == "l1":
             latents = ops.encode_relu(*encoder)
             penalty = ops.weighted_l1(latents, n_L, self.lambda_L)
