@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS)
 
-.PHONY: help demo test lint types tests check soak bench bench-schemes bench-static clean
+.PHONY: help demo test lint types tests check docs soak bench bench-schemes bench-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,8 +43,11 @@ tests: $(VENV)/installed-dev  ## pytest: without a GPU; Triton's kernels in its 
 	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; \
 	  then set -x; $(BIN)/pytest -m "gpu and not soak" tests; else echo "no CUDA or ROCm device here: tests marked gpu are not run"; fi
 
-check: $(VENV)/installed-dev  ## slower checks from outside: the pinned versions resolve on every platform
+check: $(VENV)/installed-dev $(VENV)/installed-docs docs  ## slower checks from outside: examples, outputs on pages, the site, pinned versions
 	$(BIN)/pytest -m "not soak" tests/check
+
+docs: $(VENV)/installed-docs  ## the site, in build/site; a broken link or an undocumented name is an error
+	$(BIN)/python docs/tools/build_site.py
 
 soak: $(VENV)/installed-dev  ## tests that take hours: every crash point, every seed; kept with date and machine in benches/results/soak.txt
 	{ date -u; uname -srm; git rev-parse HEAD; $(ON_CPU) $(PYTEST) -m soak tests; } 2>&1 | tee benches/results/soak.txt
@@ -85,4 +88,8 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(INSTALL) -e ".[docs]"
 	@touch $@

@@ -80,7 +80,8 @@ class Run(FinishedRun):
 
         Args:
             n_tokens: held-out activations to look at; default: as configured.
-            csv, parquet: also write `table()` there.
+            csv: also write `table()` there.
+            parquet: as `csv`.
         """
         csv, parquet = (None if path is None else Path(path) for path in (csv, parquet))
         return report_run(self, n_tokens, csv, latents_parquet=parquet)
@@ -179,7 +180,8 @@ class Run(FinishedRun):
 
         Args:
             prompt: a text, or the messages of a chat, which end where the answer begins.
-            strengths, ablate: one of them, as of `steer` and `ablate`.
+            strengths: as of `steer`; or
+            ablate: latents, as of `ablate`.
             options: `models`, `positions`, `n_tokens` (40), `samples` (0: the most probable tokens), `temperature` (1.0),
                 `seed` (0), `n_changed` (8).
         """

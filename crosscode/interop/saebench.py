@@ -57,7 +57,8 @@ class SAEBenchCoder(nn.Module):
 
     Args:
         model: an SAE with scaling folded in, of any activation; or a crosscoder of one model and one hookpoint.
-        model_name, hook_name: default: what the model says of itself.
+        model_name: default: what the model says of itself.
+        hook_name: default: what the model says of itself.
 
     Raises:
         InputError: it is no SAE, or names that it does not know are not given.

@@ -33,11 +33,14 @@ class BaseCrosscoder(CoderWeights):
     """Encode, decode, save, load, clone and fold for every architecture; a subclass names the dimensions.
 
     Args:
-        in_dims, out_dims: sizes of the crosscoding dimensions Xi and Xo, `()` for none.
-        d_in, d_out: widths of the vectors at each position.
+        in_dims: sizes of the crosscoding dimensions Xi of the input, `()` for none.
+        d_in: width Di of the vector at each of these positions.
+        out_dims: sizes of the crosscoding dimensions Xo of the output.
+        d_out: width Do of the vector at each of these positions.
         n_latents: number of latents L.
         activation_fn: owns the encode.
-        use_encoder_bias, use_decoder_bias: whether `b_enc_L` and `b_dec_XoDo` exist.
+        use_encoder_bias: whether `b_enc_L` exists.
+        use_decoder_bias: whether `b_dec_XoDo` exists.
         use_pre_bias: whether `b_dec` is subtracted from the input before encoding (Gao et al. 2024).
         linear_skip: adds `x . W_skip` to the output.
         decoder_norm: how the norms of one latent's decoder vectors combine: "sum" lets latents be exclusive to a
@@ -219,7 +222,8 @@ class BaseCrosscoder(CoderWeights):
         """Afterwards the model takes raw activations and returns raw reconstructions; latents are unchanged.
 
         Args:
-            scaling_in_Xi, scaling_out_Xo: factors that training multiplied activations with, one per position.
+            scaling_in_Xi: factors that training multiplied input activations with, one per position.
+            scaling_out_Xo: those of the output.
 
         Raises:
             InputError: if scaling is folded in already, or a factor is not positive and finite.

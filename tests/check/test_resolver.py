@@ -2,7 +2,7 @@
 
     make check
 
-Resolved are the same two commands that users run: crosscode, and crosscode with its `dev` extra, with constraints.
+Resolved are the commands that users run: crosscode alone, and with its extras `dev` and `docs`, with constraints.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def resolved(platform: str, python: str, constraints_file: str, *options: str) -
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_pinned_versions_resolve(platform, python):
     wanted = constraints("constraints.txt")
-    versions = resolved(platform, python, "constraints.txt", "--extra", "dev")
+    versions = resolved(platform, python, "constraints.txt", "--extra", "dev", "--extra", "docs")
     assert versions["torch"] == wanted["torch"]
     unused = {name for name in wanted if name not in versions}
     assert not unused, "pinned, but nothing asks for it"

@@ -40,17 +40,17 @@ def describe(command: Command, name: str, topic: str | None = None) -> str:
         return "\n".join(_command_page(command, name))
     config = command.whole() if command.whole else command.outline
     roots = [command.options, *([config] if config else [])]
-    sections = {section.path: section for section in _sections(roots)}
+    parts = {section.path: section for section in sections(roots)}
     fields = {
-        path: info for section in [_Section("", "", "", roots), *sections.values()] for path, info in section.fields()
+        path: info for section in [Section("", "", "", roots), *parts.values()] for path, info in section.fields()
     }
     path = topic.lstrip("-").replace("-", "_")
-    found = _shortest(path, [*sections, *fields])
+    found = _shortest(path, [*parts, *fields])
     if found is None:
-        near = get_close_matches(path, [*sections, *fields], n=1)
+        near = get_close_matches(path, [*parts, *fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{name}: --help {topic}: no such section, type or field{hint}")
-    return "\n".join(sections[found].page()) if found in sections else _entry(*_shown(found, fields[found]))
+    return "\n".join(parts[found].page()) if found in parts else _entry(*_shown(found, fields[found]))
 
 
 def _shortest(name: str, paths: Sequence[str]) -> str | None:
@@ -79,7 +79,7 @@ def option_name(command: Command, field: str) -> str:
 
 def _own(command: Command, field: str) -> str:
     info = fields_of(command.options)[field]
-    kind = "" if field == command.positional or info.annotation is bool else info.title or _kind(info.annotation)
+    kind = "" if field == command.positional or info.annotation is bool else info.title or shown_kind(info.annotation)
     return f"{option_name(command, field)} {kind}".rstrip()
 
 
@@ -89,10 +89,10 @@ def _own(command: Command, field: str) -> str:
 def _command_page(command: Command, name: str) -> Iterator[str]:
     yield from (usage(command, name), "", command.text, "")
     for field, info in fields_of(command.options).items():
-        yield _entry(_own(command, field), _text(info) if info.default is None else _meaning(info))
+        yield _entry(_own(command, field), shown_text(info) if info.default is None else _meaning(info))
     if command.outline is None:
         return
-    example = next(_sections([command.outline])).path
+    example = next(sections([command.outline])).path
     yield "\nFields of the config, each of them an option; dashes and underscores are alike, 1e6 and 1M are counts."
     yield f"`crosscode {name} --help SECTION` shows all of a section, a component or a field, such as `--help {example}`.\n"
     inner = []
@@ -102,15 +102,15 @@ def _command_page(command: Command, name: str) -> Iterator[str]:
         models = [member for member in _members(info.annotation) if is_model(member)]
         if models or get_origin(info.annotation) is dict:
             names = ", ".join(dict.fromkeys(name for model in models for name in model.model_fields))
-            inner.append(_entry(field, f"{_text(info)}: {names}" if names else _text(info)))
+            inner.append(_entry(field, f"{shown_text(info)}: {names}" if names else shown_text(info)))
         else:
             left, _ = _shown(field, info)
-            yield _entry(left, re.split(r"[.;:]\s", _text(info))[0] + _default_of(info))
+            yield _entry(left, re.split(r"[.;:]\s", shown_text(info))[0] + _default_of(info))
     yield from ("\nSections:", *inner)
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
     """A part of a config that has fields of its own: one model, or one for each type of a component."""
 
     path: str
@@ -123,26 +123,32 @@ class _Section:
         for model in self.models:
             yield from ((f"{self.prefix}.{name}".lstrip("."), info) for name, info in fields_of(model).items())
 
+    def by_type(self) -> tuple[dict[str, FieldInfo], list[tuple[str | None, str, dict[str, FieldInfo]]]]:
+        """The fields that all types have, and of each type its name, what it is, and its other fields."""
+        own = [fields_of(model) for model in self.models]
+        says = [{name: _shown(name, info) for name, info in each.items()} for each in own]
+        shared = [name for name in own[0] if len(own) > 1 and all(each.get(name) == says[0][name] for each in says)]
+        types = []
+        for model, fields in zip(self.models, own, strict=True):
+            kind, doc = _type_of(model), _doc_of(model) if len(own) > 1 or self.path != self.prefix else ""
+            hidden = {*shared, *(["type"] if kind else [])}
+            types.append((kind, doc, {name: info for name, info in fields.items() if name not in hidden}))
+        return {name: own[0][name] for name in shared}, types
+
     def page(self) -> Iterator[str]:
         """What all types have stands first, once."""
         yield textwrap.fill(f"{self.path}: {self.meaning}", _width())
-        own = [
-            {name: _shown(f"{self.prefix}.{name}", info) for name, info in fields_of(one).items()}
-            for one in self.models
-        ]
-        shared = [name for name in own[0] if len(own) > 1 and all(each.get(name) == own[0][name] for each in own)]
-        yield from (["", "every type", *(_entry(*own[0][name]) for name in shared)] if shared else [])
-        for model, entries in zip(self.models, own, strict=True):
-            kind, doc = _type_of(model), _doc_of(model) if len(own) > 1 or self.path != self.prefix else ""
+        shared, types = self.by_type()
+        entries = [_entry(*_shown(f"{self.prefix}.{name}", info)) for name, info in shared.items()]
+        yield from (["", "every type", *entries] if entries else [])
+        for kind, doc, fields in types:
             yield ""
-            yield from textwrap.wrap(
-                ": ".join(part for part in (f"type {kind}" if kind else "", doc) if part), _width()
-            )
-            hidden = {*shared, *(["type"] if kind else [])}
-            yield from (_entry(*entry) for name, entry in entries.items() if name not in hidden)
+            title = ": ".join(part for part in (f"type {kind}" if kind else "", doc) if part)
+            yield from textwrap.wrap(title, _width())
+            yield from (_entry(*_shown(f"{self.prefix}.{name}", info)) for name, info in fields.items())
 
 
-def _sections(classes: Sequence[Any], prefix: str = "", depth: int = 0) -> Iterator[_Section]:
+def sections(classes: Sequence[Any], prefix: str = "", depth: int = 0) -> Iterator[Section]:
     """All that are below; each type of a component is one, too."""
     for model in classes if depth < _DEEPEST else []:
         for name, info in fields_of(model).items():
@@ -150,11 +156,11 @@ def _sections(classes: Sequence[Any], prefix: str = "", depth: int = 0) -> Itera
             if not inner:
                 continue
             path = f"{prefix}{name}"
-            yield _Section(path, path, _meaning(info), inner)
+            yield Section(path, path, _meaning(info), inner)
             yield from (
-                _Section(f"{path}.{_type_of(one)}", path, _meaning(info), [one]) for one in inner if _type_of(one)
+                Section(f"{path}.{_type_of(one)}", path, _meaning(info), [one]) for one in inner if _type_of(one)
             )
-            yield from _sections(inner, f"{path}.", depth + 1)
+            yield from sections(inner, f"{path}.", depth + 1)
 
 
 def _doc_of(model: type[BaseModel]) -> str:
@@ -183,17 +189,17 @@ def _type_of(model: type[BaseModel]) -> str | None:
 
 
 def _shown(path: str, info: FieldInfo) -> tuple[str, str]:
-    return f"--{path} {_kind(info.annotation)}".rstrip(), _meaning(info)
+    return f"--{path} {shown_kind(info.annotation)}".rstrip(), _meaning(info)
 
 
-def _kind(annotation: Any) -> str:
+def shown_kind(annotation: Any) -> str:
     """What a value looks like."""
     kinds = []
     for member in members_of(annotation):
         if get_origin(member) is Literal:
             kinds.append("{" + ",".join(map(str, get_args(member))) + "}")
         elif get_origin(member) in SEVERAL:
-            kinds.append(f"[{_kind(get_args(member)[0])}, ...]")
+            kinds.append(f"[{shown_kind(get_args(member)[0])}, ...]")
         elif is_model(member):
             kinds.append(_type_of(member) or "...")
         elif member is bool:
@@ -205,23 +211,28 @@ def _kind(annotation: Any) -> str:
 
 
 def _meaning(info: FieldInfo) -> str:
-    return _text(info) + _default_of(info)
+    return shown_text(info) + _default_of(info)
 
 
-def _text(info: FieldInfo) -> str:
+def shown_text(info: FieldInfo) -> str:
     return " ".join((info.description or "").split())
 
 
 def _default_of(info: FieldInfo) -> str:
     if info.is_required():
         return " (required)"
+    shown = shown_default(info)
+    return f" (default: {shown})" if shown else ""
+
+
+def shown_default(info: FieldInfo) -> str:
+    """Nothing where it is empty, or a section with defaults of its own."""
     value = info.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return f" (default: {value.type})" if hasattr(value, "type") else ""  # pyright: ignore[reportAttributeAccessIssue]
+        return value.type if hasattr(value, "type") else ""  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, list | tuple):
-        return f" (default: {', '.join(map(str, value))})" if value else ""
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-    return f" (default: {shown})"
+        return ", ".join(map(str, value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _entry(left: str, text: str) -> str:
