@@ -95,6 +95,7 @@ from crosscode.trainers import Trainer as Trainer
 from crosscode.trainers.callbacks import Callback as Callback
 from crosscode.trainers.constraints import CONSTRAINTS as CONSTRAINTS
 from crosscode.trainers.constraints import Constraint as Constraint
+from crosscode.trainers.constraints import HoldPartition as HoldPartition
 from crosscode.trainers.constraints import TieSharedDecoders as TieSharedDecoders
 from crosscode.trainers.constraints import UnitNormDecoder as UnitNormDecoder
 from crosscode.trainers.firing import FiringTracker as FiringTracker

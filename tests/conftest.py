@@ -36,6 +36,18 @@ ARCHITECTURES: dict[str, Callable[..., BaseCrosscoder]] = {
     "skip_transcoder": lambda *a, **o: SAEOrTranscoder(5, 7, *a, linear_skip=True, **o),
     "acausal_2x1": lambda *a, **o: ModelHookpointAcausalCrosscoder(2, 1, 5, *a, **o),
     "acausal_shared": lambda *a, **o: ModelHookpointAcausalCrosscoder(2, 1, 5, *a, n_shared_latents=6, **o),
+    "acausal_partition": lambda *a, **o: ModelHookpointAcausalCrosscoder(
+        2,
+        1,
+        5,
+        *a,
+        n_shared_latents=4,
+        partition=[{"models": [0], "n_latents": 6}, {"models": [1], "n_latents": 5}],
+        **o,
+    ),
+    "acausal_3x2_partition": lambda *a, **o: ModelHookpointAcausalCrosscoder(
+        3, 2, 4, *a, partition=[{"models": [0, 2], "n_latents": 8}, {"models": [1], "n_latents": 6}], **o
+    ),
     "acausal_3x2": lambda *a, **o: ModelHookpointAcausalCrosscoder(3, 2, 4, *a, **o),
     "cross_layer": lambda *a, **o: CrossLayerTranscoder(3, 5, 4, *a, **o),
     "cross_layer_skip": lambda *a, **o: CrossLayerTranscoder(3, 5, 4, *a, linear_skip=True, **o),
@@ -81,6 +93,8 @@ def _randomise(model: BaseCrosscoder, seed: int = 0) -> BaseCrosscoder:
         n_shared = model.n_shared_latents
         if n_shared:
             model.W_dec_LXoDo[:n_shared, 1:] = model.W_dec_LXoDo[:n_shared, :1]
+        if model.partition is not None:
+            model.partition.clear_(model.W_enc_LXiDi, model.W_dec_LXoDo)
     return model
 
 

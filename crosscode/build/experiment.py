@@ -71,9 +71,10 @@ def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[C
     """The configured constraints and those that the model implies, in the order in which they act."""
     configured = given_components(config.constraints).values()
     constraints = constraints_for(model, [CONSTRAINTS.build(constraint) for constraint in configured])
-    if constraints and "rows" in model.backend.options:
+    dense = [constraint for constraint in constraints if not constraint.takes_row_sparse]
+    if dense and "rows" in model.backend.options:
         raise InputError(
-            f"train.optimizer.row_sparse = True: {type(constraints[0]).__name__} needs the whole gradient; leave it False"
+            f"train.optimizer.row_sparse = True: {type(dense[0]).__name__} needs the whole gradient; leave it False"
         )
     return constraints
 

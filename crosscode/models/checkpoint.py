@@ -26,6 +26,8 @@ ModelT = TypeVar("ModelT", bound=Coder)
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+OF_MODELS = ("W_enc_LXiDi", "W_dec_LXoDo")
+"""Weights of which a partition says something."""
 Scaling = tuple[Tensor, Tensor]
 """`scaling_in_Xi, scaling_out_Xo`: what `fold_activation_scaling_into_weights_` takes."""
 
@@ -62,7 +64,8 @@ def model_config(model: Coder) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "is_folded": model.is_folded,
     }
-    return config | ({"use_pre_bias": True} if model.use_pre_bias else {})
+    partition = {} if model.partition is None else {"partition": model.partition.as_config()}
+    return config | partition | ({"use_pre_bias": True} if model.use_pre_bias else {})
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -126,6 +129,8 @@ def load_model(
             part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
             part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
+    if model.partition is not None:
+        model.partition.check_clear({f"{path / WEIGHTS_FILE}: {name}": model.get_parameter(name) for name in OF_MODELS})
     model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
     if fold and not is_folded and (scaling := _scaling_of(path, config)) is not None:
         fold_scaling_(model, *scaling)

@@ -15,6 +15,7 @@ from crosscode_kernels.sparse import Latents
 from torch import Tensor, nn
 
 from crosscode.models.activations.base import ActivationFunction
+from crosscode.models.partition import Partition
 
 
 class Coder(Protocol):
@@ -31,6 +32,8 @@ class Coder(Protocol):
     n_latents: int
     n_shared_latents: int
     """The first latents of the dictionary, whose decoder vectors are one and the same for all models."""
+    partition: Partition | None
+    """Which latents belong to some models only; None: every latent belongs to all."""
     use_pre_bias: bool
     decoder_norm: NormMode
     activation_fn: ActivationFunction

@@ -5,7 +5,8 @@ Axes: B tokens · M models · P hookpoints · D model dimension · L latents.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
@@ -14,6 +15,8 @@ from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.initialization.base import InitStrategy, SampleBatches
+from crosscode.models.partition import BlockConfig, Partition
 from crosscode.models.split import Split
 from crosscode.models.weights import view
 
@@ -29,6 +32,9 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
     Args:
         n_shared_latents: the first latents, whose decoder vectors are tied over the two models (model diffing,
             Anthropic, February 2025 update); `TieSharedDecoders` keeps them so in training.
+        partition: blocks of latents that belong to some models only, `{"models": [0], "n_latents": 64}` or with a
+            `share` of all latents; `HoldPartition` keeps their weights at other models at 0 in training. What order that
+            gives, and what goes together, stands in `crosscode.models.partition`.
     """
 
     class Config(PreBiasConfig):
@@ -37,6 +43,8 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         """model diffing: share of latents whose decoder vectors are one and the same for both models"""
         n_shared_latents: NonNegativeInt = 0
         """the same as a number of latents, where shared_fraction is null"""
+        partition: tuple[BlockConfig, ...] = ()
+        """model diffing: blocks of latents that belong to some models only; all others belong to every model"""
         title = "crosscoder"
         split = Split(
             type,
@@ -66,6 +74,7 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         activation_fn: ActivationFunction,
         *,
         n_shared_latents: int = 0,
+        partition: Sequence[BlockConfig | Mapping[str, Any]] = (),
         **options: Any,
     ):
         if not 0 <= n_shared_latents <= n_latents:
@@ -76,6 +85,13 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         super().__init__(dims, d_model, dims, d_model, n_latents, activation_fn, **options)
         self.n_models, self.n_hookpoints, self.d_model = n_models, n_hookpoints, d_model
         self.n_shared_latents = n_shared_latents
+        self.partition = Partition.of(partition, n_models, n_latents, n_shared_latents)
+
+    def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
+        super().init_weights(strategy, seed, samples)
+        if self.partition is not None:
+            self.partition.clear_(self.W_enc_LXiDi, self.W_dec_LXoDo)
+        return self
 
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from crosscode.errors import InputError
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
+from crosscode.models.partition import Partition
 from crosscode.models.shapes import check_sizes
 
 
@@ -34,6 +35,7 @@ class CoderWeights(nn.Module, Coder):
 
     default_decoder_norm: ClassVar[NormMode] = "sum"
     n_shared_latents: int = 0
+    partition: Partition | None = None
     use_pre_bias: bool = False
     position_names: tuple[str, ...] = ()
     """Names of the output's positions, where they are known (of a saved model, from its metadata)."""

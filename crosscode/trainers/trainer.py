@@ -28,7 +28,7 @@ from crosscode.runs.random_state import RandomState
 from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
-from crosscode.trainers.constraints import Constraint
+from crosscode.trainers.constraints import Constraint, constraints_for
 from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
@@ -59,6 +59,7 @@ class Trainer:
         evaluate: gives held-out figures, every `evaluate_every` steps and at the end.
         n_steps: length of the run, in place of `config.n_steps`.
         metadata: kept beside the weights.
+        constraints: besides those that the model implies.
         callbacks: see `Callback`.
 
     Raises:
@@ -85,9 +86,8 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ):
         check_parts(model, objective, position_names)
-        data = as_source(data)
-        self.model, self.data, self.split, self.objective = model, data, split, objective
-        self.config, self.run, self.constraints = config, run, constraints
+        self.model, self.data, self.split, self.objective = model, (data := as_source(data)), split, objective
+        self.config, self.run, self.constraints = config, run, constraints_for(model, constraints)
         self.n_steps = config.n_steps if n_steps is None else n_steps
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.position_names, self.metadata = list(position_names), metadata or {}

@@ -50,6 +50,8 @@ class DecoderFirstInit(InitStrategy):
     def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         with torch.no_grad():
             self.init_decoder(model, generator)
+            if model.partition is not None:
+                model.partition.clear_(model.W_dec_LXoDo)
             self.derive_encoder(model, generator, samples)
 
     @abstractmethod

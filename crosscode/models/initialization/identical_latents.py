@@ -52,4 +52,6 @@ class IdenticalLatentsInit(InitStrategy):
             self.first_init.init_decoder(model, generator)
             shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
             shared_SMPD.copy_(shared_SMPD[:, :1].clone().expand_as(shared_SMPD))
+            if model.partition is not None:
+                model.partition.clear_(model.W_dec_LXoDo)
             self.first_init.derive_encoder(model, generator, samples)

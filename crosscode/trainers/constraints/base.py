@@ -17,6 +17,9 @@ class Constraint(Configured, ABC):
     optimizer; `after_step` behind it.
     """
 
+    takes_row_sparse: bool = False
+    """Whether it takes gradients that hold only the rows that a batch touches."""
+
     def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this constraint cannot hold for the model."""
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from crosscode.models.base import BaseCrosscoder
 from crosscode.trainers.constraints.base import Constraint
+from crosscode.trainers.constraints.hold_partition import HoldPartition
 from crosscode.trainers.constraints.tie_shared_decoders import TieSharedDecoders
 
 
 def constraints_for(model: BaseCrosscoder, configured: Sequence[Constraint] = ()) -> list[Constraint]:
-    """All constraints of a run in the order in which they act on weights: tying, which shared latents imply, comes first,
-    so that others see the vectors as they will be."""
-    ties = [constraint for constraint in configured if isinstance(constraint, TieSharedDecoders)]
-    if model.n_shared_latents and not ties:
-        ties = [TieSharedDecoders()]
-    constraints = ties + [constraint for constraint in configured if not isinstance(constraint, TieSharedDecoders)]
+    """All constraints of a run in the order in which they act on weights: those that a model implies, by shared latents or
+    a partition, come first, so that others see the vectors as they will be."""
+    implied: list[Constraint] = []
+    for kind, needed in ((TieSharedDecoders, model.n_shared_latents), (HoldPartition, model.partition)):
+        named = [constraint for constraint in configured if isinstance(constraint, kind)]
+        implied += named or ([kind()] if needed else [])
+    constraints = implied + [constraint for constraint in configured if constraint not in implied]
     for constraint in constraints:
         constraint.check_model(model)
     return constraints

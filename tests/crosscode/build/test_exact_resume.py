@@ -33,6 +33,10 @@ CASES = {
         "activation": BATCH_TOPK, "objective": AUXK, "model_options": {"topk_scope": "all_layers"}, **COMPOUND,
     },
     "shared latents": {"activation": JUMPRELU, "objective": PENALTIES, "model_options": {"n_shared_latents": 6}},
+    "partition": {
+        "activation": BATCH_TOPK, "objective": AUXK,
+        "model_options": {"partition": [{"models": [0], "n_latents": 5}, {"models": [1], "n_latents": 4}]},
+    },
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crosscode.config.registry import Component
 from crosscode.objectives import LossContext, Objective, objective_from
+from crosscode.trainers.constraints import HoldPartition
 
 
 def _objective(config: dict[str, dict[str, Any]]) -> Objective:
@@ -76,12 +77,28 @@ class Formula:
 
     def norms(self, mode: str) -> Tensor:
         W_dec = self.p[self.prefix + "W_dec_LXoDo"]
-        per_position_LX = W_dec.pow(2).sum(-1).sqrt().reshape(W_dec.shape[0], -1)
-        return per_position_LX.sum(1) if mode == "sum" else W_dec.pow(2).flatten(1).sum(1).sqrt()
+        per_position_LX = root(W_dec.pow(2).sum(-1)).reshape(W_dec.shape[0], -1)
+        return per_position_LX.sum(1) if mode == "sum" else root(W_dec.pow(2).flatten(1).sum(1))
 
     @property
     def t(self) -> Tensor:
         return self.p[self.prefix + "activation_fn.log_threshold_L"]
+
+
+def root(values: Tensor) -> Tensor:
+    """The square root, whose gradient at 0 is 0."""
+    return torch.where(values > 0, values, 1.0).sqrt() * (values > 0)
+
+
+def owned(model: Any) -> Tensor:
+    """1 for weights `(L, M, ...)` of a latent at a model to which it belongs, else 0."""
+    owned_LM = torch.ones(model.n_latents, model.n_models, dtype=torch.float64)
+    first = model.n_shared_latents
+    for block in model.partition.as_config():
+        for latent in range(first, first + block["n_latents"]):
+            owned_LM[latent] = torch.tensor([float(m in block["models"]) for m in range(model.n_models)])
+        first += block["n_latents"]
+    return owned_LM[:, :, None, None]
 
 
 def largest(values: Tensor, k: int) -> Tensor:
@@ -144,6 +161,10 @@ class Dictionary:
     def __init__(self, case: Any, activation: str, k: int = 4):
         self.model, self.k = case.model, k
         self.p = {name: param.detach().clone().requires_grad_() for name, param in case.model.named_parameters()}
+        self.leaves = list(self.p.values())
+        if case.model.partition is not None:  # what is foreign is no weight of the model
+            for name in ("W_enc_LXiDi", "W_dec_LXoDo"):
+                self.p[name] = self.p[name] * owned(case.model)
         compound = any(name.startswith("layers.") for name in self.p)
         n_sources = len({name.split(".")[1] for name in self.p if name.startswith("layers.")}) if compound else 1
         self.sources = [Formula(self.p, f"layers.{s}." if compound else "") for s in range(n_sources)]
@@ -223,8 +244,10 @@ class Dictionary:
 
 def _check(case: Any, formula: Dictionary, loss: Any, expected: Tensor) -> None:
     loss.total.backward()
+    if case.model.partition is not None:
+        HoldPartition().after_backward(case.model)
     torch.testing.assert_close(loss.total.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
-    grads = torch.autograd.grad(expected, list(formula.p.values()), allow_unused=True, retain_graph=True)
+    grads = torch.autograd.grad(expected, formula.leaves, allow_unused=True, retain_graph=True)
     assert any(grad is not None and bool((grad != 0).any()) for grad in grads)
     for (name, param), grad in zip(case.model.named_parameters(), grads, strict=True):
         wanted = torch.zeros_like(param) if grad is None else grad

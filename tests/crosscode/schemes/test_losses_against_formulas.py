@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ALL_ARCHITECTURES = [
-    "sae", "sae_pre_bias", "sae_without_biases", "skip_transcoder", "acausal_2x1", "acausal_3x2", "cross_layer",
-    "cross_layer_skip", "compound", "compound_skip_later_only",
+    "sae", "sae_pre_bias", "sae_without_biases", "skip_transcoder", "acausal_2x1", "acausal_3x2",
+    "acausal_3x2_partition", "cross_layer", "cross_layer_skip", "compound", "compound_skip_later_only",
 ]  # fmt: skip
 BACKENDS = ["torch", "reference"]
 

@@ -78,6 +78,32 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         ("compound_clt", {"hookpoints": ["blocks.1.hook_mlp_out"]}, "as many output as input hookpoints"),
         ("sae_topk", {"crosscoder__activation__k_start": 8}, "activation.k_start = 8: must not be below k = 32"),
         ("topk_crosscoder", {"constraints": {"tie_shared_decoders": {}}}, "the model has no shared latents"),
+        ("topk_crosscoder", {"constraints": {"hold_partition": {}}}, "the model has no partition"),
+        (
+            "dedicated_feature_crosscoder",
+            {"crosscoder__partition": [{"models": [2], "share": 0.1}]},
+            r"crosscoder.partition.0.models = \[2\]: must be some, and not all, of the 2 model\(s\)",
+        ),
+        (
+            "dedicated_feature_crosscoder",
+            {"crosscoder__partition": [{"models": [0], "share": 0.6}, {"models": [1], "share": 0.5}]},
+            "crosscoder.partition: its blocks hold 1126 latents, n_latents is 1024",
+        ),
+        (
+            "dedicated_feature_crosscoder",
+            {"crosscoder__partition": [{"models": [0], "share": 0.0001}]},
+            "crosscoder.partition.0.share = 0.0001: not one latent of n_latents = 1024",
+        ),
+        (
+            "dedicated_feature_crosscoder",
+            {"crosscoder__partition": [{"models": [0]}]},
+            "give exactly one of share and n_latents",
+        ),
+        (
+            "feb_update_diffing_topk",
+            {"crosscoder__partition": [{"models": [0], "n_latents": 1000}]},
+            "crosscoder.partition: its blocks hold 1000 latents beside 41 tied ones, n_latents is 1024",
+        ),
         (
             "topk_crosscoder",
             {"objective": {"recon": {}, "l1": {"shared_ratio": 0.1}}},

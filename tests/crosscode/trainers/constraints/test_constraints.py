@@ -11,7 +11,13 @@ from crosscode_kernels.row_sparse_adam import clip_grad_norm_, grad_norm
 
 from crosscode.errors import InputError
 from crosscode.models import AnthropicTransposeInit
-from crosscode.trainers.constraints import CONSTRAINTS, TieSharedDecoders, UnitNormDecoder, constraints_for
+from crosscode.trainers.constraints import (
+    CONSTRAINTS,
+    HoldPartition,
+    TieSharedDecoders,
+    UnitNormDecoder,
+    constraints_for,
+)
 
 
 def with_gradients(model):
@@ -116,4 +122,4 @@ def test_a_decoder_row_of_zeros_stays_zero(make_case):
 
 
 def test_constraints_build_from_their_configs():
-    assert {type(CONSTRAINTS[name]()) for name in CONSTRAINTS} == {TieSharedDecoders, UnitNormDecoder}
+    assert {type(CONSTRAINTS[name]()) for name in CONSTRAINTS} == {HoldPartition, TieSharedDecoders, UnitNormDecoder}
