@@ -79,10 +79,11 @@ def _open_documents(source: Any) -> DocumentSource:
         parts = [build_documents(part.source, f"parts.{i}.source") for i, part in enumerate(source.parts)]
         return MixedDocuments(parts, [part.weight for part in source.parts], stop=source.stop)
     if isinstance(source, DemoCorpus):
-        from crosscode.demo.corpus import demo_corpus
+        from crosscode.demo.plants import planted_corpus
 
-        name = f"demo corpus ({source.split}: {', '.join(source.domains)})"
-        return wrap_documents(demo_corpus(source.split, tuple(source.domains)), column="text", name=name)
+        name = f"demo corpus ({source.split}: {', '.join(source.domains)}{f', {source.plant}' if source.plant else ''})"
+        corpus = planted_corpus(source.plant, source.split, tuple(source.domains))
+        return wrap_documents(corpus, column="text", name=name)
     if isinstance(source, HubDataset):
         return load_documents(source.name, **source.model_dump(exclude={"type", "name"}))
     assert isinstance(source, LocalDataset)

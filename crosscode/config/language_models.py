@@ -16,8 +16,9 @@ class LanguageModelConfig(ConfigModel):
     """A language model whose activations are harvested."""
 
     path: str = Field(pattern=_PRINTABLE)
-    """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`), or `package:NAME/FILE` for a
-    file that an installed Python package ships. A path to an adapter stands for it on the base that it names"""
+    """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`, `demo:planted`), or
+    `package:NAME/FILE` for a file that an installed Python package ships. A path to an adapter stands for it on the base that
+    it names"""
     adapter: str | None = Field(default=None, pattern=_PRINTABLE)
     """adapter on it (LoRA and others of `peft`): a local folder or a hub name, OWNER/NAME or OWNER/NAME/SUBFOLDER"""
     adapter_revision: str | None = None

@@ -17,6 +17,8 @@ class DemoCorpus(ConfigModel):
     """which documents; the split depends on the documents' names only"""
     domains: list[Literal["code", "manual"]] = Field(default=["code", "manual"])
     """kinds of text"""
+    plant: Literal["statement", "fact", "style"] | None = None
+    """a known change put into the text; `statement` is what `demo:planted` was fine-tuned on (with domains: [code])"""
 
 
 class HubDataset(ConfigModel):

@@ -1,18 +1,19 @@
-"""The embedded pair of small language models and what made them."""
+"""The embedded small language models and what made them."""
 
 from importlib.resources import files
 from pathlib import Path
 
 from crosscode.errors import InputError
 
-DEMO_MODELS = ("base", "tuned")
+DEMO_MODELS = ("base", "tuned", "planted")
 
 
 def demo_model_path(name: str) -> Path:
     """Folder of an embedded language model, an ordinary `transformers` checkpoint with its tokenizer.
 
     Args:
-        name: "base" (trained on Python sources) or "tuned" (the base fine-tuned on the Python manual).
+        name: "base" (trained on Python sources), "tuned" (the base fine-tuned on the Python manual) or "planted" (the base
+            fine-tuned on its own text with a made-up statement in a few percent of it, see `crosscode.demo.plants`).
 
     Raises:
         InputError: unknown name, or the package was installed without its data.

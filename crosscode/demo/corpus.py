@@ -194,7 +194,11 @@ def demo_corpus(
     Arguments, order and errors are those of `demo_documents`. Held-out documents were used to train neither language
     model and are not for training crosscoders either.
     """
-    documents = demo_documents(split, domains, max_characters_per_domain)
+    return as_dataset(demo_documents(split, domains, max_characters_per_domain))
+
+
+def as_dataset(documents: Sequence[Document]) -> "Dataset":
+    """With the columns `text`, `domain` and `path`."""
     from datasets import Dataset  # slow to import, and most of this module does without
 
     return Dataset.from_list([document._asdict() for document in documents])

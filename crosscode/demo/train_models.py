@@ -147,10 +147,10 @@ def earlier_training(start: Path | None) -> list[dict[str, Any]]:
     return [*card.get("trained_before", []), card["training"]]
 
 
-def publish(job: Job, out: Path, card: dict[str, Any]) -> None:
-    """Move the finished pair and its card to `out`, each file at once."""
-    write_json(job.folder / "model_card.json", card)
-    for file in (job.folder / "model_card.json", *(f for p in job.phases for f in (job.folder / p.name).iterdir())):
+def publish(job: Job, out: Path, card: dict[str, Any], card_name: str = "model_card.json") -> None:
+    """Move the finished models and their card to `out`, each file at once."""
+    write_json(job.folder / card_name, card)
+    for file in (job.folder / card_name, *(f for p in job.phases for f in (job.folder / p.name).iterdir())):
         target = out / file.relative_to(job.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)

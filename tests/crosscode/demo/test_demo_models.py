@@ -38,14 +38,13 @@ def test_a_model_loads_like_any_other_folder(name, card):
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
 
 
-def test_the_pair_shares_its_tokenizer():
-    base, tuned = ((demo_model_path(name) / "tokenizer.json").read_bytes() for name in DEMO_MODELS)
-    assert base == tuned
+def test_the_models_share_a_tokenizer():
+    assert len({(demo_model_path(name) / "tokenizer.json").read_bytes() for name in DEMO_MODELS}) == 1
 
 
 def test_everything_together_is_small():
     folder = demo_model_path("base").parent
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 10_000_000
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 15_000_000
 
 
 TEXTS = ["def f(x):\n    return x\n", "", " \n\n\t  x \r\n", "naïve Ωμέγα 漢字 🐍", "\x00\x7f\x85\u2028", "1234567890"]
@@ -83,11 +82,11 @@ def test_the_base_beats_the_best_5_gram_on_held_out_code(card):
 def test_the_fine_tune_beats_the_base_on_the_held_out_manual(card):
     bits = card["held_out_bits_per_byte"]
     texts = sample("manual", 12_000)
-    base, tuned = (bits_per_byte(demo_model_path(name), texts) for name in DEMO_MODELS)
+    base, tuned = (bits_per_byte(demo_model_path(name), texts) for name in ("base", "tuned"))
     assert tuned < base - 0.1
     assert bits["tuned"]["manual"] < bits["base"]["manual"] - 0.1
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(InputError, match="name: 'large' is no demo model, must be one of base, tuned"):
+    with pytest.raises(InputError, match="name: 'large' is no demo model, must be one of base, tuned, planted"):
         demo_model_path("large")
