@@ -5,6 +5,7 @@ from crosscode_kernels import Backend as Backend
 from crosscode_kernels.sparse import DenseLatents as DenseLatents
 from crosscode_kernels.sparse import SparseLatents as SparseLatents
 
+from crosscode.analysis.verdict import Verdict as Verdict
 from crosscode.api.opening import open as open
 from crosscode.api.run import Run as Run
 from crosscode.api.training import train as train

@@ -48,9 +48,9 @@ config = adapter / "diff.yaml"
 config.write_text(yaml.safe_dump(values, sort_keys=False))  # crosscode train CONFIG does the same
 heldout = {"n_tokens": min(50_000, n_tokens), "loss_recovered_n_tokens": 1024}
 run = crosscode.train(config, run_dir=run_dir, train={"n_tokens": n_tokens}, evaluation=heldout)
-table = run.table()  # a row for each latent
-alive = table.query("firings >= 20").sort_values("relative_norm_lora", ascending=False)
-for latent in alive.index[:3]:
-    print(f"latent {latent}: share of the adapted model in its decoder norms {alive['relative_norm_lora'][latent]:.2f}")
+(verdict,) = run.verdicts
+print(verdict.headline())
+for latent in verdict.ranking("lora")[:3]:
+    print(f"latent {latent} ({verdict.names[latent]}): {verdict.why[latent]}")
     for place in run.top(latent, n=2):
         print("   ", place)

@@ -14,11 +14,10 @@ heldout = {"n_tokens": min(50_000, n_tokens), "loss_recovered_n_tokens": 1024}
 run = crosscode.train("demo", run_dir=run_dir, train={"n_tokens": n_tokens}, evaluation=heldout)
 print(run.model)
 
-table = run.table()  # a row for each latent
-alive = table.query("firings >= 20").sort_values("relative_norm_tuned", ascending=False)
-for latent in alive.index[:3]:
-    share = alive["relative_norm_tuned"][latent]
-    print(f"latent {latent}: share of the fine-tuned model in its decoder norms {share:.2f}")
+(verdict,) = run.verdicts
+print(verdict.headline())
+for latent in verdict.ranking("tuned")[:3]:
+    print(f"latent {latent} ({verdict.names[latent]}): {verdict.why[latent]}")
     for place in run.top(latent, n=2):
         print("   ", place)
 

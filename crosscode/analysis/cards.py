@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable
 from crosscode.analysis.examples import Example
-from crosscode.analysis.latent_plots import table_is_specific, tag_names
-from crosscode.analysis.latents_pass import LatentsPass, short_names, spread_over_density
+from crosscode.analysis.latent_plots import CSS_OF_TAG
+from crosscode.analysis.latent_scaling import Share
+from crosscode.analysis.latents_pass import LatentsPass, spread_over_density
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
+from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, Verdict
 from crosscode.analysis.wording import number_text
 
 N_PER_SIDE = 5
@@ -58,8 +60,10 @@ class Card:
     """One latent."""
 
     latent: int
+    name: str
     css: str
     tag: str
+    why: str
     facts: list[tuple[str, str]]
     top: list[Snippet]
     range: list[tuple[str, list[Snippet]]]
@@ -89,61 +93,46 @@ class LatentTable:
     note: str
 
 
-def min_firings(n_tokens: int) -> int:
-    """Firings below which examples and norms say little."""
-    return max(10, n_tokens // 10_000)
-
-
 def card_groups(study: LatentsPass, tokenizer: Any) -> list[CardGroup]:
-    """The most specific latents of either side; for a single output position, latents from frequent to rare."""
-    least = min_firings(study.n_tokens)
+    """The first latents of either side's ranking; for a single output position, latents from frequent to rare."""
     show = TokenDisplay(tokenizer)
-    if not study.pairs:
-        latents = spread_over_density(study.firing, N_CARDS, least)
+    if not study.verdicts:
+        latents = spread_over_density(study.firing, N_CARDS, MIN_FIRINGS)
         cards = [_card(study, show, latent, None) for latent in latents]
-        intro = f"Evenly spaced from most to least frequent, of those active on at least {least} held-out tokens."
+        intro = f"Evenly spaced from most to least frequent, of those active on at least {MIN_FIRINGS} held-out tokens."
         return [CardGroup("Latents from frequent to rare", intro, cards)]
-    table = study.pairs[0]
+    verdict = study.verdicts[0]
     groups = []
-    a, b = short_names(table.name_a, table.name_b)
-    sides: tuple[tuple[Literal["a", "b"], str], ...] = (("a", a), ("b", b))
-    for side, name in sides:
-        cards = [_card(study, show, latent, table) for latent in table.most_specific(side, N_PER_SIDE, least)]
-        exclusive = any(table.tag[card.latent] == ("A-only" if side == "a" else "B-only") for card in cards)
-        heading = f"Most specific to {name}" if exclusive or not cards else f"Leaning most to {name}"
-        groups.append(CardGroup(heading, _intro(name, side, least, exclusive, bool(cards)), cards))
+    for name in (verdict.name_b, verdict.name_a):
+        latents = verdict.specific(name)[:N_PER_SIDE] or verdict.ranking(name)[:N_PER_SIDE]
+        cards = [_card(study, show, latent, verdict) for latent in latents]
+        specific = bool(verdict.specific(name))
+        heading = f"Most specific to {name}" if specific or not cards else f"Leaning most to {name}"
+        groups.append(CardGroup(heading, _intro(name, specific, bool(cards)), cards))
     return groups
 
 
-def _intro(name: str, side: str, least: int, exclusive: bool, any_cards: bool) -> str:
-    who = f"among latents active on at least {least} held-out tokens"
+def _intro(name: str, specific: bool, any_cards: bool) -> str:
     if not any_cards:
-        return f"No latent leans to {name} {who}."
-    text = f"The {'smallest' if side == 'a' else 'largest'} relative norms {who}."
-    return text if exclusive else f"No latent is found in {name} only. {text}"
+        return f"No latent that fires at least {MIN_FIRINGS} times leans to {name}."
+    order = f"By how large a vector {name} has, and the other lacks, where they fire."
+    return order if specific else f"No latent is specific to {name}. {order}"
 
 
-def _card(study: LatentsPass, show: TokenDisplay, latent: int, table: DiffTable | None) -> Card:
+def _card(study: LatentsPass, show: TokenDisplay, latent: int, verdict: Verdict | None) -> Card:
     firing = study.firing
     largest = float(firing.max_L[latent])
     facts = [
         ("active on", f"{_percent(firing.density_L[latent])} of tokens"),
         ("largest activation", number_text(largest)),
     ]
-    css, tag = "shared", ""
-    if table is not None:
-        tag = tag_names(table)[table.tag[latent]]
-        relative = float(table.relative_norm[latent])
-        css = "a" if relative < 0.5 else "b"
-        facts = [
-            ("relative norm", f"{relative:.3f}"),
-            ("decoder cosine", _cell(table.decoder_cosine[latent], "{:.2f}".format)[0]),
-            ("ν error", _cell(table.nu_error[latent], "{:.2f}".format)[0]),
-            ("ν reconstruction", _cell(table.nu_reconstruction[latent], "{:.2f}".format)[0]),
-            *facts,
-        ]
-        if table_is_specific(table, latent):
-            facts.append(("latent scaling", "specific"))
+    css, tag, why = "shared", "", ""
+    if verdict is not None:
+        css, tag = CSS_OF_TAG.get(verdict.tag[latent], "shared"), verdict.name_of(verdict.tag[latent])
+        table, why = verdict.tables[0], verdict.why[latent]
+        shown = (("relative norm", table.relative_norm, "{:.3f}"), ("decoder cosine", table.decoder_cosine, "{:.2f}"))
+        shown += tuple((f"ν {kind}", share.nu_L, "{:.2f}") for kind, share in _shares(table).items())
+        facts = [*((key, _cell(column[latent], form.format)[0]) for key, column, form in shown), *facts]
 
     def snippets(examples: Sequence[Example]) -> list[Snippet]:
         return [_snippet(show, example, largest) for example in examples]
@@ -151,7 +140,7 @@ def _card(study: LatentsPass, show: TokenDisplay, latent: int, table: DiffTable 
     shares = study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)
     names = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
     in_range = [(name, snippets(share)) for name, share in zip(names, shares, strict=True) if share]
-    return Card(latent, css, tag, facts, snippets(study.top.examples(latent)), in_range)
+    return Card(latent, study.name_of(latent), css, tag, why, facts, snippets(study.top.examples(latent)), in_range)
 
 
 def _snippet(show: TokenDisplay, example: Example, largest: float) -> Snippet:
@@ -165,36 +154,34 @@ def _snippet(show: TokenDisplay, example: Example, largest: float) -> Snippet:
 
 
 def latent_table(study: LatentsPass) -> LatentTable:
-    """Rows for the latents at both ends of the relative norm, or the most frequent ones."""
+    """Rows for the first latents of both rankings, or from the most frequent ones to the rarest."""
     alive = int((study.firing.counts_L > 0).sum())
-    if not study.pairs:
+    if not study.verdicts:
         order = spread_over_density(study.firing, N_TABLE_ROWS, 1)
         rows = [_density_row(study, latent) for latent in order]
         note = f"{len(rows)} of {alive:,} active latents, evenly spaced from frequent to rare."
         return LatentTable(_DENSITY_COLUMNS, rows, ["shared"] * len(rows), note)
-    table = study.pairs[0]
-    half = N_TABLE_ROWS // 2
-    side_a, side_b = table.most_specific("a", half), table.most_specific("b", half)
-    order = [*side_a, *reversed(side_b)]
-    a, b = short_names(table.name_a, table.name_b)
+    verdict = study.verdicts[0]
+    a, b = verdict.name_a, verdict.name_b
+    firsts = {name: verdict.ranking(name)[: N_TABLE_ROWS // 2] for name in (b, a)}
     columns = [
         Column("latent", "index of the latent"),
+        Column("verdict", "whom it belongs to"),
+        Column("effect", "size of what one side has and the other lacks, where it fires"),
         Column("relative norm", f"0 = only in {a}, 1 = only in {b}"),
         Column(f"norm {a}", "decoder norm, scale of training"),
         Column(f"norm {b}", "decoder norm, scale of training"),
         Column("cosine", "of the two decoder vectors"),
         Column("enc. cosine", "of the two encoder vectors"),
-        Column("ν error", "latent scaling: other / owner"),
-        Column("ν recon.", "latent scaling: other / owner"),
+        *(Column(f"ν {kind}", "latent scaling: other / owner") for kind in _shares(verdict.tables[0])),
         Column("density", "share of held-out tokens on which it is active"),
         Column("max", "largest activation"),
     ]
-    note = (
-        f"The {len(side_a)} active latents that lean most to {a} and the {len(side_b)} that lean most to {b}, "
-        f"of {alive:,} active ones."
-    )
-    css = ["a"] * len(side_a) + ["b"] * len(side_b)
-    return LatentTable(columns, [_pair_row(table, latent) for latent in order], css, note)
+    counts = " and the ".join(f"{len(some)} that lean most to {name}" for name, some in firsts.items())
+    note = f"Of {alive:,} active latents the {counts}, by rank."
+    order = [latent for some in firsts.values() for latent in some]
+    css = [CSS_OF_TAG.get(verdict.tag[latent], "shared") for latent in order]
+    return LatentTable(columns, [_pair_row(study, verdict, latent) for latent in order], css, note)
 
 
 _DENSITY_COLUMNS = [
@@ -206,19 +193,25 @@ _DENSITY_COLUMNS = [
 ]
 
 
-def _pair_row(table: DiffTable, latent: int) -> list[tuple[str, float | None]]:
-    values: tuple[tuple[Tensor, Callable[[float], str]], ...] = (
+def _pair_row(study: LatentsPass, verdict: Verdict, latent: int) -> list[tuple[str, float | None]]:
+    table, tag = verdict.tables[0], verdict.tag[latent]
+    values: list[tuple[Tensor, Callable[[float], str]]] = [
+        (verdict.effect_L, number_text),
         (table.relative_norm, "{:.3f}".format),
         (table.decoder_norm_a, number_text),
         (table.decoder_norm_b, number_text),
         (table.decoder_cosine, "{:.2f}".format),
         (table.encoder_cosine, "{:.2f}".format),
-        (table.nu_error, "{:.2f}".format),
-        (table.nu_reconstruction, "{:.2f}".format),
-        (table.density, _percent),
-        (table.max_activation, number_text),
-    )
-    return [(str(latent), latent), *(_cell(column[latent], form) for column, form in values)]
+        *((share.nu_L, "{:.2f}".format) for share in _shares(table).values()),
+        (study.firing.density_L, _percent),
+        (study.firing.max_L, number_text),
+    ]
+    row = [(study.name_of(latent), float(latent)), (verdict.name_of(tag), float(TAGS.index(tag)))]
+    return [*row, *(_cell(column[latent], form) for column, form in values)]
+
+
+def _shares(table: DiffTable) -> dict[str, Share]:
+    return {} if table.scaling is None else table.scaling.shares
 
 
 def _density_row(study: LatentsPass, latent: int) -> list[tuple[str, float | None]]:

@@ -6,24 +6,20 @@ Axes: X output crosscoding positions (flattened) · D width · L latents.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosscode.analysis.encoded import EncodedBatch
-from crosscode.analysis.geometry import decoder_vectors_LXD, encoder_vectors_LXD, norms_and_cosine
+from crosscode.analysis.geometry import decoder_vectors_LXD, encoder_vectors_LXD, given_LX, norms_and_cosine
 from crosscode.analysis.latent_scaling import LatentScalingResult
 from crosscode.errors import InputError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
-
-Tag = Literal["A-only", "shared", "B-only", "undefined"]
-TAGS: tuple[Tag, ...] = ("A-only", "shared", "B-only", "undefined")
-EXCLUSIVE_MARGIN = 0.1
-"""A relative norm closer to 0 or 1 than this makes a latent A-only or B-only."""
+from crosscode.models.decoder_vectors import may_write_LX
 
 
 class FiringStats:
@@ -55,11 +51,10 @@ class FiringStats:
 
 @dataclass(frozen=True)
 class DiffTable:
-    """Columns of the diffing table, one entry per latent, float64 unless said otherwise.
+    """What is measured of each latent at two output positions, float64 unless said otherwise.
 
     Norms are in the scale of training, where every position has the same mean activation norm. NaN: not defined (a
-    cosine with a zero vector; encoder columns where the encoder has no such positions; latent scaling of a silent
-    latent, or where it was not measured).
+    cosine with a zero vector; encoder columns where the encoder has no such positions).
     """
 
     name_a: str
@@ -72,43 +67,25 @@ class DiffTable:
     encoder_norm_a: Tensor
     encoder_norm_b: Tensor
     encoder_cosine: Tensor
-    tag: list[Tag]
     firings: Tensor
     """int64: tokens on which the latent was active"""
-    density: Tensor
-    max_activation: Tensor
-    beta_error_a: Tensor
-    beta_error_b: Tensor
-    beta_reconstruction_a: Tensor
-    beta_reconstruction_b: Tensor
-    nu_error: Tensor
-    """`beta(other) / beta(owner)` of the error; the owner is the position with the larger decoder norm"""
-    nu_reconstruction: Tensor
+    may_write_L2: Tensor
+    """bool: whether the architecture can write the latent to a, to b"""
+    given_L2: Tensor
+    """bool: whether a partition of the dictionary lets it belong to a, to b"""
+    tied_L: Tensor
+    """bool: whether its decoder vectors are one and the same for all models"""
+    scaling: LatentScalingResult | None
+    """None: no pass over held-out text"""
 
     @property
     def n_latents(self) -> int:
         return self.relative_norm.shape[0]
 
-    def columns(self) -> list[str]:
-        """Names of the per-latent columns, as they stand in an export."""
-        return ["latent", *(f.name for f in fields(self) if f.name not in ("name_a", "name_b"))]
-
-    def row(self, latent: int) -> dict[str, Any]:
-        """One latent; undefined values are None."""
-        return {"latent": latent} | {name: _cell(getattr(self, name)[latent]) for name in self.columns()[1:]}
-
-    def count(self, tag: Tag, alive_only: bool = True) -> int:
-        """Latents with a tag; by default of those that fired."""
-        fired = self.firings.tolist()
-        return sum(t == tag and (n > 0 or not alive_only) for t, n in zip(self.tag, fired, strict=True))
-
-    def most_specific(self, side: Literal["a", "b"], n: int, min_firings: int = 1) -> list[int]:
-        """The n latents with the most extreme relative norm towards a side, among those that fire enough."""
-        candidates = ((self.firings >= max(min_firings, 1)) & self.relative_norm.isfinite()).nonzero().squeeze(1)
-        relative = self.relative_norm[candidates]
-        on_side = relative < 0.5 if side == "a" else relative > 0.5
-        order = torch.sort(relative[on_side], descending=side == "b", stable=True).indices
-        return candidates[on_side][order][:n].tolist()
+    @property
+    def effect_L(self) -> Tensor:
+        """See `LatentScalingResult`."""
+        return torch.full_like(self.relative_norm, math.nan) if self.scaling is None else self.scaling.effect_L
 
 
 def write_out(path: Path, text: str) -> None:
@@ -128,24 +105,6 @@ def as_cell(value: Any) -> Any:
     return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
 
 
-def _cell(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return as_cell(value)
-    number = value.item()
-    if isinstance(number, int):
-        return number
-    return float(f"{number:.6g}") if math.isfinite(number) else None
-
-
-def tag_of(relative_norm: float, margin: float = EXCLUSIVE_MARGIN) -> Tag:
-    """A-only below `margin`, B-only above `1 - margin`, shared between, undefined for NaN."""
-    if math.isnan(relative_norm):
-        return "undefined"
-    if relative_norm < margin:
-        return "A-only"
-    return "B-only" if relative_norm > 1 - margin else "shared"
-
-
 @torch.no_grad()
 def diff_latents(
     model: BaseCrosscoder,
@@ -154,15 +113,13 @@ def diff_latents(
     b: int,
     firing: FiringStats | None = None,
     scaling: LatentScalingResult | None = None,
-    margin: float = EXCLUSIVE_MARGIN,
 ) -> DiffTable:
     """The diffing table of two output positions.
 
     Args:
         names: of the flattened output positions.
         a, b: indices into `names`; relative norms point from a (0) to b (1).
-        firing, scaling: from a pass over held-out data; without them those columns are 0 or NaN.
-        margin: see `tag_of`.
+        firing, scaling: from a pass over held-out data.
     """
     n_positions = len(model.segments)
     if len(names) != n_positions:
@@ -175,29 +132,20 @@ def diff_latents(
     norm_enc_L2, cos_enc_L = (
         (nan_L[:, None].expand(-1, 2), nan_L) if W_enc_LXD is None else norms_and_cosine(W_enc_LXD, a, b)
     )
-    relative_L = norm_dec_L2[:, 1] / norm_dec_L2.sum(1)
-    firing = firing or FiringStats(n_latents)
-    nan_L2 = nan_L[:, None].expand(-1, 2)
-    beta_error_L2 = nan_L2 if scaling is None else scaling.beta_error_L2
-    beta_reconstruction_L2 = nan_L2 if scaling is None else scaling.beta_reconstruction_L2
+    pair = [a, b]
     return DiffTable(
         name_a=names[a],
         name_b=names[b],
         decoder_norm_a=norm_dec_L2[:, 0],
         decoder_norm_b=norm_dec_L2[:, 1],
-        relative_norm=relative_L,
+        relative_norm=norm_dec_L2[:, 1] / norm_dec_L2.sum(1),
         decoder_cosine=cos_dec_L,
         encoder_norm_a=norm_enc_L2[:, 0],
         encoder_norm_b=norm_enc_L2[:, 1],
         encoder_cosine=cos_enc_L,
-        tag=[tag_of(r, margin) for r in relative_L.tolist()],
-        firings=firing.counts_L,
-        density=firing.density_L,
-        max_activation=firing.max_L.double(),
-        beta_error_a=beta_error_L2[:, 0],
-        beta_error_b=beta_error_L2[:, 1],
-        beta_reconstruction_a=beta_reconstruction_L2[:, 0],
-        beta_reconstruction_b=beta_reconstruction_L2[:, 1],
-        nu_error=nan_L if scaling is None else scaling.nu_error_L,
-        nu_reconstruction=nan_L if scaling is None else scaling.nu_reconstruction_L,
+        firings=(firing or FiringStats(n_latents)).counts_L,
+        may_write_L2=may_write_LX(model)[:, pair],
+        given_L2=given_LX(model)[:, pair],
+        tied_L=torch.arange(n_latents) < model.n_shared_latents,
+        scaling=scaling,
     )

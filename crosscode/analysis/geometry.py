@@ -36,6 +36,15 @@ def encoder_vectors_LXD(model: BaseCrosscoder) -> Tensor | None:
     return W_enc_LXiDi.reshape(model.n_latents, -1, model.d_in)
 
 
+def given_LX(model: BaseCrosscoder) -> Tensor:
+    """Whether a partition of the dictionary lets a latent belong to the model of an output position (bool, on the CPU)."""
+    partition = getattr(model, "partition", None)
+    if partition is None:
+        return torch.ones(model.n_latents, len(model.segments), dtype=torch.bool)
+    given_LM = partition.models_LM()
+    return given_LM.repeat_interleave(len(model.segments) // given_LM.shape[1], dim=1)
+
+
 def norms_and_cosine(W_LXD: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
     """`(norms_L2, cosine_L)` of the vectors at two positions, float64 on the CPU; NaN cosine for a zero vector."""
     pair_L2D = W_LXD[:, [a, b]].double()

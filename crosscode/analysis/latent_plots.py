@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
 from crosscode.analysis import plots
-from crosscode.analysis.diffing import EXCLUSIVE_MARGIN, DiffTable, Tag
+from crosscode.analysis.diffing import DiffTable
 from crosscode.analysis.latent_scaling import ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD
-from crosscode.analysis.latents_pass import LatentsPass, short_names
+from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.plots import Plot
-from crosscode.analysis.wording import percent_text
+from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, Tag, Verdict
+from crosscode.analysis.wording import percent_text, short_names
 
 
 @dataclass(frozen=True)
 class PairSection:
-    """The diffing plots of two positions."""
+    """The verdict on two models (or two hookpoints of one), and the plots behind it."""
 
     heading: str
+    headline: str
     intro: str
     counts: list[tuple[str, str, int, str]]
     """(CSS class, tag, latents, share)"""
@@ -52,36 +53,55 @@ def latents_section(study: LatentsPass | None) -> list[Plot]:
     return found
 
 
-def pair_section(table: DiffTable) -> PairSection:
-    """Histograms of relative norm and cosine, and latent scaling, for two positions."""
+CSS_OF_TAG = {"A-specific": "a", "B-specific": "b"}
+"""Class of what is shown of a latent; "shared" for the other tags."""
+
+
+def pair_section(verdict: Verdict) -> PairSection:
+    """Counts by tag, and the plots of each hookpoint that is compared."""
+    n_latents, a, b = len(verdict.tag), verdict.name_a, verdict.name_b
+    counts = [
+        (CSS_OF_TAG.get(tag, tag), verdict.name_of(tag), n, percent_text(n / n_latents))
+        for tag in TAGS
+        if (n := verdict.counts[tag]) or tag != "structural"
+    ]
+    intro = (
+        f"All {n_latents:,} latents. One is “{verdict.name_of('A-specific')}” or “{verdict.name_of('B-specific')}” where the "
+        f"other side surely lacks it: in its error, its reconstruction and its activations (latent scaling, on at least "
+        f"{MIN_FIRINGS} firings), and by decoder norm. What is not sure is undecided. Each latent’s page says why."
+    )
+    tables = verdict.tables
+    heading = f"{a} against {b}" + (_shared_hook(tables[0]) if len(tables) == 1 else "")
+    found = [plot for table in tables for plot in _plots(verdict, table, several=len(tables) > 1)]
+    return PairSection(heading, verdict.headline(), intro, counts, found)
+
+
+def _plots(verdict: Verdict, table: DiffTable, *, several: bool) -> list[Plot]:
+    """Histograms of relative norm and cosine, and latent scaling, of latents that fire."""
     a, b = short_names(table.name_a, table.name_b)
-    names = tag_names(table)
+    at = _shared_hook(table) if several else ""
+    names = verdict.tag_names
     alive = (table.firings > 0).numpy()
-    tags: list[Tag] = [tag for tag, is_alive in zip(table.tag, alive, strict=True) if is_alive]
-    n_alive = max(len(tags), 1)
-    kinds: list[tuple[Tag, str]] = [("A-only", "a"), ("shared", "shared"), ("B-only", "b")]
-    counts = [(css, names[tag], tags.count(tag), percent_text(tags.count(tag) / n_alive)) for tag, css in kinds]
-    relative, cosine = table.relative_norm.numpy()[alive], table.decoder_cosine.numpy()[alive]
-    nu_error, nu_reconstruction = table.nu_error.numpy()[alive], table.nu_reconstruction.numpy()[alive]
+    tags: list[Tag] = [tag for tag, is_alive in zip(verdict.tag, alive, strict=True) if is_alive]
     key = f"{table.name_a} and {table.name_b}"
     histogram = partial(plots.tagged_histogram, tags=tags, tag_names=names)
     found = [
         Plot(
-            "Relative decoder norm",
+            f"Relative decoder norm{at}",
             histogram(
-                relative,
+                table.relative_norm.numpy()[alive],
                 limits=(0, 1),
                 xlabel="relative decoder norm",
                 label=f"Relative norm {key}",
                 ends=(f"← only in {a}", f"only in {b} →"),
             ),
             f"n({b}) / (n({a}) + n({b})), the share of a latent's decoder norm that lies in {b}. It points from {a} on "
-            f"the left (0) to {b} on the right (1); latents at 0.5 write equally strongly to both.",
+            f"the left (0) to {b} on the right (1); latents at 0.5 write equally strongly to both. Colours are verdicts.",
         ),
         Plot(
-            "Decoder cosine",
+            f"Decoder cosine{at}",
             histogram(
-                cosine,
+                table.decoder_cosine.numpy()[alive],
                 limits=(-1, 1),
                 xlabel="cosine of the two decoder vectors",
                 label=f"Decoder cosine {key}",
@@ -90,37 +110,21 @@ def pair_section(table: DiffTable) -> PairSection:
             "of its vectors is too short to have a meaningful direction.",
         ),
     ]
-    if any(math.isfinite(v) for v in nu_error.tolist()):
+    scaling = table.scaling
+    if scaling is not None and bool(scaling.error.nu_L.isfinite().any()):
+        nu_error, nu_reconstruction = (one.nu_L.numpy()[alive] for one in (scaling.error, scaling.reconstruction))
         label = f"Latent scaling {key}"
         found.append(
             Plot(
-                "Latent scaling",
+                f"Latent scaling{at}",
                 plots.scaling_scatter(nu_error, nu_reconstruction, tags, tag_names=names, label=label),
                 "How well a latent explains the side that it belongs to less, relative to the one that it belongs to "
                 "more. Near (1, 1): equally present in both, whatever its norms say. Bottom left, inside the dotted "
                 f"corner (error below {ERROR_THRESHOLD}, reconstruction below {RECONSTRUCTION_THRESHOLD}): really "
-                "specific to one. Values beyond the frame are drawn at its edge.",
+                "specific to one, where enough firings bear it out. Values beyond the frame are drawn at its edge.",
             )
         )
-    specific = sum(table_is_specific(table, i) for i in range(table.n_latents))
-    intro = (
-        f"{n_alive:,} active latents. A latent counts as “{names['A-only']}” or “{names['B-only']}” when its relative "
-        f"norm is below {EXCLUSIVE_MARGIN:g} or above {1 - EXCLUSIVE_MARGIN:g}. By latent scaling, which is harder to "
-        f"fool, {specific:,} are specific to one side."
-    )
-    return PairSection(f"{a} against {b}" + _shared_hook(table), intro, counts, found)
-
-
-def tag_names(table: DiffTable) -> dict[Tag, str]:
-    """Tags in the words of the run."""
-    a, b = short_names(table.name_a, table.name_b)
-    return {"A-only": f"{a} only", "shared": "shared", "B-only": f"{b} only", "undefined": "no decoder"}
-
-
-def table_is_specific(table: DiffTable, latent: int) -> bool:
-    """Whether both latent-scaling ratios are below their thresholds."""
-    error, reconstruction = float(table.nu_error[latent]), float(table.nu_reconstruction[latent])
-    return error < ERROR_THRESHOLD and reconstruction < RECONSTRUCTION_THRESHOLD
+    return found
 
 
 def _shared_hook(table: DiffTable) -> str:

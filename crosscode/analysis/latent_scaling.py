@@ -1,6 +1,7 @@
 """Latent scaling: how much of each model a latent explains (Minder et al. 2025, arXiv:2504.02922, section 3).
 
-Axes: B tokens · X output crosscoding positions · D width · L latents · N active entries of a batch.
+Axes: B tokens · X output crosscoding positions · D width · L latents · N active entries of a batch · K entries of a token ·
+S sums that are kept.
 
 Two positions a and b along (M, P). The owner of a latent is the one of the two with the larger decoder norm; d is the
 owner's decoder vector. For a target y with one row per token, the best scalar in `y ~ beta f d` is
@@ -8,14 +9,15 @@ owner's decoder vector. For a target y with one row per token, the best scalar i
     beta = d . (Y^T f) / (||f||^2 ||d||^2)
 
 and is taken for both positions' errors (with the latent's own contribution left out of the reconstruction, so that the
-owner's error is the part that the latent was there to explain) and reconstructions. `nu = beta(other) / beta(owner)`:
-near 0 where the latent means nothing to the other model, near 1 where it explains both equally well, whatever
-the decoder norms say.
+owner's error is the part that the latent was there to explain) and reconstructions, and for the activations themselves
+less their mean. `nu = beta(other) / beta(owner)`: near 0 where the latent means nothing to the other model, near 1 where it
+explains both equally well, whatever the decoder norms say. Of two models with equal activations the last ratio is 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,74 +26,139 @@ from crosscode.analysis.encoded import EncodedBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.models.base import BaseCrosscoder
 
-ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD = 0.2, 0.5
-"""A latent is specific to its owner where nu of the error and of the reconstruction are below these (same source)."""
+ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD, ACTIVATION_THRESHOLD = 0.2, 0.5, 0.5
+"""A latent is specific to its owner where nu of the error, the reconstruction (same source) and the activations are surely
+below these."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the other position has of the owner's share in one target; float64, NaN for latents that did not fire."""
+
+    beta_L2: Tensor
+    """column 0 is position a, column 1 position b"""
+    nu_L: Tensor
+    owner_z_L: Tensor
+    """by how many standard errors the owner's own share is above 0"""
+    below_z_L: Tensor
+    """by how many standard errors nu is below the target's threshold"""
 
 
 @dataclass(frozen=True)
 class LatentScalingResult:
-    """float64; column 0 is position a, column 1 position b. NaN for latents that did not fire."""
+    """float64; NaN for latents that did not fire. Standard errors take tokens as independent."""
 
-    beta_error_L2: Tensor
-    beta_reconstruction_L2: Tensor
+    error: Share
+    reconstruction: Share
+    activation: Share
     owner_L: Tensor
     """0 where a owns the latent, 1 where b does"""
+    effect_L: Tensor
+    """root mean square, where the latent fires, of the vector along d that the owner has and the other lacks"""
+    difference: float
+    """squared difference of the two positions' activations, in their variance"""
 
     @property
-    def nu_error_L(self) -> Tensor:
-        return self._nu(self.beta_error_L2)
-
-    @property
-    def nu_reconstruction_L(self) -> Tensor:
-        return self._nu(self.beta_reconstruction_L2)
-
-    @property
-    def is_specific_L(self) -> Tensor:
-        """Whether both ratios are below their thresholds; False where they are undefined."""
-        return (self.nu_error_L < ERROR_THRESHOLD) & (self.nu_reconstruction_L < RECONSTRUCTION_THRESHOLD)
-
-    def _nu(self, beta_L2: Tensor) -> Tensor:
-        owner_L1 = self.owner_L[:, None]
-        return (beta_L2.gather(1, 1 - owner_L1) / beta_L2.gather(1, owner_L1)).squeeze(1)
+    def shares(self) -> dict[str, Share]:
+        """By target."""
+        return {"error": self.error, "reconstruction": self.reconstruction, "activations": self.activation}
 
 
 class LatentScaling:
-    """Collects the sums behind the betas: a few numbers per latent, and nothing of size B x L."""
+    """Collects the sums behind the betas and their errors: a few numbers per latent, and nothing of size B x L."""
 
     def __init__(self, model: BaseCrosscoder, a: int, b: int, max_entries: int = 1 << 14):
         self.positions = (a, b)
         self._max_entries = max_entries
         W_pair_L2D = decoder_vectors_LXD(model)[:, [a, b]]
-        self._owner_L = W_pair_L2D.norm(dim=-1).argmax(1)
-        self._d_LD = W_pair_L2D[torch.arange(model.n_latents, device=W_pair_L2D.device), self._owner_L]
+        owner_L = W_pair_L2D.norm(dim=-1).argmax(1)
+        self._d_LD = W_pair_L2D[torch.arange(model.n_latents, device=W_pair_L2D.device), owner_L]
+        self._owner_L = owner_L.cpu()
         self._d_dot_own_L2 = (W_pair_L2D.double() * self._d_LD[:, None].double()).sum(-1).cpu()
-        self._error_L2 = torch.zeros(model.n_latents, 2, dtype=torch.float64)
-        self._reconstruction_L2 = torch.zeros(model.n_latents, 2, dtype=torch.float64)
-        self._square_L = torch.zeros(model.n_latents, dtype=torch.float64)
+        self._sums_LS = torch.zeros(model.n_latents, 20, dtype=torch.float64)
+        self._target_sum_2D = torch.zeros(W_pair_L2D.shape[1:], dtype=torch.float64)
+        self._target_square, self._difference_square, self._n_tokens = 0.0, 0.0, 0
 
     @torch.no_grad()
     def update(self, batch: EncodedBatch) -> None:
         entries, pair = batch.entries, list(self.positions)
-        output_B2D = batch.output_BXD[:, pair]
-        error_B2D = batch.target_BXD[:, pair] - output_B2D
-        for start in range(0, entries.value_N.shape[0], self._max_entries):
-            part = slice(start, start + self._max_entries)
-            latent_N, token_N, value_N = entries.latent_N[part], entries.token_N[part], entries.value_N[part].double()
-            d_ND = self._d_LD[latent_N]
-            index_N = latent_N.cpu()
-            for sums_L2, y_B2D in ((self._error_L2, error_B2D), (self._reconstruction_L2, output_B2D)):
-                dot_N2 = torch.einsum("nxd,nd->nx", y_B2D[token_N], d_ND).double()
-                sums_L2.index_add_(0, index_N, (dot_N2 * value_N[:, None]).cpu())
-            self._square_L.index_add_(0, index_N, value_N.square().cpu())
+        target_B2D, output_B2D = batch.target_BXD[:, pair], batch.output_BXD[:, pair]
+        target_double_B2D = target_B2D.double()
+        self._target_sum_2D += target_double_B2D.sum(0).cpu()
+        self._target_square += float(target_double_B2D.square().sum())
+        self._difference_square += float(target_double_B2D.diff(dim=1).square().sum())
+        self._n_tokens += target_B2D.shape[0]
+        y_B4D = torch.cat([target_B2D - output_B2D, output_B2D], 1)
+        count_B = torch.bincount(entries.token_N, minlength=y_B4D.shape[0])
+        first_B = count_B.cumsum(0) - count_B
+        if not len(entries.latent_N):
+            return
+        widest = int(count_B.max())
+        step = max(1, self._max_entries // widest)
+        for start in range(0, y_B4D.shape[0], step):
+            tokens = slice(start, start + step)
+            place_K = torch.arange(int(count_B[tokens].max()), device=count_B.device)
+            is_entry_BK = place_K < count_B[tokens, None]
+            index_BK = (first_B[tokens, None] + place_K).clamp(max=len(entries.latent_N) - 1)
+            d_BKD = self._d_LD[entries.latent_N[index_BK]]
+            dot_B4K = y_B4D[tokens] @ d_BKD.transpose(1, 2)
+            dot_N4 = dot_B4K.transpose(1, 2)[is_entry_BK].double().cpu()
+            index_N = index_BK[is_entry_BK]
+            latent_N, value_N = entries.latent_N[index_N].cpu(), entries.value_N[index_N].double().cpu()
+            self._sums_LS.index_add_(0, latent_N, self._summands_NS(latent_N, value_N, dot_N4))
+
+    def _summands_NS(self, latent_N: Tensor, f_N: Tensor, dot_N4: Tensor) -> Tensor:
+        """Of each entry 1, f, f^2; for errors, reconstructions and activations the products t of f with what they have along
+        d, at a and b, and t_a^2, t_b^2, t_a t_b; and f t of the activations."""
+        weighted_N4 = dot_N4 * f_N[:, None]
+        reconstruction_N2 = weighted_N4[:, 2:]
+        activation_N2 = weighted_N4[:, :2] + reconstruction_N2
+        # f (e + f d_x) . d: the own contribution is left out of the reconstruction
+        error_N2 = weighted_N4[:, :2] + self._d_dot_own_L2[latent_N] * f_N[:, None].square()
+        columns = [torch.ones_like(f_N), f_N, f_N.square()]
+        for t_N2 in (error_N2, reconstruction_N2, activation_N2):
+            columns += [*t_N2.T, *t_N2.T.square(), t_N2.prod(1)]
+        return torch.stack([*columns, *(activation_N2 * f_N[:, None]).T], 1)
 
     def result(self) -> LatentScalingResult:
-        owner_L = self._owner_L.cpu()
-        d_square_L = self._d_dot_own_L2.gather(1, owner_L[:, None]).squeeze(1)
-        scale_L1 = (self._square_L * d_square_L)[:, None]
-        # sum_B f (e + f d_x) . d = sum_B f e . d + ||f||^2 d_x . d: the own contribution needs no pass over the data
-        own_L2 = self._d_dot_own_L2 * self._square_L[:, None]
+        n_L, f_L, ff_L, *columns = self._sums_LS.T
+        variance = (self._target_square - float(self._target_sum_2D.square().sum()) / max(self._n_tokens, 1)) / 2
+        error, reconstruction, activation = (torch.stack(columns[i : i + 5], 1) for i in (0, 5, 10))
+        mean_L2 = self._d_LD.double().cpu() @ (self._target_sum_2D / max(self._n_tokens, 1)).T
+        ft_L2 = torch.stack(columns[15:], 1)
+        activation[:, :2] -= f_L[:, None] * mean_L2
+        activation[:, 2:4] += mean_L2.square() * ff_L[:, None] - 2 * mean_L2 * ft_L2
+        activation[:, 4] += mean_L2.prod(1) * ff_L - (mean_L2 * ft_L2.flip(1)).sum(1)
+        d_square_L = self._d_dot_own_L2.gather(1, self._owner_L[:, None]).squeeze(1)
+        spread_L = (ff_L - f_L.square() / max(self._n_tokens, 1)) * d_square_L
+        share = partial(_share, n_L=n_L, owner_L=self._owner_L)
+        of_activation = share(activation, scale_L=spread_L, threshold=ACTIVATION_THRESHOLD)
+        beta_L2 = of_activation.beta_L2.gather(1, torch.stack([self._owner_L, 1 - self._owner_L], 1))
         return LatentScalingResult(
-            (self._error_L2 + own_L2) / scale_L1,
-            self._reconstruction_L2 / scale_L1,
-            owner_L,
+            share(error, scale_L=ff_L * d_square_L, threshold=ERROR_THRESHOLD),
+            share(reconstruction, scale_L=ff_L * d_square_L, threshold=RECONSTRUCTION_THRESHOLD),
+            of_activation,
+            self._owner_L,
+            (beta_L2[:, 0] - beta_L2[:, 1]) * (ff_L / n_L * d_square_L).sqrt(),
+            self._difference_square / variance if variance > 0 else 0.0,
         )
+
+
+def _share(sums_L5: Tensor, *, n_L: Tensor, owner_L: Tensor, scale_L: Tensor, threshold: float) -> Share:
+    """From the sums of t_a, t_b, t_a^2, t_b^2 and t_a t_b of each latent."""
+    pair_L2 = torch.stack([owner_L, 1 - owner_L], 1)
+    own_L, other_L = sums_L5[:, :2].gather(1, pair_L2).T
+    own_square_L, other_square_L = sums_L5[:, 2:4].gather(1, pair_L2).T
+    difference_square_L = threshold**2 * own_square_L - 2 * threshold * sums_L5[:, 4] + other_square_L
+    return Share(
+        sums_L5[:, :2] / scale_L[:, None],
+        other_L / own_L,
+        _z(own_L, own_square_L, n_L),
+        _z(threshold * own_L - other_L, difference_square_L, n_L),
+    )
+
+
+def _z(sum_L: Tensor, square_L: Tensor, n_L: Tensor) -> Tensor:
+    """A sum over tokens in units of its standard error."""
+    spread_L = (square_L - sum_L.square() / n_L).clamp(min=1e-12 * square_L) * n_L / (n_L - 1).clamp(min=1)
+    return sum_L / spread_L.sqrt()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable, as_cell, write_out
 from crosscode.analysis.latents_pass import LatentsPass
+from crosscode.analysis.verdict import Verdict
 from crosscode.analysis.wording import distinct_labels
 from crosscode.files import write_parts
 
@@ -25,14 +26,18 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
 
     Columns: how often and how strongly it fires on held-out text; `decoder_norm_NAME` of each output position, in the
     scale of training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in
-    the sum of both norms (0: only in the first, 1: only in the second), cosines, latent scaling and a tag. NAME is the
-    model where the models differ, else the hookpoint. NaN: not defined.
+    the sum of both norms (0: only in the first, 1: only in the second), cosines and latent scaling; for each two models
+    the verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`. NAME is the model where
+    the models differ, else the hookpoint. Of a compound model `layer` and `index` name a latent. NaN: not defined.
     """
     import pandas
 
     labels = distinct_labels(study.position_names)
     firing = study.firing
-    columns: dict[str, Any] = {
+    columns: dict[str, Any] = {}
+    if study.layers is not None:
+        columns["layer"], columns["index"] = zip(*study.layers, strict=True)
+    columns |= {
         "firings": firing.counts_L,
         "density": firing.density_L,
         "mean_active": firing.mean_active_L,
@@ -40,23 +45,34 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     }
     for x, name in enumerate(study.position_names):
         columns["_".join(filter(None, ("decoder_norm", labels[name])))] = study.decoder_norm_LX[:, x]
+    for verdict in study.verdicts:
+        columns |= _verdict_columns(verdict, several=len(study.verdicts) > 1)
     for pair in study.pairs:
         columns |= _pair_columns(pair, labels, several=len(study.pairs) > 1)
+    if study.verdicts:  # sentences are long: the last column
+        columns |= {name: columns.pop(name) for name in list(columns) if name.startswith("why")}
     plain = {as_cell(name): one.numpy() if isinstance(one, Tensor) else one for name, one in columns.items()}
     return pandas.DataFrame(plain, index=pandas.RangeIndex(study.decoder_norm_LX.shape[0], name="latent"))
+
+
+def _verdict_columns(verdict: Verdict, *, several: bool) -> dict[str, Any]:
+    a, b = verdict.name_a, verdict.name_b
+    both = f"_{a}_{b}" if several else ""
+    columns: dict[str, Any] = {f"tag{both}": [as_cell(name) for name in verdict.names]}
+    columns |= {f"rank_{name}{both}": verdict.rank_L(name) for name in (a, b)}
+    return columns | {f"effect{both}": verdict.effect_L, f"why{both}": [as_cell(reason) for reason in verdict.why]}
 
 
 def _pair_columns(pair: DiffTable, labels: dict[str, str], *, several: bool) -> dict[str, Any]:
     a, b = labels[pair.name_a], labels[pair.name_b]
     both = f"_{a}_{b}" if several else ""
-    tags = {"A-only": f"{a}-only", "B-only": f"{b}-only"}
     columns: dict[str, Any] = {f"relative_norm_{b}": pair.relative_norm}
     columns |= {f"{name}{both}": getattr(pair, name) for name in ("decoder_cosine", "encoder_cosine")}
-    columns[f"tag{both}"] = [as_cell(tags.get(tag, tag)) for tag in pair.tag]
-    columns |= {f"{name}{both}": getattr(pair, name) for name in ("nu_error", "nu_reconstruction")}
-    for side, label in (("a", a), ("b", b)):
-        names = ("encoder_norm", "beta_error", "beta_reconstruction")
-        columns |= {f"{name}_{label}": getattr(pair, f"{name}_{side}") for name in names}
+    shares = {} if pair.scaling is None else pair.scaling.shares
+    columns |= {f"nu_{kind}{both}": share.nu_L for kind, share in shares.items()}
+    for side, label in enumerate((a, b)):
+        columns[f"encoder_norm_{label}"] = (pair.encoder_norm_a, pair.encoder_norm_b)[side]
+        columns |= {f"beta_{kind}_{label}": share.beta_L2[:, side] for kind, share in shares.items()}
     return columns
 
 

@@ -5,6 +5,7 @@ Axes: L latents.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from crosscode.analysis.encoded import Collector, HeldoutBatch, collect, encode_
 from crosscode.analysis.examples import QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
+from crosscode.analysis.verdict import Verdict, verdicts_on
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -31,8 +33,16 @@ class LatentsPass:
     decoder_norm_LX: Tensor
     """in the scale of training, float64"""
     pairs: list[DiffTable]
+    verdicts: list[Verdict]
+    """on each two models of `pairs` (or hookpoints of one model)"""
+    layers: list[tuple[str, int]] | None
+    """of a compound model each latent's source layer and its number there; None: the model is not compound"""
     top: TopExamples
     quantiles: QuantileExamples
+
+    def name_of(self, latent: int) -> str:
+        """Its number; of a compound model with (layer, index)."""
+        return str(latent) if self.layers is None else "{} ({}, {})".format(latent, *self.layers[latent])
 
     @property
     def n_tokens(self) -> int:
@@ -51,14 +61,6 @@ def pairs_to_compare(position_names: Sequence[str]) -> list[tuple[int, int]]:
     if others:
         return [pair for other in others for pair in zip(first, other, strict=True)][:MAX_PAIRS]
     return [(first[0], first[-1])] if len(first) > 1 else []
-
-
-def short_names(name_a: str, name_b: str) -> tuple[str, str]:
-    """What tells two positions apart: their models, or of one model their hookpoints."""
-    (model_a, _, hook_a), (model_b, _, hook_b) = name_a.rpartition("/"), name_b.rpartition("/")
-    if hook_a == hook_b:
-        return model_a, model_b
-    return (hook_a, hook_b) if model_a == model_b else (name_a, name_b)
 
 
 def study_latents(
@@ -82,7 +84,18 @@ def study_latents(
     collect(encode_heldout(model, heldout, split), *collectors)
     tables = [diff_latents(model, names, *scaling.positions, firing, scaling.result()) for scaling in scalings]
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()
-    return LatentsPass(names, firing, norms_LX, tables, top, quantiles)
+    verdicts, layers = verdicts_on(tables), layers_of(model, names)
+    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles)
+
+
+def layers_of(model: BaseCrosscoder, position_names: Sequence[str]) -> list[tuple[str, int]] | None:
+    """The number of the layer that each latent of a compound model reads, as its hookpoint names it (where it names none,
+    its place), and the latent's number there; None: the model is not compound."""
+    if len(model.parts) < 2:
+        return None
+    numbers = [re.search(r"\.(\d+)\.", name) for name in position_names]
+    layers = [str(place) if found is None else found[1] for place, found in enumerate(numbers)]
+    return [(layer, i) for part, layer in zip(model.parts, layers, strict=False) for i in range(part.n_latents)]
 
 
 def spread_over_density(firing: FiringStats, n: int, min_firings: int) -> list[int]:

@@ -10,11 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from crosscode.analysis.diffing import Tag
 from crosscode.analysis.latent_scaling import ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD
 from crosscode.analysis.plot_style import INK, MUTED, SERIES, SHARED, SIDE_A, SIDE_B, finish, new_figure, plain, style
+from crosscode.analysis.verdict import Tag
 
-TAG_COLOURS: dict[Tag, str] = {"A-only": SIDE_A, "shared": SHARED, "B-only": SIDE_B, "undefined": MUTED}
+TAG_COLOURS: dict[Tag, str] = {
+    "A-specific": SIDE_A, "shared": SHARED, "B-specific": SIDE_B, "undecided": MUTED, "structural": MUTED,
+}  # fmt: skip
+_PAINTED = ("undecided", "structural", "shared", "A-specific", "B-specific")
+"""What is drawn over what."""
 _MAX_POINTS = 600
 _MAX_VECTOR_POINTS = 800
 
@@ -115,8 +119,7 @@ def tagged_histogram(
     figure, axes = new_figure()
     with style():
         edges = list(np.linspace(*limits, 81))
-        order: tuple[Tag, ...] = ("A-only", "shared", "B-only")
-        for t in order:
+        for t in TAG_COLOURS:
             data = x[(tag == t) & inside]
             if len(data):
                 axes.hist(data, bins=edges, color=TAG_COLOURS[t], alpha=0.3)
@@ -147,8 +150,7 @@ def scaling_scatter(
     with style():
         finite = np.isfinite(x) & np.isfinite(y)
         xs, ys = x.clip(low, high), y.clip(low, high)
-        order: tuple[Tag, ...] = ("shared", "A-only", "B-only")
-        for t in order:
+        for t in sorted(TAG_COLOURS, key=_PAINTED.index):
             here = finite & (tag == t)
             if here.any():
                 axes.plot(

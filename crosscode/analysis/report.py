@@ -159,7 +159,7 @@ def render(
         "evaluation": header.evaluation_table(record),
         "facts": header.facts(record),
         "latents": latent_plots.latents_section(study),
-        "pairs": [] if study is None else [latent_plots.pair_section(pair) for pair in study.pairs],
+        "pairs": [] if study is None else [latent_plots.pair_section(one) for one in study.verdicts],
         "groups": [] if study is None else cards.card_groups(study, tokenizer),
         "explorer": explorer,
         "table": None if study is None else cards.latent_table(study),

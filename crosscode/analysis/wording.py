@@ -17,6 +17,14 @@ def distinct_labels(names: Sequence[str]) -> dict[str, str]:
     return {name: name.rpartition("/")[2] if len(models) == 1 else name for name in names}
 
 
+def short_names(name_a: str, name_b: str) -> tuple[str, str]:
+    """What tells two positions apart: their models, or of one model their hookpoints."""
+    (model_a, _, hook_a), (model_b, _, hook_b) = name_a.rpartition("/"), name_b.rpartition("/")
+    if hook_a == hook_b:
+        return model_a, model_b
+    return (hook_a, hook_b) if model_a == model_b else (name_a, name_b)
+
+
 def model_name(model: Any) -> str:
     """The name of a language model in a checkpoint's metadata."""
     return str(model.get("name") or model.get("path") or "?") if isinstance(model, dict) else str(model)

@@ -16,6 +16,7 @@ from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
 from crosscode.analysis.metrics_file import read_metrics
 from crosscode.analysis.tokens import TokenDisplay
+from crosscode.analysis.verdict import Verdict
 from crosscode.api.given import given_arrays
 from crosscode.build.experiment import open_experiment
 from crosscode.build.finished import FinishedRun
@@ -133,6 +134,13 @@ class Run(FinishedRun):
         differ. See `crosscode.analysis.latents_frame` for the columns."""
         return latents_frame(self._study)
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """On each two models that are compared (of one model: its first and last output hookpoint), what `crosscode report`
+        says: `headline()`, and of each latent `names` and `why`; `ranking("tuned")` are the latents that lean to a model, those
+        that are specific to it first, `specific("tuned")` those alone."""
+        return self._study.verdicts
+
     # ---- intervening
 
     def steer(
@@ -201,7 +209,7 @@ class Run(FinishedRun):
         latents with vectors of the same norms. See `crosscode.evaluation.closes`.
 
         Args:
-            latents: default: those that are tagged as B's; where there are none, the 10 that lean most to B.
+            latents: default: those that are specific to B; where there are none, the first 10 of its ranking.
             n_tokens: usable held-out tokens, in whole batches.
             n_random: draws of random latents.
 

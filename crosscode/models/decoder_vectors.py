@@ -5,6 +5,8 @@ Axes: X output crosscoding positions (flattened) · D width · L latents · N so
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,7 @@ def decoder_vectors_NXD(model: Coder, latents_N: Tensor | None = None) -> Tensor
     Raises:
         InputError: no such latent.
     """
-    parts = model.parts
-    n_latents = sum(part.n_latents for part in parts)
-    like = parts[0].W_dec_LXoDo
+    n_latents, like = model.n_latents, model.parts[0].W_dec_LXoDo
     if latents_N is None:
         latents_N = torch.arange(n_latents, device=like.device)
     outside_N = (latents_N < 0) | (latents_N >= n_latents)
@@ -30,11 +30,25 @@ def decoder_vectors_NXD(model: Coder, latents_N: Tensor | None = None) -> Tensor
         raise InputError(f"latent = {int(latents_N[outside_N][0])}: must be between 0 and {n_latents - 1}")
     latents_N = latents_N.to(like.device)
     vectors_NXD = like.new_zeros(latents_N.shape[0], len(model.segments), model.d_out)
-    first = 0
-    for part in parts:
+    for part, first, x in _parts(model):
         own_N = ((latents_N >= first) & (latents_N < first + part.n_latents)).nonzero().squeeze(1)
         W_dec_LXD = part.W_dec_LXoDo.detach().reshape(part.n_latents, -1, part.d_out)
-        # a source layer of a compound model writes to the last positions only
-        vectors_NXD[own_N, vectors_NXD.shape[1] - W_dec_LXD.shape[1] :] = W_dec_LXD[latents_N[own_N] - first]
-        first += part.n_latents
+        vectors_NXD[own_N, x:] = W_dec_LXD[latents_N[own_N] - first]
     return vectors_NXD
+
+
+def may_write_LX(model: Coder) -> Tensor:
+    """Whether the architecture can write a latent to an output position (bool, on the CPU)."""
+    may_LX = torch.zeros(model.n_latents, len(model.segments), dtype=torch.bool)
+    for part, first, x in _parts(model):
+        may_LX[first : first + part.n_latents, x:] = True
+    return may_LX
+
+
+def _parts(model: Coder) -> Iterator[tuple[Coder, int, int]]:
+    """Each part, its first latent, and the first output position that it writes to: a source layer of a compound model
+    writes to the last ones only."""
+    first = 0
+    for part in model.parts:
+        yield part, first, len(model.segments) - part.W_dec_LXoDo[0].numel() // part.d_out
+        first += part.n_latents

@@ -102,7 +102,7 @@
           field: `c${c}`, title: String(c), frozen: c === 0, hozAlign: typeof one.values[0] === "string" ? "left" : "right",
           titleFormatter: () => make("span", { textContent: one.name.replaceAll("_", " ") }),
           formatter: cell => c === 0 ? latentLink(cell.getValue()) : make("span", { textContent: digits(cell.getValue()) }),
-          ...(one.name === "tokens" ? { width: 220 } : {}),
+          ...(one.name === "tokens" || one.name.startsWith("why") ? { width: 220 } : {}),
         })),
       });
       table.on("rowClick", (event, row) => { location.hash = `#/latent/${row.getData().c0}`; });
@@ -205,6 +205,7 @@
     const largest = Math.max(1e-30, column("max_activation").values[latent]);
     const norms = columns.filter(one => one.name.startsWith("decoder_norm"))
       .map(one => [one.name.slice("decoder_norm_".length), one.values[latent]]);
+    const of = name => column(name).values[latent];
     reorder();
     const at = order.indexOf(latent), step = by => order[at + by] ?? (at < 0 ? latent + by : undefined);
     const link = (text, target) => target === undefined || target < 0 || target >= search.length ? "" :
@@ -215,8 +216,10 @@
     note.addEventListener("change", () => writeNote(latent, note.value));
     view.replaceChildren(
       make("p", { className: "steps" }, link("← previous", step(-1)), link("next →", step(1))),
-      make("h2", { textContent: `Latent ${latent}` }),
-      make("dl", { className: "figures-of" }, ...columns.slice(2).map(one => make("div", {},
+      make("h2", { textContent: column("layer") ? `Latent ${latent} (${of("layer")}, ${of("index")})` : `Latent ${latent}` }),
+      ...columns.filter(one => one.name.startsWith("why")).map(one => make("p", { className: "why" },
+        make("b", { textContent: of(one.name.replace("why", "tag")) }), ` ${one.values[latent]}`)),
+      make("dl", { className: "figures-of" }, ...columns.slice(2).filter(one => !one.name.startsWith("why")).map(one => make("div", {},
         make("dt", { textContent: one.name.replaceAll("_", " ") }), make("dd", { textContent: digits(one.values[latent]) })))),
       note,
       make("p", { className: "muted", id: "saved" }),

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from crosscode.analysis.diffing import DiffTable
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.analysis.verdict import Verdict
 from crosscode.build.data import build_token_loader
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
@@ -18,7 +18,6 @@ from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.evaluation.closes import Closes, measure_closes
 
-MIN_FIRINGS = 20
 N_LEANING = 10
 N_TO_FIND_A_CHAT = 64
 
@@ -42,7 +41,7 @@ def closes_of(
         if study is None:
             names = experiment.output_names()
             study = study_latents(run.model, experiment.heldout_batches(), experiment.split, names)
-        latents = latents_of_b(study.pairs, *(model_names(run)[m] for m in (a, b)))
+        latents = latents_of_b(study.verdicts, *(model_names(run)[m] for m in (a, b)))
     for latent in latents:
         check_latent(run, latent)
     measure = partial(
@@ -83,28 +82,16 @@ def check_closes(run: FinishedRun) -> None:
         raise InputError("closes: needs a crosscoder between two language models")
 
 
-def latents_of_b(pairs: Sequence[DiffTable], name_a: str, name_b: str) -> list[int]:
-    """Latents that fire at least 20 times and are tagged as B's at any hookpoint; where there are none, the 10 that lean most
-    to B at the first one.
+def latents_of_b(verdicts: Sequence[Verdict], name_a: str, name_b: str) -> list[int]:
+    """Latents that are specific to B; where there are none, the first 10 of B's ranking.
 
     Raises:
         InputError: the two models are not compared, or no latent leans to B.
     """
-    of_both = []
-    for table in pairs:
-        of_pair = tuple(name.rpartition("/")[0] for name in (table.name_a, table.name_b))
-        if of_pair in ((name_a, name_b), (name_b, name_a)):
-            of_both.append((table, "b" if of_pair == (name_a, name_b) else "a"))
-    if not of_both:
+    verdict = next((one for one in verdicts if {one.name_a, one.name_b} == {name_a, name_b}), None)
+    if verdict is None:
         raise InputError(f"closes: {name_a!r} and {name_b!r} are not compared in this run; name latents")
-    tagged: dict[int, None] = {}
-    for table, side in of_both:
-        tag = "B-only" if side == "b" else "A-only"
-        for latent, (of_latent, firings) in enumerate(zip(table.tag, table.firings.tolist(), strict=True)):
-            if of_latent == tag and firings >= MIN_FIRINGS:
-                tagged[latent] = None
-    table, side = of_both[0]
-    found = list(tagged) or table.most_specific(side, N_LEANING, MIN_FIRINGS)
+    found = verdict.specific(name_b) or verdict.ranking(name_b)[:N_LEANING]
     if not found:
         raise InputError(f"closes: no latent leans to {name_b!r}")
     return found

@@ -1,5 +1,6 @@
 """Tiny random models, held-out batches, a byte-level tokenizer, and fabricated run directories."""
 
+import html
 import json
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crosscode.analysis import plots
 from crosscode.analysis.report import HeldoutText
 from crosscode.models import ModelHookpointAcausalCrosscoder, TopkActivation
 from crosscode.models.architecture import split_for
@@ -74,6 +76,16 @@ def byte_tokenizer():
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def quick_plots(monkeypatch):
+    """Plots are drawn but not rendered, for tests of everything else on the page."""
+
+    def finish(figure, axes, xlabel, ylabel, label, grid="y"):
+        return f'<svg aria-label="{html.escape(label)}"></svg>'
+
+    monkeypatch.setattr(plots, "finish", finish)
 
 
 NAMES = {

@@ -40,14 +40,18 @@ def test_betas_are_the_least_squares_solution(make_model, make_heldout, backend,
             beta_error = np.linalg.lstsq(design, (target_BXD[:, x] - without).ravel(), rcond=None)[0][0]
             beta_reconstruction = np.linalg.lstsq(design, output_BXD[:, x].ravel(), rcond=None)[0][0]
             if f_B.any():
-                assert found.beta_error_L2[latent, column].item() == pytest.approx(beta_error, rel=1e-4, abs=1e-5)
-                assert found.beta_reconstruction_L2[latent, column].item() == pytest.approx(
+                assert found.error.beta_L2[latent, column].item() == pytest.approx(beta_error, rel=1e-4, abs=1e-5)
+                assert found.reconstruction.beta_L2[latent, column].item() == pytest.approx(
                     beta_reconstruction, rel=1e-4, abs=1e-5
                 )
+                centred = (target_BXD[:, x] - target_BXD[:, x].mean(0)).ravel()
+                middle = np.outer(f_B - f_B.mean(), pair[owner]).reshape(-1, 1)
+                beta = np.linalg.lstsq(middle, centred, rcond=None)[0][0]
+                assert found.activation.beta_L2[latent, column].item() == pytest.approx(beta, rel=1e-4, abs=1e-5)
             else:
-                assert found.beta_error_L2[latent, column].isnan()
-        expected = found.beta_error_L2[latent, 1 - owner] / found.beta_error_L2[latent, owner]
-        torch.testing.assert_close(found.nu_error_L[latent], expected, equal_nan=True)
+                assert found.error.beta_L2[latent, column].isnan()
+        expected = found.error.beta_L2[latent, 1 - owner] / found.error.beta_L2[latent, owner]
+        torch.testing.assert_close(found.error.nu_L[latent], expected, equal_nan=True)
 
 
 def test_a_latent_of_one_model_is_told_from_one_whose_norm_was_only_shrunk(make_model, make_heldout):
@@ -69,9 +73,11 @@ def test_a_latent_of_one_model_is_told_from_one_whose_norm_was_only_shrunk(make_
     noise[:, :, 1, 0] += f[..., :1] * e[0] + f[..., 1:] * e[1]
     noise[:, :, 0, 0] += f[..., :1] * e[0]
     result = scaling_of(model, heldout)
-    assert result.nu_error_L[0].item() == pytest.approx(1, abs=0.05)
-    assert result.nu_error_L[1].item() == pytest.approx(0, abs=0.05)
-    assert result.is_specific_L.tolist() == [False, True]
+    assert result.error.nu_L[0].item() == pytest.approx(1, abs=0.05)
+    assert result.error.nu_L[1].item() == pytest.approx(0, abs=0.05)
+    for share in result.shares.values():
+        assert share.below_z_L[1] > 5 and share.owner_z_L[1] > 5
+    assert result.error.below_z_L[0] < -5 and result.activation.below_z_L[0] < -5
 
 
 def test_equal_decoders_and_activations_give_ratios_of_one(make_model, make_heldout):
@@ -82,7 +88,25 @@ def test_equal_decoders_and_activations_give_ratios_of_one(make_model, make_held
     for batch in heldout:
         batch.acts_HSMPD[:, :, 1] = batch.acts_HSMPD[:, :, 0]
     result = scaling_of(model, heldout)
-    fired = ~result.nu_error_L.isnan()
-    assert int(fired.sum()) > 10
-    torch.testing.assert_close(result.nu_error_L[fired], torch.ones(int(fired.sum()), dtype=torch.float64))
-    torch.testing.assert_close(result.nu_reconstruction_L[fired], torch.ones(int(fired.sum()), dtype=torch.float64))
+    fired = ~result.error.nu_L.isnan()
+    assert int(fired.sum()) > 10 and result.difference == 0
+    for share in result.shares.values():
+        torch.testing.assert_close(share.nu_L[fired], torch.ones(int(fired.sum()), dtype=torch.float64))
+
+
+def test_standard_errors_and_the_difference_are_those_of_dense_arrays(make_model, make_heldout):
+    model, heldout = make_model(folded=False), make_heldout(sizes=(40,))
+    found = scaling_of(model, heldout)
+    raw_BMD = heldout[0].acts_HSMPD[heldout[0].mask_HS][:, :, 0].double()
+    with torch.no_grad():
+        f_BL = model.encode(raw_BMD[:, :, None].float()).double()
+    centred_BMD = raw_BMD - raw_BMD.mean(0)
+    latent = int((f_BL > 0).sum(0).argmax())
+    owner, fires = int(found.owner_L[latent]), f_BL[:, latent] > 0
+    d_D = model.W_dec_LXoDo[latent, owner, 0].detach().double()
+    t_N2 = f_BL[fires, latent][:, None] * (centred_BMD[fires] @ d_D)
+    q_N = 0.5 * t_N2[:, owner] - t_N2[:, 1 - owner]
+    z = q_N.sum() / (q_N.std() * len(q_N) ** 0.5)
+    assert found.activation.below_z_L[latent].item() == pytest.approx(z.item(), rel=1e-5)
+    variance = centred_BMD.square().sum() / 2
+    assert found.difference == pytest.approx((raw_BMD[:, 0] - raw_BMD[:, 1]).square().sum().item() / variance.item())

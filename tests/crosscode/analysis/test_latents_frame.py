@@ -62,9 +62,11 @@ def test_columns_name_the_models(study_of):
     expected = pair.decoder_norm_b / (pair.decoder_norm_a + pair.decoder_norm_b)
     np.testing.assert_allclose(frame["relative_norm_tuned"], expected)
     np.testing.assert_allclose(frame["decoder_norm_base"], pair.decoder_norm_a)
-    np.testing.assert_allclose(frame["beta_error_tuned"], pair.beta_error_b)
-    tags = {"A-only": "base-only", "B-only": "tuned-only", "shared": "shared"}
-    assert frame["tag"].tolist() == [tags[tag] for tag in pair.tag]
+    np.testing.assert_allclose(frame["beta_error_tuned"], pair.scaling.error.beta_L2[:, 1])
+    (verdict,) = study.verdicts
+    assert frame["tag"].tolist() == verdict.names and frame["why"].tolist() == list(verdict.why)
+    ranked = frame["rank_tuned"].dropna().sort_values()
+    assert ranked.index.tolist() == verdict.ranking("tuned")
 
 
 def test_several_pairs_have_columns_of_their_own(study_of):

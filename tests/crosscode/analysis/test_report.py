@@ -1,6 +1,5 @@
 """The page: complete, self-contained, safe with any text, and robust against anything that is missing."""
 
-import html
 import json
 import re
 from html.parser import HTMLParser
@@ -8,10 +7,12 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from crosscode.analysis import plots
-from crosscode.analysis.cards import card_groups, latent_table, min_firings
-from crosscode.analysis.latents_pass import pairs_to_compare, short_names, spread_over_density, study_latents
+from crosscode.analysis.cards import card_groups, latent_table
+from crosscode.analysis.latents_frame import latents_frame
+from crosscode.analysis.latents_pass import pairs_to_compare, spread_over_density, study_latents
 from crosscode.analysis.report import HeldoutText, write_report
+from crosscode.analysis.verdict import MIN_FIRINGS
+from crosscode.analysis.wording import short_names
 from crosscode.errors import InputError
 from crosscode.models import CompoundCrossLayerTranscoder, CrossLayerTranscoder, SAEOrTranscoder, TopkActivation
 from crosscode.models.architecture import split_for
@@ -60,16 +61,6 @@ def page_of(run, **options):
 
 
 @pytest.fixture
-def quick_plots(monkeypatch):
-    """Plots are drawn but not rendered, for tests of everything else on the page."""
-
-    def finish(figure, axes, xlabel, ylabel, label, grid="y"):
-        return f'<svg aria-label="{html.escape(label)}"></svg>'
-
-    monkeypatch.setattr(plots, "finish", finish)
-
-
-@pytest.fixture
 def full_page(make_run, heldout_text):
     return page_of(make_run(), heldout=heldout_text(sizes=(30,)))
 
@@ -79,8 +70,8 @@ def test_the_report_of_a_model_diff_has_all_its_sections(full_page):
         "Training",
         "Held-out reconstruction",
         "base against tuned at blocks.1.hook_resid_post",
-        "Leaning most to base",
         "Leaning most to tuned",
+        "Leaning most to base",
         "Table of latents",
         "Made with",
     ]
@@ -152,20 +143,18 @@ def test_the_strongest_token_is_outlined_and_fully_shaded(full_page):
 
 def test_listed_latents_fire_enough_and_lean_the_right_way(make_model, heldout_text):
     model = make_model(n_latents=64)
-    heldout = heldout_text(sizes=(20,))
+    heldout = heldout_text(sizes=(60,))
     study = study_latents(model, heldout.batches, heldout.split, heldout.position_names)
-    table, least = study.pairs[0], min_firings(study.n_tokens)
-    groups = card_groups(study, heldout.tokenizer)
+    table, groups = study.pairs[0], card_groups(study, heldout.tokenizer)
     assert [len(group.cards) for group in groups] == [5, 5]
-    assert int((study.firing.counts_L < least).sum()) > 0
-    for group, leans in zip(groups, (lambda r: r < 0.5, lambda r: r > 0.5), strict=True):
+    assert int((study.firing.counts_L < MIN_FIRINGS).sum()) > 0
+    for group, leans in zip(groups, (lambda r: r > 0.5, lambda r: r < 0.5), strict=True):
         for card in group.cards:
-            assert study.firing.counts_L[card.latent] >= least and leans(table.relative_norm[card.latent])
-            assert 0 < len(card.top) <= 8
+            assert study.firing.counts_L[card.latent] >= MIN_FIRINGS and leans(table.relative_norm[card.latent])
+            assert 0 < len(card.top) <= 8 and card.why
+    (verdict,) = study.verdicts
     rows = latent_table(study).rows
-    assert all(study.firing.counts_L[int(row[0][0])] > 0 for row in rows)
-    relative = [float(row[1][0]) for row in rows]
-    assert relative == sorted(relative)
+    assert [int(row[0][0]) for row in rows] == [*verdict.ranking("tuned"), *verdict.ranking("base")]
 
 
 @pytest.mark.usefixtures("quick_plots")
@@ -173,9 +162,9 @@ def test_classes_without_latents_are_said_to_be_empty(make_run, make_model, held
     model = make_model()
     with torch.no_grad():
         model.W_dec_LXoDo[:, 1] = 0
-    page = page_of(make_run(model), heldout=heldout_text(sizes=(30,)))
+    page = page_of(make_run(model), heldout=heldout_text(sizes=(60,)))
     assert "Most specific to base" in page.headings() and "Most specific to tuned" in page.headings()
-    assert any("No latent leans to tuned" in text for text in page.text_of["p"])
+    assert any("No latent that fires at least 20 times leans to tuned" in text for text in page.text_of["p"])
 
 
 @pytest.mark.usefixtures("quick_plots")
@@ -229,9 +218,14 @@ def test_latents_of_later_layers_of_a_compound_transcoder_do_not_write_to_earlie
     names = ["base/0.out", "base/1.out"]
     options = {"kind": "compound_cross_layer_transcoder", "n_models": 1, "n_hookpoints": 4, "sizes": (20,)}
     heldout = heldout_text(names, **options)
-    table = study_latents(model.eval(), heldout.batches, heldout.split, names).pairs[0]
-    assert set(table.tag[:12]) == {"shared"} and set(table.tag[12:]) == {"B-only"}
-    assert table.encoder_cosine.isnan().all()
+    study = study_latents(model.eval(), heldout.batches, heldout.split, names)
+    (verdict,) = study.verdicts
+    assert "structural" not in verdict.tag[:12] and set(verdict.tag[12:]) == {"structural"}
+    assert verdict.why[12] == "The architecture cannot write it to 0.out: that is no finding."
+    assert not set(verdict.ranking("1.out")) & set(range(12, 24))
+    assert study.pairs[0].encoder_cosine.isnan().all()
+    frame = latents_frame(study)
+    assert (frame["layer"][12], frame["index"][12]) == ("1", 0) and study.name_of(12) == "12 (1, 0)"
     page = page_of(make_run(model, position_names=names), heldout=heldout_text(names, **options))
     assert "0.out against 1.out" in page.headings()
 
@@ -241,8 +235,8 @@ def test_a_crosscoder_of_three_models_and_two_hookpoints(make_run, make_model, h
     names = [f"{model}/{hook}" for model in ("m0", "m1", "m2") for hook in ("h0", "h1")]
     run = make_run(make_model(3, 2), position_names=names)
     page = page_of(run, heldout=heldout_text(names, n_models=3, n_hookpoints=2))
-    wanted = ["m0 against m1 at h0", "m0 against m1 at h1", "m0 against m2 at h0", "m0 against m2 at h1"]
-    assert [h for h in page.headings() if "against" in h] == wanted
+    assert [h for h in page.headings() if "against" in h] == ["m0 against m1", "m0 against m2"]
+    assert {"Relative decoder norm at h0", "Relative decoder norm at h1"} <= set(page.text_of["h3"])
     assert "FVU, worst position" in page.text_of["dt"]
 
 
