@@ -144,6 +144,7 @@ class TrainerState(Stored):
     step: Count
     tokens: Count
     seconds: float
+    evaluation_due: bool = False
     metrics: SavedMetrics
     optimizer: dict[str, Any]
     firing: dict[str, Any]

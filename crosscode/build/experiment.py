@@ -5,7 +5,7 @@ Axes: B tokens · M models · P hookpoints · D width · H sequences of a harves
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -119,18 +119,27 @@ class Experiment(Activations, AnyExperiment):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
             yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD)
 
+    def n_evaluated(self, n_tokens: int | None = None) -> int:
+        settings = self.config.evaluation
+        spliced = 0 if settings.loss_recovered == "never" else settings.loss_recovered_n_tokens
+        return super().n_evaluated(n_tokens) + 2 * spliced
+
     def evaluate(
-        self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
+        self,
+        model: BaseCrosscoder,
+        scaling_MP: Tensor | None = None,
+        n_tokens: int | None = None,
+        through: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> EvaluationResult:
         """Reconstruction, and what it costs to splice it into the language models."""
         settings = self.config.evaluation
-        result = super().evaluate(model, scaling_MP, n_tokens)
+        result = super().evaluate(model, scaling_MP, n_tokens, through)
         if settings.loss_recovered == "never" or (settings.loss_recovered == "end" and scaling_MP is not None):
             return result
         found = measure_loss_recovered(
             model,
             self.harvester,
-            build_token_loader(self, heldout=True),
+            through(build_token_loader(self, heldout=True)),
             self.split,
             self.config.position_names(),
             scaling_MP,
@@ -139,7 +148,7 @@ class Experiment(Activations, AnyExperiment):
         )
         layered = None
         if scaling_MP is None:
-            tokens, n_layered = build_token_loader(self, heldout=True), settings.loss_recovered_n_tokens
+            tokens, n_layered = through(build_token_loader(self, heldout=True)), settings.loss_recovered_n_tokens
             layered = measure_replacement_model(model, self.harvester, tokens, self.split, n_layered, self.norm_limit())
         return replace(result, loss_recovered=found, replacement_model=layered)
 

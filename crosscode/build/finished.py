@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import open_run
 from crosscode.stored import Evaluation, read_json
+from crosscode.trainers.progress import Progress
 from crosscode.trainers.warm_start import find_model, load_folded
 
 log = logging.getLogger("crosscode")
@@ -94,22 +96,24 @@ class FinishedRun:
             found = measure_reconstruction(self.model, batches, experiment.split, names).max_activation_L
         return torch.tensor(found, dtype=torch.float32)
 
-    def evaluate(self, n_tokens: int | None = None) -> EvaluationResult:
+    def evaluate(self, n_tokens: int | None = None, *, progress: bool = False) -> EvaluationResult:
         """Held-out figures. As configured they are kept in the run; on another number of activations they are not."""
-        result = self.experiment.evaluate(self.model, n_tokens=n_tokens)
+        experiment, model = self.experiment, self.model
+        with Progress(experiment.n_evaluated(n_tokens), what="evaluate", unit="token", enabled=progress) as shown:
+            result = experiment.evaluate(model, n_tokens=n_tokens, through=shown.through)
         if n_tokens is not None and result.n_tokens < n_tokens:
             log.warning("n_tokens = %d: only %d are held out; the figures are of these", n_tokens, result.n_tokens)
         if n_tokens is None:
-            self._keep(result)
+            self.keep(result.to_json())
         return result
 
-    def _keep(self, result: EvaluationResult) -> None:
+    def keep(self, evaluation: dict[str, Any]) -> None:
         """In the run, where it may be written, no process is training it, and none has since this one began to look."""
         try:
             with self.directory.held():
                 if self.directory.seen() != self._seen:
                     raise InputError("another process has worked on it meanwhile")
-                self.directory.write_evaluation(result.to_json())
+                self.directory.write_evaluation(evaluation)
         except (InputError, OSError) as error:
             log.warning("the figures are not kept in the run: %s", error)
 

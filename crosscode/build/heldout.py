@@ -6,7 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width · H sequences of a harves
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +101,18 @@ class AnyExperiment(ABC):
         for batch in self.heldout_batches(n_tokens):
             yield batch.usable()
 
+    def n_evaluated(self, n_tokens: int | None = None) -> int:
+        """About how many tokens `evaluate` runs through."""
+        return n_tokens or self.config.evaluation.n_tokens
+
     def evaluate(
-        self, model: BaseCrosscoder, scaling_MP: Tensor | None = None, n_tokens: int | None = None
+        self,
+        model: BaseCrosscoder,
+        scaling_MP: Tensor | None = None,
+        n_tokens: int | None = None,
+        through: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> EvaluationResult:
-        """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`."""
-        activations = self.heldout_activations(n_tokens)
+        """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`. `through` looks
+        on as batches go by."""
+        activations = (batch.usable() for batch in through(self.heldout_batches(n_tokens)))
         return measure_reconstruction(model, activations, self.split, self.output_names(), scaling_MP)

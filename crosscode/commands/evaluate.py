@@ -35,12 +35,12 @@ def run(options: Options) -> None:
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
     if options.closes:
         check_closes(run)
-    result = run.evaluate(options.n_tokens)
+    result = run.evaluate(options.n_tokens, progress=True)
     shown = {name: value for name, value in result.to_json().items() if not name.endswith("_L")}
     if options.closes:
         shown["closes"] = asdict(closes_of(run))
         if options.n_tokens is None:
-            run.directory.write_evaluation(result.to_json() | {"closes": shown["closes"]})
+            run.keep(result.to_json() | {"closes": shown["closes"]})
     print(json_text(shown))
     result.check_finite()
 

@@ -87,7 +87,8 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     """
     from crosscode.build.data import Activations, build_token_loader, open_activations
     from crosscode.data.store.harvest import harvest_to_store
-    from crosscode.trainers.interruption import StopSignals
+    from crosscode.data.store.reader import ActivationCache
+    from crosscode.stopping import Stopped, StopSignals, check_not_stopped
     from crosscode.trainers.progress import Progress
 
     cache = config.data.cache
@@ -101,17 +102,23 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
 
         def on_progress(n_rows: int, n_bytes: int) -> None:
             shown.show(n_rows, f"{n_bytes / 2**30:.2f} GiB")
-            if stop.received:
-                raise Interrupted(f"stopped by {stop.received} at {n_rows} activations; the same command goes on")
+            check_not_stopped()
 
-        store = harvest_to_store(
-            build_token_loader(activations, heldout=False),
-            activations.harvester,
-            cache.path,
-            **cache.arguments(),
-            max_rows=n_tokens,
-            on_progress=on_progress,
-        )
+        try:
+            store = harvest_to_store(
+                build_token_loader(activations, heldout=False),
+                activations.harvester,
+                cache.path,
+                **cache.arguments(),
+                max_rows=n_tokens,
+                on_progress=on_progress,
+            )
+        except Stopped:
+            n_rows = ActivationCache(cache.path).n_rows
+            if n_rows == 0:
+                raise
+            stopped = f"stopped by {stop.received} at {n_rows} activations; the same command goes on"
+            raise Interrupted(stopped) from None
     if store.n_rows == 0:
         raise InputError(f"data.cache.max_gb = {cache.max_gb}: too small for the activations of one harvest")
     return store

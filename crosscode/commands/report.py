@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from crosscode.errors import InputError
 
 if TYPE_CHECKING:
     from crosscode.build.finished import FinishedRun
-    from crosscode.build.heldout import HeldoutBatch
 
 
 class Options(ConfigModel):
@@ -51,11 +49,12 @@ def report_run(
         trust_remote_code: as of `load_own_config`.
 
     Raises:
-        InputError: no run there, or no folder for a table.
+        InputError: no run there, another process is at work in it, or no folder for a table.
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.finished import FinishedRun
     from crosscode.commands.parts.reading import unembed_of
+    from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
         if path is not None and not path.parent.is_dir():
@@ -65,23 +64,13 @@ def report_run(
 
     def heldout() -> HeldoutText:
         experiment = run.experiment
-        batches = _shown(experiment.heldout_batches(n_tokens), n_tokens or run.config.evaluation.n_tokens)
+        batches = shown.through(experiment.heldout_batches(n_tokens))
         names = experiment.output_names()
         return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed_of(experiment))
 
-    return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
-
-
-def _shown(batches: Iterable[HeldoutBatch], n_tokens: int) -> Iterator[HeldoutBatch]:
-    """With the progress of whoever reads them."""
-    from crosscode.trainers.progress import Progress
-
-    done = 0
-    with Progress(n_tokens, what="report", unit="token") as progress:
-        for batch in batches:
-            yield batch
-            done += int(batch.mask_HS.sum())
-            progress.show(done, "")
+    n_shown = n_tokens or run.config.evaluation.n_tokens
+    with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:
+        return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
 
 
 COMMAND = Command("write RUN/report.html and an explorer of all latents", run, Options, positional="run_dir")

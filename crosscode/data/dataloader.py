@@ -19,6 +19,7 @@ from crosscode.data.scaling import estimate_scaling
 from crosscode.data.shuffle import DEFAULT_CAPACITY, ShuffleBuffer
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, check_at_least, check_settings, fitting
+from crosscode.stopping import Stopped, interruptible
 
 log = logging.getLogger("crosscode")
 
@@ -139,7 +140,8 @@ def _as_rows(source: TokenSequenceLoader | RowSource, harvester: ActivationHarve
 
 
 class _BatchIterator(Iterator[torch.Tensor]):
-    """Position: the row stream's, the rows that have come but are not in the buffer, and the buffer's."""
+    """Position: the row stream's, the rows that have come but are not in the buffer, and the buffer's. Where a signal ends
+    the wait for rows (`Stopped`), it is that of before: what was read of them is read again."""
 
     def __init__(self, loader: ActivationsDataloader, start: dict[str, Any] | None) -> None:
         self._loader = loader
@@ -149,6 +151,7 @@ class _BatchIterator(Iterator[torch.Tensor]):
             self._scale_MP1 = self._scaling_MP.to(loader.device)[..., None]
         state = start if start is not None and start["started"] else None
         self._stream = loader.rows.open(None if state is None else state["rows"])
+        self._stopped_at: dict[str, Any] | None = None
         self._waiting_RMPD = self._no_rows() if state is None else state["waiting_RMPD"].to(loader.rows.device)
         self._ended = state is not None and bool(state["ended"])
         self._filled = state is not None and bool(state["filled"])
@@ -167,7 +170,7 @@ class _BatchIterator(Iterator[torch.Tensor]):
         return {
             **self._loader._settings(),
             "started": 1,
-            "rows": self._stream.state_dict(),
+            "rows": self._stopped_at or self._stream.state_dict(),
             "waiting_RMPD": self._waiting_RMPD.clone(),
             "buffer": self._buffer.state_dict(),
             "ended": int(self._ended),
@@ -209,7 +212,11 @@ class _BatchIterator(Iterator[torch.Tensor]):
         parts, n_rows = [], 0
         while n_rows < size and not self._ended:
             if self._waiting_RMPD.shape[0] == 0:
-                self._next_rows()
+                try:
+                    self._next_rows()
+                except Stopped:
+                    self._waiting_RMPD = torch.cat([self._waiting_RMPD, *parts])
+                    raise
                 continue
             parts.append(self._waiting_RMPD[: size - n_rows])
             n_rows += parts[-1].shape[0]
@@ -218,7 +225,13 @@ class _BatchIterator(Iterator[torch.Tensor]):
 
     def _next_rows(self) -> int:
         """Fetch the next rows into the waiting ones; their epoch, or -1 at the end of the data."""
-        rows = next(self._stream, None)
+        before = self._stream.state_dict()
+        try:
+            with interruptible():
+                rows = next(self._stream, None)
+        except Stopped:
+            self._stopped_at = before
+            raise
         if rows is None:
             self._ended = True
             return -1

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
 from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
@@ -112,14 +113,14 @@ class _hub:
         self.name = name
 
     def __enter__(self) -> None:
-        return None
+        look_for_hub()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from httpx import HTTPError
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         if isinstance(error, (HTTPError, HfHubHTTPError, LocalEntryNotFoundError)):
-            raise InputError(f"hub {self.name!r}: {first_line(error)}") from error
+            raise InputError(f"hub {self.name!r}: {look_for_hub() or first_line(error)}") from error
 
 
 # ---- the card

@@ -171,7 +171,7 @@ class RunDirectory:
         check_is_no_link(file)
         if not file.exists():
             self._made.insert(0, file)
-        with held(file, f"run_dir: another process is training in {str(self.path)!r}"):
+        with held(file, f"run_dir: another process is at work in {str(self.path)!r}"):
             yield
 
     def check_not_held(self) -> None:

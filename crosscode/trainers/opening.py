@@ -14,7 +14,9 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.folding import check_scaling
 from crosscode.objectives.base import Objective
 from crosscode.runs.directory import RunDirectory
+from crosscode.stopping import check_not_stopped, interruptible
 from crosscode.trainers.phases import Phases
+from crosscode.trainers.source import ActivationSource
 
 
 class Beginner(Protocol):
@@ -44,14 +46,25 @@ def check_ready(model: BaseCrosscoder, scaling_in_Xi: Tensor, scaling_out_Xo: Te
     check_scaling(model, scaling_in_Xi, scaling_out_Xo)
 
 
+def first_batch(
+    trainers: Sequence[Beginner], data: ActivationSource, step: int
+) -> tuple[Iterator[Tensor], Tensor | None]:
+    """The stream, and what `next_batch` takes from it; a signal ends the wait at once (`Stopped`): nothing is lost yet."""
+    with interruptible():
+        batches = iter(data)
+        return batches, next_batch(trainers, batches, step)
+
+
 def next_batch(trainers: Sequence[Beginner], batches: Iterator[Tensor], step: int) -> Tensor | None:
     """`acts_BMPD` for trainers on one stream, each of which counts the time; None at the end of data or of training.
 
     Raises:
         InputError: there is not even a first batch.
+        Stopped: a signal came; the position of the stream is that before this batch.
     """
     if step >= trainers[0].n_steps:
         return None
+    check_not_stopped()
     with ExitStack() as harvest:
         for trainer in trainers:
             harvest.enter_context(trainer.phases("harvest"))

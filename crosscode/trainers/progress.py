@@ -8,13 +8,22 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+_Masked = TypeVar("_Masked", bound="HasMask")
 SECONDS_BETWEEN_LINES = 10.0
 N_MARKS = 6
+
+
+class HasMask(Protocol):
+    """Sequences, and which of their tokens count."""
+
+    @property
+    def mask_HS(self) -> Tensor: ...
 
 
 class Progress:
@@ -73,6 +82,12 @@ class Progress:
                 self._last_line = now
                 self._print(f"{self._pace(now, done)}{figures}")
                 self._marks.append((now, done))
+
+    def through(self, batches: Iterable[_Masked]) -> Iterator[_Masked]:
+        """The same batches, the usable tokens of each counted as done when the next one is asked for."""
+        for batch in batches:
+            yield batch
+            self.show((self._done or 0) + int(batch.mask_HS.sum()), "")
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
+from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import Evaluate, EvaluationResult
 from crosscode.evaluation.precision import float32_products
 from crosscode.models.base import BaseCrosscoder
@@ -25,6 +26,7 @@ from crosscode.runs.histograms import latent_histograms
 from crosscode.runs.loggers import Logger
 from crosscode.runs.metrics import Metrics
 from crosscode.runs.random_state import RandomState
+from crosscode.stopping import Stopped, StopSignals, interruptible
 from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
@@ -33,8 +35,7 @@ from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
-from crosscode.trainers.interruption import Stopped, StopSignals, interruptible
-from crosscode.trainers.opening import check_parts, check_ready, next_batch, open_runs
+from crosscode.trainers.opening import check_parts, check_ready, first_batch, next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases, peak_memory_gib
 from crosscode.trainers.progress import Progress
@@ -104,6 +105,7 @@ class Trainer:
         self.progress = Progress(self.n_steps, enabled=progress)
         self.callbacks = Callbacks(callbacks)
         self.step = self.tokens = 0
+        self._evaluation_due = False
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState()}
         self.recent = RecentActivations(model, config.grad_accumulation)
@@ -118,29 +120,32 @@ class Trainer:
         """Run to the last step; write metrics, checkpoints, `final/` and the summary; return held-out figures.
 
         Raises:
-            Interrupted: a signal came; the run is saved.
+            Interrupted: a signal came; the run is saved. Before a new run begins the signal has its usual effect instead.
             NonFiniteLoss, OutOfMemory, CheckpointNotSaved: with what to do about it.
         """
         products = float32_products(tf32=self.config.tf32)
         with StopSignals() as stop, products, self.progress, closing(self.data), ExitStack() as opened:
-            batches = iter(self.data)
-            acts_BMPD = next_batch([self], batches, self.step)
+            try:
+                batches, acts_BMPD = first_batch([self], self.data, self.step)
+            except Stopped:
+                raise self._interrupted(stop) if self._resumed else Stopped from None
             open_runs([self], opened)
             self.start()
-            while self.step < self.n_steps:
+            while self.step < self.n_steps and not self._evaluation_due:
                 if acts_BMPD is None:
                     log.warning("the data ended at step %d of %d: training stops", self.step, self.n_steps)
                     self.save_checkpoint()
                     break
                 self.train_step(acts_BMPD)
-                if stop.received:
+                try:
+                    acts_BMPD = next_batch([self], batches, self.step)
+                except Stopped:
                     break
-                acts_BMPD = next_batch([self], batches, self.step)
             with suppress(Stopped):
                 if not stop.received:
                     return self.finish()
             self.save_and_close()
-            raise stop.interrupted(self.step, self.n_steps, f"crosscode train --resume {self.run.path}")
+            raise self._interrupted(stop)
 
     def open(self) -> None:
         """Make the run directory, or clear it up where the run goes on, and begin to log. The run must be held."""
@@ -156,6 +161,8 @@ class Trainer:
         self.model.train()
         self.optimizer_plan.start_training(self.optimizer)
         self.progress.start(self.step)
+        if self._evaluation_due:
+            self._evaluate_in_training()
 
     def train_step(self, acts_BMPD: Tensor) -> None:
         """One update, and whatever is due after it."""
@@ -229,6 +236,9 @@ class Trainer:
             evaluation.check_finite()
         return evaluation
 
+    def _interrupted(self, stop: StopSignals) -> Interrupted:
+        return stop.interrupted(self.step, self.n_steps, f"crosscode train --resume {self.run.path}")
+
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.n_steps)
 
@@ -263,8 +273,10 @@ class Trainer:
 
     def _evaluate_in_training(self) -> None:
         self.optimizer_plan.start_evaluation(self.optimizer)
-        with suppress(Stopped):  # the loop looks whether a signal came
+        self._evaluation_due = True
+        with suppress(Stopped):  # the loop looks whether a signal came; what it ended is done when the run goes on
             self._evaluate(self.data.scaling_MP)
+            self._evaluation_due = False
         self.optimizer_plan.start_training(self.optimizer)
 
     def _evaluate(self, scaling_MP: Tensor | None) -> EvaluationResult | None:
@@ -287,7 +299,7 @@ class Trainer:
             CheckpointNotSaved: the disk refuses (`or_warn`: say so, and go on).
         """
         self.guard.check(self.checkpoints.newest_name())
-        self.saver.save(self.counts(), or_warn=or_warn)
+        self.saver.save({**self.counts(), "evaluation_due": self._evaluation_due}, or_warn=or_warn)
         if self.saver.saved_step == self.step:
             self.callbacks.checkpoint(self, self.run.checkpoint(self.step))
 
@@ -296,5 +308,6 @@ class Trainer:
         if step is not None:
             state = self.saver.load(step)
             self.step, self.tokens, self.phases.training_s_before = state["step"], state["tokens"], state["seconds"]
+            self._evaluation_due = state.get("evaluation_due", False)
             warn_of_changes(state["rules"], self.model)
         self._resumed = True

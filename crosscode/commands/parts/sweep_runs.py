@@ -29,9 +29,9 @@ from crosscode.files import check_is_no_link, check_may_be_filled, remove, write
 from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import MARKER, read_marker, write_marker
+from crosscode.stopping import Stopped, StopSignals
 from crosscode.trainers.faults import NonFiniteLoss
-from crosscode.trainers.interruption import Stopped, StopSignals
-from crosscode.trainers.opening import next_batch, open_runs
+from crosscode.trainers.opening import first_batch, next_batch, open_runs
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.source import ActivationSource
 from crosscode.trainers.trainer import Trainer
@@ -180,8 +180,11 @@ def _train_side_by_side(
     n_steps = next(iter(running.values())).n_steps
     position = min(trainer.step for trainer in running.values())
     with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
-        batches = iter(data)
-        acts_BMPD = next_batch(list(running.values()), batches, position)
+        go_on = f"crosscode sweep --resume {file.folder}"
+        try:
+            batches, acts_BMPD = first_batch(list(running.values()), data, position)
+        except Stopped:
+            raise stop.interrupted(position, n_steps, go_on) if held else Stopped from None
         _open(list(running.values()), file, runs, held=held)
         for trainer in running.values():
             trainer.start()
@@ -195,8 +198,8 @@ def _train_side_by_side(
             _each(running, file, methodcaller("train_step", acts_BMPD), due)
             position += 1
             bar.advance(next((trainer.metrics.last for trainer in running.values()), {}))
-            if running and not stop.received:
-                acts_BMPD = next_batch(list(running.values()), batches, position)
+            with suppress(Stopped):
+                acts_BMPD = next_batch(list(running.values()), batches, position) if running else None
         for label, trainer in list(running.items()):
             if stop.received:
                 break
@@ -205,7 +208,7 @@ def _train_side_by_side(
                 running.pop(label, None)
         if stop.received and running:
             _each(running, file, methodcaller("save_and_close"))
-            raise stop.interrupted(position, n_steps, f"crosscode sweep --resume {file.folder}", f" ({file.state()})")
+            raise stop.interrupted(position, n_steps, go_on, f" ({file.state()})")
     return list(file.rows.values())
 
 

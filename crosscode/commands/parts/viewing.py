@@ -111,7 +111,7 @@ class ReportServer(ThreadingTCPServer):
         n_latents = read_config(self.run.model_folder)["model"]["n_latents"]
         if latent >= n_latents:
             raise InputError(f"latent = {latent}: must be below {n_latents}")
-        with self._notes_lock:
+        with self._notes_lock, self.run.directory.held():
             self.file("/index.html")  # neither replaced by a link nor gone
             found = {**self.notes(), str(latent): text}
             kept = {key: found[key] for key in sorted(found, key=lambda key: (len(key), key)) if found[key].strip()}

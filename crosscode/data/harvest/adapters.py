@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from crosscode.data.harvest.language_models import LanguageModel, freeze, shared_copy
+from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import TOKENIZER_FILES, load_tokenizer
 from crosscode.errors import InputError
 
@@ -60,6 +61,7 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
     if folder.is_dir():
         repo, found = str(folder), [folder / file for file in (_CONFIG, *_WEIGHTS) if (folder / file).is_file()]
     else:
+        look_for_hub()
         *owner_and_name, subfolder = [*name.split("/", 2), *([""] * (2 - name.count("/")))][:3]
         repo = "/".join(part for part in owner_and_name if part)
         options = {"revision": revision, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}

@@ -14,6 +14,7 @@ from crosscode.data.harvest.language_models import DTYPES, LanguageModel, check_
 from crosscode.data.harvest.model_runs import BridgeRun, HarvestPath, make_run
 from crosscode.data.harvest.probe import check_names, probe_widths
 from crosscode.errors import InputError
+from crosscode.stopping import interruptible
 
 _RESIDUAL_NUMBERS_PER_THREAD = 3 << 17
 
@@ -103,7 +104,8 @@ class ActivationHarvester:
                 def keep(p: int, act: torch.Tensor, out_HSMPD: torch.Tensor = out_HSMPD[part], m: int = m) -> None:
                     out_HSMPD[:, :, m, p] = act.reshape(*out_HSMPD.shape[:2], -1)
 
-                run(tokens_HS[part], None if positions_HS is None else positions_HS[part], keep)
+                with interruptible():
+                    run(tokens_HS[part], None if positions_HS is None else positions_HS[part], keep)
         return out_HSMPD
 
     def _check_tokens(self, tokens_HS: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from crosscode.data.harvest.adapters import Adapter, apply_adapter, find_adapter
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze
+from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError, first_line
 
@@ -138,6 +139,7 @@ def _find_adapter(
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    look_for_hub()
     with _one_line_errors(path, revision):
         is_alone = find_adapter_config_file(path, revision=revision) and not cached_file(
             path, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
@@ -204,6 +206,7 @@ def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | N
     if not path.is_dir():
         if _looks_like_a_path(name_or_path):
             raise InputError(f"language model {name_or_path!r}: no such folder")
+        look_for_hub()
         return name_or_path, gguf_file
     if gguf_file is not None and not (path / gguf_file).is_file():
         raise InputError(f"gguf_file: {gguf_file!r} is not in folder {str(path)!r}")

@@ -22,6 +22,7 @@ from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import check_at_least
 from crosscode.seeds import derived_seed
+from crosscode.stopping import interruptible, uninterrupted
 
 log = logging.getLogger("crosscode")
 
@@ -43,8 +44,8 @@ def harvest_to_store(
     `store`: `dtype`, `shard_bytes` and `max_bytes`, as `HarvestThroughStore` takes them. A store that is there
     already is checked row by row, then continued after its last whole shard, or left as it is if it is complete.
     Stops at the end of the data, below `max_bytes`, or at the first harvest that reaches `max_rows`.
-    `on_progress(n_rows, n_bytes)` is called after each harvest. Raises InputError for bad arguments and StoreError
-    as `ActivationCacheWriter` does.
+    `on_progress(n_rows, n_bytes)` is called after each harvest. Raises InputError for bad arguments, StoreError
+    as `ActivationCacheWriter` does, and `Stopped` with all stored that was harvested.
     """
     check_at_least(1, max_rows=max_rows)
     through = HarvestThroughStore(token_loader, harvester, path, **store)
@@ -52,10 +53,12 @@ def harvest_to_store(
         n_rows, n_bytes = writer.n_rows, writer.n_bytes
         if n_rows:
             log.info("store %s: checking the %d activations that it holds", path, n_rows)
-            ActivationCache(path).verify()
+            with interruptible():
+                ActivationCache(path).verify()
         stream = through.harvested.open(writer.resume_state)
         while not writer.finished and not writer.full and (max_rows is None or n_rows < max_rows):
-            item = next(stream, None)
+            with interruptible():
+                item = next(stream, None)
             if item is None:
                 writer.finish()
                 break
@@ -191,7 +194,8 @@ class _ThroughStream:
     def _warn_only(self, action: Callable[..., Any], *args: Any) -> Any:
         """Training goes on where the disk refuses: the store saves time and decides nothing."""
         try:
-            return action(*args)
+            with uninterrupted():
+                return action(*args)
         except StoreNotWritten as error:
             log.warning("%s; training goes on, and what is not stored is harvested again each epoch", error)
             return None

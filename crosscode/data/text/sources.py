@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from crosscode.data.hub import look_for_hub
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream, document_of, hash_documents
 from crosscode.data.text.streams import StreamedDocuments, fresh_stream, one_line_errors
 from crosscode.errors import InputError, first_line
@@ -88,20 +89,22 @@ def load_documents(
 
     if text_unit not in ("document", "paragraph", "line"):
         raise InputError(f"text_unit: {text_unit!r} is not one of document, paragraph, line")
-    path = Path(path_or_name).expanduser()
+    path, unreachable = Path(path_or_name).expanduser(), None
     try:
         if path.exists():
             data = _load_local(path, column=column, split=split, streaming=streaming, text_unit=text_unit)
         elif path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1 or _kind_of(path):
             raise InputError(f"dataset {path_or_name!r}: no such file or folder")
         else:
+            unreachable = look_for_hub()
             data = datasets.load_dataset(path_or_name, subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, InputError):
             raise
         # `datasets` says only that it failed, and gives the reason as the cause.
         told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-        raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {first_line(told)}") from error
+        reason = unreachable or first_line(told)
+        raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {reason}") from error
     return wrap_documents(data, column=column, name=path_or_name)
 
 

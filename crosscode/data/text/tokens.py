@@ -133,6 +133,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
     def __init__(self, loader: TokenSequenceLoader, start: dict[str, Any] | None) -> None:
         self._loader = loader
         self._policy = loader.policy
+        self._settings = loader.describe()
         state = start or {}
         self._epoch = int(state.get("epoch", 0))
         self._n_sequences = int(state.get("n_sequences", 0))
@@ -154,7 +155,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
             start, n_tokens = self._starts[0]
             n_used = n_tokens - (self._tokens_T.numel() - sum(n for _, n in itertools.islice(self._starts, 1, None)))
         return {
-            "settings": self._loader.describe(),
+            "settings": self._settings,
             "epoch": self._epoch,
             "n_sequences": self._n_sequences,
             "source": start.source,

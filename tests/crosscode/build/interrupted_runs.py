@@ -4,6 +4,7 @@ Takes a JSON file with a list of scenarios and writes the exit status of each in
 file, or a run to resume; the signal that the process sends to itself, if any; and where.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import load_config
 from crosscode.commands import cli
 from crosscode.commands.parts.libraries import quiet_libraries
+from crosscode.data import rows as rows_module
+from crosscode.data.rows import harvest_usable
 from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers import saver as saver_module
 from crosscode.trainers.trainer import Trainer
@@ -55,6 +58,22 @@ def strike(scenario):
             original(self, metrics)
 
         return mock.patch.object(JsonlLogger, "log", log)
+    if place in (
+        "harvest",
+        "harvested",
+    ):  # within the wait for a batch, before or after the activations of the n-th are there
+        calls = itertools.count(1)
+
+        def harvest(*args):
+            due = next(calls) == step
+            if due and place == "harvest":
+                os.kill(os.getpid(), number)
+            rows = harvest_usable(*args)
+            if due and place == "harvested":
+                os.kill(os.getpid(), number)
+            return rows
+
+        return mock.patch.object(rows_module, "harvest_usable", harvest)
     assert place == "checkpoint"  # one of its files is written, the others are not
     due = lambda folder, state: state["step"] == step  # noqa: E731
     return mock.patch.object(saver_module, "write_state", before(saver_module.write_state, due))

@@ -36,9 +36,17 @@ STRIKES = [
     ("SIGTERM", 8, "evaluation"),
     ("SIGKILL", 8, "evaluation"),
     ("SIGTERM", 9, "checkpoint"),
+    ("SIGTERM", 10, "harvest"),
+    ("SIGTERM", 9, "harvested"),
     ("SIGKILL", 10, "evaluation"),  # the trained model is saved already
 ]
-STORED_STRIKES = [("SIGTERM", 6, "update"), ("SIGKILL", 5, "row"), ("SIGKILL", 8, "update")]
+STORED_STRIKES = [
+    ("SIGTERM", 6, "update"),
+    ("SIGTERM", 14, "harvest"),
+    ("SIGTERM", 13, "harvested"),
+    ("SIGKILL", 5, "row"),
+    ("SIGKILL", 8, "update"),
+]
 EXIT_INTERRUPTED = 75
 
 

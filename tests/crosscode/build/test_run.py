@@ -189,9 +189,9 @@ def test_a_run_that_is_being_trained_is_left_alone(half_run, write, tmp_path, ca
     before = sorted(run.rglob("*"))
     config = write(overwrite=True)
     with RunDirectory(run).held():
-        for arguments in (["--resume", str(run)], [config]):
-            assert main(["train", *arguments]) == 2
-            assert "another process is training in" in capfd.readouterr().err
+        for arguments in (["train", "--resume", str(run)], ["train", config], ["report", str(run)]):
+            assert main(arguments) == 2
+            assert "another process is at work in" in capfd.readouterr().err
     assert sorted(run.rglob("*")) == before
     assert main(["train", "--resume", str(run)]) == 0
 
@@ -207,6 +207,21 @@ def test_a_run_that_is_not_over_is_evaluated_at_its_newest_checkpoint(half_run, 
     assert main(["evaluate", str(run)]) == 0
     whole = json.loads(capfd.readouterr().out)
     assert whole["fvu"] == json.loads((run / "evaluation.json").read_text())["fvu"] < half["fvu"]
+
+
+def test_an_evaluation_says_how_far_it_is_and_keeps_nothing_beside_another_process(
+    half_run, tmp_path, capfd, monkeypatch
+):
+    run = tmp_path / "run"
+    monkeypatch.setattr("crosscode.trainers.progress.SECONDS_BETWEEN_LINES", 0)
+    before = sorted(run.rglob("*"))
+    with RunDirectory(run).held():
+        assert main(["evaluate", str(run)]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(shown.out)["fvu"] > 0
+    assert re.search(r"^token \d+/\d+", shown.err, re.MULTILINE)
+    assert "the figures are not kept in the run" in shown.err
+    assert sorted(run.rglob("*")) == before
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(half_run, tmp_path, capfd):

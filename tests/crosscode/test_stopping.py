@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
+import torch
 
 from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import EvaluationResult
-from crosscode.trainers.interruption import StopSignals
+from crosscode.stopping import Stopped, StopSignals, interruptible, uninterrupted
 from crosscode.trainers.progress import Progress
+from crosscode.trainers.source import as_source
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -56,7 +59,7 @@ def test_outside_the_main_thread_training_leaves_signals_alone(make_trainer):
 def test_a_second_signal_ends_the_process_by_that_signal(numbers):
     code = f"""
 import os, signal
-from crosscode.trainers.interruption import StopSignals
+from crosscode.stopping import StopSignals
 with StopSignals() as stop:
     os.kill(os.getpid(), signal.{numbers[0]})
     print(stop.received, flush=True)
@@ -86,6 +89,48 @@ def test_a_signal_within_an_evaluation_ends_it_at_once_and_saves(name, at, make_
     assert not waited and trainer.run.steps()[-1] == at
     assert not (trainer.run.path / "summary.json").exists()
     assert trainer.run.final.exists() == (at == 4)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_before_the_first_batch_leaves_no_trace(resumed, make_trainer):
+    def batches():
+        signal.raise_signal(signal.SIGINT)
+        yield torch.zeros(64, 2, 1, 8)
+
+    trainer = make_trainer(n_steps=4)
+    trainer.data, trainer._resumed = as_source(batches()), resumed
+    before = sorted(trainer.run.path.rglob("*"))
+    with pytest.raises(Interrupted if resumed else KeyboardInterrupt):
+        trainer.train()
+    assert sorted(trainer.run.path.rglob("*")) == before and trainer.step == 0
+
+
+def test_what_must_end_as_a_whole_is_not_interrupted():
+    done = []
+    with suppress(KeyboardInterrupt), StopSignals(), interruptible():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("whole")
+        done.append("after")
+    assert done == ["whole"]
+
+
+def test_other_threads_are_stopped_where_they_begin_anew():
+    found = []
+
+    def work():
+        try:
+            with interruptible():
+                found.append("went on")
+        except Stopped:
+            found.append("stopped")
+
+    with StopSignals():
+        signal.raise_signal(signal.SIGTERM)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == ["stopped"]
 
 
 def test_what_is_ignored_stays_ignored():

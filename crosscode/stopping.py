@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave; a second signal leaves at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: finish the step, save, leave; a second signal leaves at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Stopped(BaseException):
-    """A signal came within `interruptible`."""
+    """A signal came within `interruptible`. Where it leaves the block of `StopSignals`, nothing was there to save: the
+    signal then has its usual effect."""
 
 
 class StopSignals:
@@ -27,10 +28,14 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._received: str | None = None
         self._before: dict[signal.Signals, Any] = {}
-
         self.may_raise = False
+
+    @property
+    def received(self) -> str | None:
+        """Name of the signal that came; in other threads the one that came in the main thread."""
+        return self._received or (_active._received if _active else None)
 
     def interrupted(self, step: int, n_steps: int, command: str, also: str = "") -> Interrupted:
         """What to raise once all is saved."""
@@ -45,19 +50,22 @@ class StopSignals:
             _active = self
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         global _active
-        _active = None
+        if _active is self:
+            _active = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if kind is Stopped and self._received:
+            signal.raise_signal(signal.Signals[self._received])
 
     def _first(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        name = self._received = signal.Signals(number).name
         for each in self._before:
             signal.signal(each, _leave_at_once)
         # Not through a logger or a stream: the signal may have come while one of these was at work.
-        text = f"crosscode: {self.received}: finishing the step and saving; a second signal ends at once\n"
+        text = f"crosscode: {name}: finishing the step and saving; a second signal ends at once\n"
         with suppress(OSError):
             os.write(2, text.encode())
         if self.may_raise:
@@ -70,18 +78,39 @@ _active: StopSignals | None = None
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Within the block, where nothing is lost when it is left anywhere, a signal that the running `StopSignals` hears
-    raises `Stopped` at once."""
+    raises `Stopped` at once. In threads that hear no signals it is raised at the beginning of the block."""
+    check_not_stopped()
+    with _raising(True):
+        yield
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the block, a part of `interruptible` that must end as a whole, `Stopped` waits for the end."""
+    with _raising(False):
+        yield
+    if _active is not None and _active.may_raise:
+        check_not_stopped()
+
+
+def check_not_stopped() -> None:
+    """Raise `Stopped` if a signal came."""
+    if _active is not None and _active.received:
+        raise Stopped
+
+
+@contextmanager
+def _raising(may_raise: bool) -> Iterator[None]:
     stop = _active
-    if stop is None:
+    if stop is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    if stop.received:
-        raise Stopped
-    stop.may_raise = True
+    before = stop.may_raise
     try:
+        stop.may_raise = may_raise
         yield
     finally:
-        stop.may_raise = False
+        stop.may_raise = before
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
