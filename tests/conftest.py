@@ -65,6 +65,7 @@ ACTIVATION_CONFIGS: dict[str, dict[str, Any]] = {
     "groupmax": {"type": "groupmax", "k": 4},
     "jumprelu": {"type": "jumprelu", "log_threshold_init": -1.5},
     "jumprelu_gdm": {"type": "jumprelu", "log_threshold_init": -1.5, "ste": "gdm"},
+    "jumprelu_linear": {"type": "jumprelu", "log_threshold_init": -1.5, "thresholds": "linear"},
 }
 
 
@@ -89,6 +90,8 @@ def _randomise(model: BaseCrosscoder, seed: int = 0) -> BaseCrosscoder:
             noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
             # Thresholds stay near where they were, so that latents keep firing.
             new = param.double() + 0.2 * noise if "log_threshold" in name else 0.5 * noise
+            if name.endswith(".threshold_L"):
+                new = param.double() * (0.2 * noise).exp()
             param.copy_(new.to(param.dtype))
         n_shared = model.n_shared_latents
         if n_shared:

@@ -5,6 +5,7 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do widths · L laten
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,16 +23,22 @@ from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.objectives.schedules import Weight, as_schedule
 
+log = logging.getLogger("crosscode")
 
-class Variances(NamedTuple):
-    """Squared distance from the mean over a batch, summed over positions and width; scalars. None: to be found."""
 
-    error: Tensor | None = None
+class WholeBatch(NamedTuple):
+    """What a part of a batch cannot know by itself. None: to be found in what is at hand.
+
+    A variance is the squared distance from the mean over the batch, summed over positions and width; a scalar."""
+
+    error_variance: Tensor | None = None
     """of the reconstruction error"""
-    target: Tensor | None = None
+    target_variance: Tensor | None = None
+    firing_share_L: Tensor | None = None
+    """on which share of the tokens each latent is active"""
 
 
-UNKNOWN_VARIANCES = Variances()
+NOT_LOOKED_AT = WholeBatch()
 
 
 def batch_variance(rows_BO: Tensor) -> Tensor:
@@ -49,8 +56,8 @@ class LossContext:
     result: ForwardResult
     tokens_since_fired_L: Tensor
     """tokens since each latent was last active, int64"""
-    variances: Variances = UNKNOWN_VARIANCES
-    """over the whole batch, where only a part of it is at hand"""
+    whole: WholeBatch = NOT_LOOKED_AT
+    """of the whole batch, where only a part of it is at hand"""
     dead_after_tokens: int = TrainConfig.model_fields["dead_after_tokens"].default
     """from when on a latent counts as dead, for terms that have no number of their own"""
     longest_silence: int | None = None
@@ -70,7 +77,7 @@ class LossContext:
     def per_target_variance(self, loss: Tensor) -> Tensor:
         """A squared error divided by the variance of the target: 1 for a model that always gives the mean. 0 where
         there is no variance."""
-        variance = self.variances.target
+        variance = self.whole.target_variance
         if variance is None:
             variance = batch_variance(self.target_BXoDo.flatten(1))
         has_variance = variance > 0
@@ -90,7 +97,7 @@ class LossTerm(Configured, ABC):
 
     by_name = ("weight",)
     needs_whole_batch: bool = False
-    """Whether it looks at `tokens_since_fired_L` or `variances`, which depend on the whole batch."""
+    """Whether it looks at `tokens_since_fired_L` or `whole`, which depend on the whole batch."""
     k_factors: tuple[int, ...] = ()
     """By what the term multiplies k (see `BaseCrosscoder.k_multiplied`)."""
 
@@ -100,6 +107,26 @@ class LossTerm(Configured, ABC):
 
     def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this term cannot be used with the model."""
+
+    # ---- for terms that steer by what they see
+
+    def after_step(self, l0: Tensor) -> None:
+        """Called once per training step with the L0 of the whole batch, on the device."""
+
+    def figures(self) -> dict[str, float]:
+        """Figures for the metrics, by name; may wait for the device."""
+        return {}
+
+    def missed(self, l0: float) -> str | None:
+        """What there is to say of a run that ended with this L0."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into checkpoints; `{}`: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart, for what was not `{}`."""
 
 
 TERMS: Registry[Any] = Registry("objective.{type}", "crosscode.objectives.terms")
@@ -184,6 +211,30 @@ class Objective:
     def check_model(self, model: BaseCrosscoder) -> None:
         for term, _ in self.terms.values():
             term.check_model(model)
+
+    def after_step(self, l0: Tensor) -> None:
+        for term, _ in self.terms.values():
+            term.after_step(l0)
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the terms, as `FIGURE/TERM`."""
+        return {
+            f"{key}/{name}": value for name, (term, _) in self.terms.items() for key, value in term.figures().items()
+        }
+
+    def warn_if_missed(self, l0: float) -> None:
+        """Say it in the log where a run ended with an L0 far off what a term wants."""
+        for term, _ in self.terms.values():
+            if (said := term.missed(l0)) is not None:
+                log.warning(said)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the terms that have one."""
+        return {name: state for name, (term, _) in self.terms.items() if (state := term.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, of_term in state.items():
+            self.terms[name][0].load_state_dict(of_term)
 
     def __call__(self, context: LossContext, step: int, n_steps: int) -> Loss:
         return self.weigh(self.values(context), step, n_steps)

@@ -13,7 +13,7 @@ from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.models.base import ForwardResult
-from crosscode.objectives.base import UNKNOWN_VARIANCES, Loss, Variances
+from crosscode.objectives.base import NOT_LOOKED_AT, Loss, WholeBatch
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
     batch_thresholds,
@@ -47,9 +47,9 @@ class BatchInParts:
         if needs_whole_batch(self.model, self.objective):
             with batch_thresholds(self.model, self.objective, inputs, self.forward.autocast):
                 with self.forward.autocast():
-                    whole = look_at_whole_batch(self.model, inputs, targets)
-                self.firing.update_counts(whole.firing_counts_L, n_tokens)
-                loss = self._add_up(inputs, targets, step, n_steps, observers, whole.variances)
+                    counts_L, whole = look_at_whole_batch(self.model, inputs, targets)
+                self.firing.update_counts(counts_L, n_tokens)
+                loss = self._add_up(inputs, targets, step, n_steps, observers, whole)
         else:
             counts: list[Tensor] = []
             observers = [*observers, lambda _, forward: counts.append(forward.latents.firing_counts_L())]
@@ -66,12 +66,12 @@ class BatchInParts:
         step: int,
         n_steps: int,
         observers: Sequence[Observer],
-        variances: Variances = UNKNOWN_VARIANCES,
+        whole: WholeBatch = NOT_LOOKED_AT,
     ) -> Loss:
         n_tokens = sum(input_BXiDi.shape[0] for input_BXiDi in inputs)
         mean: Loss | None = None
         for input_BXiDi, target_BXoDo in zip(inputs, targets, strict=True):
-            forward, terms = self.forward.part(input_BXiDi, target_BXoDo, variances)
+            forward, terms = self.forward.part(input_BXiDi, target_BXoDo, whole)
             loss = self.objective.weigh(terms, step, n_steps)
             share = input_BXiDi.shape[0] / n_tokens
             (loss.total * share).backward()

@@ -19,12 +19,14 @@ class FiringTracker(nn.Module):
     tokens_since_fired_L: Tensor
     n_recent_L: Tensor
     n_recent_tokens: Tensor
+    l0: Tensor
 
     def __init__(self, n_latents: int):
         super().__init__()
         self.register_buffer("tokens_since_fired_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_tokens", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("l0", torch.zeros(()), persistent=False)  # of the last batch
         self._longest: int | None = None
         self.register_load_state_dict_post_hook(lambda *_: self.look())
 
@@ -38,6 +40,7 @@ class FiringTracker(nn.Module):
         self.tokens_since_fired_L.add_(n_tokens).masked_fill_(counts_L > 0, 0)
         self.n_recent_L.add_(counts_L)
         self.n_recent_tokens.add_(n_tokens)
+        self.l0.copy_(counts_L.sum() / n_tokens)
 
     def look(self) -> None:
         """Read the longest silence from the device, and wait for it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from crosscode.config.experiment import TrainConfig
 from crosscode.evaluation.precision import autocast
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.objectives.base import UNKNOWN_VARIANCES, LossContext, Objective, Variances
+from crosscode.objectives.base import NOT_LOOKED_AT, LossContext, Objective, WholeBatch
 from crosscode.trainers.firing import FiringTracker
 
 Terms = dict[str, Tensor]
@@ -43,10 +43,10 @@ class ForwardPass:
         if not self.config.compile:  # a number that grows would be traced again and again
             self._longest_silence = self.firing.longest_silence(n_tokens)
 
-    def part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, variances: Variances) -> tuple[ForwardResult, Terms]:
-        """Of a part of a batch; variances are those of the whole."""
+    def part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, whole: WholeBatch) -> tuple[ForwardResult, Terms]:
+        """Of a part of a batch; `whole` is what is known of all of it."""
         with self.autocast():
-            return self._part(input_BXiDi, target_BXoDo, variances)
+            return self._part(input_BXiDi, target_BXoDo, whole)
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config.precision, self.model.device)
@@ -56,21 +56,19 @@ class ForwardPass:
         self.firing.update(forward.latents)
         return forward, self._terms(input_BXiDi, target_BXoDo, forward)
 
-    def _eager_part(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, variances: Variances
-    ) -> tuple[ForwardResult, Terms]:
+    def _eager_part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, whole: WholeBatch) -> tuple[ForwardResult, Terms]:
         forward = self.model.forward_train(input_BXiDi)
-        return forward, self._terms(input_BXiDi, target_BXoDo, forward, variances)
+        return forward, self._terms(input_BXiDi, target_BXoDo, forward, whole)
 
     def _terms(
         self,
         input_BXiDi: Tensor,
         target_BXoDo: Tensor,
         forward: ForwardResult,
-        variances: Variances = UNKNOWN_VARIANCES,
+        whole: WholeBatch = NOT_LOOKED_AT,
     ) -> Terms:
         context = LossContext(
-            self.model, input_BXiDi, target_BXoDo, forward, self.firing.tokens_since_fired_L, variances,
+            self.model, input_BXiDi, target_BXoDo, forward, self.firing.tokens_since_fired_L, whole,
             self.config.dead_after_tokens, self._longest_silence,
         )  # fmt: skip
         return self.objective.values(context)

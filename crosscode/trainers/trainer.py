@@ -100,14 +100,12 @@ class Trainer:
         self.tracks_batches = tracks_batches(model)
         self.guard = FiniteGuard(model.device, config.max_skipped_steps)
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every)
-        self.phases = Phases(model.device)
-        self.metrics = Metrics(loggers)
-        self.progress = Progress(self.n_steps, enabled=progress)
-        self.callbacks = Callbacks(callbacks)
+        self.phases, self.metrics = Phases(model.device), Metrics(loggers)
+        self.progress, self.callbacks = Progress(self.n_steps, enabled=progress), Callbacks(callbacks)
         self.step = self.tokens = 0
         self._evaluation_due = False
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
-        parts |= {"data": data, "random": RandomState()}
+        parts |= {"data": data, "random": RandomState(), **({"objective": objective} if objective.state_dict() else {})}
         self.recent = RecentActivations(model, config.grad_accumulation)
         self.saver = Saver(
             self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts
@@ -185,6 +183,7 @@ class Trainer:
             else:
                 observers = [figures.observe] if figures is not None else []
                 loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
+            self.objective.after_step(self.firing.l0)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
             grad_norm = self._clip()
@@ -230,8 +229,9 @@ class Trainer:
         if evaluation is not None:
             self.run.write_evaluation(evaluation.to_json())
         self.metrics.close()
-        beside = (self.position_names, evaluation, self.callbacks.names)
-        self.run.write_summary(summary(self.model, self.counts(), self.metrics.last, *beside))
+        beside = (self.metrics.last, self.position_names, evaluation, self.callbacks.names)
+        self.run.write_summary(figures := summary(self.model, self.counts(), *beside))
+        self.objective.warn_if_missed(figures["l0"])
         if evaluation is not None:
             evaluation.check_finite()
         return evaluation
@@ -253,6 +253,7 @@ class Trainer:
         self._log(
             {
                 **figures.values(loss, self.position_names),
+                **self.objective.figures(),
                 "dead_fraction": self.firing.dead_fraction(self.config.dead_after_tokens).item(),
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm.item(),

@@ -14,22 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
-from crosscode.objectives.base import Objective, Variances
-
-
-@dataclass(frozen=True)
-class WholeBatch:
-    """`firing_counts_L`: on how many tokens each latent is active."""
-
-    firing_counts_L: Tensor
-    variances: Variances
+from crosscode.objectives.base import Objective, WholeBatch
 
 
 def needs_whole_batch(model: BaseCrosscoder, objective: Objective) -> bool:
@@ -117,8 +109,10 @@ def _kth_largest(rank_N: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def look_at_whole_batch(model: BaseCrosscoder, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> WholeBatch:
-    """The first pass; BatchTopK must have its thresholds already."""
+def look_at_whole_batch(
+    model: BaseCrosscoder, inputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> tuple[Tensor, WholeBatch]:
+    """The first pass; BatchTopK must have its thresholds already. The first result: on how many tokens each latent is active."""
     counts_L, of_error, of_target = None, _Moments(), _Moments()
     for input_BXiDi, target_BXoDo in zip(inputs, targets, strict=True):
         forward = model.forward_train(input_BXiDi)
@@ -127,7 +121,8 @@ def look_at_whole_batch(model: BaseCrosscoder, inputs: Sequence[Tensor], targets
         of_error.add((target_BXoDo - forward.output_BXoDo).flatten(1))
         of_target.add(target_BXoDo.flatten(1))
     assert counts_L is not None
-    return WholeBatch(counts_L, Variances(of_error.variance(), of_target.variance()))
+    share_L = counts_L / sum(input_.shape[0] for input_ in inputs)
+    return counts_L, WholeBatch(of_error.variance(), of_target.variance(), share_L)
 
 
 class _Moments:
@@ -171,4 +166,5 @@ def concat_tokens(parts: Sequence[Latents]) -> Latents:
         value_N=torch.cat([part.value_N.detach() for part in sparse]),
         by_latent=None,
         deficit_L=None,
+        preacts_N=None,
     )

@@ -44,9 +44,9 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseLatents:
-    """`value_BL`, and what the encoder kept besides: the pre-activations `preacts_BL`, or of a JumpReLU
-    `deficit_L`, the sum over the batch of `relu(theta - h)`; `active` holds the same latents in sparse form, without
-    gradient, where the encoder found few of them.
+    """`value_BL`, and what the encoder kept besides: the pre-activations `preacts_BL`; of a JumpReLU `deficit_L`, the sum over
+    the batch of `relu(theta - h)` (then `preacts_BL` has no gradient); `active` holds the same latents in sparse form,
+    without gradient, where the encoder found few of them.
     """
 
     value_BL: Tensor
@@ -57,6 +57,10 @@ class DenseLatents:
     @property
     def value(self) -> Tensor:
         return self.value_BL
+
+    @property
+    def preacts(self) -> Tensor | None:
+        return self.preacts_BL
 
     @property
     def n_latents(self) -> int:
@@ -94,8 +98,8 @@ class SparseLatents:
 
     `by_latent` is the transpose, where somebody has computed it: encoders do so whenever a weight gradient will need
     it, so that the encoder, the decoder and the trackers share one sort. `deficit_L` is there for a JumpReLU: the sum
-    over the batch of `relu(theta - h)`, all latents included. `padded`: entries of value 0 are padding, to whose values no
-    gradient is wanted.
+    over the batch of `relu(theta - h)`, all latents included, and `preacts_N`, those of its entries, without gradient.
+    `padded`: entries of value 0 are padding, to whose values no gradient is wanted.
     """
 
     row_ptr_B1: Tensor
@@ -105,6 +109,7 @@ class SparseLatents:
     by_latent: LatentOrder | None = None
     deficit_L: Tensor | None = None
     padded: bool = False
+    preacts_N: Tensor | None = None
 
     @classmethod
     def none(cls, n_tokens: int, n_latents: int, like: Tensor) -> SparseLatents:
@@ -140,6 +145,10 @@ class SparseLatents:
     @property
     def value(self) -> Tensor:
         return self.value_N
+
+    @property
+    def preacts(self) -> Tensor | None:
+        return self.preacts_N
 
     @property
     def batch_size(self) -> int:

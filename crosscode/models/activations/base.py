@@ -54,6 +54,8 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     selects_from: int | None = None
     """Latents of all source layers, where the `k` largest of them are kept; None: those of this one."""
+    threshold_travel: float = 0.0
+    """How far a run must be able to take its parameters: a learning rate below that over the number of steps is raised to it."""
     k_factor: int = 1
     """By what `k` is multiplied for the moment; see `BaseCrosscoder.k_multiplied`."""
 
@@ -117,7 +119,12 @@ class ActivationFunction(Configured, nn.Module, ABC):
     # ---- thresholds
 
     def log_thresholds_L(self) -> Tensor | None:
-        """Log of the learned threshold of each latent, itself a parameter; None: it has none."""
+        """Log of the learned threshold of each latent, a parameter or computed from one; None: it has none."""
+        return None
+
+    def step_bandwidth(self) -> float | None:
+        """Width of the window in which the step `1[h > theta]` has a gradient to thresholds that are parameters themselves;
+        None: they are not."""
         return None
 
     def set_thresholds_(self, threshold_L: Tensor) -> None:

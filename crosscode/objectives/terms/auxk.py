@@ -43,7 +43,7 @@ class AuxKTerm(LossTerm):
             return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         dead_mask_L = context.tokens_since_fired_L >= dead_after
         k_aux = min(self.k_aux, context.model.n_latents)
-        variance = context.variances.error
+        variance = context.whole.error_variance
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
         if variance is None:
             variance = batch_variance(error_BO)

@@ -9,24 +9,21 @@ from typing import Literal
 
 from torch import Tensor
 
-from crosscode.models.base import BaseCrosscoder
-from crosscode.objectives.base import TERMS, LossContext, LossTerm
-from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L, penalty_norms_L
+from crosscode.objectives.base import TERMS, LossContext
+from crosscode.objectives.groups import lambda_L, penalty_norms_L
 from crosscode.objectives.schedules import LinearRamp, Weight
+from crosscode.objectives.wanted_l0 import Penalty, PenaltyConfig
 
 
 @TERMS.register
-class L1Term(LossTerm):
+class L1Term(Penalty):
     """`mean_B sum_l a_l n_l`; `n` as the model's `decoder_norm` says. Shared latents may count less."""
 
-    class Config(SharedRatioConfig):
+    class Config(PenaltyConfig):
         type: Literal["l1"] = "l1"
         weight: Weight = LinearRamp(value=2.0, ramp_steps=1000)
         """coefficient (lambda_s): a number or a schedule"""
 
-    def check_model(self, model: BaseCrosscoder) -> None:
-        check_shared_ratio("l1", model, self.shared_ratio)
-
-    def __call__(self, context: LossContext) -> Tensor:
+    def penalty(self, context: LossContext) -> Tensor:
         weight_L = lambda_L(context, self.shared_ratio)
         return context.model.ops.weighted_l1(context.result.latents, penalty_norms_L(context), weight_L)

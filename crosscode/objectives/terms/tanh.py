@@ -11,17 +11,18 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from crosscode.models.base import BaseCrosscoder
-from crosscode.objectives.base import TERMS, LossContext, LossTerm
-from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio, lambda_L, penalty_norms_L
+from crosscode.objectives.base import TERMS, LossContext
+from crosscode.objectives.groups import lambda_L, penalty_norms_L
 from crosscode.objectives.jumprelu import require_jumprelu
 from crosscode.objectives.schedules import LinearRamp, Weight
+from crosscode.objectives.wanted_l0 import Penalty, PenaltyConfig
 
 
 @TERMS.register
-class TanhTerm(LossTerm):
+class TanhTerm(Penalty):
     """`mean_B sum_l tanh(c a_l n_l)`. Shared latents may count less."""
 
-    class Config(SharedRatioConfig):
+    class Config(PenaltyConfig):
         type: Literal["tanh"] = "tanh"
         weight: Weight = LinearRamp(value=10.0)
         """coefficient (lambda_s): a number or a schedule; by default it rises over the whole run"""
@@ -30,8 +31,8 @@ class TanhTerm(LossTerm):
 
     def check_model(self, model: BaseCrosscoder) -> None:
         require_jumprelu("tanh", model)
-        check_shared_ratio("tanh", model, self.shared_ratio)
+        super().check_model(model)
 
-    def __call__(self, context: LossContext) -> Tensor:
+    def penalty(self, context: LossContext) -> Tensor:
         weight_L = lambda_L(context, self.shared_ratio)
         return context.model.ops.weighted_tanh(context.result.latents, penalty_norms_L(context), weight_L, self.c)

@@ -35,8 +35,9 @@ class Adam(OptimizerPlan):
         """share of the run over which the learning rate rises from 0"""
         decay_fraction: float = Field(default=0.2, ge=0, le=1)
         """share of the run, at its end, over which the learning rate falls to 0"""
-        threshold_lr_factor: PositiveFloat = 1.0
-        """factor on the learning rate of activation parameters (JumpReLU thresholds)"""
+        threshold_lr_factor: PositiveFloat | None = None
+        """factor on the learning rate of activation parameters (JumpReLU thresholds); null: 1, and for linear thresholds at
+        least what lets them travel by 3 within the run"""
         row_sparse: bool = False
         """update only the rows of weights that a batch touches: the same numbers for a sparse activation, a third less
         memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend"""

@@ -31,7 +31,7 @@ class OptimizerPlan(Configured, ABC):
         """Before a step."""
         factor = self.lr_factor(step, n_steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = max(group["initial_lr"], group.get("travel", 0.0) / n_steps) * factor
 
     def start_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place at which gradients are taken."""
@@ -40,11 +40,14 @@ class OptimizerPlan(Configured, ABC):
         """Put the weights in place that are evaluated and kept (an average, for schedule-free optimizers)."""
 
 
-def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float = 1.0) -> list[dict[str, object]]:
-    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it."""
+def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float | None = None) -> list[dict[str, object]]:
+    """Parameter groups: weights and biases at `lr`, parameters of activation functions at a factor of it; None: 1, or what
+    takes them as far as the activation says within the run."""
     params_of = model.parameter_groups()
-    pairs = [(params_of["weights"], lr), (params_of["thresholds"], lr * threshold_lr_factor)]
-    return [{"params": params, "lr": value, "initial_lr": value} for params, value in pairs if params]
+    travel = model.parts[0].activation_fn.threshold_travel if threshold_lr_factor is None else 0.0
+    of_thresholds = lr * (1.0 if threshold_lr_factor is None else threshold_lr_factor)
+    groups = [(params_of["weights"], lr, 0.0), (params_of["thresholds"], of_thresholds, travel)]
+    return [{"params": p, "lr": lr, "initial_lr": lr, "travel": travel} for p, lr, travel in groups if p]
 
 
 def warmup_and_decay(step: int, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:

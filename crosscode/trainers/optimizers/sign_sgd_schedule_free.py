@@ -41,8 +41,9 @@ class SignSGDScheduleFree(OptimizerPlan):
         """share of the running average in the weights at which gradients are taken"""
         warmup_fraction: float = Field(default=0.05, ge=0, le=1)
         """share of the run over which the learning rate rises from 0"""
-        threshold_lr_factor: PositiveFloat = 1.0
-        """factor on the learning rate of activation parameters (JumpReLU thresholds)"""
+        threshold_lr_factor: PositiveFloat | None = None
+        """factor on the learning rate of activation parameters (JumpReLU thresholds); null: 1, and for linear thresholds at
+        least what lets them travel by 3 within the run"""
 
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 5e-3 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr

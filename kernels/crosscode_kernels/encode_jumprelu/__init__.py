@@ -8,7 +8,7 @@ A deficit per latent is all that `pre_act_penalty` needs: its gradient to W_enc 
 which latent l is silent, that is the sum over all tokens (rank one) less the sum over those on which it is not. So neither
 direction keeps or builds a B x L tensor for the penalty where few latents are active.
 
-Shapes: x_BI, W_enc_LI, b_enc_L (optional), t_L -> Latents over L with `deficit_L` (or `preacts_BL`).
+Shapes: x_BI, W_enc_LI, b_enc_L (optional), t_L -> Latents over L with pre-activations (with `deficit_L`: without gradient).
 Dtypes: one floating dtype for x, W and b; t of any floating dtype; deficits in float32 or wider.
 Gradients: to x, W_enc, b_enc and t, with the straight-through estimator of `jumprelu`.
 Sparse latents may store entries of value 0: those within the window, whose gradient t needs.

@@ -12,6 +12,7 @@ These functions look at the data, so they are for eager execution; traced progra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def encode_jumprelu_dense(
 ) -> DenseLatents:
     """Dense latents with their deficit from the pre-activations `h_BL` (no gradient)."""
     a_BL, deficit_L = _dense(h_BL, t_L, *encoder, eps, gdm, backend=backend)
-    return DenseLatents(a_BL, deficit_L=deficit_L)
+    return DenseLatents(a_BL, h_BL, deficit_L=deficit_L)
 
 
 def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool, backend: Backend) -> Latents:
@@ -93,13 +94,13 @@ def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm
     if mode == "sparse":
         entries, _ = _located(counts.mask_BL, h_BL, backend)
         value_N, deficit_L = _SparseJumpReLU.apply(*encoder, t_L, entries, *options)
-        return _latents(entries, value_N, h_BL, deficit_L)
+        return replace(_latents(entries, value_N, h_BL, deficit_L), preacts_N=entries.value_N)
     # A latent that lies exactly on its threshold is not active, but not silent either.
     entries, flat_N = _located(measure(h_BL, theta_L, 0.0, include_edge=True).mask_BL, h_BL, backend)
     h_N = entries.value_N
     entries = entries._replace(value_N=h_N.masked_fill(h_N <= theta_L.index_select(0, entries.latent_idx_N), 0))
     a_BL, deficit_L = _MixedJumpReLU.apply(*encoder, t_L, entries, *options, h_BL, flat_N)
-    return DenseLatents(a_BL, deficit_L=deficit_L, active=_latents(entries, entries.value_N, h_BL))
+    return DenseLatents(a_BL, h_BL, deficit_L=deficit_L, active=_latents(entries, entries.value_N, h_BL))
 
 
 class _SparseJumpReLU(torch.autograd.Function):

@@ -25,7 +25,7 @@ def pre_act_penalty(
     latents: Latents, t_L: Tensor, n_L: Tensor, lambda_L: Tensor, *, backend: AnyBackend = "auto"
 ) -> Tensor:
     """`mean_B sum_l lambda_l relu(exp(t_l) - h_l) n_l`."""
-    if isinstance(latents, DenseLatents) and latents.preacts_BL is not None:
+    if latents.deficit_L is None and isinstance(latents, DenseLatents) and latents.preacts_BL is not None:
         return pre_act(latents.preacts_BL, t_L, n_L, lambda_L, backend=backend)
     if latents.deficit_L is None:
         raise ValueError("pre_act_penalty: latents carry no pre-activations; must come from encode_jumprelu")

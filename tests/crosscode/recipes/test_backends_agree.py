@@ -76,6 +76,8 @@ def tiny(name: str, folder: Any, backend: str, device: str) -> dict[str, Any]:
         activation["k_start"] = 2 * K
     if "auxk" in values["objective"]:
         values["objective"]["auxk"] |= {"k_aux": 5, "dead_after_tokens": BATCH}
+    if "l0" in values["objective"]:
+        values["objective"]["l0"]["target"] = K + 0.4
     for init in (crosscoder["init"], crosscoder["init"].get("first", {})):
         init |= {"jan_update": {"n_calibration_tokens": 24}, "zero_dec_skip": {"n_mean_tokens": 24}}.get(
             init.get("type", ""), {}

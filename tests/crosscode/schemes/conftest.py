@@ -84,6 +84,11 @@ class Formula:
     def t(self) -> Tensor:
         return self.p[self.prefix + "activation_fn.log_threshold_L"]
 
+    @property
+    def theta(self) -> Tensor:
+        linear = self.get("activation_fn.threshold_L")
+        return self.t.exp() if linear is None else linear
+
 
 def root(values: Tensor) -> Tensor:
     """The square root, whose gradient at 0 is 0."""
@@ -144,6 +149,12 @@ def jumprelu_gdm(f: Formula, h: Tensor, n: Tensor, k: int) -> Tensor:
     return jumprelu(f, h, n, k, "gdm")
 
 
+def jumprelu_linear(f: Formula, h: Tensor, n: Tensor, k: int, eps: float = 2.0) -> Tensor:
+    theta, h_ = f.theta.detach(), h.detach()
+    pseudo = -(theta / eps) * ((h_ - theta).abs() < eps / 2)
+    return h * (h_ > theta) + pseudo * (f.theta - theta)
+
+
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": relu_,
     "topk": topk,
@@ -152,6 +163,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "groupmax": groupmax,
     "jumprelu": jumprelu,
     "jumprelu_gdm": jumprelu_gdm,
+    "jumprelu_linear": jumprelu_linear,
 }
 
 
@@ -227,9 +239,29 @@ class Dictionary:
     def pre_act(self, ratio: float = 1.0) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for w, f, h, n in zip(self.weights_S(ratio), self.sources, self.h_S, self.penalty_n_S, strict=True):
-            gap = f.t.exp() - h
+            gap = f.theta - h
             total = total + (w * torch.where(gap > 0, gap, 0.0) * n).sum(1).mean()
         return total
+
+    def step_BL(self, eps: float = 2.0) -> Tensor:
+        """Which latents are active, of all source layers, with the rectangle as the slope to the threshold."""
+        steps = []
+        for f, h in zip(self.sources, self.h_S, strict=True):
+            theta, h_ = f.theta.detach(), h.detach()
+            slope = ((h_ - theta).abs() < eps / 2) / eps
+            steps.append((h_ > theta).double() - slope * (f.theta - theta))
+        return torch.cat(steps, 1)
+
+    def l0(self, target: float, pull: str = "batch") -> Tensor:
+        l0_B = self.step_BL().sum(1)
+        pulled = l0_B.mean() if pull == "batch" else l0_B
+        # (2 / L0*) (l0 - L0*)^2, with lambda = O / (2 L0*)
+        loss = (2 / target) * (pulled - target).pow(2).mean()
+        return self.target_BO.shape[1] / (2 * target) * loss
+
+    def too_frequent(self, max_share: float) -> Tensor:
+        share_L = self.step_BL().mean(0)
+        return self.target_BO.shape[1] * torch.where(share_L > max_share, share_L / max_share - 1, 0.0).mean()
 
     def auxk(self, a_S: list[Tensor], dead_L: Tensor, k_aux: int) -> Tensor:
         error_BO = (self.target_BO - self.decode(a_S)).detach()

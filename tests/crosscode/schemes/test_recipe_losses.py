@@ -25,6 +25,8 @@ def coefficient(weight, step: int) -> float:
     """What the YAML's number or schedule says: 0 at the start, its value from the end of the ramp on."""
     if isinstance(weight, (int, float)):
         return float(weight)
+    if weight["type"] == "warm_up":
+        return weight["value"] * min(1.0, step / (weight["warmup_fraction"] * N_STEPS))
     assert weight["type"] == "linear_ramp" and set(weight) <= {"type", "value", "ramp_fraction"}
     return weight["value"] * min(1.0, step / (weight.get("ramp_fraction", 1.0) * N_STEPS))
 
@@ -45,6 +47,10 @@ def expected_loss(formula, values, step, idle_L):
         if name == "auxk":
             term = formula.auxk(a_S, idle_L >= fields["dead_after_tokens"], fields["k_aux"])
             total = total + fields.get("weight", 1 / 32) * term
+        elif name == "l0":
+            assert set(fields) == {"target"}
+            default = {"type": "warm_up", "value": 10.0, "warmup_fraction": 0.05}
+            total = total + coefficient(default, step) * formula.l0(fields["target"])
         elif name == "multi_topk":
             assert fields.get("normalise", False) == (recon == formula.normalised_recon)
             total = total + recon(formula.latents(min(fields["factor"] * k, L))) / 8
@@ -75,7 +81,11 @@ def test_the_loss_of_a_recipe_is_its_formula(name, randomise, context, dictionar
     idle_L = torch.zeros(L, dtype=torch.int64)
     idle_L[torch.randperm(L, generator=generator)[:N_DEAD]] = 10**6
     activation = values["crosscoder"]["activation"]
-    kind = activation["type"] + ("_by_norm" if activation.get("rank_by") == "decoder_norm_weighted" else "")
+    kind = (
+        activation["type"]
+        + ("_linear" if activation.get("thresholds") == "linear" else "")
+        + ("_by_norm" if activation.get("rank_by") == "decoder_norm_weighted" else "")
+    )
     for step in (0, 150, 700, 999):
         model.zero_grad()
         model.before_step(step, N_STEPS)

@@ -25,7 +25,11 @@ SCHEMES = {
     "relu": ({"type": "relu"}, {"recon": {}, "l1": {"weight": 0.1}}),
     "jumprelu": (
         {"type": "jumprelu", "log_threshold_init": -1.0},
-        {"recon": {}, "tanh": {"weight": 0.1}, "pre_act": {}},
+        {"recon": {}, "tanh": {"weight": 0.1, "target_l0": 3}, "pre_act": {}},
+    ),
+    "wanted_l0": (
+        {"type": "jumprelu", "log_threshold_init": -1.0, "thresholds": "linear"},
+        {"recon": {}, "l0": {"target": 3, "weight": 1.0, "max_firing_share": 0.1}},
     ),
 }
 FIGURES = ("loss", "fvu", "l0", "dead_fraction", "grad_norm")

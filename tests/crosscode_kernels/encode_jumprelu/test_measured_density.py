@@ -51,6 +51,25 @@ def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, mak
         torch.testing.assert_close(getattr(p, name).grad, getattr(q, name).grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("through", ["l0_B", "firing_L"])
+def test_every_mode_counts_steps_as_the_reference(mode, through, make_problem, monkeypatch):
+    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
+    grads = []
+    for ops in (OpSet(Backend("torch")), resolve_backend("reference", "cpu")):
+        p = make_problem(33, 12, 70, 9)
+        latents = ops.encode_jumprelu(p.x_BI, p.W_enc_LI, p.b_enc_L, p.t_L, 2.0, "gdm")
+        found = ops.step_l0(latents, p.t_L, 2.0)
+        assert torch.equal(found.l0_B, latents.l0_B().float()) and torch.equal(
+            found.firing_L, latents.firing_counts_L().float()
+        )
+        counts = getattr(found, through)
+        (counts * torch.arange(counts.shape[0])).sum().backward()
+        assert p.W_enc_LI.grad is None and (p.t_L.grad < 0).any()
+        grads.append(p.t_L.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_relu_in_both_modes(mode, make_problem, monkeypatch):
     monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])

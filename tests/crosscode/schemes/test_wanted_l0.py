@@ -1,0 +1,142 @@
+"""A wanted L0: the step penalty on linear thresholds, and the controller of other penalties.
+
+Axes: B tokens · L latents.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from crosscode.config.registry import Component
+from crosscode.errors import InputError
+from crosscode.objectives import L0Term, L1Term, TanhTerm
+from crosscode.trainers.optimizers import OPTIMIZERS
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("pull", ["batch", "token"])
+def test_l0_is_its_formula(architecture, pull, backend, make_case, objective, context, dictionary, check):
+    case = make_case(architecture, "jumprelu_linear", backend=backend)
+    formula = dictionary(case, "jumprelu_linear")
+    fields = {"target": 3.0, "weight": 0.2, "pull": pull, "max_firing_share": 0.4, "frequency_weight": 0.3}
+    loss = objective({"recon": {}, "pre_act": {"weight": 0.1}, "l0": fields})(context(case), 0, 10)
+    expected = formula.recon(formula.latents()) + 0.1 * formula.pre_act()
+    check(case, formula, loss, expected + 0.2 * (formula.l0(3.0, pull) + 0.3 * formula.too_frequent(0.4)))
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "relu", "topk"])
+def test_l0_needs_linear_thresholds(activation, make_case):
+    with pytest.raises(InputError, match=r"use {type: jumprelu, thresholds: linear}"):
+        L0Term(target=4).check_model(make_case("sae", activation).model)
+    L0Term(target=4).check_model(make_case("compound", "jumprelu_linear").model)
+
+
+def test_more_latents_than_there_are_are_refused(make_case):
+    with pytest.raises(InputError, match=r"objective.l0.target = 25.0: must not exceed n_latents = 24"):
+        L0Term(target=25).check_model(make_case("sae", "jumprelu_linear").model)
+    with pytest.raises(InputError, match=r"objective.l1.target_l0 = 25.0: must not exceed n_latents = 24"):
+        L1Term(target_l0=25).check_model(make_case("sae", "relu").model)
+
+
+@pytest.mark.parametrize(("thresholds", "follows"), [("linear", False), ("log", True)])
+def test_adam_moves_a_log_threshold_by_a_share_of_it_and_a_linear_one_freely(thresholds, follows, make_case):
+    """The trap: with `exp t` a small threshold hardly rises, whatever the coefficient of the penalty."""
+    moved = {}
+    for theta in (0.01, 1.0):
+        activation = {"type": "jumprelu", "thresholds": thresholds, "bandwidth": 10.0}
+        model = make_case("sae", activation).model
+        fn = model.activation_fn
+        fn.set_thresholds_(torch.full((24,), theta, dtype=torch.float64))
+        optimizer = torch.optim.Adam(fn.parameters(), lr=0.05)
+        h_BL = torch.linspace(-1, 2, 24, dtype=torch.float64).expand(8, 24)
+        counts = torch.relu(h_BL)  # a stand-in: only their pre-activations matter here
+        from crosscode_kernels.sparse import DenseLatents
+
+        l0 = model.ops.step_l0(DenseLatents(counts, h_BL), fn.log_thresholds_L(), 10.0).l0_B.mean()
+        (1000 * l0).backward()
+        optimizer.step()
+        moved[theta] = float((fn.cutoffs_L() - theta).mean())
+    assert moved[1.0] == pytest.approx(0.05, rel=0.05)
+    assert moved[0.01] == pytest.approx(0.0005 if follows else 0.05, rel=0.05)
+
+
+def test_linear_thresholds_stay_positive(make_case):
+    model = make_case("sae", "jumprelu_linear").model
+    fn = model.activation_fn
+    with torch.no_grad():
+        fn.threshold_L.fill_(-1.0)
+    assert (fn.cutoffs_L() > 0).all()
+    model.before_step(0, 10)
+    (fn.log_thresholds_L().sum()).backward()
+    assert (fn.threshold_L > 0).all() and (fn.threshold_L.grad > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("factor", "n_steps", "expected"), [(None, 100, 0.03), (None, 10_000, 0.01), (0.5, 100, 0.005)]
+)
+def test_linear_thresholds_can_travel_within_a_run(factor, n_steps, expected, make_case):
+    plan = OPTIMIZERS.build(Component(type="adam", lr=0.01, threshold_lr_factor=factor, schedule="constant"))
+    optimizer = plan.build(make_case("sae", "jumprelu_linear").model)
+    plan.set_learning_rate(optimizer, 0, n_steps)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, pytest.approx(expected)]
+
+
+SCHEMES = {
+    "l0": ({"type": "jumprelu", "thresholds": "linear"}, {"l0": {"target": 3.0}}, 200),
+    "l1": ({"type": "relu"}, {"l1": {"target_l0": 3.0, "weight": 1.0}}, 500),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_reaches_the_l0_that_it_was_told(scheme, make_trainer, rows_of, caplog):
+    activation, terms, n_steps = SCHEMES[scheme]
+    trainer = make_trainer(
+        n_steps=n_steps,
+        activation=activation,
+        objective={"recon": {}, **terms},
+        optimizer={"type": "adam", "lr": 5e-3},
+    )
+    with caplog.at_level(logging.WARNING, logger="crosscode"):
+        trainer.train()
+    rows = rows_of(trainer)
+    mean = sum(row["l0"] for row in rows[-50:]) / 50
+    assert mean == pytest.approx(3.0, rel=0.1)
+    assert abs(rows[0]["l0"] - 3.0) > 1 and "the run ended" not in caplog.text
+    assert (f"factor/{scheme}" in rows[-1]) == (scheme != "l0")
+
+
+@pytest.mark.parametrize(("name", "activation"), [("l1", "relu"), ("tanh", "jumprelu")])
+def test_the_controller_is_its_formula(name, activation, make_case, objective, context):
+    case = make_case("sae", activation)
+    plain, steered = (objective({name: {"weight": 2.0, "target_l0": target}}) for target in (None, 4.0))
+    assert plain.state_dict() == plain.figures() == {}
+    integral = 0.0
+    for l0 in (8.0, 5.0, 3.0, 400.0):
+        for terms in (plain, steered):
+            terms.after_step(torch.tensor(l0))
+        error = min(max(math.log(l0 / 4.0), -1.0), 1.0)
+        integral += 0.01 * error
+        factor = math.exp(integral + 0.5 * error)
+        assert steered.figures() == {f"factor/{name}": pytest.approx(factor, rel=1e-5)}
+        expected = factor * plain(context(case), 0, 10).total.item()
+        assert steered(context(case), 0, 10).total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("term", [L0Term(target=10), L1Term(target_l0=10), TanhTerm(target_l0=10)])
+def test_a_run_far_off_says_so(term):
+    assert term.missed(12.9) is None and term.missed(7.1) is None
+    assert "the run ended with L0 13.1, 31% above it" in term.missed(13.1)
+    assert "L0 6.0, 40% below it" in term.missed(6.0)
+    assert L1Term().missed(10_000) is None
+
+
+def test_the_trainer_passes_it_on(make_trainer, caplog):
+    activation, terms, _ = SCHEMES["l1"]
+    trainer = make_trainer(n_steps=2, activation=activation, objective={"recon": {}, **terms})
+    with caplog.at_level(logging.WARNING, logger="crosscode"):
+        trainer.train()
+    assert "objective.l1.target_l0 = 3: the run ended with L0" in caplog.text
