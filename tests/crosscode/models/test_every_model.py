@@ -115,7 +115,7 @@ def test_a_clone_is_independent(architecture, make_case):
 
 def test_decoder_norms_fold_into_the_encoder_where_the_activation_allows_it(architecture, activation, make_case):
     case = train_a_little(make_case(architecture, activation))
-    rescalable = activation in ("relu", "jumprelu", "jumprelu_gdm", "batch_topk_by_norm")
+    rescalable = activation in ("relu", "jumprelu", "jumprelu_gdm", "jumprelu_linear", "batch_topk_by_norm")
     folded = case.model.clone()
     if not rescalable:
         with pytest.raises(InputError, match="cannot be folded into the encoder"):
