@@ -64,6 +64,7 @@ MODEL = Format("saved model", 1, "format_version")
 STATE = Format("trainer state", 1, "format_version", unversioned=1, defaults={"rules": 1, "recent": None})
 STATE_TENSORS = "trainer_state.safetensors"
 STORE = Format("store of activations", 1, "version", defaults={"activation_dtype": "float32"})
+ROLLOUTS = Format("folder of rollouts", 1, "version")
 RUN = Format("run directory", 1, "format")
 
 # ---- configs: fields by dotted path, through mappings only

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from crosscode.build.language_models import load_models
+from crosscode.build.rollouts import open_rollouts
 from crosscode.build.stores import Stores
 from crosscode.config.data import DataConfig, HarvestConfig
-from crosscode.config.language_models import LanguageModelConfig
-from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture
+from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Rollouts
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel, available_device
-from crosscode.data.harvest.loading import load_language_model
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.store.harvest import HarvestThroughStore
 from crosscode.data.text.documents import DocumentSource
@@ -24,59 +22,24 @@ from crosscode.data.text.mixture import MixedDocuments, parts_of
 from crosscode.data.text.sources import load_documents, wrap_documents
 from crosscode.data.text.token_chunks import is_on_side
 from crosscode.data.text.tokens import TokenSequenceLoader
-from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field, in_section
-
-log = logging.getLogger("crosscode")
 
 _ENOUGH_FOR_VALIDATION = 20
 """Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
 
-# ---- language models
-
-
-def load_models(configs: Sequence[LanguageModelConfig], default_device: str) -> list[LanguageModel]:
-    """The language models of a config; those of one base hold its weights once."""
-    loaded: dict[Any, LanguageModel] = {}
-    models = []
-    for i, config in enumerate(configs):
-        with at_field(f"language_models.{i}.path = {config.path!r}"):
-            adapter = "" if config.adapter is None else f" with adapter {config.adapter}"
-            log.info("loading language model %s%s", config.path, adapter)
-            options = config.model_dump(exclude={"path", "name", "device"})
-            device = config.device or default_device
-            models.append(load_language_model(locate(config.path), device=device, loaded=loaded, **options))
-    return models
-
-
-def locate(path: str) -> str:
-    """The folder or file of an embedded model (`demo:NAME`) or of one that a package ships (`package:NAME/FILE`)."""
-    scheme, _, rest = path.partition(":")
-    if scheme == "demo":
-        return str(demo_model_path(rest))
-    if scheme != "package":
-        return path
-    package, _, file = rest.partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise InputError(
-            f"the Python package {package!r} is not installed; try: pip install {package.replace('_', '-')}"
-        )
-    return str(Path(spec.origin).parent / file)
-
-
 # ---- texts
 
 
-def build_documents(source: Any, field: str) -> DocumentSource:
-    """The documents of a configured source. `field` is its place in the config, for messages."""
+def build_documents(source: Any, field: str, device: str = "auto") -> DocumentSource:
+    """The documents of a configured source. `field` is its place in the config, for messages; `device` where a language
+    model writes them, if one does and names none."""
     with at_field(field, type(source).model_fields):
-        return _open_documents(source)
+        return _open_documents(source, device)
 
 
-def _open_documents(source: Any) -> DocumentSource:
+def _open_documents(source: Any, device: str) -> DocumentSource:
     if isinstance(source, Mixture):
-        parts = [build_documents(part.source, f"parts.{i}.source") for i, part in enumerate(source.parts)]
+        parts = [build_documents(part.source, f"parts.{i}.source", device) for i, part in enumerate(source.parts)]
         return MixedDocuments(parts, [part.weight for part in source.parts], stop=source.stop)
     if isinstance(source, DemoCorpus):
         from crosscode.demo.plants import planted_corpus
@@ -84,6 +47,8 @@ def _open_documents(source: Any) -> DocumentSource:
         name = f"demo corpus ({source.split}: {', '.join(source.domains)}{f', {source.plant}' if source.plant else ''})"
         corpus = planted_corpus(source.plant, source.split, tuple(source.domains))
         return wrap_documents(corpus, column="text", name=name)
+    if isinstance(source, Rollouts):
+        return open_rollouts(source, build_documents(source.prompts, "prompts"), device)
     if isinstance(source, HubDataset):
         return load_documents(source.name, **source.model_dump(exclude={"type", "name"}))
     assert isinstance(source, LocalDataset)
@@ -129,9 +94,9 @@ def open_activations(
         raise InputError(f"models: {len(models)} were given, but language_models names {len(config.language_models)}")
     device = available_device(config.device)
     stores = Stores.open(config, models) if to_train else None
-    documents = build_documents(config.data.source, "data.source")
+    documents = build_documents(config.data.source, "data.source", config.device)
     heldout = config.data.heldout
-    heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout")
+    heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout", config.device)
     if heldout is not None and heldout_documents.fingerprint == documents.fingerprint:
         raise InputError(
             f"data.heldout: the same text as data.source ({documents.name}); leave it null, and a share of "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from crosscode.build.data import locate
+from crosscode.build.language_models import locate
 from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
@@ -45,7 +45,7 @@ def check_language_models(config: HarvestConfig) -> int | None:
                 f"at most {limit} positions"
             )
         widths.append(skeleton.d_model)
-        _check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
+        check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
     return max(widths, default=None)
 
 
@@ -57,7 +57,7 @@ def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None
         return load_skeleton(locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
-def _check_weights(
+def check_weights(
     config: LanguageModelConfig,
     field: str,
     skeleton: LanguageModel,

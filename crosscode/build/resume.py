@@ -45,7 +45,7 @@ CHECKED_BY_FINGERPRINT = (
 )  # fmt: skip
 MOVED = (
     "data.source.path", "data.heldout.path", "data.*.parts.*.source.path", "data.cache.path", "data.stores.*.path", "data.join.*",
-    "data.source.files.*.path", "data.source.heldout_files.*.path",
+    "data.source.files.*.path", "data.source.heldout_files.*.path", "data.*.prompts.path", "data.*.folder", "data.*.model.*",
 )  # fmt: skip
 
 

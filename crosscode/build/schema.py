@@ -104,10 +104,12 @@ def load_own_config(run: str | Path, trust_remote_code: bool) -> ExperimentConfi
         InputError: the config asks for it, and it was not.
     """
     config = load_config(run)
-    for i, model in enumerate(config.language_models):
+    models = {f"language_models.{i}": model for i, model in enumerate(config.language_models)}
+    models |= {f"{field}.model": one.model for field, one in config.rollouts() if not isinstance(one.model, str)}
+    for field, model in models.items():
         if model.trust_remote_code and not trust_remote_code:
             raise InputError(
-                f"language_models.{i}.trust_remote_code = True in {str(run)!r}: would run code that comes with "
+                f"{field}.trust_remote_code = True in {str(run)!r}: would run code that comes with "
                 f"{model.path!r}; if you trust it, add --trust-remote-code to the command"
             )
     return config
@@ -131,9 +133,7 @@ def dump_config(config: ExperimentConfig) -> str:
     if config.finetune_from is not None and Path(config.finetune_from).expanduser().exists():
         values["finetune_from"] = str(Path(config.finetune_from).expanduser().resolve())
     for language_model in values["language_models"]:
-        _make_absolute(language_model)
-        if language_model["adapter"] is not None:
-            _make_absolute(language_model, "adapter")
+        _make_model_absolute(language_model)
     _make_data_absolute(values["data"])
     return yaml.safe_dump({name: values[name] for name in (*_FIRST, *values)}, sort_keys=False, allow_unicode=True)
 
@@ -142,13 +142,28 @@ def _make_data_absolute(data: dict[str, Any]) -> None:
     """Texts where they are; stores wherever they are going to be."""
     for source in (data["source"], data["heldout"]):
         for part in (source or {}).get("parts", [{"source": source}]):
-            if part["source"] is not None and part["source"]["type"] == "local":
-                _make_absolute(part["source"])
+            _make_source_absolute(part["source"] or {"type": None})
         for file in [*(source or {}).get("files", ()), *(source or {}).get("heldout_files", ())]:
             _make_absolute(file)
     data["join"] = [str(Path(path).expanduser().resolve()) for path in data["join"]]
     for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
         store["path"] = str(Path(store["path"]).expanduser().resolve())
+
+
+def _make_source_absolute(source: dict[str, Any]) -> None:
+    if source["type"] == "local":
+        _make_absolute(source)
+    elif source["type"] == "rollouts":
+        _make_source_absolute(source["prompts"])
+        _make_model_absolute(source["model"])
+        if source["folder"] is not None:
+            source["folder"] = str(Path(source["folder"]).expanduser().resolve())
+
+
+def _make_model_absolute(model: dict[str, Any]) -> None:
+    _make_absolute(model)
+    if model["adapter"] is not None:
+        _make_absolute(model, "adapter")
 
 
 def _make_absolute(values: dict[str, Any], name: str = "path") -> None:

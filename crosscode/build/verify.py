@@ -12,6 +12,7 @@ from crosscode.build.finished import check_is_its_own
 from crosscode.build.schema import load_config
 from crosscode.checksums import CHECKSUMS_FILE
 from crosscode.data.arrays.heldout_file import read_header
+from crosscode.data.rollouts import RolloutFolder
 from crosscode.data.store.reader import ActivationCache, positions
 from crosscode.data.store.writer import read_position
 from crosscode.errors import InputError, first_line
@@ -33,7 +34,9 @@ def verify(path: Path) -> Iterator[Finding]:
     Raises:
         InputError: nothing of ours lies there.
     """
-    if (path / "manifest.json").exists():
+    if any(path.glob("rollouts-*.jsonl")):
+        yield _found("rollouts", lambda: bool(RolloutFolder(path, {}).whole()))
+    elif (path / "manifest.json").exists():
         yield from _store(path)
     elif (path / "sweep.json").exists():
         yield from _sweep(path)
@@ -42,7 +45,7 @@ def verify(path: Path) -> Iterator[Finding]:
     elif (path / "config.yaml").exists() or (path / ASIDE).exists():
         yield from _run(path)
     else:
-        raise InputError(f"verify: {str(path)!r} is no run, sweep, saved model or store")
+        raise InputError(f"verify: {str(path)!r} is no run, sweep, saved model, store or folder of rollouts")
 
 
 def _found(name: str, look: Callable[[], object]) -> Finding:

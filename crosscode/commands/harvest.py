@@ -86,6 +86,7 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
         InputError: bad config; a store that holds something else; StoreError where it cannot be written.
     """
     from crosscode.build.data import Activations, build_token_loader, open_activations
+    from crosscode.build.foresight import check_language_models
     from crosscode.data.store.harvest import harvest_to_store
     from crosscode.data.store.reader import ActivationCache
     from crosscode.stopping import Stopped, StopSignals, check_not_stopped
@@ -93,6 +94,7 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
 
     cache = config.data.cache
     assert cache is not None
+    check_language_models(config)
     activations = Activations(config=config, **open_activations(config))
     with (
         StopSignals() as stop,

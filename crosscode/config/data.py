@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -11,7 +12,7 @@ from crosscode.config.arrays import ArraysSource
 from crosscode.config.language_models import DTypeName, LanguageModelConfig
 from crosscode.config.positions import PositionRules
 from crosscode.config.registry import ConfigModel
-from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Source
+from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Rollouts, Source
 
 TemplateTokens = Literal["keep", "mask", "answers"]
 SequenceLength = Annotated[int, Field(ge=2)]
@@ -125,7 +126,9 @@ class TokenPolicy(TokenRules):
         return self.model_dump(mode="json", exclude=without)
 
 
-AnySource = Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture | ArraysSource, Field(discriminator="type")]
+AnySource = Annotated[
+    DemoCorpus | HubDataset | LocalDataset | Rollouts | Mixture | ArraysSource, Field(discriminator="type")
+]
 
 
 class DataConfig(TokenRules, TextConfig):
@@ -232,6 +235,28 @@ class HarvestConfig(ConfigModel):
         if missing:
             raise ValidationError.from_exception_data(cls.__name__, missing)
         return made
+
+    def rollouts(self) -> Iterator[tuple[str, Rollouts]]:
+        """The texts that a language model writes first, each with its place."""
+        for field in ("source", "heldout"):
+            whole = getattr(self.data, field)
+            parts = [(f"data.{field}", whole)]
+            if isinstance(whole, Mixture):
+                parts = [(f"data.{field}.parts.{i}.source", part.source) for i, part in enumerate(whole.parts)]
+            yield from ((place, part) for place, part in parts if isinstance(part, Rollouts))
+
+    @model_validator(mode="after")
+    def _named_writers(self) -> HarvestConfig:
+        """A model that is named stands in full, so that a part of the config means the same."""
+        named = {model.short_name(): model for model in self.language_models}
+        for field, rollouts in self.rollouts():
+            if isinstance(rollouts.model, str):
+                if rollouts.model not in named:
+                    raise ValueError(
+                        f"{field}.model = {rollouts.model!r}: must be one of {', '.join(named)}, or {{path: ...}}"
+                    )
+                object.__setattr__(rollouts, "model", named[rollouts.model])
+        return self
 
     @model_validator(mode="after")
     def _harvested_or_given(self) -> HarvestConfig:

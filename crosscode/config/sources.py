@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.config.registry import ConfigModel
 
 
@@ -55,7 +56,55 @@ class LocalDataset(ConfigModel):
     """what one document of a text file is"""
 
 
-OneSource = Annotated[DemoCorpus | HubDataset | LocalDataset, Field(discriminator="type")]
+class Sampling(ConfigModel):
+    """How a language model's next token is drawn; what its own `generation_config` says is passed over."""
+
+    temperature: float = Field(default=1.0, ge=0, le=10)
+    """0: the most probable token each time"""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """among the most probable tokens that have this share together"""
+    top_k: NonNegativeInt = 0
+    """among so many of the most probable tokens; 0: all"""
+
+    @model_validator(mode="after")
+    def _drawn_from_numbers(self) -> Sampling:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature = {self.temperature}: must be 0, or from 0.01 to 10")
+        return self
+
+
+class Rollouts(ConfigModel):
+    """What a language model itself writes: generated once, kept in a folder, read like any other text."""
+
+    type: Literal["rollouts"]
+    model: str | LanguageModelConfig
+    """who writes: the name of one of language_models, or a model as they are given there"""
+    prompts: Annotated[DemoCorpus | HubDataset | LocalDataset, Field(discriminator="type")]
+    """chats, of which it answers the last message that is not the assistant's, or texts, of which it goes on from the
+    beginning"""
+    n_prompts: PositiveInt | None = None
+    """the first so many different ones; null: all"""
+    prompt_tokens: PositiveInt = 32
+    """tokens of a text that are given"""
+    sampling: Sampling = Sampling()
+    """how tokens are drawn"""
+    max_new_tokens: PositiveInt = 256
+    """tokens after which it is stopped"""
+    batch_size: PositiveInt = 16
+    """prompts at once; a batch is what a kill may lose, and each has a seed of its own"""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """seed of what is drawn"""
+    folder: str | None = None
+    """where it is kept; null: a folder of its own in ~/.cache/crosscode ($XDG_CACHE_HOME)"""
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Rollouts:
+        if self.n_prompts is None and isinstance(self.prompts, HubDataset) and self.prompts.streaming:
+            raise ValueError("n_prompts: must be given where prompts are streamed from the hub, which may have no end")
+        return self
+
+
+OneSource = Annotated[DemoCorpus | HubDataset | LocalDataset | Rollouts, Field(discriminator="type")]
 
 
 class MixturePart(ConfigModel):
@@ -78,4 +127,4 @@ class Mixture(ConfigModel):
     were read once (shorter ones start again)"""
 
 
-Source = Annotated[DemoCorpus | HubDataset | LocalDataset | Mixture, Field(discriminator="type")]
+Source = Annotated[DemoCorpus | HubDataset | LocalDataset | Rollouts | Mixture, Field(discriminator="type")]

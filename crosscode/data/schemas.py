@@ -27,6 +27,13 @@ class StoreManifest(Stored):
     tokens: dict[str, Any]
 
 
+class RolloutsManifest(Stored):
+    """`manifest.json` of a folder of rollouts."""
+
+    version: int
+    n_batches: Count | None
+
+
 class ShardInfo(Stored):
     """What a shard's header says beside the shapes of its tensors."""
 

@@ -159,6 +159,35 @@ def test_a_damaged_store_gives_the_rows_that_were_written_or_is_refused(seeds, w
             assert len(rows) == len(acts) or code == 1, what
 
 
+@pytest.mark.parametrize("seeds", attempts(200))
+def test_damaged_rollouts_are_as_they_were_written_or_refused(seeds, tmp_path, capsys):
+    from crosscode.data.rollouts import RolloutFolder
+    from crosscode.errors import InputError
+
+    recipe = {"seed": 0, "sampling": {"temperature": 1.0}, "prompts": "p"}
+    folder = RolloutFolder(tmp_path / "whole", recipe)
+    folder.path.mkdir()
+    folder._begin()
+    batches = [["one", "two"], [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "tüv"}]], []]
+    for i, batch in enumerate(batches):
+        folder._keep(i, batch)
+    folder._end(len(batches))
+    for seed in seeds:
+        rng, copy = random.Random(seed), tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder.path, copy)
+        file = rng.choice(files_of(copy))
+        what = (seed, file.name, damage_file(file, rng))
+        code = main(["verify", str(copy)])
+        one_line(code, capsys.readouterr().err, what)
+        try:
+            found = RolloutFolder(copy, recipe).whole()
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1, what
+        else:  # None: it would be gone on with, or begun
+            assert found is None or found == [one for batch in batches for one in batch], what
+
+
 @pytest.mark.parametrize("seeds", attempts(300))
 def test_an_odd_config_is_one_line_that_names_a_field(seeds, whole, tmp_path, capsys):
     config = yaml.safe_load((whole / "run" / "config.yaml").read_text())

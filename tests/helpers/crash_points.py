@@ -79,8 +79,8 @@ def command(words, said: Path):
         said.write_text(text.getvalue())
 
 
-def counted(words, said: Path, kill_at: int | None, count: Path | None = None):
-    """The command with its calls counted, and killed before the `kill_at`-th."""
+def counted(words, said: Path, kill_at: int | None, count: Path | None = None, work=None):
+    """The command (or `work`) with its calls counted, and killed before the `kill_at`-th."""
     n = 0
 
     def watched(call):
@@ -95,7 +95,7 @@ def counted(words, said: Path, kill_at: int | None, count: Path | None = None):
 
     for name in CALLS:
         setattr(os, name, watched(getattr(os, name)))
-    status = command(words, said)
+    status = command(words, said) if work is None else work()
     if count is not None:
         count.write_text(str(n))
     return status

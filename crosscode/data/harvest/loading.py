@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -174,6 +175,41 @@ def _check_nothing_is_missing(model: Any, missing: Collection[str]) -> None:
     if missing:
         n_all = sum(1 for _ in model.parameters())
         raise InputError(f"{len(missing)} of its {n_all} weights are not in the files ({min(missing)}, ...)")
+
+
+def files_id(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+) -> str:
+    """16 hex digits of what a model would be loaded from, with an adapter or without: of files by their bytes, of a hub
+    repository by its commit. Errors as `load_language_model` has them."""
+    from transformers.utils.hub import cached_file
+
+    on_base = _find_adapter(name_or_path, revision, gguf_file, adapter, adapter_revision)
+    digest = hashlib.sha256()
+    if on_base is not None:
+        _add_files(digest, on_base.folder, None)
+        if adapter is None:
+            name_or_path, revision = _base_of(on_base), on_base.base_revision
+    source, gguf_file = _find_source(name_or_path, gguf_file)
+    if Path(source).is_dir():
+        _add_files(digest, Path(source), gguf_file)
+    else:
+        with _one_line_errors(name_or_path, revision):
+            found = cached_file(source, gguf_file or "config.json", revision=revision)
+        digest.update(f"{source}@{Path(str(found)).parent.name}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _add_files(digest: Any, folder: Path, only: str | None) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".md" and only in (None, file.name):
+            with file.open("rb") as stream:
+                digest.update(f"{file.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}|".encode())
 
 
 def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:

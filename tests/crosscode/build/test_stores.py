@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscode.build import data as build_data
+from crosscode.build import language_models as build_models
 from crosscode.build.experiment import open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
@@ -172,7 +172,7 @@ def test_a_store_of_something_else_is_refused_before_a_model_is_loaded(
     if "language_models" in change:
         values |= {"language_models": values["language_models"][: change["language_models"]]}
     loaded = []
-    monkeypatch.setattr(build_data, "load_language_model", lambda *args, **kwargs: loaded.append(args))
+    monkeypatch.setattr(build_models, "load_language_model", lambda *args, **kwargs: loaded.append(args))
     with pytest.raises(InputError, match=rf"data.{kind}.*: store '.*' holds other data: {message}"):
         open_experiment(check_config(values))
     assert not loaded
