@@ -110,8 +110,9 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
-def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
-    """Every kernel of the backend by its registered name (with a suffix where it has variants), ready to call."""
+def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Callable[[], Any]]:
+    """Every kernel of "triton" by its registered name (with a suffix where it has variants), ready to call; or what "torch"
+    has under that name (for encode_threshold always the former)."""
     c = case
     k_aux = min(max(c.input_width // 2, 1), 512, c.n_latents)
     encoder = Encoder(t.x_BI, t.W_enc_LI, t.b_enc_L)
@@ -120,7 +121,7 @@ def op_calls(case: Case, t: Tensors) -> dict[str, Callable[[], Any]]:
     term = PreActTerm(t.t_L, t.n_L, t.lambda_L)
 
     def call(op: str, *args: Any) -> Callable[[], Any]:
-        return lambda: kernel_of(op, "triton")(*args)
+        return lambda: kernel_of(op, backend)(*args)
 
     calls = {
         "encode_topk": call("encode_topk", encoder, c.k),

@@ -59,7 +59,7 @@ class Job(NamedTuple):
     where: str
 
 
-def _specialise(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], where: str) -> Job:
+def specialised(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], where: str) -> Job:
     backend = make_backend(TARGETS["sm_90"])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _options = binder(*args, **meta)
@@ -102,7 +102,7 @@ def jobs_of(case_names: list[str] | None = None, dtypes: tuple[torch.dtype, ...]
                 for launch in recorded:
                     where = f"{op}, {case.name}, {str(dtype).removeprefix('torch.')}"
                     for meta in _settings(launch.meta, dtype):
-                        job = _specialise(launch.kernel, launch.args, meta, where)
+                        job = specialised(launch.kernel, launch.args, meta, where)
                         jobs.setdefault(job[:-1], job)
     return list(jobs.values())
 
@@ -130,19 +130,25 @@ def described(job: Job, target_name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compile_job(job: Job, target_name: str) -> dict[str, Any]:
-    """Compile one job for one target and read what came out. `error` is set where it failed."""
-    target = TARGETS[target_name]
+def compiled_job(job: Job, target_name: str) -> Any:
+    """What Triton makes of a job."""
     kernel = getattr(sys.modules[job.module], job.kernel)
     order = {name: i for i, (name, _) in enumerate(job.signature)}
-    row = described(job, target_name)
     source = ASTSource(
         kernel, dict(job.signature), {(order[name],): value for name, value in job.constants},
         {(order[name],): [["tt.divisibility", 16]] for name in job.aligned},
     )  # fmt: skip
-    num_warps = row["num_warps"]
+    target = TARGETS[target_name]
+    options = {"num_warps": warps_on(job.num_warps, target.warp_size), "num_stages": job.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_job(job: Job, target_name: str) -> dict[str, Any]:
+    """Compile one job for one target and read what came out. `error` is set where it failed."""
+    target = TARGETS[target_name]
+    row = described(job, target_name)
     try:
-        compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": job.num_stages})
+        compiled = compiled_job(job, target_name)
     except Exception as error:  # whatever the compiler raises is a row of the table
         return row | {"error": f"{type(error).__name__}: {str(error)[-400:]}"}
     hot = hot_places(compiled.asm["ttgir"], job)
@@ -153,7 +159,7 @@ def compile_job(job: Job, target_name: str) -> dict[str, Any]:
         facts["hot_widths"] = sorted(set(ptx_hot_widths(compiled.asm["ptx"], job)))
     facts["n_hot"] = len(hot)
     shared = compiled.metadata.shared
-    occupancy = _occupancy(target_name, facts["registers"], shared, num_warps)
+    occupancy = _occupancy(target_name, facts["registers"], shared, row["num_warps"])
     return row | facts | {"shared": shared, "warps_per_unit": occupancy}
 
 
@@ -176,13 +182,8 @@ def complaints(row: dict[str, Any], job: Job) -> list[str]:
 def can_be_wide(job: Job) -> bool:
     """Whether rows start at multiples of 16 bytes and are as long as a tile of 16 bytes a thread (the candidates that
     chunks of latents leave for the last select are not)."""
-    sizes = {name for name, kind in job.signature if kind in ("i32", "i64")} & {
-        "n_out",
-        "n_in",
-        "L",
-        "width",
-        "n_columns",
-    }
+    sizes = {name for name, kind in job.signature if kind in ("i32", "i64")}
+    sizes &= {"n_out", "n_in", "L", "width", "n_columns"}
     case = next(case for case in CASES if f", {case.name}, " in job.where)
     widths = (*case.segments, case.input_width, case.n_latents // (case.k if "groupmax" in job.where else 1))
     return sizes <= set(job.aligned) and min(widths) >= 512 and dict(job.constants).get("BLOCK", 512) >= 512
