@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS)
 
-.PHONY: help demo test lint types tests check docs soak bench bench-schemes bench-static clean
+.PHONY: help demo test lint types tests check docs soak bench bench-schemes bench-static gpu gpu-sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,6 +67,12 @@ bench: $(VENV)/installed-dev  ## time ops and training steps per backend, the da
 bench-schemes: $(VENV)/installed-dev  ## train every recipe in full, and every scheme on planted dictionaries
 	$(BIN)/python benches/recipes.py run
 	$(BIN)/python benches/synthetic.py run
+
+gpu: $(VENV)/installed-dev  ## on a GPU: is it right there, how fast, where does the time go; two files to attach to an issue
+	$(BIN)/python benches/gpu.py
+
+gpu-sanitize: $(VENV)/installed-dev  ## on an NVIDIA GPU: every op under compute-sanitizer; hours
+	$(BIN)/python benches/sanitize.py
 
 bench-static: $(VENV)/installed-dev  ## compile matrix and traffic model of the Triton kernels, no GPU needed
 	$(BIN)/python benches/static_compile.py

@@ -109,7 +109,7 @@ class Step:
     def auxk(self, x_BI: Tensor, error_BO: Tensor, widths: list[int]) -> Tensor:
         """AuxK of Gao et al. 2024, as the trainer has it when it does not know that no latent is dead."""
         case, ops, p = self.case, self.ops, self.params
-        dead_L = torch.arange(case.L) < case.dead * case.L
+        dead_L = torch.arange(case.L, device=x_BI.device) < case.dead * case.L
         encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
         predicted_BO = ops.dead_decode(*encoder, dead_L, case.k_aux, p["W_dec_LO"], sparse_grad=True)
         variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()

@@ -1,0 +1,205 @@
+"""Is it right on this device? Every op against float64 and against itself; a training step of every recipe that must not wait
+for the device; steps captured as graphs.
+
+Axes: B tokens · I flattened input dims · L latents · N stored entries.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosscode_kernels import DenseLatents, OpSet, SparseLatents, available_backends, resolve_backend
+from crosscode_kernels.row_sparse_adam import clip_grad_norm_
+from gpu_device import Gpu
+from op_cases import OPS, Inputs, call, outputs
+from torch import Tensor
+from train_step import Case, Step, batch, make_params
+
+Row = dict[str, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+"""Largest error, relative to the largest value."""
+SIZES = {
+    "odd": Case("topk", B=67, I=37, O=34, L=303, k=3),
+    "ones": Case("topk", B=1, I=1, O=1, L=1, k=1, segments=1),
+    "real": Case("topk", B=1024, I=2304, O=2304, L=16384, k=64),
+}
+QUICK = {"odd": Case("topk", B=5, I=7, O=6, L=33, k=3)}
+FLOAT32_ONLY = ("dead_decode",)
+"""Which latents are chosen does not show in the result, and in 16 bits near ties are chosen otherwise than in float64."""
+
+
+def backends(gpu: Gpu, dtype: torch.dtype) -> list[str]:
+    """What runs on the device, but for the reference; in a dry run the first alone, Triton's interpreter."""
+    found = available_backends(gpu.device, dtype)
+    names = [status.name for status in found if status.available and status.name != "reference"]
+    return names[:1] if gpu.device == "cpu" else names
+
+
+def error_text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+# ---- ops
+
+
+def ops_against_float64(gpu: Gpu, quick: bool) -> Iterator[Row]:
+    """A row for each op, backend, dtype and size."""
+    for size, case in (QUICK if quick else SIZES).items():
+        for dtype_name, dtype in islice(DTYPES.items(), 1 if gpu.device == "cpu" else None):
+            for backend in backends(gpu, dtype):
+                ops = resolve_backend(backend, gpu.device, dtype)  # pyright: ignore[reportArgumentType]
+                inputs = Inputs(case, ops, gpu.device, dtype, seed=0)
+                for name in OPS:
+                    row = {"op": name, "backend": backend, "dtype": dtype_name, "size": size}
+                    yield row | _judged(name, ops, inputs, dtype_name)
+                del inputs
+                gpu.free()
+
+
+def _judged(name: str, ops: OpSet, inputs: Inputs, dtype: str) -> Row:
+    try:
+        same = _same_twice(name, ops, inputs)
+        if name in FLOAT32_ONLY and dtype != "float32":
+            return {"same_bits": same, "ok": same}
+        errors = _errors(name, ops, inputs)
+    except Exception as error:
+        return {"error": error_text(error), "ok": False}
+    worst = max(errors, key=lambda part: errors[part])
+    ok = same and errors[worst] <= ALLOWED[dtype]  # false with a NaN
+    return {"worst": worst, "error_of_largest": errors[worst], "same_bits": same, "ok": ok}
+
+
+def _same_twice(name: str, ops: OpSet, inputs: Inputs) -> bool:
+    def run() -> list[Tensor]:
+        found = [part.detach() for part in outputs(call(OPS[name], ops, inputs, False))]
+        return [*found, *(call(OPS[name], ops, inputs, True) if OPS[name].leaves else ())]
+
+    return all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers, latents dense."""
+    exact = copy.copy(inputs)
+    for name, value in vars(inputs).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            setattr(exact, name, value.detach().double().requires_grad_(value.requires_grad))
+    exact.dense = DenseLatents(exact.a_BL)
+    exact.value = inputs.sparse.to_dense().detach().double().requires_grad_()
+    exact.sparse = DenseLatents(exact.value)
+    return exact
+
+
+def _errors(name: str, ops: OpSet, inputs: Inputs) -> dict[str, float]:
+    """Of results and gradients, relative to the largest value. Of an encoder, given what it selected; and `left out`: what better
+    choices would have added to the sum of all values."""
+    op, exact = OPS[name], in_float64(inputs)
+    reference = resolve_backend("reference", exact.x_BI.device, torch.float64)
+    mine, theirs = call(op, ops, inputs, False), call(op, reference, exact, False)
+    grads = dict(zip(op.leaves, call(op, ops, inputs, True), strict=True)) if op.leaves else {}
+    wanted = dict(zip(op.leaves, call(op, reference, exact, True), strict=True)) if op.leaves else {}
+    found: dict[str, float] = {}
+    if isinstance(mine, (SparseLatents, DenseLatents)):
+        weight_L = exact.n_L.detach() if "by norm" in name else 1.0
+        a_BL, best_BL = mine.to_dense().double(), theirs.to_dense()
+        with torch.no_grad():
+            h_BL = exact.x_BI @ exact.W_enc_LI.T + exact.b_enc_L
+        kept_BL = (a_BL != 0).double()
+        pairs = {"value": (a_BL, h_BL * kept_BL)}
+        best, taken = ((latents_BL * weight_L).sum() for latents_BL in (best_BL, h_BL * kept_BL))
+        found["left out"] = float(((best - taken) / best.abs().clamp(min=1e-9)).clamp(min=0))
+        wanted |= {"W_enc_LI": kept_BL.T @ exact.x_BI.detach(), "b_enc_L": kept_BL.sum(0)}
+    else:
+        pairs = dict(enumerate(zip(outputs(mine), outputs(theirs), strict=True)))
+    for leaf, grad in grads.items():
+        truth = wanted[leaf]
+        if leaf == "value" and isinstance(inputs.sparse, SparseLatents):
+            stored_BL = replace(inputs.sparse, value_N=torch.ones_like(grad)).to_dense() != 0
+            grad, truth = replace(inputs.sparse, value_N=grad).to_dense(), truth * stored_BL
+        pairs[f"gradient of {leaf}"] = grad, truth
+    for part, (one, other) in pairs.items():
+        largest = float(other.abs().max()) if other.numel() else 0.0
+        found[str(part)] = float((one.double() - other).abs().max()) / (largest or 1.0) if one.numel() else 0.0
+    return found
+
+
+# ---- training steps
+
+
+def recipes_without_waiting(gpu: Gpu, quick: bool) -> Iterator[Row]:
+    """A training step of every recipe, the second one with waiting for the device forbidden."""
+    from tiny_recipes import make_trainer
+
+    from crosscode.recipes import recipe_names
+
+    for name in islice(recipe_names(), 2 if quick else None):
+        for backend in backends(gpu, torch.float32):
+            row: Row = {"recipe": name, "backend": backend}
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    trainer = make_trainer(name, Path(folder) / "run", backend, gpu.device)
+                    trainer.start()
+                    first, second = islice(trainer.data, 2)
+                    trainer.train_step(first)
+                    with gpu.no_waiting():
+                        trainer.train_step(second)
+                    gpu.synchronize()
+                    finite = all(bool(weight.isfinite().all()) for weight in trainer.model.parameters())
+                yield row | {"ok": finite}
+            except Exception as error:
+                yield row | {"ok": False, "error": error_text(error)}
+
+
+SCHEMES = ("topk", "batch_topk", "groupmax", "l1", "jumprelu")
+
+
+def make_step(case: Case, ops: OpSet, device: str, **adam: Any) -> tuple[Step, Tensor, Tensor]:
+    """A training step as `train_step.py` has it, on the device, and a batch for it."""
+    x_BI, target_BO = batch(case)
+    params = make_params(case, x_BI)
+    params = {name: tensor.detach().to(device).requires_grad_() for name, tensor in params.items()}
+    optimizer = torch.optim.Adam(params.values(), 5e-5, **adam)
+    return Step(case, ops, params, optimizer), x_BI.to(device), target_BO.to(device)
+
+
+def graph_capture(gpu: Gpu, quick: bool) -> Iterator[Row]:
+    """A whole step (forward, backward, clipping, Adam) captured and replayed: are its weights those of eager steps?"""
+    sizes = {"B": 8, "I": 12, "O": 16, "L": 64, "k": 4} if quick else {"B": 256, "I": 768, "O": 768, "L": 4096, "k": 32}
+    for scheme in SCHEMES[:2] if quick else SCHEMES:
+        case = Case(scheme, **sizes, l0=16.0 if scheme in ("l1", "jumprelu") else 0.0)
+        for backend in backends(gpu, torch.float32):
+            row: Row = {"scheme": scheme, "backend": backend}
+            ops = resolve_backend(backend, gpu.device)  # pyright: ignore[reportArgumentType]
+            try:
+                weights, n_warm_up = [], 3 if gpu.device == "cuda" else 1
+                for captures in (False, True):
+                    adam = {"capturable": True} if gpu.device == "cuda" else {}
+                    step, x_BI, target_BO = make_step(case, ops, gpu.device, **adam)
+                    run = _capturable(step, x_BI, target_BO)
+                    if captures:
+                        run = gpu.captured(run, n_warm_up)
+                    for _ in range(1 if captures else n_warm_up + 1):
+                        run()
+                    gpu.synchronize()
+                    weights.append([tensor.detach() for tensor in step.params.values()])
+                same = all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+                yield row | {"ok": True, "same_bits": same}
+            except Exception as error:
+                yield row | {"ok": False, "error": error_text(error)}
+
+
+def _capturable(step: Step, x_BI: Tensor, target_BO: Tensor) -> Any:
+    def run() -> None:
+        step.optimizer.zero_grad(set_to_none=True)
+        step.forward(x_BI, target_BO).backward()
+        clip_grad_norm_(list(step.params.values()), 1.0)
+        step.optimizer.step()
+
+    return run
