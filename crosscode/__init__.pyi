@@ -76,6 +76,7 @@ from crosscode.objectives import TERMS as TERMS
 # Objectives
 from crosscode.objectives import AuxKTerm as AuxKTerm
 from crosscode.objectives import Constant as Constant
+from crosscode.objectives import DeltaTerm as DeltaTerm
 from crosscode.objectives import L0Term as L0Term
 from crosscode.objectives import L1Term as L1Term
 from crosscode.objectives import LinearRamp as LinearRamp

@@ -11,6 +11,7 @@ from crosscode.objectives.schedules import LinearRamp as LinearRamp
 from crosscode.objectives.schedules import WarmUp as WarmUp
 from crosscode.objectives.schedules import as_schedule as as_schedule
 from crosscode.objectives.terms import AuxKTerm as AuxKTerm
+from crosscode.objectives.terms import DeltaTerm as DeltaTerm
 from crosscode.objectives.terms import L0Term as L0Term
 from crosscode.objectives.terms import L1Term as L1Term
 from crosscode.objectives.terms import MultiTopkTerm as MultiTopkTerm

@@ -18,7 +18,8 @@ from crosscode.recipes import recipe_names, recipe_path
 
 OF_THE_SCHEMES = {
     "l1_crosscoder", "topk_crosscoder", "batch_topk_crosscoder", "groupmax_crosscoder", "jan_update_crosscoder",
-    "feb_update_diffing_jumprelu", "feb_update_diffing_topk", "dedicated_feature_crosscoder", "l1_cross_layer_transcoder",
+    "feb_update_diffing_jumprelu", "feb_update_diffing_topk", "dedicated_feature_crosscoder", "delta_crosscoder",
+    "l1_cross_layer_transcoder",
     "topk_cross_layer_transcoder", "batch_topk_cross_layer_transcoder", "groupmax_cross_layer_transcoder",
     "topk_cross_layer_skip_transcoder", "batch_topk_cross_layer_skip_transcoder",
     "groupmax_cross_layer_skip_transcoder", "jumprelu_cross_layer_transcoder", "compound_clt", "skip_transcoder",

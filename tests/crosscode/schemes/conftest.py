@@ -223,6 +223,14 @@ class Dictionary:
         spread = self.target_BO - self.target_BO.mean(0, keepdim=True)
         return self.recon(a_S) / spread.pow(2).sum(1).mean()
 
+    def delta(self, a_S: list[Tensor], reference: int = 0) -> Tensor:
+        y_BMF, yhat_BMF = self.target_BO.reshape(*self.shape[:2], -1), self.decode(a_S).reshape(*self.shape[:2], -1)
+        total = torch.zeros((), dtype=torch.float64)
+        for m in range(self.shape[1]):
+            wanted_BF, found_BF = y_BMF[:, m] - y_BMF[:, reference], yhat_BMF[:, m] - yhat_BMF[:, reference]
+            total = total + (wanted_BF - found_BF).pow(2).sum() / self.shape[0]
+        return total
+
     def weights_S(self, ratio: float) -> list[Tensor]:
         weights = torch.ones(sum(h.shape[1] for h in self.h_S), dtype=torch.float64)
         weights[: self.model.n_shared_latents] = ratio

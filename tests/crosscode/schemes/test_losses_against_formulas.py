@@ -51,6 +51,19 @@ def test_every_use_of_decoder_norms_with_either_norm(
     check(case, formula, objective({"recon": {}})(context(case), 0, 10), formula.recon(formula.latents()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "groupmax", "jumprelu", "relu"])
+@pytest.mark.parametrize(
+    ("architecture", "reference"), [("acausal_2x1", 0), ("acausal_3x2", 1), ("acausal_partition", 1)]
+)
+def test_delta(architecture, reference, activation, backend, make_case, objective, context, dictionary, check):
+    case = make_case(architecture, activation, backend=backend)
+    formula = dictionary(case, activation)
+    loss = objective({"recon": {}, "delta": {"weight": 3.0, "reference": reference}})(context(case), 0, 10)
+    a_S = formula.latents()
+    check(case, formula, loss, formula.recon(a_S) + 3 * formula.delta(a_S, reference))
+
+
 def test_coefficients_follow_their_schedules(make_case, objective, context, dictionary, check):
     case = make_case("acausal_2x1", "jumprelu")
     config = {

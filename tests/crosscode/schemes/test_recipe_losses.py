@@ -54,6 +54,8 @@ def expected_loss(formula, values, step, idle_L):
         elif name == "multi_topk":
             assert fields.get("normalise", False) == (recon == formula.normalised_recon)
             total = total + recon(formula.latents(min(fields["factor"] * k, L))) / 8
+        elif name == "delta":
+            total = total + fields["weight"] * formula.delta(a_S)
         else:
             ratio, weight = fields.get("shared_ratio", 1.0), coefficient(fields["weight"], step)
             if name == "tanh":

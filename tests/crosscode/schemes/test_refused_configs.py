@@ -78,6 +78,17 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         ("compound_clt", {"hookpoints": ["blocks.1.hook_mlp_out"]}, "as many output as input hookpoints"),
         ("sae_topk", {"crosscoder__activation__k_start": 8}, "activation.k_start = 8: must not be below k = 32"),
         ("topk_crosscoder", {"constraints": {"tie_shared_decoders": {}}}, "the model has no shared latents"),
+        (
+            "sae_topk",
+            {"objective": {"recon": {}, "delta": {}}},
+            "objective.delta: needs a crosscoder of at least two models",
+        ),
+        (
+            "delta_crosscoder",
+            {"language_models": THIRD[:1]},
+            "objective.delta: needs a crosscoder of at least two models",
+        ),
+        ("delta_crosscoder", {"objective__delta__reference": 2}, "objective.delta.reference = 2: must be below the 2"),
         ("topk_crosscoder", {"constraints": {"hold_partition": {}}}, "the model has no partition"),
         (
             "dedicated_feature_crosscoder",
