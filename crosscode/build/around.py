@@ -30,7 +30,7 @@ def section_of_model(model: BaseCrosscoder, n_models: int, n_hookpoints: int, wi
         InputError: it does not read activations of these dimensions.
     """
     kinds = [name for name in ARCHITECTURES if ARCHITECTURES[name] is type(model)]
-    fitting = [name for name in kinds if ARCHITECTURES.config_class(name).split.accepts(n_hookpoints)]
+    fitting = [name for name in kinds if ARCHITECTURES.config_class(name).split.reads(n_models, n_hookpoints)]
     wanted = type(model).dims_for(n_models, n_hookpoints, width)
     found = {name: getattr(model, name) for name in wanted}
     if not fitting or wanted != found:

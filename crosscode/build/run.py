@@ -123,6 +123,7 @@ def build_dataloader(experiment: AnyExperiment) -> ActivationsDataloader:
             shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
             seed=config.seed,
             scale=config.data.scale,
+            scaled=experiment.split.as_scaled if experiment.split.difference else None,
             n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
             drop_last=True,
             prefetch=config.data.prefetch,

@@ -6,7 +6,7 @@ R rows that arrive together · B batch · M models · P hookpoints · D model di
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -32,7 +32,8 @@ class ActivationsDataloader:
     draw from; 0 is no shuffling, None is 65,536, or 0 where the rows come shuffled; a data set that is smaller is held
     as a whole. `seed` decides the draws. `scaling_MP`: given factors, or None to take those that the source knows, or
     else to estimate `sqrt(D) / mean ||x||` on the first `n_tokens_for_norm_estimate` usable positions, read by an
-    iterator of their own so that none is lost to training; `scale=False` yields raw activations. `drop_last` drops a
+    iterator of their own so that none is lost to training (`scaled`: of other vectors that follow from the activations,
+    `(B, M, P, D)` as well; the source knows nothing of them); `scale=False` yields raw activations. `drop_last` drops a
     last batch that is smaller; it matters only where the data ends. `prefetch`: harvests that a thread may run ahead;
     it changes no batch. `device`: where batches are handed out (None: where the rows are; the buffer is there in any
     case).
@@ -51,6 +52,7 @@ class ActivationsDataloader:
         seed: int = 0,
         scale: bool = True,
         scaling_MP: torch.Tensor | None = None,
+        scaled: Callable[[torch.Tensor], torch.Tensor] | None = None,
         n_tokens_for_norm_estimate: int = 32_768,
         drop_last: bool = False,
         prefetch: int = 0,
@@ -71,6 +73,7 @@ class ActivationsDataloader:
         self.dims = rows.dims
         self.device = rows.device if device is None else torch.device(device)
         self._scaling_MP = self._check_scaling(scaling_MP) if scale else torch.ones(self.dims[:2])
+        self._scaled = scaled
         self._n_tokens_for_norm_estimate = n_tokens_for_norm_estimate
         self._start: dict[str, Any] | None = None
         self._iterator: _BatchIterator | None = None
@@ -78,12 +81,12 @@ class ActivationsDataloader:
     @property
     def scaling_MP(self) -> torch.Tensor:
         """Factors that every batch is multiplied with (float32, on the CPU); estimated when first asked for."""
-        if self._scaling_MP is None:
+        if self._scaling_MP is None and self._scaled is None:
             self._scaling_MP = self._check_scaling(self.rows.scaling_MP())
         if self._scaling_MP is None:
             log.info("estimating the scale of activations on %d tokens", self._n_tokens_for_norm_estimate)
             with closing(self.rows.open_sample()) as sample:
-                acts = (rows.acts_RMPD for rows in sample)
+                acts = (self._scaled(rows.acts_RMPD.float()) if self._scaled else rows.acts_RMPD for rows in sample)
                 self._scaling_MP = estimate_scaling(acts, self._n_tokens_for_norm_estimate)
         return self._scaling_MP
 

@@ -78,7 +78,7 @@ def measure_closes(
     """What the latents of model B close when they are added to model A.
 
     Args:
-        model: folded, with outputs at both language models.
+        model: folded, with outputs at both language models, or at their difference.
         latents: those of B.
         alive_L: bool; among which random latents are drawn.
         n_tokens: usable tokens after which no further batch is taken.
@@ -91,14 +91,14 @@ def measure_closes(
     """
     places = split.output_places(*harvester.dims[:2])
     x_AP, x_BP = ([x for x, (m, _) in enumerate(places) if m == wanted] for wanted in (model_a, model_b))
-    hookpoints = [p for m, p in places if m == model_a]
-    if model_a == model_b or not x_AP or len(x_AP) != len(x_BP):
+    hookpoints = [p for m, p in places if m == model_b]
+    if model_a == model_b or not x_BP or len(x_AP) != (0 if split.difference else len(x_BP)):
         raise InputError("closes: needs a crosscoder that writes to two language models")
     latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)
     if not len(latents_N):
         raise InputError("closes: no latents to add")
     vectors_NXD = decoder_vectors_NXD(model, latents_N).float()
-    difference_NPD = vectors_NXD[:, x_BP] - vectors_NXD[:, x_AP]
+    difference_NPD = vectors_NXD if split.difference else vectors_NXD[:, x_BP] - vectors_NXD[:, x_AP]
     others = alive_L.clone().cpu()
     others[latents_N.cpu()] = False
     others_O = others.nonzero().squeeze(1)

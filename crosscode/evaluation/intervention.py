@@ -107,9 +107,8 @@ class Interventions:
 
         def delta_P(m: int, _pass: _Pass) -> list[Tensor | None]:
             # what adds nothing is not added: not a bit changes
-            return [
-                None if delta is None or not bool(delta.any()) else delta for delta in self._by_hookpoint(sum_XD, m)
-            ]
+            found = self._by_hookpoint(sum_XD, 1 if self.split.difference else m)
+            return [None if delta is None or not bool(delta.any()) else delta for delta in found]
 
         with self._running(delta_P, models, positions):
             yield

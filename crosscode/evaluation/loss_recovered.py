@@ -5,6 +5,9 @@ the reconstruction spliced in, and with zeros spliced in. Reconstructions come f
 
     loss_recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
 
+Of a difference between two models, 0 and reconstruction are added to the first model's activations, and the sum is spliced
+into the second: 0 puts the first model's activations in the place of the second's.
+
 Only usable positions are replaced: the crosscoder never sees the others (position 0, padding, masked tokens).
 Cross-entropy and KL are means over the predictions that are made at a usable position of a usable token.
 A hookpoint that is a module's input replaces what this module reads; where the residual stream passes beside the
@@ -78,9 +81,11 @@ def measure_loss_recovered(
     with RawModel(model, split, scaling_MP) as raw_model:
         for part in text_parts(harvester, batches, n_tokens, limit):
             recon_HSXD = reconstruct(raw_model, part.acts_HSMPD, part.mask_HS)
+            beside = split.beside(part.acts_HSMPD)
+            zero_HSXD = torch.zeros_like(recon_HSXD) if beside is None else beside.reshape(recon_HSXD.shape)
             for splicer, places in zip(splicers, places_M, strict=True):
                 if splicer is not None:
-                    _add_part(sums, splicer, places, part, recon_HSXD)
+                    _add_part(sums, splicer, places, part, recon_HSXD + zero_HSXD, zero_HSXD)
     return {name: found.result() for name, found in sums.items() if found.n_predictions}
 
 
@@ -116,13 +121,18 @@ def reconstruct(raw_model: RawModel, acts_HSMPD: Tensor, mask_HS: Tensor, max_ro
 
 
 def _add_part(
-    sums: dict[str, _SequenceSums], splicer: Splicer, places: Places, part: TextPart, recon_HSXD: Tensor
+    sums: dict[str, _SequenceSums],
+    splicer: Splicer,
+    places: Places,
+    part: TextPart,
+    recon_HSXD: Tensor,
+    zero_HSXD: Tensor,
 ) -> None:
     tokens_HS, mask_HS, segments_HS = part.tokens_HS, part.mask_HS, part.segments_HS
     clean_HSV = splicer.logits(tokens_HS, segments_HS)
     for name, positions in places.items():
         spliced = {p: recon_HSXD[:, :, x] for p, x in positions.items()}
-        zeros = {p: torch.zeros_like(acts_HSD) for p, acts_HSD in spliced.items()}
+        zeros = {p: zero_HSXD[:, :, x] for p, x in positions.items()}
         spliced_HSV = splicer.logits(tokens_HS, segments_HS, spliced, mask_HS)
         zero_HSV = splicer.logits(tokens_HS, segments_HS, zeros, mask_HS)
         sums[name].add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)

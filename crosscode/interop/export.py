@@ -56,6 +56,11 @@ def planned(model: BaseCrosscoder, position: str | None = None) -> PlainCoder:
 
 def check_holds(made: Format, coders: Sequence[PlainCoder], *, complete: bool = True) -> None:
     """Raise `InputError` with the reason why these cannot be written, and what would work."""
+    if any(coder.split is not None and coder.split.difference for coder in coders):
+        raise InputError(
+            f"export --to {made.type_name()}: the model reads the difference of two language models, which no file of another "
+            "library says; share it by `crosscode push`"
+        )
     refusal = (
         made.refusal(coders, complete=complete)
         if made.takes_several or len(coders) == 1

@@ -24,6 +24,17 @@ class SAEConfig(PreBiasConfig):
     split = Split(type, lambda p: (0, 0), lambda p: p == 1, "reads and reconstructs exactly one hookpoint")
 
 
+class DiffSAEConfig(PreBiasConfig):
+    """An SAE of what two models' activations differ in: the second model's minus the first's, scaled alike, so that the
+    mean norm of the difference is sqrt(D)."""
+
+    type: Literal["diff_sae"] = "diff_sae"
+    title = "SAE on the difference"
+    split = Split(
+        type, lambda p: (0, 0), lambda p: p == 1, "reads exactly one hookpoint of two models", difference=True
+    )
+
+
 class TranscoderConfig(PreBiasConfig):
     """A transcoder: reads the first hookpoint and predicts the second."""
 
@@ -35,11 +46,12 @@ class TranscoderConfig(PreBiasConfig):
 @ARCHITECTURES.register
 class SAEOrTranscoder(BaseCrosscoder):
     """`Xi = Xo = ()`. A sparse autoencoder where input and target are the same activations `[B, D]`, a transcoder
-    where they are those of two hookpoints. Further options are those of `BaseCrosscoder`."""
+    where they are those of two hookpoints. An SAE may read the difference of two models (`diff_sae`). Further options
+    are those of `BaseCrosscoder`."""
 
     kind = "sae_or_transcoder"
     own_arguments = ("d_in", "d_out")
-    Configs = (SAEConfig, TranscoderConfig)
+    Configs = (SAEConfig, DiffSAEConfig, TranscoderConfig)
 
     W_enc_DL: Tensor = view("W_enc_XiDiL")
     W_dec_LD: Tensor = view("W_dec_LXoDo")

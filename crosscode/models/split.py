@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -30,11 +31,21 @@ class Split:
     """what `accepts` asks, in words"""
     keeps_models: bool = False
     """whether the axis M is part of Xi and Xo; else there is exactly one model"""
+    difference: bool = False
+    """whether what is read is the second of two models minus the first, both scaled alike; the axis M disappears"""
+
+    def reads(self, n_models: int, n_hookpoints: int) -> bool:
+        """Whether it reads M models at P hookpoints."""
+        return self._takes(n_models) and self.accepts(n_hookpoints)
+
+    def _takes(self, n_models: int) -> bool:
+        return n_models >= 1 if self.keeps_models else n_models == 1 + self.difference
 
     def check(self, n_models: int, n_hookpoints: int) -> None:
         """Raise `InputError` where this architecture cannot read M models at P hookpoints."""
-        if n_models < 1 or (n_models != 1 and not self.keeps_models):
-            raise InputError(f"crosscoder.type = {self.type!r}: reads one language model, got {n_models}")
+        if not self._takes(n_models):
+            wanted = "the difference of two language models" if self.difference else "one language model"
+            raise InputError(f"crosscoder.type = {self.type!r}: reads {wanted}, got {n_models}")
         if not self.accepts(n_hookpoints):
             raise InputError(f"crosscoder.type = {self.type!r}: {self.rule}, got {n_hookpoints} hookpoint(s)")
 
@@ -43,6 +54,8 @@ class Split:
         if acts_BMPD.ndim < 3:
             raise InputError(f"activations: expected shape (..., M, P, D), got {tuple(acts_BMPD.shape)}")
         in_, out = self._indices(*acts_BMPD.shape[-3:-1])
+        if self.difference:
+            acts_BMPD = acts_BMPD - acts_BMPD[..., :1, :, :]
         return acts_BMPD[(..., *in_, slice(None))], acts_BMPD[(..., *out, slice(None))]
 
     def scaling(self, scaling_MP: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +63,36 @@ class Split:
         if scaling_MP.ndim != 2:
             raise InputError(f"scaling: expected shape (M, P), got {tuple(scaling_MP.shape)}")
         in_, out = self._indices(*scaling_MP.shape)
+        if self.difference and not torch.equal(scaling_MP[0], scaling_MP[1]):
+            raise InputError(
+                f"crosscoder.type = {self.type!r}: reads a difference, so that both models must be scaled by the same "
+                f"factor, got {scaling_MP.flatten().tolist()}"
+            )
         return scaling_MP[in_], scaling_MP[out]
+
+    def as_scaled(self, acts_BMPD: Tensor) -> Tensor:
+        """`(B, M, P, D)`: the vectors whose mean norm scaling makes `sqrt(D)`.
+
+        Raises:
+            InputError: a difference that is 0 everywhere.
+        """
+        if not self.difference:
+            return acts_BMPD
+        self.check(*acts_BMPD.shape[-3:-1])
+        difference_BMPD = acts_BMPD[..., 1:, :, :] - acts_BMPD[..., :1, :, :]
+        if not bool(difference_BMPD.any()):
+            raise InputError(
+                f"crosscoder.type = {self.type!r}: the two models have the same activations: no difference"
+            )
+        return difference_BMPD.expand(acts_BMPD.shape)
+
+    def beside(self, acts_BMPD: Tensor) -> Tensor | None:
+        """What must be added to the output for activations at `output_places`, of their shape; None: nothing."""
+        return (
+            acts_BMPD[(..., 0, *self._indices(*acts_BMPD.shape[-3:-1])[1][1:], slice(None))]
+            if self.difference
+            else None
+        )
 
     def output_names(self, names_MP: Sequence[Sequence[str]]) -> list[str]:
         """Names of the output's crosscoding positions, flattened in the order of Xo."""
@@ -61,7 +103,8 @@ class Split:
         return self._names(names_MP, 0)
 
     def output_places(self, n_models: int, n_hookpoints: int) -> list[tuple[int, int]]:
-        """`(m, p)` of each output position, flattened in the order of Xo."""
+        """`(m, p)` of each output position, flattened in the order of Xo. A difference has the place of the second model,
+        to which its first model's activations and the difference add up."""
         return self._places(n_models, n_hookpoints, 1)
 
     def input_places(self, n_models: int, n_hookpoints: int) -> list[tuple[int, int]]:
@@ -78,9 +121,18 @@ class Split:
 
     def _indices(self, n_models: int, n_hookpoints: int) -> tuple[tuple[Hookpoints, Hookpoints], ...]:
         self.check(n_models, n_hookpoints)
-        models: Hookpoints = slice(None) if self.keeps_models else 0
+        models: Hookpoints = slice(None) if self.keeps_models else int(self.difference)
         in_, out = self.hookpoints(n_hookpoints)
         return (models, in_), (models, out)
 
     def _names(self, names_MP: Sequence[Sequence[str]], side: int) -> list[str]:
-        return [names_MP[m][p] for m, p in self._places(len(names_MP), len(names_MP[0]), side)]
+        places = self._places(len(names_MP), len(names_MP[0]), side)
+        return [
+            difference_name(names_MP[0][p], names_MP[1][p]) if self.difference else names_MP[m][p] for m, p in places
+        ]
+
+
+def difference_name(name_a: str, name_b: str) -> str:
+    """`b - a/hookpoint` for `b/hookpoint` minus `a/hookpoint`."""
+    (model_a, _, hook_a), (model_b, _, hook_b) = name_a.rpartition("/"), name_b.rpartition("/")
+    return f"{model_b} - {model_a}/{hook_b}" if hook_a == hook_b and model_a and model_b else f"{name_b} - {name_a}"

@@ -79,7 +79,10 @@ def run_sweep(
     """
     _check_free(points, folder, typed_overwrite)
     for point in points:
-        split_for(point.config.crosscoder.type).check(*point.config.n_positions())
+        split = split_for(point.config.crosscoder.type)
+        split.check(*point.config.n_positions())
+        if split.difference != split_for(points[0].config.crosscoder.type).difference:
+            raise InputError("sweep: 'diff_sae' scales activations as no other crosscoder.type does; sweep it alone")
     experiment = open_experiment(points[0].config)
     with closing(build_dataloader(experiment)) as data:
         rows = [

@@ -70,6 +70,16 @@ def test_scaled_to_mean_norm_sqrt_d(make_loader):
     assert loader.scaling_MP.shape == (2, 2)
 
 
+def test_scaled_by_what_follows_from_the_activations(make_loader):
+    def difference(acts_BMPD):
+        return (acts_BMPD[:, 1:] - acts_BMPD[:, :1]).expand_as(acts_BMPD)
+
+    loader = make_loader(n_tokens_for_norm_estimate=10**6, scaled=difference)
+    norms_BMP = difference(torch.cat(list(loader))).norm(dim=-1)
+    torch.testing.assert_close(norms_BMP.mean(dim=0), torch.full((2, 2), 4.0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(loader.scaling_MP[0], loader.scaling_MP[1])
+
+
 def test_norm_estimation_takes_nothing_from_training(make_loader):
     estimated, given = make_loader(), make_loader(scaling_MP=make_loader().scaling_MP)
     assert torch.equal(torch.cat(list(estimated)), torch.cat(list(given)))

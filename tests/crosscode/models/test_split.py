@@ -39,6 +39,25 @@ def test_sae_squeezes():
     assert split.output_names([["a/0"]]) == ["a/0"]
 
 
+def test_a_difference_is_the_second_model_minus_the_first():
+    split, acts_BMPD = split_for("diff_sae"), torch.randn(6, 2, 1, 5, generator=torch.Generator().manual_seed(0))
+    wanted_BD = acts_BMPD[:, 1, 0] - acts_BMPD[:, 0, 0]
+    assert all(torch.equal(part, wanted_BD) for part in split.activations(acts_BMPD))
+    assert [factor.item() for factor in split.scaling(torch.tensor([[3.0], [3.0]]))] == [3.0, 3.0]
+    with pytest.raises(InputError, match=r"both models must be scaled by the same factor, got \[1.0, 2.0\]"):
+        split.scaling(scaling(2, 1))
+    assert all(torch.equal(split.as_scaled(acts_BMPD)[:, m, 0], wanted_BD) for m in range(2))
+    with pytest.raises(InputError, match="the two models have the same activations: no difference"):
+        split.as_scaled(acts_BMPD[:, :1].expand(6, 2, 1, 5))
+    assert split.output_names([["base/h"], ["org/tuned/h"]]) == ["org/tuned - base/h"]
+    assert split.input_names([["x"], ["y"]]) == ["y - x"]
+    assert split.output_places(2, 1) == [(1, 0)]
+    assert torch.equal(split.beside(acts_BMPD), acts_BMPD[:, 0, 0]) and split_for("sae").beside(acts(1, 1)) is None
+    for n_models in (1, 3):
+        with pytest.raises(InputError, match=f"reads the difference of two language models, got {n_models}"):
+            split.check(n_models, 1)
+
+
 def test_transcoder_reads_the_first_and_predicts_the_second():
     split = split_for("transcoder")
     input_BD, target_BD = split.activations(acts(1, 2))
@@ -65,8 +84,8 @@ def test_compound_takes_all_inputs_then_all_outputs():
 
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))
 def test_the_model_of_a_split_takes_what_it_yields(kind):
-    n_models = 2 if kind == "model_hookpoint_acausal" else 1
-    n_hookpoints = {"sae": 1, "transcoder": 2}.get(kind, 4)
+    n_models = 2 if kind in ("model_hookpoint_acausal", "diff_sae") else 1
+    n_hookpoints = {"sae": 1, "diff_sae": 1, "transcoder": 2}.get(kind, 4)
     split = split_for(kind)
     dims = ARCHITECTURES[kind].dims_for(n_models, n_hookpoints, 5)
     model = ARCHITECTURES[kind](**dims, n_latents=8, activation_fn=TopkActivation(2, 8))
@@ -75,7 +94,8 @@ def test_the_model_of_a_split_takes_what_it_yields(kind):
             param.fill_(0.1)
     input_BXiDi, target_BXoDo = split.activations(acts(n_models, n_hookpoints))
     assert model(input_BXiDi).shape == target_BXoDo.shape
-    model.fold_activation_scaling_into_weights_(*split.scaling(scaling(n_models, n_hookpoints)))
+    scaling_MP = torch.full((2, 1), 3.0) if kind == "diff_sae" else scaling(n_models, n_hookpoints)
+    model.fold_activation_scaling_into_weights_(*split.scaling(scaling_MP))
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3)])

@@ -18,7 +18,7 @@ from crosscode.recipes import recipe_names, recipe_path
 
 OF_THE_SCHEMES = {
     "l1_crosscoder", "topk_crosscoder", "batch_topk_crosscoder", "groupmax_crosscoder", "jan_update_crosscoder",
-    "feb_update_diffing_jumprelu", "feb_update_diffing_topk", "dedicated_feature_crosscoder", "delta_crosscoder",
+    "feb_update_diffing_jumprelu", "feb_update_diffing_topk", "dedicated_feature_crosscoder", "delta_crosscoder", "diff_sae",
     "l1_cross_layer_transcoder",
     "topk_cross_layer_transcoder", "batch_topk_cross_layer_transcoder", "groupmax_cross_layer_transcoder",
     "topk_cross_layer_skip_transcoder", "batch_topk_cross_layer_skip_transcoder",
@@ -99,7 +99,11 @@ def test_a_recipe_trains_evaluates_and_loads_again(name, shrink, reads, monkeypa
     assert reads.n == 0, "steps that do not log read nothing from the device"
     assert evaluation is not None and math.isfinite(evaluation.fvu) and evaluation.l0 >= 0
     assert trainer.step == 4
-    names = [f"{lm.short_name()}/{hook}" for lm in config.language_models for hook in config.hookpoints]
+    names = (
+        ["tuned - base/" + hook for hook in config.hookpoints]
+        if name == "diff_sae"
+        else [f"{lm.short_name()}/{hook}" for lm in config.language_models for hook in config.hookpoints]
+    )
     assert list(evaluation.fvu_by_position) == names[-len(evaluation.fvu_by_position) :]
     assert len(evaluation.fvu_by_position) == math.prod(trainer.model.out_dims)
     moved = [key for key, param in trainer.model.named_parameters() if not torch.equal(param, before[key])]

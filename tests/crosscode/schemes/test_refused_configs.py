@@ -88,6 +88,8 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
             {"language_models": THIRD[:1]},
             "objective.delta: needs a crosscoder of at least two models",
         ),
+        ("diff_sae", {"language_models": THIRD[:1]}, "reads the difference of two language models, got 1"),
+        ("diff_sae", {"hookpoints": ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]}, "exactly one hookpoint"),
         ("delta_crosscoder", {"objective__delta__reference": 2}, "objective.delta.reference = 2: must be below the 2"),
         ("topk_crosscoder", {"constraints": {"hold_partition": {}}}, "the model has no partition"),
         (
