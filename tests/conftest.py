@@ -55,6 +55,9 @@ ARCHITECTURES: dict[str, Callable[..., BaseCrosscoder]] = {
     "compound_skip_later_only": lambda *a, **o: CompoundCrossLayerTranscoder(
         3, 5, 4, *a, own_layer=False, linear_skip=True, **o
     ),
+    "transcoder_set": lambda *a, **o: CompoundCrossLayerTranscoder(
+        3, 5, 4, *a, later_layers=False, linear_skip=True, **o
+    ),
 }
 
 ACTIVATION_CONFIGS: dict[str, dict[str, Any]] = {

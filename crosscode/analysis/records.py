@@ -153,17 +153,18 @@ def study_records(
     study = study_latents(model, heldout, split, position_names, more=(histograms, texts, together))
     logits: dict[str, LogitEnds] = {}
     if unembed is not None:
-        for x in logit_positions(position_names):
+        for x in logit_positions(model, position_names):
             logits[position_names[x]] = logit_ends(model, x, unembed, n_logits)
     by_decoder, by_firing = nearest_by_decoder(model, n_neighbours), together.nearest(n_neighbours)
     return study, LatentRecords(histograms, texts.sequences, by_decoder, by_firing, logits)
 
 
-def logit_positions(names: Sequence[str]) -> list[int]:
-    """All output positions, or of many the last of each model."""
+def logit_positions(model: BaseCrosscoder, names: Sequence[str]) -> list[int]:
+    """All output positions, or of many the last of each model and the last of each part."""
     if len(names) <= MAX_LOGIT_POSITIONS:
         return list(range(len(names)))
-    return list({name.rpartition("/")[0]: x for x, name in enumerate(names)}.values())
+    last = {name.rpartition("/")[0]: x for x, name in enumerate(names)}.values()
+    return sorted({*last, *(outputs.stop - 1 for outputs in model.outputs_of_parts)})
 
 
 @torch.no_grad()
@@ -174,12 +175,20 @@ def logit_ends(model: BaseCrosscoder, x: int, unembed: Unembed, n: int) -> Logit
     for start in range(0, model.n_latents, _CHUNK):
         latents_N = torch.arange(start, min(start + _CHUNK, model.n_latents), device=device)
         vectors_ND = decoder_vectors_NXD(model, latents_N)[:, x]
-        logits_NV = unembed(x, vectors_ND)
+        writes_N = vectors_ND.any(1)
+        logits_NV = unembed(x, vectors_ND[writes_N])
         k = min(n, logits_NV.shape[1])
         top, bottom = logits_NV.topk(k), logits_NV.topk(k, largest=False)
-        ends = (top.indices, top.values, bottom.indices, bottom.values, vectors_ND.any(1))
-        found.append(tuple(one.cpu() for one in ends))
+        columns = (top.indices, top.values, bottom.indices, bottom.values)
+        found.append((*(_spread(column, writes_N) for column in columns), writes_N.cpu()))
     return LogitEnds(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _spread(rows_KE: Tensor, place_N: Tensor) -> Tensor:
+    """Rows at the places that are set, zeros at the others; on the CPU."""
+    rows_NE = rows_KE.new_zeros(place_N.shape[0], rows_KE.shape[1])
+    rows_NE[place_N] = rows_KE
+    return rows_NE.cpu()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,25 +33,12 @@ def import_model(path: Path, name: str | None, out: Path, config: str | None = N
             if path.exists()
             else f"import {str(path)!r}: no such file or folder"
         )
-    models = read(path, found)
+    model = read(path, found)
     if config is not None:
-        if len(models) > 1:
-            raise InputError(
-                f"import {str(path)!r}: holds {len(models)} models; name the file of one, as a run has but one"
-            )
-        yield from _as_run(models[0], config, out)
+        yield from _as_run(model, config, out)
         return
-    if len(models) == 1:
-        models[0].save(out)
-        yield f"model       {out}  {models[0]!r}"
-        return
-    try:
-        for i, model in enumerate(models):
-            model.save(out / f"layer_{i}")
-            yield f"model       {out / f'layer_{i}'}  {model!r}"
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    model.save(out)
+    yield f"model       {out}  {model!r}"
 
 
 def _as_run(model: BaseCrosscoder, config: str, out: Path) -> Iterator[str]:

@@ -26,7 +26,7 @@ def check_export(configs: Sequence[str], to: str, position: str | None = None) -
         InputError: why they could not, and what would work.
     """
     made = writing_format(to)
-    coders = [planned(planned_model(load_config(config)), position) for config in configs]
+    coders = [coder for config in configs for coder in planned(planned_model(load_config(config)), position)]
     check_holds(made, coders, complete=False)
     return "; ".join([f"{', '.join(configs)}: can be exported to {to}", *made.notes(coders)])
 

@@ -16,8 +16,8 @@ from crosscode.errors import InputError
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
     """run directory"""
-    to: Literal["circuit-tracer", "delphi"] = Field(title="FORMAT")
-    """circuit-tracer or delphi"""
+    to: Literal["circuit-tracer", "delphi", "dataset"] = Field(title="FORMAT")
+    """circuit-tracer, delphi, or dataset: a parquet file with a row for each latent"""
     out: Path = Field(title="DIR")
     """a new folder"""
     layer: NonNegativeInt | None = None
@@ -37,7 +37,7 @@ def run(options: Options) -> None:
 
 
 COMMAND = Command(
-    "examples and logits of every latent, as feature files of circuit-tracer or a cache of delphi",
+    "examples and logits of every latent, as feature files of circuit-tracer, a cache of delphi or a data set",
     run,
     Options,
     positional="run_dir",

@@ -12,7 +12,7 @@ from crosscode.config.registry import ConfigModel
 
 TEXT = """read a model of saelens, circuit-tracer, sparsify, dictionary-learning, kissane or gemma-scope
 PATH is a folder or file as those libraries write it. Without --config DIR becomes a saved model, which load, export and
-finetune_from take (of the transcoders of all layers a folder with one each); with it a run, which evaluate, report and steer
+finetune_from take (the transcoders of all layers become one set of them); with it a run, which evaluate, report and steer
 take, too: language models, hookpoints and text are those of the config."""
 
 

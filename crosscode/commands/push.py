@@ -13,7 +13,8 @@ from crosscode.errors import InputError
 
 TEXT = """upload a trained model to the Hugging Face hub: crosscode push RUN USER/NAME
 RUN is a run directory or the folder of a saved model. What goes up: the model, the config, figures, the report and a card;
---dry-run shows it. You must be logged in there (`hf auth login`, or HF_TOKEN)."""
+--dry-run shows it. You must be logged in there (`hf auth login`, or HF_TOKEN). Of --features, what `crosscode features --to
+circuit-tracer` wrote goes beside the model, and what --to dataset wrote into a data set of its own, USER/NAME-latents."""
 
 
 class Options(ConfigModel):
@@ -23,6 +24,8 @@ class Options(ConfigModel):
     """make it a private one"""
     license: str | None = None
     """its licence, as the hub names it, such as mit"""
+    features: Path | None = Field(default=None, title="DIR")
+    """a folder that `crosscode features --to circuit-tracer` or `--to dataset` wrote"""
     dry_run: bool = False
     """upload nothing: show the files and the card"""
 
@@ -31,20 +34,29 @@ def run(options: Options) -> None:
     if len(options.words) != 2:
         raise InputError("push: usage: crosscode push RUN USER/NAME")
     quiet_libraries()
+    from crosscode.interop.feature_files import DATASET_FILES, features_kind
     from crosscode.interop.hub import CARD, contents, push
     from crosscode.trainers.warm_start import find_model
 
     source, name = options.words
     folder = find_model(source, "RUN")
     is_run = (Path(source) / "config.yaml").is_file() and folder.parent in (Path(source), Path(source) / "checkpoints")
-    files = contents(folder, Path(source) if is_run else None, name, options.license)
-    if options.dry_run:
+    beside = options.features if options.features and features_kind(options.features) == "circuit-tracer" else None
+    goes: list[tuple[str, str, dict[str, Path | str]]] = [
+        ("model", name, contents(folder, Path(source) if is_run else None, name, options.license, beside))
+    ]
+    if options.features and beside is None:
+        goes.append(("dataset", f"{name}-latents", {file: options.features / file for file in DATASET_FILES}))
+    for kind, repo, files in goes:
+        if not options.dry_run:
+            print(push(repo, files, private=options.private, kind=kind))
+            continue
+        print(f"{kind} {repo}")
         for file, content in files.items():
             size = len(content.encode()) if isinstance(content, str) else content.stat().st_size
             print(f"{size:>12,}  {file}")
-        print(f"\n{files[CARD]}")
-        return
-    print(push(name, files, private=options.private))
+        card = files[CARD]
+        print(f"\n{card if isinstance(card, str) else card.read_text(encoding='utf-8')}")
 
 
 COMMAND = Command(TEXT, run, Options, positional="words")

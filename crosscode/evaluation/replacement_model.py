@@ -148,7 +148,7 @@ class _LayerByLayer:
     ):
         self._model, self._hookpoints, self._places = model, harvester.hookpoints, places
         self._mask_HS, self._error_BXD = mask_HS, error_BXD
-        self._n_read = 0
+        self._read: set[int] = set()
         shape = (int(mask_HS.sum()), len(places.outputs), model.d_out)
         self._output_BXD = torch.zeros(shape, device=model.device, dtype=model.dtype)
         if model.parts[0] is not model and model.b_dec_XoDo is not None:
@@ -160,23 +160,23 @@ class _LayerByLayer:
         return sources | {p: self._writer(x) for x, p in enumerate(self._places.outputs)}
 
     def _reader(self, source: int) -> Change:
-        part = self._model.parts[source]
+        part, outputs = self._model.parts[source], self._model.outputs_of_parts[source]
 
         def read(act: Tensor) -> Tensor:
             x_BD = act.reshape(*self._mask_HS.shape, -1)[self._mask_HS.to(act.device)].to(self._output_BXD)
             written_BXD = part.decode(part.encode_latents(x_BD), x_BD).reshape(x_BD.shape[0], -1, part.d_out)
-            self._output_BXD[:, self._output_BXD.shape[1] - written_BXD.shape[1] :] += written_BXD
-            self._n_read += 1
+            self._output_BXD[:, outputs] += written_BXD
+            self._read.add(source)
             return act
 
         return read
 
     def _writer(self, x: int) -> Change:
-        # A compound model's source s writes to the last positions: those that write to x are the first ones.
-        n_writing = sum(len(part.segments) >= len(self._places.outputs) - x for part in self._model.parts)
+        n_outputs = len(self._places.outputs)
+        writing = {s for s, to in enumerate(self._model.outputs_of_parts) if x in range(n_outputs)[to]}
 
         def write(act: Tensor) -> Tensor:
-            if self._n_read < n_writing:
+            if not writing <= self._read:
                 p = self._places.outputs[x]
                 raise _OutOfOrder(f"{self._hookpoints[p]!r} comes before an input that it is computed from")
             y_BD = self._output_BXD[:, x]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder
-from crosscode.interop.format import ABOUT, FORMATS, Format, write_about
+from crosscode.interop.format import ABOUT, FORMATS, Format, layer_of, write_about
 from crosscode.interop.plain import CLT, COMPOUND, CROSSCODER, SINGLE, PlainCoder, from_model
+from crosscode.interop.sets import is_set, of_set
 from crosscode.models.base import BaseCrosscoder
 
 log = logging.getLogger("crosscode")
@@ -26,8 +27,10 @@ def export(
     """See `BaseCrosscoder.export`. `models`: several for circuit-tracer, a transcoder for each layer."""
     made = writing_format(to)
     check_target(path, made, overwrite=overwrite)
-    coders = [_at(from_model(model), position) for model in models]
+    coders = [coder for model in models for coder in planned(model, position)]
     check_holds(made, coders)
+    if len(coders) > 1:  # their metadata are read in the order of the files
+        coders.sort(key=lambda coder: layer_of(coder.inputs[0][1]) or 0)
     for note in made.notes(coders):
         log.warning("export --to %s: %s", to, note)
     with new_folder(path, made.index) as folder:
@@ -49,9 +52,14 @@ def writing_format(name: str) -> Format:
     return made
 
 
-def planned(model: BaseCrosscoder, position: str | None = None) -> PlainCoder:
-    """What an export of this model would be written from; on the meta device it will do."""
-    return _at(from_model(model), position)
+def planned(model: BaseCrosscoder, position: str | None = None) -> list[PlainCoder]:
+    """What an export of this model would be written from: one coder, or of a set of transcoders each. On the meta device it
+    will do."""
+    coder = from_model(model)
+    if not is_set(coder):
+        return [_at(coder, position)]
+    layers = range(len(coder.parts)) if position is None else [_index(_position_names(coder), position)]
+    return [of_set(coder, layer) for layer in layers]
 
 
 def check_holds(made: Format, coders: Sequence[PlainCoder], *, complete: bool = True) -> None:
@@ -64,7 +72,9 @@ def check_holds(made: Format, coders: Sequence[PlainCoder], *, complete: bool = 
     refusal = (
         made.refusal(coders, complete=complete)
         if made.takes_several or len(coders) == 1
-        else (f"holds one coder, and {len(coders)} are given; export each into a folder of its own")
+        else (
+            f"holds one coder, and {len(coders)} are given; export each into a folder of its own (of a set, by --position)"
+        )
     )
     if refusal:
         raise InputError(f"export --to {made.type_name()}: {refusal}")
@@ -105,10 +115,17 @@ def _at(coder: PlainCoder, position: str | None) -> PlainCoder:
     n_positions = coder.b_dec_XoDo[..., 0].numel()
     if position is None:
         return _slice(coder, 0) if n_positions == 1 else coder
-    names = list(coder.metadata.get("output_positions") or map(str, range(n_positions)))
+    return _slice(coder, _index(_position_names(coder), position))
+
+
+def _position_names(coder: PlainCoder) -> list[str]:
+    return list(coder.metadata.get("output_positions") or map(str, range(coder.b_dec_XoDo[..., 0].numel())))
+
+
+def _index(names: list[str], position: str) -> int:
     if position not in names:
         raise InputError(f"position = {position!r}: there is none of that name; there are {', '.join(names)}")
-    return _slice(coder, names.index(position))
+    return names.index(position)
 
 
 def _slice(coder: PlainCoder, index: int) -> PlainCoder:

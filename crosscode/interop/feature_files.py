@@ -1,6 +1,6 @@
-"""Files of what latents do, for other tools: circuit-tracer's feature files and delphi's cache.
+"""Files of what latents do, for other tools: circuit-tracer's feature files, delphi's cache, and a data set.
 
-Both layouts are as their loaders read them. Axes: N active entries · L latents.
+The first two layouts are as their loaders read them. Axes: N active entries · L latents.
 """
 
 from __future__ import annotations
@@ -14,9 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
+from crosscode.errors import InputError
 from crosscode.files import write_parts
+
+INDEX, TABLE, CARD = "index.json.gz", "latents.parquet", "README.md"
+DATASET_FILES = (TABLE, CARD)
+
+
+def features_kind(folder: Path) -> str:
+    """ "circuit-tracer" or "dataset": what was written there.
+
+    Raises:
+        InputError: neither.
+    """
+    if (folder / "features" / INDEX).is_file():
+        return "circuit-tracer"
+    if all((folder / name).is_file() for name in DATASET_FILES):
+        return "dataset"
+    raise InputError(
+        f"features = {str(folder)!r}: holds nothing that `crosscode features --to circuit-tracer` or --to dataset wrote"
+    )
 
 
 def cantor(layer: int, index: int) -> int:
@@ -42,7 +62,7 @@ def write_layer(folder: Path, layer: int, records: Iterable[dict[str, Any]]) -> 
 def write_index(folder: Path, layers: dict[int, dict[str, Any]]) -> None:
     """`index.json.gz`, which names the layers' files."""
     text = json.dumps({str(layer): entry for layer, entry in layers.items()})
-    write_parts(folder / "index.json.gz", [gzip.compress(text.encode(), mtime=0)])
+    write_parts(folder / INDEX, [gzip.compress(text.encode(), mtime=0)])
 
 
 def write_delphi(
@@ -75,3 +95,23 @@ def write_delphi(
         }
         write_parts(folder / f"{start}_{stop - 1}.safetensors", [save(content)])
     write_parts(folder / "config.json", [json.dumps(config, indent=2).encode()])
+
+
+def write_dataset(folder: Path, rows: list[dict[str, Any]], name: str, base_models: list[str]) -> None:
+    """`latents.parquet`, a row for each latent, and a card, as the hub's data sets have them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, compression="zstd")
+    write_parts(folder / TABLE, [buffer.getvalue().to_pybytes()])
+    front = {
+        "tags": ["crosscode", "sparse-autoencoder", "interpretability"],
+        "configs": [{"config_name": "latents", "data_files": TABLE}],
+        "source_models": base_models,
+    }
+    text = (
+        f"# Latents of {name}\n\nA row for each latent: firing rates, decoder norms, examples, logits, neighbours.\n\n"
+    )
+    text += '```python\nimport datasets\n\nlatents = datasets.load_dataset("USER/NAME", split="train")\n```\n'
+    write_parts(folder / CARD, [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}".encode()])

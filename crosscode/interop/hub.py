@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.config.reading import load_yaml
 from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
 from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
+from crosscode.runs.run_files import write_marker
 from crosscode.stored import Evaluation, Summary, read_json
 
+log = logging.getLogger("crosscode")
+
 CARD = "README.md"
-_OF_RUN = ("config.yaml", "summary.json", "evaluation.json", "report.html")
+RUN_CONFIG = "config.yaml"
+_OF_RUN = (RUN_CONFIG, "summary.json", "evaluation.json", "report.html")
 _PULLED = (*MODEL_FILES, CHECKSUMS_FILE, CARD, *_OF_RUN)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -46,26 +52,34 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def pull(name: str, out: Path, revision: str | None = None) -> Path:
-    """The saved model of a repository as the new folder `out`."""
+    """What is in a repository as the new folder `out`: a run directory where it holds a run's config, else a saved model."""
     check_may_be_filled(out, "out")
     check_is_no_link(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
     found = fetch(name, revision)
     check_undamaged(found)
-    with new_folder(out, CONFIG_FILE) as folder:
+    is_run = (found / RUN_CONFIG).is_file()
+    with new_folder(out, RUN_CONFIG if is_run else CONFIG_FILE) as folder:
+        if is_run:
+            (folder / "final").mkdir()
+            write_marker(folder, "run", made_by="pull")
         for file in _PULLED:
             if (found / file).is_file():
-                shutil.copyfile(found / file, folder / file)
+                inner = "final" if is_run and file in (*MODEL_FILES, CHECKSUMS_FILE) else ""
+                shutil.copyfile(found / file, folder / inner / file)
     return out
 
 
-def contents(model_folder: Path, run: Path | None, name: str, licence: str | None = None) -> dict[str, Path | str]:
+def contents(
+    model_folder: Path, run: Path | None, name: str, licence: str | None = None, features: Path | None = None
+) -> dict[str, Path | str]:
     """What goes into a repository: by its name there a file, or the text of one. Checkpoints, metrics, logs and whatever else
     lies in a run stay where they are.
 
     Args:
         run: the run directory of the model, if it is of one.
+        features: a folder that `crosscode features --to circuit-tracer` wrote.
     """
     _check_name(name)
     check_undamaged(model_folder)
@@ -77,7 +91,34 @@ def contents(model_folder: Path, run: Path | None, name: str, licence: str | Non
         check_is_no_link(run / file)
         if (run / file).is_file():
             found[file] = run / file
+    if run is not None and RUN_CONFIG in found:
+        found[RUN_CONFIG] = _for_others(run / RUN_CONFIG)
+    for file in [] if features is None else sorted((features / "features").iterdir()):
+        check_is_no_link(file)
+        found[f"features/{file.name}"] = file
     return {**found, CARD: card(model_folder, run, name, licence)}
+
+
+def _for_others(file: Path) -> str:
+    """A run's config without where it lay. Other paths of this machine stay, and are said."""
+    values = load_yaml(file.read_text(encoding="utf-8"), str(file))
+    values = {name: value for name, value in values.items() if name != "run_dir"} if isinstance(values, dict) else {}
+    here = [f"{field} = {value!r}" for field, value in _leaves(values) if isinstance(value, str) and _is_here(value)]
+    if here:
+        log.warning("push: %s says where things lie on this machine: %s", file.name, ", ".join(here))
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _is_here(value: str) -> bool:
+    """Whether a value of a config is an absolute path."""
+    return Path(value).expanduser().is_absolute()
+
+
+def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for name, value in pairs:
+        yield f"{path}{name}", value
+        yield from _leaves(value, f"{path}{name}.")
 
 
 def _check_name(name: str) -> None:
@@ -85,8 +126,18 @@ def _check_name(name: str) -> None:
         raise InputError(f"{name!r}: is no name of a repository; it is USER/NAME")
 
 
-def push(name: str, files: Mapping[str, Path | str], *, private: bool = False, message: str = "Upload a model") -> str:
+def push(
+    name: str,
+    files: Mapping[str, Path | str],
+    *,
+    private: bool = False,
+    message: str = "Upload a model",
+    kind: str = "model",
+) -> str:
     """Make the repository, if there is none, and upload the files in one commit; returns its address.
+
+    Args:
+        kind: "model" or "dataset".
 
     Raises:
         InputError: the hub refuses, or there is no way to it.
@@ -101,8 +152,8 @@ def push(name: str, files: Mapping[str, Path | str], *, private: bool = False, m
             else:
                 (Path(root) / file).symlink_to(content.resolve())
         api = HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=root, commit_message=message)
+        address = api.create_repo(name, private=private, exist_ok=True, repo_type=kind)
+        api.upload_folder(repo_id=name, folder_path=root, commit_message=message, repo_type=kind)
     return str(address)
 
 

@@ -66,7 +66,7 @@ class PlainCoder:
     pre_bias: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    """what only a compound model has: `own_layer`, `topk_scope`"""
+    """what only a compound model has: `own_layer`, `later_layers`, `topk_scope`"""
     decoder_norm: str | None = None
     scaling_Xo: Tensor | None = None
     """by what training multiplied the activations of each output position; folded in"""
@@ -172,7 +172,9 @@ def from_model(model: BaseCrosscoder) -> PlainCoder:
         b_dec_XoDo=torch.zeros(*model.out_dims, model.d_out) if b_dec is None else _plain(b_dec),
         pre_bias=model.use_pre_bias,
         metadata=dict(model.metadata),
-        options={name: getattr(model, name) for name in ("own_layer", "topk_scope") if hasattr(model, name)},
+        options={
+            name: getattr(model, name) for name in ("own_layer", "later_layers", "topk_scope") if hasattr(model, name)
+        },
         decoder_norm=model.decoder_norm,
         scaling_Xo=None if scaling is None else _plain(scaling),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from crosscode.errors import InputError, fitting
 from crosscode.interop.format import FORMATS, Format, read_about
 from crosscode.interop.plain import CROSSCODER, PlainCoder, to_model
+from crosscode.interop.sets import as_set
 from crosscode.models.architecture import ARCHITECTURES
 from crosscode.models.base import BaseCrosscoder
 
@@ -18,18 +19,12 @@ def load(path: Path) -> BaseCrosscoder | None:
     """The model of another library's file or folder; None: it is of no format that is known.
 
     Raises:
-        InputError: damaged, something that ours cannot be, or several models.
+        InputError: damaged, or something that ours cannot be.
     """
     found = recognise(path)
     if found is None:
         return None
-    models = read(path, found)
-    if len(models) > 1:
-        raise InputError(
-            f"model path {str(path)!r}: holds {len(models)} transcoders, one a layer; name the file of one, or take them all "
-            "with `crosscode import`"
-        )
-    return models[0]
+    return read(path, found)
 
 
 def recognise(path: Path) -> Format | None:
@@ -38,13 +33,13 @@ def recognise(path: Path) -> Format | None:
     return next((each for each in made if each.recognises(path)), None)
 
 
-def read(path: Path, made: Format) -> list[BaseCrosscoder]:
-    """All models there, in eval mode, on the CPU."""
+def read(path: Path, made: Format) -> BaseCrosscoder:
+    """The model there, in eval mode, on the CPU; of the transcoders of several layers their set."""
     if not path.exists():
         raise InputError(f"import {str(path)!r}: no such file or folder")
     with fitting(f"import {str(path)!r}: what is there"):
-        coders = made.read(path)
-        return [to_model(coder) for coder in _with_own_metadata(path, coders)]
+        coders = _with_own_metadata(path, made.read(path))
+        return to_model(coders[0] if len(coders) == 1 else as_set(coders, f"import {str(path)!r}"))
 
 
 def _with_own_metadata(path: Path, coders: Sequence[PlainCoder]) -> list[PlainCoder]:

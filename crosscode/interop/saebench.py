@@ -72,7 +72,7 @@ class SAEBenchCoder(nn.Module):
 
     def __init__(self, model: BaseCrosscoder, model_name: str | None = None, hook_name: str | None = None):
         super().__init__()
-        coder = planned(model)
+        coder = planned(model)[0]
         if coder.kind != SINGLE or coder.is_transcoder or coder.has_skip or coder.d_in != coder.d_out:
             raise InputError(f"SAEBench measures SAEs, and this is a {type(model).__name__} that is none; give one")
         model_name = model_name or coder.model_name

@@ -36,8 +36,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     """One `CrossLayerTranscoder` per source layer; their outputs add up: `Xi = Xo = (P,)`.
 
     Source layer s reads the input of layer s and decodes to the output of every layer from s on (with
-    `own_layer = False`: from s + 1 on, and the last layer is no source). Each has its own encoder bias and activation;
-    there is one output bias per layer.
+    `own_layer = False`: from s + 1 on, and the last layer is no source; with `later_layers = False`: to layer s alone,
+    which makes it a set of transcoders, one for each layer). Each has its own encoder bias and activation; there is one
+    output bias per layer.
 
     Args:
         n_layers: P.
@@ -50,6 +51,8 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         type: Literal["compound_cross_layer_transcoder"] = "compound_cross_layer_transcoder"
         own_layer: bool = True
         """whether a source layer decodes to its own layer, too, not only to later ones"""
+        later_layers: bool = True
+        """whether a source layer decodes to later layers, too; false: a set of transcoders, one for each layer"""
         topk_scope: TopkScope = "layer"
         """whether TopK and BatchTopK keep k latents in each source layer, or k over all of them"""
         title = "compound cross-layer transcoder"
@@ -62,7 +65,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             "needs as many output as input hookpoints, [input of each layer ..., output of each layer ...]",
         )
 
-    own_arguments = ("n_layers", "d_in", "d_out", "own_layer", "topk_scope")
+    own_arguments = ("n_layers", "d_in", "d_out", "own_layer", "later_layers", "topk_scope")
     default_decoder_norm = "joint"
 
     def __init__(
@@ -74,6 +77,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         activation_fn: ActivationFunction,
         *,
         own_layer: bool = True,
+        later_layers: bool = True,
         topk_scope: TopkScope = "layer",
         use_encoder_bias: bool = True,
         use_decoder_bias: bool = True,
@@ -84,7 +88,14 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     ):
         # The weights are those of the layers, so not what BaseCrosscoder would make.
         CoderWeights.__init__(self, (n_layers,), d_in, (n_layers,), d_out, n_latents, decoder_norm, backend)
-        self.n_layers, self.own_layer, self.topk_scope = n_layers, own_layer, topk_scope
+        self.n_layers, self.own_layer, self.later_layers, self.topk_scope = (
+            n_layers,
+            own_layer,
+            later_layers,
+            topk_scope,
+        )
+        if not (own_layer or later_layers):
+            raise InputError("crosscoder.later_layers = False: with own_layer = False nothing would be written")
         n_sources = n_layers if own_layer else n_layers - 1
         if n_sources < 1:
             raise InputError(f"n_layers = {n_layers}: without own_layer at least two layers are needed")
@@ -97,7 +108,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             )
         self.layers = nn.ModuleList(
             CrossLayerTranscoder(
-                n_layers - self._first_output(source),
+                len(range(n_layers)[self._outputs(source)]),
                 d_in,
                 d_out,
                 n_latents // n_sources,
@@ -113,8 +124,19 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         )
         self.b_dec_XoDo = nn.Parameter(torch.empty(n_layers, d_out, dtype=dtype)) if use_decoder_bias else None
 
-    def _first_output(self, source: int) -> int:
-        return source if self.own_layer else source + 1
+    def _outputs(self, source: int) -> slice:
+        """The layers that a source layer writes to."""
+        first = source if self.own_layer else source + 1
+        return slice(first, self.n_layers if self.later_layers else first + 1)
+
+    @property
+    def outputs_of_parts(self) -> tuple[slice, ...]:
+        return tuple(self._outputs(source) for source in range(len(self.parts)))
+
+    def _padding(self, source: int, width: int = 1) -> tuple[int, int]:
+        """Zeros before and behind what a source layer writes, of `width` for each layer."""
+        outputs = self._outputs(source)
+        return outputs.start * width, (self.n_layers - outputs.stop) * width
 
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
@@ -147,7 +169,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
             from_source = part.decode(latents, x_BD)
             if y_BPD is None:
                 y_BPD = from_source.new_zeros(from_source.shape[0], self.n_layers, self.d_out)
-            y_BPD[:, self._first_output(source) :] += from_source
+            y_BPD[:, self._outputs(source)] += from_source
         assert y_BPD is not None
         return y_BPD if self.b_dec_XoDo is None else y_BPD + self.b_dec_XoDo
 
@@ -181,7 +203,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         outputs = []
         for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
             y_BO = part.ops.sparse_decode(latents, part.W_dec_LO, None)
-            outputs.append(nn.functional.pad(y_BO, (self._first_output(source) * self.d_out, 0)))
+            outputs.append(nn.functional.pad(y_BO, self._padding(source, self.d_out)))
         return torch.stack(outputs).sum(0).reshape(-1, self.n_layers, self.d_out)
 
     @torch.no_grad()
@@ -199,15 +221,12 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
 
     def decoder_norms(self) -> DecoderNorms:
         norms = [part.decoder_norms() for part in self.parts]
-        norms_LX = [
-            nn.functional.pad(norm.norms_LX, (self._first_output(source), 0)) for source, norm in enumerate(norms)
-        ]
+        norms_LX = [nn.functional.pad(norm.norms_LX, self._padding(source)) for source, norm in enumerate(norms)]
         return DecoderNorms(torch.cat(norms_LX), torch.cat([norm.n_L for norm in norms]))
 
     def scale_weights_(self, scaling_in_Xi: Tensor, scaling_out_Xo: Tensor) -> None:
         for source, part in enumerate(self.parts):
-            outputs = slice(self._first_output(source), None)
-            part.fold_activation_scaling_into_weights_(scaling_in_Xi[source], scaling_out_Xo[outputs])
+            part.fold_activation_scaling_into_weights_(scaling_in_Xi[source], scaling_out_Xo[self._outputs(source)])
         if self.b_dec_XoDo is not None:
             self.b_dec_XoDo.div_(scaling_out_Xo[:, None])
 
@@ -224,6 +243,6 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def _samples_of(self, source: int, samples: SampleBatches) -> SampleBatches:
         def of_source():
             for input_BPD, target_BPD in samples():
-                yield input_BPD[:, source], target_BPD[:, self._first_output(source) :]
+                yield input_BPD[:, source], target_BPD[:, self._outputs(source)]
 
         return of_source

@@ -30,25 +30,24 @@ def decoder_vectors_NXD(model: Coder, latents_N: Tensor | None = None) -> Tensor
         raise InputError(f"latent = {int(latents_N[outside_N][0])}: must be between 0 and {n_latents - 1}")
     latents_N = latents_N.to(like.device)
     vectors_NXD = like.new_zeros(latents_N.shape[0], len(model.segments), model.d_out)
-    for part, first, x in _parts(model):
+    for part, first, outputs in _parts(model):
         own_N = ((latents_N >= first) & (latents_N < first + part.n_latents)).nonzero().squeeze(1)
         W_dec_LXD = part.W_dec_LXoDo.detach().reshape(part.n_latents, -1, part.d_out)
-        vectors_NXD[own_N, x:] = W_dec_LXD[latents_N[own_N] - first]
+        vectors_NXD[own_N, outputs] = W_dec_LXD[latents_N[own_N] - first]
     return vectors_NXD
 
 
 def may_write_LX(model: Coder) -> Tensor:
     """Whether the architecture can write a latent to an output position (bool, on the CPU)."""
     may_LX = torch.zeros(model.n_latents, len(model.segments), dtype=torch.bool)
-    for part, first, x in _parts(model):
-        may_LX[first : first + part.n_latents, x:] = True
+    for part, first, outputs in _parts(model):
+        may_LX[first : first + part.n_latents, outputs] = True
     return may_LX
 
 
-def _parts(model: Coder) -> Iterator[tuple[Coder, int, int]]:
-    """Each part, its first latent, and the first output position that it writes to: a source layer of a compound model
-    writes to the last ones only."""
+def _parts(model: Coder) -> Iterator[tuple[Coder, int, slice]]:
+    """Each part, its first latent, and the output positions that it writes to."""
     first = 0
-    for part in model.parts:
-        yield part, first, len(model.segments) - part.W_dec_LXoDo[0].numel() // part.d_out
+    for part, outputs in zip(model.parts, model.outputs_of_parts, strict=True):
+        yield part, first, outputs
         first += part.n_latents

@@ -111,6 +111,11 @@ class CoderWeights(nn.Module, Coder):
         return (self,)
 
     @property
+    def outputs_of_parts(self) -> Sequence[slice]:
+        """The output positions (flattened) that each part writes to."""
+        return (slice(0, len(self.segments)),)
+
+    @property
     def activation_fns(self) -> list[ActivationFunction]:
         return [part.activation_fn for part in self.parts]
 

@@ -15,6 +15,7 @@ import torch
 
 from crosscode.analysis.encoded import encode_heldout
 from crosscode.analysis.examples import Example
+from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, study_records
 from crosscode.analysis.tokens import TokenDisplay
@@ -22,7 +23,7 @@ from crosscode.build.finished import FinishedRun
 from crosscode.commands.parts.reading import text_experiment, unembed_of
 from crosscode.errors import InputError
 from crosscode.files import new_folder
-from crosscode.interop.feature_files import cantor, write_delphi, write_index, write_layer
+from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
 
 _QUANTILES = ("Top activations", "Quarter 1", "Quarter 2", "Quarter 3", "Quarter 4")
 
@@ -37,16 +38,30 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     model = run.model
     if to == "delphi":
         return _delphi(run, out, n_tokens)
-    if len(model.parts) > 1:
-        raise InputError(f"to = circuit-tracer: latents of {len(model.parts)} layers in one model are not written yet")
-    layer = _layer_of(run.config.hookpoints[0]) if layer is None else layer
-    names = experiment.output_names()
+    layers = [] if to == "dataset" else _layers(run, layer)
     batches = experiment.heldout_batches(n_tokens)
-    study, records = study_records(model, batches, experiment.split, names, unembed_of(experiment))
-    with new_folder(out / "features", "index.json.gz") as folder:
-        entry = write_layer(folder, layer, feature_records(study, records, experiment.tokenizer, layer, str(run.path)))
-        write_index(folder, {layer: entry})
-    return out / "features" / "index.json.gz"
+    study, records = study_records(model, batches, experiment.split, experiment.output_names(), unembed_of(experiment))
+    if to == "dataset":
+        rows = list(dataset_rows(study, records, experiment.tokenizer))
+        with new_folder(out, TABLE) as folder:
+            write_dataset(folder, rows, run.config.name, [model.path for model in run.config.language_models])
+        return out / TABLE
+    with new_folder(out / "features", INDEX) as folder:
+        entries, first = {}, 0
+        for layer, part in zip(layers, model.parts, strict=True):
+            latents = range(first, first + part.n_latents)
+            found = feature_records(study, records, experiment.tokenizer, layer, str(run.path), latents)
+            entries[layer], first = write_layer(folder, layer, found), latents.stop
+        write_index(folder, entries)
+    return out / "features" / INDEX
+
+
+def _layers(run: FinishedRun, layer: int | None) -> list[int]:
+    """The layer of each part of the model: that of what it reads."""
+    n_parts = len(run.model.parts)
+    if layer is not None and n_parts > 1:
+        raise InputError(f"layer = {layer}: this model has latents of {n_parts} layers, which its hookpoints name")
+    return [_layer_of(hookpoint) for hookpoint in run.config.hookpoints[:n_parts]] if layer is None else [layer]
 
 
 def _layer_of(hookpoint: str) -> int:
@@ -57,11 +72,11 @@ def _layer_of(hookpoint: str) -> int:
 
 
 def feature_records(
-    study: LatentsPass, records: LatentRecords, tokenizer: Any, layer: int, name: str
+    study: LatentsPass, records: LatentRecords, tokenizer: Any, layer: int, name: str, latents: range
 ) -> Iterator[dict[str, Any]]:
-    """circuit-tracer's record of each latent, in order. Logits are of the last output position that has any."""
+    """circuit-tracer's record of each of a layer's latents, in order. Logits are of the last output position that a latent
+    writes to."""
     display = TokenDisplay(tokenizer)
-    ends = list(records.logits.values())[-1] if records.logits else None
 
     def text(token: int) -> str:
         return display([token], [0.0])[0].text
@@ -74,7 +89,8 @@ def feature_records(
             "is_repeated_datapoint": False,
         }
 
-    for latent in range(study.decoder_norm_LX.shape[0]):
+    for latent in latents:
+        ends = next((one for one in reversed(records.logits.values()) if bool(one.writes_L[latent])), None)
         shares = [study.top.examples(latent), *study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)]
         counts_N = records.histograms.counts_LN[latent]
         upper = float(records.histograms.upper_L[latent])
@@ -82,7 +98,7 @@ def feature_records(
         quantiles = [float(np.searchsorted(within_N, q) + 1) * upper / len(counts_N) for q in (0.25, 0.5, 0.75)]
         yield {
             "transcoder_id": name,
-            "index": cantor(layer, latent),
+            "index": cantor(layer, latent - latents.start),
             "examples_quantiles": [
                 {"quantile_name": title, "examples": [shown(one) for one in some]}
                 for title, some in zip(_QUANTILES, shares, strict=True)
@@ -98,30 +114,73 @@ def feature_records(
         }
 
 
+def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """A row for each latent: those of `Run.table()`, then lists of examples, logits and neighbours."""
+    display = TokenDisplay(tokenizer)
+
+    def text(token: int) -> str:
+        return display([token], [0.0])[0].text
+
+    def ends(token_LE: torch.Tensor, value_LE: torch.Tensor, latent: int) -> list[dict[str, Any]]:
+        pairs = zip(token_LE[latent].tolist(), value_LE[latent].tolist(), strict=True)
+        return [{"token": text(token), "logit": value} for token, value in pairs]
+
+    for latent, row in enumerate(latents_frame(study).to_dict("records")):
+        shares = [study.top.examples(latent), *study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)]
+        yield {
+            "latent": latent,
+            **row,
+            "examples": [
+                {
+                    "share": title,
+                    "tokens": [text(token) for token in example.tokens],
+                    "activations": example.strengths,
+                    "peak": example.peak,
+                }
+                for title, some in zip(_QUANTILES, shares, strict=True)
+                for example in some
+            ],
+            "histogram": records.histograms.counts_LN[latent].tolist(),
+            "histogram_upper": float(records.histograms.upper_L[latent]),
+            "logits": [
+                {
+                    "position": name,
+                    "top": ends(one.top_id_LE, one.top_LE, latent),
+                    "bottom": ends(one.bottom_id_LE, one.bottom_LE, latent),
+                }
+                for name, one in records.logits.items()
+                if bool(one.writes_L[latent])
+            ],
+            "nearest_by_decoder": [{"latent": o, "similarity": v} for o, v in records.by_decoder.of(latent)],
+            "nearest_by_firing": [{"latent": o, "similarity": v} for o, v in records.by_firing.of(latent)],
+        }
+
+
 def _delphi(run: FinishedRun, out: Path, n_tokens: int | None) -> Path:
-    experiment = text_experiment(run, "features")
-    tokens, locations, values, module = [], [], [], run.config.hookpoints[-1]
-    for batch in encode_heldout(run.model, experiment.heldout_batches(n_tokens), experiment.split):
+    """A cache of each part's latents. Of one part it has the name of the last hookpoint, of several that of what they read."""
+    experiment, model = text_experiment(run, "features"), run.model
+    parts, hooks = model.parts, run.config.hookpoints
+    tokens, locations, values = [], [], []
+    for batch in encode_heldout(model, experiment.heldout_batches(n_tokens), experiment.split):
         entries, length = batch.entries, batch.tokens_HS.shape[1]
         place_N = batch.position_B.to(entries.token_N.device)[entries.token_N]
         sequence_N = place_N // length + batch.first_sequence
         locations.append(torch.stack([sequence_N, place_N % length, entries.latent_N], 1).cpu().numpy())
         values.append(entries.value_N.float().cpu().numpy())
         tokens.append(batch.tokens_HS.cpu().numpy())
-    config = {
-        "model_name": experiment.harvester.models[-1].name,
-        "ctx_len": tokens[0].shape[1],
-        "n_tokens": int(sum(one.size for one in tokens)),
-        "hookpoint": module,
-        "n_latents": run.model.n_latents,
-    }
-    with new_folder(out / module, "config.json") as folder:
-        write_delphi(
-            folder,
-            np.concatenate(locations),
-            np.concatenate(values),
-            np.concatenate(tokens),
-            run.model.n_latents,
-            config,
-        )
-    return out / module
+    location_N3, value_N, tokens_HS = np.concatenate(locations), np.concatenate(values), np.concatenate(tokens)
+    modules, first = [hooks[-1]] if len(parts) == 1 else hooks[: len(parts)], 0
+    for module, part in zip(modules, parts, strict=True):
+        config = {
+            "model_name": experiment.harvester.models[-1].name,
+            "ctx_len": tokens_HS.shape[1],
+            "n_tokens": tokens_HS.size,
+            "hookpoint": module,
+            "n_latents": part.n_latents,
+        }
+        own_N = (location_N3[:, 2] >= first) & (location_N3[:, 2] < first + part.n_latents)
+        with new_folder(out / module, "config.json") as folder:
+            own_N3 = location_N3[own_N] - np.array([0, 0, first])
+            write_delphi(folder, own_N3, value_N[own_N], tokens_HS, part.n_latents, config)
+        first += part.n_latents
+    return out

@@ -1,5 +1,7 @@
 """Records of every latent against the same figures from dense activations, in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,10 @@ def test_a_histogram_widens_without_losing_counts(make_model, make_heldout):
     assert widened.counts_LN.sum() == n
 
 
-def test_of_many_positions_the_last_of_each_model_has_logits():
-    assert logit_positions(NAMES) == [0, 1]
-    assert logit_positions([f"{m}/{p}" for m in "ab" for p in range(3)]) == [2, 5]
+def test_of_many_positions_the_last_of_each_model_and_part_has_logits(make_model):
+    model = make_model()
+    assert logit_positions(model, NAMES) == [0, 1]
+    names = [f"{m}/{p}" for m in "ab" for p in range(3)]
+    assert logit_positions(SimpleNamespace(outputs_of_parts=(slice(0, 6),)), names) == [2, 5]
+    layers = SimpleNamespace(outputs_of_parts=tuple(slice(x, x + 1) for x in range(6)))
+    assert logit_positions(layers, [f"a/{p}" for p in range(6)]) == [0, 1, 2, 3, 4, 5]

@@ -57,6 +57,7 @@ COMPOUNDS = {
     "own layer": {},
     "later layers only": {"own_layer": False},
     "skip": {"linear_skip": True},
+    "set": {"later_layers": False},
     "no bias": {"use_decoder_bias": False},
 }
 
@@ -73,7 +74,7 @@ def outputs_by_hand(model, inputs):
     b_dec = torch.zeros(3, WIDTH) if model.b_dec_XoDo is None else model.b_dec_XoDo
     n = len(inputs)
     y_D = b_dec[n - 1].double()
-    for source in range(n - first):
+    for source in range(n - first) if model.later_layers else [n - 1]:
         part, x_SD = model.parts[source], inputs[source].double()
         h_SL = x_SD @ part.W_enc_LXiDi.double().T + part.b_enc_L.double()
         if isinstance(part.activation_fn, AnthropicSTEJumpReLUActivation):

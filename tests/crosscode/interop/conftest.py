@@ -73,6 +73,8 @@ ARCHITECTURES = {
     "clt": Architecture(_clt(3), CLT, [LAYERS[0], *LAYERS[3:]], 1, 3),
     "compound": Architecture(_compound(), COMPOUND, LAYERS, 1, 3),
     "compound_skip": Architecture(_compound(linear_skip=True), COMPOUND, LAYERS, 1, 3),
+    "set": Architecture(_compound(later_layers=False), COMPOUND, LAYERS, 1, 3),
+    "set_skip": Architecture(_compound(later_layers=False, linear_skip=True), COMPOUND, LAYERS, 1, 3),
     "compound_later_only": Architecture(_compound(own_layer=False), COMPOUND, LAYERS, 1, 3),
 }
 ACTIVATION_CONFIGS = {

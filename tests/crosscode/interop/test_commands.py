@@ -150,10 +150,10 @@ def test_all_transcoders_of_a_folder_are_imported(awkward, tmp_path):
     cases = [awkward("transcoder", "relu", hookpoints=pair, n_layers=2, seed=i) for i, pair in enumerate(pairs)]
     export([case.model for case in cases], "circuit-tracer", tmp_path / "set")
     assert main(["import", str(tmp_path / "set"), "--out", str(tmp_path / "models")]) == 0
-    for i, case in enumerate(cases):
-        back = BaseCrosscoder.load(tmp_path / "models" / f"layer_{i}", backend="torch")
-        torch.testing.assert_close(back(case.raw_BXiDi), case.model(case.raw_BXiDi))
-        assert back.metadata["hookpoints"] == pairs[i]
+    back = BaseCrosscoder.load(tmp_path / "models", backend="torch")
+    y_BPD = torch.stack([case.model(case.raw_BXiDi) for case in cases], 1)
+    torch.testing.assert_close(back(torch.stack([case.raw_BXiDi for case in cases], 1)), y_BPD)
+    assert back.metadata["hookpoints"] == [pair[i] for i in range(2) for pair in pairs]
 
 
 def test_what_is_of_no_format_is_said(tmp_path, capsys):

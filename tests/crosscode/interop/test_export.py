@@ -38,8 +38,20 @@ def test_transcoders_of_several_runs_become_one_set(awkward, tmp_path):
         assert "W_skip" in load_file(folder / f"layer_{layer}.safetensors"), "it asks one layer whether all have a skip"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["feature_input_hook"] == "mlp.hook_in" and config["model_name"] == "somebody/base"
-    with pytest.raises(InputError, match="holds 3 transcoders, one a layer"):
-        BaseCrosscoder.load(folder)
+    whole = BaseCrosscoder.load(folder, backend="torch")
+    in_order = [cases[i] for i in (1, 2, 0)]
+    raw_BPD = torch.stack([case.raw_BXiDi for case in in_order], 1)
+    torch.testing.assert_close(whole(raw_BPD), torch.stack([c.model(c.raw_BXiDi) for c in in_order], 1))
+    assert whole.metadata["hookpoints"] == [c.model.metadata["hookpoints"][i] for i in (0, 1) for c in in_order]
+
+
+def test_a_layer_of_a_set_is_a_transcoder(awkward, tmp_path):
+    case = awkward("set_skip", "batch_topk")
+    case.model.metadata = {**case.model.metadata, "output_positions": [f"base/out{i}" for i in range(3)]}
+    folder = case.model.export("saelens", tmp_path / "out", position="base/out1")
+    back = BaseCrosscoder.load(folder, backend="torch")
+    torch.testing.assert_close(back(case.raw_BXiDi[:, 1]), case.model(case.raw_BXiDi)[:, 1])
+    assert back.metadata["hookpoints"] == case.model.metadata["hookpoints"][1::3]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,13 @@ import struct
 import zlib
 
 import numpy as np
+import pandas
+import pytest
+import yaml
 from safetensors.numpy import load_file
 
+import crosscode
+from crosscode.commands.cli import main
 from crosscode.interop.feature_files import cantor, write_delphi, write_index, write_layer
 
 
@@ -41,3 +46,65 @@ def test_a_delphi_cache_holds_every_entry_once(tmp_path):
         assert (latent_N <= end - start).all() and np.array_equal(found["tokens"], tokens_HS)
         back_HSL[h_N, s_N, latent_N + start] = found["activations"]
     np.testing.assert_allclose(back_HSL, dense_HSL, rtol=1e-3)
+
+
+@pytest.fixture
+def set_run(tiny_config, tmp_path):
+    """Transcoders of two layers in one run."""
+    hooks = [f"blocks.{i}.{hook}" for hook in ("mlp.hook_in", "hook_mlp_out") for i in (0, 2)]
+    values = {
+        **tiny_config,
+        "run_dir": str(tmp_path / "run"),
+        "language_models": tiny_config["language_models"][:1],
+        "hookpoints": hooks,
+        "crosscoder": {
+            "type": "compound_cross_layer_transcoder",
+            "later_layers": False,
+            "n_latents": 32,
+            "activation": {"type": "topk", "k": 4},
+            "init": {"type": "anthropic_transpose_cross_layer"},
+        },
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "c.yaml")]) == 0
+    return tmp_path / "run"
+
+
+def test_every_layer_of_a_set_has_its_features(set_run, tmp_path, capsys):
+    run = crosscode.open(set_run)
+    table = run.table()
+    assert json.loads((set_run / "evaluation.json").read_text())["replacement_model"] is not None
+    assert main(["features", str(set_run), "--to", "circuit-tracer", "--out", str(tmp_path / "ct")]) == 0
+    folder = tmp_path / "ct" / "features"
+    index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
+    assert list(index) == ["0", "2"]
+    for part, layer in enumerate((0, 2)):
+        content = (folder / index[str(layer)]["filename"]).read_bytes()
+        for i, offset in enumerate(index[str(layer)]["offsets"][:-1]):
+            (length,) = struct.unpack_from("<I", content, offset)
+            record = json.loads(zlib.decompress(content[offset + 4 : offset + 4 + length]))
+            latent = 16 * part + i
+            assert record["index"] == cantor(layer, i)
+            assert record["act_max"] == pytest.approx(table["max_activation"][latent], rel=1e-5)
+            assert len(record["top_logits"]) > 0, "of the layer that it writes to"
+    assert main(["features", str(set_run), "--to", "circuit-tracer", "--layer", "1", "--out", str(tmp_path / "x")]) == 2
+    assert "latents of 2 layers" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_data_set_has_a_row_for_each_latent_and_delphi_a_module_for_each_layer(set_run, tmp_path):
+    run = crosscode.open(set_run)
+    assert main(["features", str(set_run), "--to", "dataset", "--out", str(tmp_path / "rows")]) == 0
+    rows = pandas.read_parquet(tmp_path / "rows" / "latents.parquet")
+    np.testing.assert_allclose(rows["max_activation"], run.table()["max_activation"], rtol=1e-6)
+    fires = rows[rows["firings"] > 0].iloc[0]
+    best = fires["examples"][0]
+    assert best["activations"][best["peak"]] == pytest.approx(fires["max_activation"], rel=1e-4)
+    assert "config_name: latents" in (tmp_path / "rows" / "README.md").read_text()
+    assert main(["features", str(set_run), "--to", "delphi", "--out", str(tmp_path / "delphi")]) == 0
+    found = {path.name: sorted(path.glob("*.safetensors")) for path in (tmp_path / "delphi").iterdir()}
+    assert sorted(found) == ["blocks.0.mlp.hook_in", "blocks.2.mlp.hook_in"]
+    for part, files in enumerate(map(found.get, sorted(found))):
+        counts_L = np.zeros(16)
+        for file in files:
+            np.add.at(counts_L, load_file(file)["locations"][:, 2] + int(file.stem.split("_")[0]), 1)
+        np.testing.assert_array_equal(counts_L, run.table()["firings"][16 * part : 16 * part + 16])

@@ -23,7 +23,8 @@ SAES = ("sae", "sae_pre_bias", "sae_without_biases", "crosscoder_1x1")
 TRANSCODERS = ("transcoder", "transcoder_pre_bias", "skip_transcoder", "clt_to_one")
 CROSSCODERS = ("crosscoder_2x1", "crosscoder_2x1_pre_bias", "crosscoder_2x1_shared", "crosscoder_2x3")
 NEVER = ("crosscoder_skip", "clt", "compound_skip", "compound_later_only")
-ALL = (*SAES, *TRANSCODERS, "wide_skip_transcoder", *CROSSCODERS, "compound", *NEVER)
+SETS = ("set", "set_skip")
+ALL = (*SAES, *TRANSCODERS, "wide_skip_transcoder", *CROSSCODERS, "compound", *SETS, *NEVER)
 THRESHOLDS = ("relu", "batch_topk", "batch_topk_by_norm", "jumprelu")
 HELD = {
     "saelens": {
@@ -36,7 +37,7 @@ HELD = {
         **dict.fromkeys(CROSSCODERS, ("relu", "batch_topk", "batch_topk_by_norm")),
     },
     "kissane": dict.fromkeys(CROSSCODERS[:3], ("relu",)),
-    "circuit-tracer": dict.fromkeys((*TRANSCODERS, "compound"), THRESHOLDS),
+    "circuit-tracer": dict.fromkeys((*TRANSCODERS, "compound", *SETS), THRESHOLDS),
 }
 CASES = [(to, architecture, activation) for to in HELD for architecture in ALL for activation in ACTIVATION_NAMES]
 HOLDS = [case for case in CASES if case[2] in HELD[case[0]].get(case[1], ())]
@@ -55,6 +56,8 @@ def test_the_other_library_gets_our_latents_and_outputs_from_raw_activations(to,
     assert latents_BL.count_nonzero() > 0 and not bool(latents_BL[:, 1].any() and "without" not in kind)
     folder = case.model.export(to, tmp_path / "out")
     a_BL, y = foreign.APPLY[to](folder, case.raw_BXiDi.double().reshape(40, *_dims(kind, case)))
+    if kind in SETS:  # one after the other
+        a_BL, y = a_BL.transpose(0, 1), y.transpose(0, 1)
     assert_same(a_BL, latents_BL, 1e-5)
     assert_same(y, output_BXoDo, 1e-5)
 
@@ -93,6 +96,7 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(kind, activ
     [
         ("saelens", "transcoder", "topk", "no topk transcoder; `crosscode convert RUN --activation jumprelu`"),
         ("saelens", "crosscoder_2x1", "relu", "name one with --position"),
+        ("saelens", "set", "relu", "of a set, by --position"),
         ("sparsify", "sae", "jumprelu", "topk and groupmax alone, not jumprelu"),
         ("dictionary-learning", "crosscoder_2x1", "topk", "`crosscode convert RUN --activation batch_topk`"),
         ("circuit-tracer", "compound_skip", "relu", "train without crosscoder.linear_skip"),

@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from crosscode.commands.cli import main
-from crosscode.interop.hub import is_repo
+from crosscode.interop.hub import contents, is_repo
 from crosscode.models import BaseCrosscoder
+from crosscode.runs.run_files import read_marker
 
 COMMIT = "a" * 40
 
@@ -153,9 +154,33 @@ def test_a_model_goes_up_and_comes_down(hub, run_dir, tmp_path):
     assert front["library_name"] == "crosscode" and front["license"] == "mit"
     assert front["base_model"] == ["somebody/base", "somebody/tuned"]
     assert "| FVU | 0.1235 |" in text and 'from_pretrained("somebody/diff")' in text
-    pulled = BaseCrosscoder.load(tmp_path / "pulled", backend="torch")
+    assert read_marker(tmp_path / "pulled")["kind"] == "run", "one with a config is a run again"
+    pulled = BaseCrosscoder.load(tmp_path / "pulled" / "final", backend="torch")
     assert torch.equal(pulled(case.raw_BXiDi), case.model(case.raw_BXiDi))
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "none").exists()
+
+
+def test_feature_files_go_up_beside_the_model_and_a_data_set_by_itself(run_dir, tmp_path, capsys):
+    path, _ = run_dir
+    (tmp_path / "a" / "features").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    for file in ("a/features/index.json.gz", "a/features/layer_0.bin", "b/latents.parquet", "b/README.md"):
+        (tmp_path / file).write_text("x")
+    push = ["push", str(path), "somebody/diff", "--dry-run", "--features"]
+    assert main([*push, str(tmp_path / "a")]) == 0 and main([*push, str(tmp_path / "b")]) == 0
+    beside, apart = capsys.readouterr().out.split("model somebody/diff\n")[1:]
+    assert "features/layer_0.bin" in beside and "dataset" not in beside
+    assert "latents.parquet" in apart.split("dataset somebody/diff-latents")[1]
+    assert main([*push, str(tmp_path)]) == 2
+    assert "holds nothing that `crosscode features" in capsys.readouterr().err
+
+
+def test_paths_of_this_machine_are_said_and_run_dir_stays_here(run_dir, caplog, capsys):
+    path, _ = run_dir
+    (path / "config.yaml").write_text("name: run\nrun_dir: /home/me/run\ndata: {cache: {path: /home/me/store}}\n")
+    with caplog.at_level("WARNING"):
+        text = contents(path / "final", path, "somebody/diff")["config.yaml"]
+    assert "run_dir" not in text and "data.cache.path = '/home/me/store'" in caplog.text
 
 
 def test_a_dry_run_shows_what_would_go_up(run_dir, capsys):

@@ -38,11 +38,11 @@ def preacts_SBL(model, x_BPD):
     return [x_BPD[:, s] @ part.W_enc_LXiDi.T + part.b_enc_L for s, part in enumerate(model.parts)]
 
 
-def decode_by_hand(model, latents_SBL, x_BPD, own_layer=True):
+def decode_by_hand(model, latents_SBL, x_BPD, own_layer=True, later_layers=True):
     y_BPD = torch.zeros(x_BPD.shape[0], N_LAYERS, D_OUT, dtype=torch.float64)
     for s, (part, a_BL) in enumerate(zip(model.parts, latents_SBL, strict=True)):
         first = s if own_layer else s + 1
-        for out, layer in enumerate(range(first, N_LAYERS)):
+        for out, layer in enumerate(range(first, N_LAYERS if later_layers else first + 1)):
             y_BPD[:, layer] += a_BL @ part.W_dec_LXoDo[:, out]
             if part.W_skip_XiDiXoDo is not None:
                 y_BPD[:, layer] += x_BPD[:, s] @ part.W_skip_XiDiXoDo[:, out]
@@ -67,6 +67,18 @@ def test_outputs_sum_over_source_layers(own_layer, linear_skip, x_BPD, randomise
     if not own_layer:
         skip_free = model(x_BPD) if not linear_skip else None
         assert skip_free is None or torch.equal(skip_free[:, 0], model.b_dec_XoDo[0].expand(10, D_OUT))
+
+
+@pytest.mark.parametrize("linear_skip", [True, False])
+def test_a_set_is_a_transcoder_for_each_layer(linear_skip, x_BPD, randomise):
+    model = compound(ReLUActivation(3 * L), randomise, later_layers=False, linear_skip=linear_skip)
+    latents_SBL = [h_BL.relu() for h_BL in preacts_SBL(model, x_BPD)]
+    expected_BPD = decode_by_hand(model, latents_SBL, x_BPD, later_layers=False)
+    torch.testing.assert_close(model(x_BPD), expected_BPD, rtol=0, atol=1e-12)
+    norms_LX = model.decoder_norms().norms_LX
+    assert torch.equal(norms_LX > 0, torch.eye(3, dtype=torch.bool).repeat_interleave(L, 0))
+    with pytest.raises(InputError, match="nothing would be written"):
+        compound(ReLUActivation(3 * L), randomise, later_layers=False, own_layer=False)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
