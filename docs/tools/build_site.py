@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import generated
@@ -67,7 +68,8 @@ def collect(with_outputs: bool) -> None:
     written = generated.pages()
     for source, page in pages.items():
         if source.suffix == ".ipynb":
-            written[page] = notebooks.as_markdown(source, with_outputs, PAGES / "examples")
+            links = partial(with_links, source=source, page=page, pages=pages)
+            written[page] = notebooks.as_markdown(source, with_outputs, PAGES / "examples", links)
         elif source.is_file():
             written[page] = with_links(source.read_text(encoding="utf-8"), source, page, pages)
     written["examples/index.md"] = notebooks.overview(sorted((ROOT / "examples").glob("*.ipynb")))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,15 @@ def executed(source: Path) -> Any:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed; the message has its traceback.
     """
-    key = _key(source)
+    key = key_of_sources(source)
     kept = RESULTS / source.name
     if kept.is_file() and (result := nbformat.read(kept, as_version=4)).metadata.get("made_from") == key:
         return result
     from nbclient import NotebookClient
 
     notebook, started = nbformat.read(source, as_version=4), time.monotonic()
+    # `!crosscode` is the one of this interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=60 * MINUTES, resources={"metadata": {"path": folder}}).execute()
     notebook.metadata["made_from"] = key
@@ -46,10 +50,11 @@ def executed(source: Path) -> Any:
     return notebook
 
 
-def _key(source: Path) -> str:
+def key_of_sources(*more: Path) -> str:
+    """Of crosscode as it is, and further files."""
     sources = [file for package in ("crosscode", "kernels") for file in (ROOT / package).rglob("*.py")]
     digest = hashlib.sha256()
-    for file in [source, *sorted(sources)]:
+    for file in [*more, *sorted(sources)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -85,22 +90,35 @@ def overview(notebooks: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_markdown(source: Path, with_outputs: bool, folder: Path) -> str:
-    """A page of the notebook; its pictures go into `folder`."""
+def as_markdown(source: Path, with_outputs: bool, folder: Path, links: Callable[[str], str]) -> str:
+    """A page of the notebook, its text through `links`; its pictures go into `folder`."""
     notebook = executed(source) if with_outputs else nbformat.read(source, as_version=4)
     parts = []
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            parts.append(cell.source)
+            parts.append(links(cell.source))
         else:
             parts.append(f"```python\n{cell.source}\n```")
-            parts += [_shown(output, folder, f"{source.stem}_{i}") for output in cell.outputs]
+            parts += [_shown(output, folder, f"{source.stem}_{i}") for output in _joined(cell.outputs)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """What was printed bit by bit, in one."""
+    found: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and output.name != "stdout":
+            continue
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1] = found[-1] | {"text": found[-1].text + output.text}
+        else:
+            found.append(output)
+    return found
 
 
 def _shown(output: Any, folder: Path, name: str) -> str:
     if output.output_type == "stream":
-        return f"```text\n{_as_a_terminal_shows(output.text)}\n```" if output.name == "stdout" else ""
+        return f"```text\n{_as_a_terminal_shows(output['text'])}\n```"
     data = output.get("data", {})
     if "image/png" in data:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,117 @@
+"""Run the commands that pages show, and compare what they print with what stands there.
+
+    python docs/tools/outputs.py [PAGE.md ...]       what differs; without pages: all of docs/
+
+A block of the kind `console` holds commands (`$ ...`) and their output. All blocks of all pages run in one folder, in the order
+of the pages; `runs/demo` in it is what `crosscode demo` makes. Numbers may differ, as machines round differently, and so may
+lines for which `...` stands. A comment before a block says more:
+
+    <!-- texts vary -->       only lines that begin like a heading (`==`, `--`) are compared
+    <!-- not run: why -->     it is left alone
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import notebooks
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n+)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d[\d_,]*(\.\d+)?(e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One command of a page, and what the page says that it prints."""
+
+    page: str
+    command: str
+    output: list[str]
+    comment: str
+
+    @property
+    def is_run(self) -> bool:
+        return not self.comment.startswith("not run")
+
+
+def shown_in(page: Path) -> Iterator[Shown]:
+    """The commands of a page, in order."""
+    for comment, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            yield Shown(page.name, command.partition("   #")[0].strip(), output.rstrip().splitlines(), comment)
+
+
+def run(shown: Shown, folder: Path) -> list[str]:
+    """What the command prints; where it fails, what it says instead, and its exit code."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "110",
+    }
+    done = subprocess.run(shown.command, shell=True, cwd=folder, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        return [*map(str.rstrip, done.stderr.splitlines()), f"exit code {done.returncode}"]
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+def demo_run() -> Path:
+    """What `crosscode demo` makes, by the sources as they are; made where it is not there yet."""
+    kept = ROOT / "build" / "demo" / notebooks.key_of_sources()[:16]
+    if not (kept / "final").is_dir():
+        made = run(Shown("", f"crosscode demo --run_dir {kept}", [], ""), ROOT)
+        if not (kept / "final").is_dir():
+            raise RuntimeError("\n".join(["crosscode demo failed:", *made]))
+    return kept
+
+
+def differences(shown: Shown, printed: list[str]) -> list[str]:
+    """Lines of the page that the command did not print, in their order."""
+    wanted = shown.output
+    if shown.comment == "texts vary":
+        if printed and printed[-1].startswith("exit code"):
+            return printed
+        wanted, printed = ([line for line in lines if line.startswith(("==", "--"))] for lines in (wanted, printed))
+    here, missing, skipping = 0, [], False
+    for line in wanted:
+        if line.strip() == "...":
+            skipping = True
+            continue
+        found = next((i for i in range(here, len(printed)) if _masked(printed[i]) == _masked(line)), None)
+        if found is None or (found > here and not skipping and shown.comment != "texts vary"):
+            missing.append(line)
+        else:
+            here, skipping = found + 1, False
+    return missing
+
+
+def _masked(line: str) -> str:
+    """Numbers are alike, and so is the white space around them."""
+    return " ".join(NUMBER.sub("0", line).split())
+
+
+def main() -> int:
+    folder = Path(tempfile.mkdtemp())
+    shutil.copytree(demo_run(), folder / "runs" / "demo")
+    pages = [Path(word).resolve() for word in sys.argv[1:]] or sorted((ROOT / "docs").glob("*.md"))
+    wrong = 0
+    for shown in [shown for page in pages for shown in shown_in(page) if shown.is_run]:
+        printed = run(shown, folder)
+        missing = differences(shown, printed)
+        if missing:
+            wrong += 1
+            print(f"{shown.page}: $ {shown.command}", *[f"  not printed: {line}" for line in missing], sep="\n")
+            print(*[f"  printed: {line}" for line in printed], sep="\n")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
