@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.build.data import available_device
+from crosscode.build.equal_models import check_models_differ
 from crosscode.build.experiment import build_constraints, build_model, build_objective
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.replacing import check_may_begin
@@ -66,6 +67,8 @@ def build_trainer(
     run = _run_directory(config, resume, typed_overwrite, facts)
     step = resume.step if resume else None
     data = data or build_dataloader(experiment)
+    if resume is None and isinstance(data, ActivationsDataloader):
+        check_models_differ(experiment, data.rows)
     given, width = model, experiment.dims[2]
     model = given or build_model(config, width=width).to(available_device(config.device))
     check_threshold_in_time(config, model)

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from crosscode.build.equal_models import check_models_differ
 from crosscode.build.experiment import open_experiment
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.replacing import check_may_begin
@@ -85,6 +86,7 @@ def run_sweep(
             raise InputError("sweep: 'diff_sae' scales activations as no other crosscoder.type does; sweep it alone")
     experiment = open_experiment(points[0].config)
     with closing(build_dataloader(experiment)) as data:
+        check_models_differ(experiment, data.rows)
         rows = [
             {
                 "run": point.label,
