@@ -45,7 +45,7 @@ _ORDER = {"A-specific": 0, "B-specific": 0, "undecided": 1, "shared": 2}
 
 @dataclass(frozen=True)
 class Verdict:
-    """On all latents, of two models or of two hookpoints of one."""
+    """On all latents, of two models or of two hookpoints of one, `name_a` and `name_b`: a `tag` for each."""
 
     name_a: str
     name_b: str

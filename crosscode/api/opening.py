@@ -8,7 +8,7 @@ from crosscode.api.run import Run
 
 
 def open(path: str | Path) -> Run:
-    """A run directory, finished or not.
+    """The run directory at `path`, finished or not.
 
     ```python
     run = crosscode.open("runs/demo")

@@ -56,6 +56,7 @@ class FinishedRun:
 
     @property
     def model_folder(self) -> Path:
+        """Of `final/`, or of the newest checkpoint."""
         return find_model(str(self.path), "run")
 
     @cached_property

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.reading import read_yaml
-from crosscode.config.registry import ConfigModel, Registry
+from crosscode.config.registry import FIELDS, ConfigModel, Registry
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
@@ -72,7 +72,7 @@ def _by_name(class_name: str, registry: Registry[Any]) -> type[ConfigModel]:
     """A model with one optional field for each component of a registry."""
     fields: dict[str, Any] = {}
     for name, config_class in registry.config_classes().items():
-        doc = " ".join((registry[name].__doc__ or "").split())
+        doc = " ".join((registry[name].__doc__ or "").partition(FIELDS)[0].split())
         fields[name] = (config_class | None, Field(default=None, description=doc))
     return create_model(class_name, __base__=ConfigModel, **fields)
 

@@ -119,6 +119,7 @@ class TrainConfig(ConfigModel):
 
     @property
     def n_steps(self) -> int:
+        """Whole batches in `n_tokens`."""
         return self.n_tokens // self.batch_size
 
 

@@ -29,6 +29,10 @@ class ConfigModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.__doc__ = with_fields(vars(cls).get("__doc__"), cls)
+
     @model_validator(mode="after")
     def _no_size_of_nothing(self) -> Self:
         """A number that no tensor or file can have is said here, rather than by whatever meets it first."""
@@ -51,6 +55,18 @@ class ConfigModel(BaseModel):
             else value
             for name, value in values.items()
         }
+
+
+FIELDS = "\n\nFields:\n"
+
+
+def with_fields(doc: str | None, config: type[BaseModel]) -> str | None:
+    """A docstring for `help()`, and what the fields of a config mean below it."""
+    fields = {name: info.description for name, info in config.model_fields.items() if name != "type"}
+    if not doc or FIELDS in doc or not fields:
+        return doc
+    lines = [f"    {name}: {' '.join((text or '').split())}" for name, text in fields.items()]
+    return inspect.cleandoc(doc) + FIELDS + "\n".join(lines)
 
 
 class Component(BaseModel):
@@ -108,6 +124,7 @@ class Configured:
 
     @classmethod
     def type_name(cls) -> str:
+        """The `type` by which a config chooses it."""
         return type_of(cls.Config)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -115,6 +132,7 @@ class Configured:
         if "__init__" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.__init__: arguments are the fields of Config; make the rest in `setup`")
         if "Config" in cls.__dict__:
+            cls.__doc__ = with_fields(cls.__doc__, cls.Config)
             cls.__signature__ = _signature(cls)  # pyright: ignore[reportAttributeAccessIssue]
 
     if TYPE_CHECKING:  # fields are attributes, but type checkers cannot know which

@@ -20,8 +20,8 @@ from crosscode.errors import InputError
 
 @dataclass(frozen=True)
 class Rows:
-    """Usable, unscaled activations in the order in which they come; `epoch` counts from 0. `tokens_R`: their token ids,
-    where they come straight from a harvest.
+    """Usable, unscaled activations `acts_RMPD` in the order in which they come (R rows); `epoch` counts from 0.
+    `tokens_R`: their token ids, where they come straight from a harvest.
 
     The tensor belongs to whoever receives it: a source keeps no hold on its memory.
     """
@@ -54,12 +54,18 @@ class RowSource(Protocol):
         ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the rows that are handed out."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the rows are handed out."""
+        ...
 
-    def open(self, state: dict[str, Any] | None = None) -> RowStream: ...
+    def open(self, state: dict[str, Any] | None = None) -> RowStream:
+        """A stream from the beginning, or from the `state` that a stream had."""
+        ...
 
     def open_sample(self) -> RowStream:
         """A pass of its own over the beginning, for estimates; it ends and moves no other stream."""

@@ -39,8 +39,11 @@ class FarOut:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures over a held-out set. `fvu` is on raw activations; `density_L` is the share of tokens per latent,
-    `max_activation_L` its largest activation, 0 where it never fires.
+    """Figures over `n_tokens` held-out tokens. `fvu` is the fraction of variance unexplained on raw activations (0:
+    perfect, 1: as the mean), `fvu_by_position` that of each output position; `density_L` is the share of tokens on
+    which a latent fires, `max_activation_L` its largest activation, 0 where it never fires; `dead_fraction` the share
+    of latents that never do. `l0` is the mean number of active latents of a token, `l0_p5` and `l0_p95` percentiles
+    over tokens.
 
     `not_finite`: tokens whose activation is NaN or infinite, by position where there are any; `far_out`: those that are
     very long; `constant`: positions without variance, whose FVU is not defined. `l0` and its percentiles are those of
@@ -65,6 +68,7 @@ class EvaluationResult:
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """As `evaluation.json` has it."""
         return asdict(self)
 
     def problems(self) -> str | None:
@@ -141,6 +145,7 @@ def measure_reconstruction(
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
         raw_batches: `acts_BMPD`, unscaled.
+        split: how they become the model's input and target.
         position_names: one name per flattened output position.
         max_rows: tokens passed to the model at once.
     """

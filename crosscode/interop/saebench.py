@@ -99,10 +99,12 @@ class SAEBenchCoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.W_dec.dtype
 
     def encode(self, x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class BaseCrosscoder(CoderWeights):
             position (default of crosscoders), "joint" is the norm of their concatenation (default of cross-layer
             transcoders).
         backend: see `crosscode_kernels.resolve_backend`; changes speed and memory, never results.
+        dtype: of the parameters; default: torch's own.
 
     Parameters start uninitialised: call `init_weights`, or `load`.
     """

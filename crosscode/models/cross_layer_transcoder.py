@@ -20,7 +20,8 @@ from crosscode.models.weights import view
 class CrossLayerTranscoder(BaseCrosscoder):
     """`Xi = ()`, `Xo = (P,)`: reads one hookpoint `[B, Di]` and predicts P others `[B, P, Do]`.
 
-    The decoder norm is that of the concatenation by default. Further options are those of `BaseCrosscoder`.
+    `n_out_hookpoints` is P. The decoder norm is that of the concatenation by default. Further options are those of
+    `BaseCrosscoder`.
     """
 
     class Config(ArchitectureConfig):

@@ -17,7 +17,8 @@ from crosscode.models.coder import Coder
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """The latents, and whichever is asked for: the output, or its loss, which needs no output."""
+    """The latents of `input_BXiDi`, and whichever is asked for: the output, or its loss, which needs no output. What
+    `forward_train` of a `model` returns."""
 
     model: Coder
     input_BXiDi: Tensor

@@ -30,6 +30,9 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
     are those of `BaseCrosscoder`.
 
     Args:
+        n_models: M.
+        n_hookpoints: P.
+        d_model: width D of all of them.
         n_shared_latents: the first latents, whose decoder vectors are tied over the two models (model diffing,
             Anthropic, February 2025 update); `TieSharedDecoders` keeps them so in training.
         partition: blocks of latents that belong to some models only, `{"models": [0], "n_latents": 64}` or with a

@@ -69,10 +69,12 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def W_enc_LI(self) -> Tensor:
+        """The encoder as a matrix `(L, I)`, a view: a row for each latent."""
         return self._matrix(self.W_enc_LXiDi)
 
     @property
     def W_dec_LO(self) -> Tensor:
+        """The decoder as a matrix `(L, O)`, a view: a row for each latent."""
         return self._matrix(self.W_dec_LXoDo)
 
     def _matrix(self, W_L: Tensor) -> Tensor:
@@ -80,6 +82,7 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def W_enc_XiDiL(self) -> Tensor:
+        """The encoder with the latents last, a view."""
         return self.W_enc_LXiDi.movedim(0, -1)
 
     @property
@@ -99,10 +102,12 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.parts[0].W_enc_LXiDi.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the parameters."""
         return self.parts[0].W_enc_LXiDi.dtype
 
     @property
@@ -117,6 +122,7 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def activation_fns(self) -> list[ActivationFunction]:
+        """One for each part."""
         return [part.activation_fn for part in self.parts]
 
     @property

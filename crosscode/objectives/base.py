@@ -48,7 +48,8 @@ def batch_variance(rows_BO: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossContext:
-    """Everything a loss term may look at."""
+    """Everything a loss term may look at, of one batch: `input_BXiDi` and `target_BXoDo` (scaled), and the `result` of
+    `model.forward_train(input_BXiDi)`."""
 
     model: BaseCrosscoder
     input_BXiDi: Tensor
@@ -209,10 +210,12 @@ class Objective:
         object.__setattr__(self, "terms", {name: _weighted(name, given) for name, given in terms.items()})
 
     def check_model(self, model: BaseCrosscoder) -> None:
+        """Raise `InputError` where a term does not fit the model."""
         for term, _ in self.terms.values():
             term.check_model(model)
 
     def after_step(self, l0: Tensor) -> None:
+        """Let terms that steer know the L0 of the step, a scalar on the device."""
         for term, _ in self.terms.values():
             term.after_step(l0)
 
@@ -233,6 +236,7 @@ class Objective:
         return {name: state for name, (term, _) in self.terms.items() if (state := term.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give terms back what `state_dict` had of them."""
         for name, of_term in state.items():
             self.terms[name][0].load_state_dict(of_term)
 

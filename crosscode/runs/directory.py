@@ -31,7 +31,7 @@ log = logging.getLogger("crosscode")
 
 
 class RunDirectory:
-    """Paths and small files of one run. Nothing is written before `begin` or `reopen`."""
+    """Paths and small files of one run, the folder `path`. Nothing is written before `begin` or `reopen`."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -41,21 +41,26 @@ class RunDirectory:
 
     @property
     def config_file(self) -> Path:
+        """`config.yaml`."""
         return self.path / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:
+        """`metrics.jsonl`."""
         return self.path / "metrics.jsonl"
 
     @property
     def final(self) -> Path:
+        """The folder of the trained model, scaling folded in."""
         return self.path / "final"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after a step."""
         return self.checkpoints / f"step_{step}"
 
     def steps(self) -> list[int]:
@@ -148,6 +153,7 @@ class RunDirectory:
             restore(self.path)
 
     def say_what_is_put_by(self) -> None:
+        """Log where the run that was here before lies."""
         if (self.path / ASIDE / CONFIG_FILE).is_file():
             log.info("run %s: the run before lies in %s until the first checkpoint", self.path, self.path / ASIDE)
 
@@ -211,12 +217,15 @@ class RunDirectory:
             folder.rmdir()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all."""
         write_json(self.path / "summary.json", summary)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Write `evaluation.json`, whole or not at all."""
         write_json(self.path / "evaluation.json", evaluation)
 
     def read_summary(self) -> dict[str, Any]:
+        """What `summary.json` says; raises `InputError` where it is damaged."""
         return read_json(self.path / "summary.json", Summary)
 
 

@@ -19,23 +19,26 @@ log = logging.getLogger("crosscode")
 class Logger(Protocol):
     """Takes one row of metrics at a time. Made before the run directory is, and writes nothing before `open`."""
 
-    def open(self) -> None: ...
+    def open(self) -> None:
+        """Begin to write: the run directory is there now."""
 
     def log(self, metrics: dict[str, Any]) -> None:
         """`metrics` holds at least `step`; values are JSON values."""
         ...
 
-    def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None: ...
+    def log_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Take the histograms of a step, by name."""
 
     def rewind(self, step: int, n_rows: int) -> None:
         """The run goes on from a step at which it had logged `n_rows`: what came after will come again."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what waits; nothing comes after it."""
 
 
 class JsonlLogger:
-    """One JSON object a line, handed to the system at once, so that a killed run keeps what it logged.
+    """One JSON object a line of the file `path`, handed to the system at once, so that a killed run keeps what it logged.
 
     Histograms go into a file of their own beside it. A number that is not finite is written as null.
     """

@@ -16,7 +16,8 @@ WANDB_FILE = "wandb.json"
 
 
 class WandbLogger:
-    """Needs the extra `wandb`. A resumed run goes on in the same wandb run, whose id is kept in the run directory."""
+    """A wandb run `name` of a `project`, with the `config` of the crosscode run in `run_path`. Needs the extra `wandb`.
+    A resumed run goes on in the same wandb run, whose id is kept in the run directory."""
 
     def __init__(self, project: str, name: str, run_path: Path, config: dict[str, Any]):
         try:
@@ -66,7 +67,8 @@ class WandbLogger:
 
 
 class TensorboardLogger:
-    """Needs the extra `tensorboard`. Steps that a resumed run repeats replace what was there."""
+    """Event files of tensorboard in `folder`. Needs the extra `tensorboard`.
+    Steps that a resumed run repeats replace what was there."""
 
     def __init__(self, folder: Path):
         try:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 
 class FiringTracker(nn.Module):
-    """Counts, for each latent, the tokens since it was last active, and on how many of the recent ones it was.
+    """Counts, for each latent, the tokens since it was last active, and on how many of the recent ones it was. `n_latents`
+    is L.
 
     Lives on the model's device; nothing of it is read in a step.
     """

@@ -56,21 +56,26 @@ class DenseLatents:
 
     @property
     def value(self) -> Tensor:
+        """The values, `(B, L)`."""
         return self.value_BL
 
     @property
     def preacts(self) -> Tensor | None:
+        """The pre-activations `(B, L)`, if they were kept."""
         return self.preacts_BL
 
     @property
     def n_latents(self) -> int:
+        """L."""
         return self.value_BL.shape[1]
 
     @property
     def batch_size(self) -> int:
+        """B."""
         return self.value_BL.shape[0]
 
     def to_dense(self) -> Tensor:
+        """`(B, L)`."""
         return self.value_BL
 
     def l0_B(self) -> Tensor:
@@ -94,7 +99,7 @@ class DenseLatents:
 @dataclass(frozen=True)
 class SparseLatents:
     """CSR over tokens: entries `row_ptr_B1[b] : row_ptr_B1[b + 1]` belong to token b, latent ids ascending or in
-    order of selection. `value_N` carries the gradient. `row_ptr_B1` and `latent_idx_N` are int32.
+    order of selection. `value_N` carries the gradient; `n_latents` is L. `row_ptr_B1` and `latent_idx_N` are int32.
 
     `by_latent` is the transpose, where somebody has computed it: encoders do so whenever a weight gradient will need
     it, so that the encoder, the decoder and the trackers share one sort. `deficit_L` is there for a JumpReLU: the sum
@@ -144,14 +149,17 @@ class SparseLatents:
 
     @property
     def value(self) -> Tensor:
+        """The values `(N,)` of the stored entries; a gradient passes through them."""
         return self.value_N
 
     @property
     def preacts(self) -> Tensor | None:
+        """The pre-activations `(N,)` of the stored entries, if they were kept."""
         return self.preacts_N
 
     @property
     def batch_size(self) -> int:
+        """B."""
         return self.row_ptr_B1.shape[0] - 1
 
     def entries(self, order: LatentOrder | None) -> Entries:

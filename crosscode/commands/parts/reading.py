@@ -35,6 +35,7 @@ class TextLatents:
     tokens: list[str]
     """S tokens as text"""
     token_ids: list[int]
+    """of the language model's tokenizer, the beginning-of-sequence token first where training had one"""
     values_SL: Tensor
     """sparse CSR, float32, on the CPU"""
 
@@ -47,13 +48,14 @@ class TextLatents:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """A place where a latent is active, with the text around it."""
+    """A place where a latent is active: an `example` (value, tokens), and the text around it as it is `shown`."""
 
     example: Example
     shown: list[DisplayToken]
 
     @property
     def activation(self) -> float:
+        """Of the latent at the peak, on raw activations."""
         return self.example.value
 
     @property
@@ -67,7 +69,8 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class LatentLogits:
-    """What a latent writes at one output position, read through the model's own final norm and unembedding."""
+    """What a latent writes at one output position, read through the model's own final norm and unembedding; `tokenizer`
+    shows it."""
 
     logits_V: Tensor
     """float32, on the CPU"""

@@ -38,7 +38,8 @@ class Changed:
 
 @dataclass(frozen=True)
 class Steered:
-    """One language model as it is, with latents added or taken out, and with random directions of the same norms."""
+    """What one language model writes: `plain`, as it is; `changed`, with latents added or taken out; `random`, with random
+    directions of the same norms instead."""
 
     plain: list[str]
     changed: Changed

@@ -76,11 +76,13 @@ class ActivationHarvester:
 
     @property
     def max_sequence_length(self) -> int | None:
+        """Positions that all of its models take; None: without a limit."""
         limits = [model.max_sequence_length for model in self.models]
         return min((limit for limit in limits if limit), default=None)
 
     @property
     def vocab_size(self) -> int:
+        """Token ids that all of its models know."""
         return min(model.vocab_size for model in self.models)
 
     def harvest(self, tokens_HS: torch.Tensor, segments_HS: torch.Tensor | None = None) -> torch.Tensor:

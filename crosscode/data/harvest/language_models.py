@@ -54,10 +54,12 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Blocks."""
         return int(self.config.num_hidden_layers)
 
     @property
     def d_model(self) -> int:
+        """Width D of the residual stream."""
         return int(self.config.hidden_size)
 
     @property
@@ -82,10 +84,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where its first parameter is."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its first parameter: in which it runs."""
         return next(self.model.parameters()).dtype
 
     def plain_tree(self) -> Any:
@@ -145,7 +149,8 @@ def available_device(name: str | torch.device) -> torch.device:
 
 
 def wrap_language_model(hf_model: Any, tokenizer: Any, name: str = "in-memory") -> LanguageModel:
-    """Use a `transformers` model that is already in memory; it is put in eval mode and its gradients switched off."""
+    """Use a `transformers` model that is already in memory, `hf_model`; it is put in eval mode and its gradients switched off.
+    `tokenizer`: its own, or None where it is run on token ids; `name`: what messages and figures call it."""
     return freeze(hf_model, tokenizer, name, None)
 
 

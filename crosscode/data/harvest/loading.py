@@ -44,11 +44,14 @@ def load_language_model(
     Args:
         name_or_path: a hub name, a folder, or a `.gguf` file (the same as its folder plus `gguf_file`). One that holds an
             adapter alone stands for that adapter on the base that it names.
+        revision: git revision of a hub model.
+        trust_remote_code: let a hub model run code of its own.
         dtype: of the weights and of the run: "float32", "bfloat16", "float16", or "auto", the checkpoint's own.
         device_map: places of its parts, as `transformers` takes them ("auto": over all GPUs); instead of `device`.
         attn_implementation: as `transformers` takes it; None: what it prefers.
         quantization: fields of one of `transformers`' quantisation configs, `quant_method` among them.
         adapter: folder or hub name of an adapter, `OWNER/NAME/SUBFOLDER` for one in a folder of its repository.
+        adapter_revision: git revision of a hub adapter.
         adapter_scale: what LoRA adds is multiplied by it.
         loaded: models without adapter that are there already, and to which this one's base is added: weights of a base
             that several models have are held once.

@@ -93,10 +93,11 @@ def check_no_links(folder: Path) -> None:
 class ActivationCache:
     """A store of activations on disk, opened to read; `ActivationCacheWriter` makes one.
 
-    `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other content is refused
-    by the field that differs. Rows of `dims` = (M, P, D) may be read in any order, are checked against their checksums
-    each time, and are handed out as float32 (bfloat16 for a bfloat16 store). Files are read by position and never
-    mapped, so that nothing of a store counts as this process's memory but the rows that it asked for.
+    `path`: its folder. `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other
+    content is refused by the field that differs. Rows of `dims` = (M, P, D) may be read in any order, are checked
+    against their checksums each time, and are handed out as float32 (bfloat16 for a bfloat16 store). Files are read by
+    position and never mapped, so that nothing of a store counts as this process's memory but the rows that it asked
+    for.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
@@ -127,6 +128,7 @@ class ActivationCache:
 
     @property
     def n_rows(self) -> int:
+        """Rows in whole shards."""
         return int(self._ends[-1]) if self.shards else 0
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ class StoredRows:
 
     `weights`: how often a row comes from each store (None: in proportion to their sizes). `epochs`: None reads for
     ever; with several stores an epoch is as many rows as all of them hold. `rows_per_read`: rows handed out together.
-    `shuffle=False` keeps the stored order.
+    `seed` decides the order; `shuffle=False` keeps the stored one.
 
     Rows are drawn from a `window` of rows in memory, which several stores share by their weights, and which is filled
     with random blocks of `read_block` consecutive rows (`store_window` says what that gives up; None: as many as
@@ -70,15 +70,18 @@ class StoredRows:
 
     @property
     def n_rows(self) -> int:
+        """Rows of all stores."""
         return sum(store.n_rows for store in self.stores)
 
     def open(self, state: dict[str, Any] | None = None) -> RowStream:
         return _StoreStream(self, state, self.epochs)
 
     def open_sample(self) -> RowStream:
+        """A stream over one epoch, apart from that of training."""
         return _StoreStream(self, None, 1)
 
     def settings(self) -> dict[str, Any]:
+        """What decides the rows and their order, for a run that goes on."""
         return {
             "store.content": ",".join(store.content() for store in self.stores),
             "store.weights": ",".join(f"{float(weight):.9g}" for weight in self.weights_W)

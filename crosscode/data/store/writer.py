@@ -50,11 +50,11 @@ from crosscode.stored import parse_json
 class ActivationCacheWriter:
     """Appends rows to a store; makes the store where there is none.
 
-    `manifest`: what the rows are (`make_manifest`). A store that holds something else is refused by the field that
-    differs, and nothing of it is touched. `shard_bytes`: size at which a shard is closed. `max_bytes`: the store stops
-    growing below this size. Raises StoreError where another process writes the store, the folder cannot be written,
-    or the disk is full (whole shards stay as they are, and nothing more is kept). A store whose data is at its end is
-    locked by nobody.
+    `path`: its folder. `manifest`: what the rows are (`make_manifest`). A store that holds something else is refused by
+    the field that differs, and nothing of it is touched. `shard_bytes`: size at which a shard is closed. `max_bytes`:
+    the store stops growing below this size. Raises StoreError where another process writes the store, the folder cannot
+    be written, or the disk is full (whole shards stay as they are, and nothing more is kept). A store whose data is at
+    its end is locked by nobody.
 
     A context manager: leaving it writes the rows that wait, then releases the store.
     """

@@ -112,8 +112,8 @@ def wrap_documents(data: Any, *, column: str | None = None, name: str = "in-memo
     """Documents of a `datasets` Dataset or IterableDataset, a list, a matrix of token ids, or a function that returns a
     fresh iterable.
 
-    `column` names the field of each row; None takes the rows themselves as documents. A plain iterator is refused: it
-    could be read once only.
+    `data`: one of these; `name`: what messages call it. `column` names the field of each row; None takes the rows
+    themselves as documents. A plain iterator is refused: it could be read once only.
     """
     import datasets
 

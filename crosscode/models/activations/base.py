@@ -30,7 +30,8 @@ class Selection(NamedTuple):
 
 
 class ActivationFunction(Configured, nn.Module, ABC):
-    """Turns `(x_BI, W_enc, b_enc)` into latents. It owns the encode: a sparse activation has a sparse gradient.
+    """Turns `x_BI`, `W_enc_LI` and `b_enc_L` into latents. It owns the encode: a sparse activation has a sparse gradient.
+    `n_latents` is L.
 
     A subclass is one file in this folder: a nested `Config`, `encode`, and the plain definition `forward`. The rest
     answers what models, losses and trainers ask of an activation; the answers here are those of ReLU.

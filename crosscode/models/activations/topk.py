@@ -63,6 +63,7 @@ class AnnealedK(ActivationFunction):
 
     @property
     def current_k(self) -> int:
+        """The k of this step: `k`, or more while it is annealed."""
         return min(self.wanted_k, self.n_latents)
 
     def selection(self) -> Selection | None:

@@ -62,6 +62,7 @@ class ZeroDecSkipInit(InitStrategy):
         self.init_output_bias(model, samples)
 
     def init_skip(self, model: Coder, generator: torch.Generator) -> None:
+        """Fill `W_skip`, where there is one."""
         zero_(model.W_skip_XiDiXoDo)
 
     @torch.no_grad()

@@ -1,12 +1,18 @@
 """What `import crosscode` offers, and what it says before torch is imported."""
 
+import ast
 import inspect
+import re
 import subprocess
 import sys
+import textwrap
+from itertools import pairwise
 
 import pytest
+import torch
 
 import crosscode
+from crosscode.config.data import TokenPolicy
 from crosscode.config.experiment import TrainConfig
 
 NAMES = [name for name in dir(crosscode) if not name.startswith("__")]
@@ -87,3 +93,64 @@ def test_train_shows_the_fields_of_train():
     parameters = inspect.signature(crosscode.train).parameters
     assert set(TrainConfig.model_fields) < set(parameters) and list(parameters)[:2] == ["acts", "crosscoder"]
     assert parameters["batch_size"].default == TrainConfig.model_fields["batch_size"].default
+
+
+# ---- help() of each
+
+
+def described(cls):
+    """What a class and its bases of ours say, with the strings below their fields."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("crosscode")]
+    return "\n".join((base.__doc__ or "") + "".join(attribute_docs(base)) for base in ours)
+
+
+def attribute_docs(cls):
+    """`name: what stands below it` of each field that has a string below it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    for field, below in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            yield f"{ast.unparse(field.target)}: {below.value.value}\n"
+
+
+def of_ours(name):
+    """Functions and properties that a public class has from its own or our other classes."""
+    for base in getattr(crosscode, name).__mro__:
+        if base.__module__.startswith("crosscode"):
+            for member, found in vars(base).items():
+                made = getattr(found, "__func__", getattr(found, "fget", getattr(found, "func", found)))
+                if inspect.isfunction(made) and not member.startswith("_"):
+                    yield member, made
+
+
+CLASSES = [name for name in NAMES if inspect.isclass(getattr(crosscode, name))]
+PROTOCOLS = [name for name in CLASSES if getattr(getattr(crosscode, name), "_is_protocol", False)]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_public_member_says_what_it_does(name):
+    promised = {member for each in PROTOCOLS for member, made in of_ours(each) if made.__doc__}
+    promised |= {"extra_repr", "forward"} if issubclass(getattr(crosscode, name), torch.nn.Module) else set()
+    promised |= {member for member, made in of_ours(name) if made.__doc__}  # an override of one that says it
+    assert {member for member, made in of_ours(name) if not made.__doc__} - promised == set()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if callable(getattr(crosscode, name))])
+def test_every_argument_is_explained(name):
+    found = getattr(crosscode, name)
+    is_class = inspect.isclass(found)
+    if getattr(found, "_is_protocol", False) or (is_class and issubclass(found, BaseException)):
+        return
+    said = described(found) if is_class else found.__doc__
+    if name in ("train", "TokenSequenceLoader"):  # which take the fields of a config, where they are explained
+        said += "".join(f"{field}\n" for config in (TrainConfig, TokenPolicy) for field in config.model_fields)
+    own = {"args", "kwargs", "type"}
+    parameters = {name for name in inspect.signature(found).parameters if not name.startswith("_")} - own
+    assert {one for one in parameters if not re.search(rf"\b{one}\b", said)} == set()
+
+
+@pytest.mark.parametrize("name", ["Adam", "TopkActivation", "L1Term", "TrainConfig", "LinearRamp", "UnitNormDecoder"])
+def test_help_of_what_a_config_names_has_its_fields(name):
+    found = getattr(crosscode, name)
+    fields = getattr(found, "Config", found).model_fields
+    for field, info in fields.items():
+        assert field == "type" or f"{field}: {' '.join(info.description.split())}" in found.__doc__
