@@ -63,7 +63,13 @@ class Format:
 MODEL = Format("saved model", 1, "format_version")
 STATE = Format("trainer state", 1, "format_version", unversioned=1, defaults={"rules": 1, "recent": None})
 STATE_TENSORS = "trainer_state.safetensors"
-STORE = Format("store of activations", 1, "version", defaults={"activation_dtype": "float32"})
+STORE = Format(
+    "store of activations",
+    2,
+    "version",
+    defaults={"activation_dtype": "float32"},
+    steps={1: lambda content: content},  # its shards have no labels
+)
 ROLLOUTS = Format("folder of rollouts", 1, "version")
 RUN = Format("run directory", 1, "format")
 

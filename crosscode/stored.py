@@ -83,6 +83,13 @@ class LayeredFigures(Stored):
     kl: Figures | None = None
 
 
+class GroupFigures(Stored):
+    n_tokens: Count
+    fvu: float | None = None
+    fvu_by_position: Figures
+    l0: float | None = None
+
+
 class Evaluation(Stored):
     """`evaluation.json`"""
 
@@ -97,6 +104,7 @@ class Evaluation(Stored):
     max_activation_L: list[float | None] | None = None
     loss_recovered: dict[str, SplicedFigures] | None = None
     replacement_model: LayeredFigures | None = None
+    groups: dict[str, dict[str, GroupFigures]] | None = None
 
 
 class SweepRow(Stored):

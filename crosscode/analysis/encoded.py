@@ -67,6 +67,8 @@ class EncodedBatch:
     entries: ActiveEntries
     target_BXD: Tensor
     output_BXD: Tensor
+    group_BG: Tensor | None = None
+    """numbers of each token's groups, in each way to group tokens; None: not known"""
 
 
 class Collector(Protocol):
@@ -86,6 +88,7 @@ def encode_heldout(
     for batch in batches:
         _check(batch)
         rows = max(1, max_tokens // batch.tokens_HS.shape[1])
+        group_HSG = getattr(batch, "group_HSG", None)  # [H, S, ways to group tokens], where they are known
         for start in range(0, batch.tokens_HS.shape[0], rows):
             tokens_HS, mask_HS = batch.tokens_HS[start : start + rows].cpu(), batch.mask_HS[start : start + rows].cpu()
             position_B = mask_HS.flatten().nonzero().squeeze(1)
@@ -100,6 +103,7 @@ def encode_heldout(
                 active_entries(result.latents),
                 target_BXoDo.reshape(shape) * scaling_X1,
                 result.output_BXoDo.reshape(shape) * scaling_X1,
+                None if group_HSG is None else group_HSG[start : start + rows].flatten(0, 1)[position_B],
             )
             n_sequences += tokens_HS.shape[0]
 

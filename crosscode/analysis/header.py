@@ -136,6 +136,24 @@ def evaluation_table(record: RunRecord) -> EvaluationTable | None:
     return EvaluationTable(columns, list(rows.values()))
 
 
+def group_table(record: RunRecord) -> EvaluationTable | None:
+    """Held-out figures apart by source and role; None where there is nothing to tell apart."""
+    groups = record.evaluation.get("groups") or {}
+    if not groups:
+        return None
+    names = list(next(iter(next(iter(groups.values())).values()))["fvu_by_position"])
+    labels = distinct_labels(names)
+    columns = [("by", ""), ("tokens", "held-out tokens of this group"), ("L0", "active latents per token")]
+    columns += [(f"FVU {labels[name]}".strip(), f"with the group's own variance, at {name}") for name in names]
+    rows = [
+        [f"{kind}: {name}", f"{of['n_tokens']:,}", number_text(of.get("l0"))]
+        + [number_text(of["fvu_by_position"].get(position)) for position in names]
+        for kind, found in groups.items()
+        for name, of in found.items()
+    ]
+    return EvaluationTable(columns, rows)
+
+
 def _spliced_cells(found: dict[str, Any]) -> list[str]:
     recovered, interval = found.get("loss_recovered"), found.get("ci95")
     text = percent_text(recovered)

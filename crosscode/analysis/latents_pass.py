@@ -6,7 +6,7 @@ Axes: L latents.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,13 @@ def study_latents(
     pairs: Sequence[tuple[int, int]] | None = None,
     n_examples: int = 8,
     more: Sequence[Collector] = (),
+    groupings: Mapping[str, Sequence[str]] | None = None,
 ) -> LatentsPass:
     """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair. `more` collectors
-    see it too."""
+    see it too. `groupings`: as of `FiringStats`."""
     names = list(position_names)
     pairs = pairs_to_compare(names) if pairs is None else pairs
-    firing = FiringStats(model.n_latents)
+    firing = FiringStats(model.n_latents, groupings)
     top = TopExamples(model.n_latents, n=n_examples)
     quantiles = QuantileExamples(model.n_latents)
     scalings = [LatentScaling(model, a, b) for a, b in pairs]

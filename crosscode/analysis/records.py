@@ -6,7 +6,7 @@ N active entries · K neighbours · V vocabulary · E ends of a list of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -143,14 +143,17 @@ def study_records(
     unembed: Unembed | None = None,
     n_neighbours: int = 8,
     n_logits: int = 10,
+    groupings: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[LatentsPass, LatentRecords]:
     """`study_latents` and the records of every latent, in one pass. Memory: some KB for each latent, and the tokens.
 
     Args:
         unembed: from vectors at an output position to logits; without it there are no logits.
+        groupings: as of `study_latents`.
     """
     histograms, texts, together = Histograms(model.n_latents), Texts(), CoFiring(model.n_latents)
-    study = study_latents(model, heldout, split, position_names, more=(histograms, texts, together))
+    more = (histograms, texts, together)
+    study = study_latents(model, heldout, split, position_names, more=more, groupings=groupings)
     logits: dict[str, LogitEnds] = {}
     if unembed is not None:
         for x in logit_positions(model, position_names):

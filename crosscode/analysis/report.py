@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class HeldoutText:
     position_names: Sequence[str]
     unembed: Unembed | None = None
     """without it latents have no logits"""
+    groupings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """ways to group tokens, with the names of the groups"""
 
 
 _EXPLORER = Path(__file__).parent / "explorer"
@@ -86,7 +88,9 @@ def write_report(
         if heldout is not None:
             text = heldout()
             tokenizer = text.tokenizer
-            study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed)
+            study, records = study_records(
+                model, text.batches, text.split, text.position_names, text.unembed, groupings=text.groupings
+            )
     except (CrosscodeError, OSError) as error:
         reason = str(error)
     page = render(record, model, study, tokenizer, reason)
@@ -157,6 +161,7 @@ def render(
         "config_yaml": record.config_yaml,
         "curves": training_figures(record.metrics, record.summary.get("callbacks") or ()),
         "evaluation": header.evaluation_table(record),
+        "apart": header.group_table(record),
         "facts": header.facts(record),
         "latents": latent_plots.latents_section(study),
         "pairs": [] if study is None else [latent_plots.pair_section(one) for one in study.verdicts],

@@ -243,4 +243,5 @@ class Run(FinishedRun):
     @cached_property
     def _study(self) -> LatentsPass:
         experiment = self.experiment
-        return study_latents(self.model, experiment.heldout_batches(), experiment.split, experiment.output_names())
+        names, groupings = experiment.output_names(), experiment.groupings()
+        return study_latents(self.model, experiment.heldout_batches(), experiment.split, names, groupings=groupings)

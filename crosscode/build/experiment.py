@@ -22,7 +22,9 @@ from crosscode.config.arrays import ArraysSource
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.rows import RowSource
+from crosscode.data.text.labels import ROLES
 from crosscode.errors import InputError, in_section
+from crosscode.evaluation.groups import Groupings
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
 from crosscode.evaluation.replacement_model import measure_replacement_model
@@ -117,7 +119,13 @@ class Experiment(Activations, AnyExperiment):
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD)
+            group_HSG = None
+            if batch.labels is not None:
+                group_HSG = torch.stack([batch.labels.source_T.long(), batch.labels.role_T.long()], dim=-1)
+            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG)
+
+    def groupings(self) -> Groupings:
+        return {"source": build_token_loader(self, heldout=True).source_names, "role": ROLES}
 
     def n_evaluated(self, n_tokens: int | None = None) -> int:
         settings = self.config.evaluation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.norms import CheckedRows, NormLimit
 from crosscode.data.rows import RowSource
+from crosscode.evaluation.groups import Groupings
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
@@ -24,15 +25,21 @@ from crosscode.trainers.callbacks import Callback
 
 @dataclass(frozen=True)
 class HeldoutBatch:
-    """Held-out sequences, where their activations count, and the raw activations (float32)."""
+    """Held-out sequences, where their activations count, and the raw activations (float32). `group_HSG`: the numbers of each
+    position's groups, in the order of the experiment's `groupings`."""
 
     tokens_HS: Tensor
     mask_HS: Tensor
     acts_HSMPD: Tensor
+    group_HSG: Tensor | None = None
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
         return self.acts_HSMPD[self.mask_HS.to(self.acts_HSMPD.device)]
+
+    def grouped(self) -> Tensor | tuple[Tensor, Tensor]:
+        """`acts_BMPD` of the usable positions, and their `group_BG` where they are known."""
+        return self.usable() if self.group_HSG is None else (self.usable(), self.group_HSG[self.mask_HS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ class AnyExperiment(ABC):
         for batch in self.all_heldout():
             mask_HS = batch.mask_HS if limit is None else limit.narrowed(batch.mask_HS, batch.acts_HSMPD)
             mask_HS = mask_HS & (mask_HS.flatten().cumsum(0).view_as(mask_HS) <= wanted)
-            yield HeldoutBatch(batch.tokens_HS, mask_HS, batch.acts_HSMPD)
+            yield replace(batch, mask_HS=mask_HS)
             wanted -= int(mask_HS.sum())
             if wanted <= 0:
                 return
@@ -87,6 +94,10 @@ class AnyExperiment(ABC):
     def language_model_facts(self) -> list[dict[str, Any]]:
         """What a checkpoint says about each language model."""
         return []
+
+    def groupings(self) -> Groupings:
+        """Ways to group held-out tokens, with the names of the groups."""
+        return {}
 
     def callbacks(self) -> list[Callback]:
         """What the run directory needs beside what every run has."""
@@ -114,5 +125,6 @@ class AnyExperiment(ABC):
     ) -> EvaluationResult:
         """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`. `through` looks
         on as batches go by."""
-        activations = (batch.usable() for batch in through(self.heldout_batches(n_tokens)))
-        return measure_reconstruction(model, activations, self.split, self.output_names(), scaling_MP)
+        activations = (batch.grouped() for batch in through(self.heldout_batches(n_tokens)))
+        names, groupings = self.output_names(), self.groupings()
+        return measure_reconstruction(model, activations, self.split, names, scaling_MP, groupings=groupings)

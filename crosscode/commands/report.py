@@ -66,7 +66,8 @@ def report_run(
         experiment = run.experiment
         batches = shown.through(experiment.heldout_batches(n_tokens))
         names = experiment.output_names()
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed_of(experiment))
+        unembed, groupings = unembed_of(experiment), experiment.groupings()
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings)
 
     n_shown = n_tokens or run.config.evaluation.n_tokens
     with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:

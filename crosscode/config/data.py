@@ -119,11 +119,18 @@ class TokenPolicy(TokenRules):
             raise ValueError(f"worker = {self.worker}: must be (index, count) with 0 <= index < count")
         return self
 
+    def keeps_first(self) -> bool:
+        return self.keep_first_position or (self.positions is not None and self.positions.keep_first)
+
     def recorded(self) -> dict[str, Any]:
         """What stores and saved positions keep, as JSON. Masked ids are kept beside it, once the tokenizer has its say."""
         without = {"epochs", "n_workers", "mask_special_tokens", "mask_token_ids"}
-        without |= {"positions"} if self.positions is None else set()  # as it was recorded before there were any
-        return self.model_dump(mode="json", exclude=without)
+        recorded = self.model_dump(mode="json", exclude=without)
+        if self.positions is None:
+            del recorded["positions"]  # as it was recorded before there were any
+        elif not self.positions.keep_first:
+            del recorded["positions"]["keep_first"]
+        return recorded
 
 
 AnySource = Annotated[

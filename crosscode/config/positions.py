@@ -20,6 +20,8 @@ class PositionRules(ConfigModel):
     given: [-3, 5]. A window ends where the message does, and begins after the message before"""
     thinking: Literal["keep", "only", "drop"] = "keep"
     """what the assistant writes from <think> to </think>, tags included"""
+    keep_first: bool = False
+    """the first position of a sequence, too, as data.keep_first_position has it"""
     at_most_per_document: PositiveInt | None = None
     """so many of a document's positions, evenly spread over those that the other rules leave"""
 

@@ -14,6 +14,7 @@ import torch
 
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.trials import check_isolation, check_length
+from crosscode.data.text.labels import Labels
 from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
 from crosscode.errors import InputError
 
@@ -21,7 +22,7 @@ from crosscode.errors import InputError
 @dataclass(frozen=True)
 class Rows:
     """Usable, unscaled activations `acts_RMPD` in the order in which they come (R rows); `epoch` counts from 0.
-    `tokens_R`: their token ids, where they come straight from a harvest.
+    `tokens_R`: their token ids, where they come straight from a harvest, as what `labels` say of them.
 
     The tensor belongs to whoever receives it: a source keeps no hold on its memory.
     """
@@ -29,6 +30,7 @@ class Rows:
     acts_RMPD: torch.Tensor
     epoch: int
     tokens_R: torch.Tensor | None = None
+    labels: Labels | None = None
 
 
 class RowStream(Iterator[Rows], Protocol):
@@ -129,7 +131,8 @@ class _HarvestStream:
 
     def __next__(self) -> Rows:
         batch = next(self._iterator)
-        return Rows(harvest_usable(self._harvester, batch), batch.epoch, batch.tokens_HS[batch.mask_HS])
+        labels = None if batch.labels is None else batch.labels[batch.mask_HS]
+        return Rows(harvest_usable(self._harvester, batch), batch.epoch, batch.tokens_HS[batch.mask_HS], labels)
 
     def state_dict(self) -> dict[str, Any]:
         return self._tokens.state_dict()

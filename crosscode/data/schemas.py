@@ -41,6 +41,7 @@ class ShardInfo(Stored):
     norm_sums: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]
     content: str | None = None
     token_hash: str | None = None
+    labels: Annotated[str, Field(pattern="^[0-9a-f]{8}$")] | None = None
 
 
 class TensorHeader(Stored):

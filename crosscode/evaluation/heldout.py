@@ -17,6 +17,7 @@ from torch import Tensor
 from crosscode.data.norms import advice, norms_of
 from crosscode.errors import InputError, NotFinite
 from crosscode.evaluation.fvu import FvuAccumulator
+from crosscode.evaluation.groups import GroupFigures, Groupings, GroupSums
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
@@ -48,7 +49,8 @@ class EvaluationResult:
     `not_finite`: tokens whose activation is NaN or infinite, by position where there are any; `far_out`: those that are
     very long; `constant`: positions without variance, whose FVU is not defined. `l0` and its percentiles are those of
     use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK: the mean when it selects over batches.
-    `loss_recovered` by output position, where it was measured, as `replacement_model`.
+    `loss_recovered` by output position, where it was measured, as `replacement_model`. `groups`: figures apart by `source`
+    and `role`, where there are several.
     """
 
     n_tokens: int
@@ -66,6 +68,7 @@ class EvaluationResult:
     constant: list[str] = field(default_factory=list)
     replacement_model: ReplacementModel | None = None
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
+    groups: dict[str, dict[str, GroupFigures]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As `evaluation.json` has it."""
@@ -134,35 +137,41 @@ Evaluate = Callable[[BaseCrosscoder, Tensor | None], EvaluationResult]
 @torch.no_grad()
 def measure_reconstruction(
     model: BaseCrosscoder,
-    raw_batches: Iterable[Tensor],
+    raw_batches: Iterable[Tensor | tuple[Tensor, Tensor]],
     split: Split,
     position_names: Sequence[str],
     scaling_MP: Tensor | None = None,
     max_rows: int = 4096,
+    groupings: Groupings | None = None,
 ) -> EvaluationResult:
     """Figures in eval mode (BatchTopK by threshold) on raw activations, in float32 whatever training computes in.
 
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
-        raw_batches: `acts_BMPD`, unscaled.
+        raw_batches: `acts_BMPD`, unscaled; with `groupings` beside `group_BG` (int64), the numbers of each token's groups.
         split: how they become the model's input and target.
         position_names: one name per flattened output position.
         max_rows: tokens passed to the model at once.
+        groupings: ways to group tokens, of which the figures are given apart, too.
     """
     if model.is_folded == (scaling_MP is not None):
         raise InputError("evaluate: give scaling_MP for a model without folded scaling, and only for such a model")
-    seen = _Seen(model)
+    seen = _Seen(model, groupings or {})
     with RawModel(model, split, scaling_MP) as raw_model:
-        for acts_BMPD in (part for batch in raw_batches for part in batch.split(max_rows)):
-            seen.add(raw_model, acts_BMPD.to(model.device))
+        for batch in raw_batches:
+            whole_BMPD, group_BG = (batch, None) if isinstance(batch, Tensor) else batch
+            for first in range(0, len(whole_BMPD), max_rows):
+                part = slice(first, first + max_rows)
+                seen.add(raw_model, whole_BMPD[part].to(model.device), None if group_BG is None else group_BG[part])
     return seen.result(position_names)
 
 
 class _Seen:
     """Sums over a held-out set."""
 
-    def __init__(self, model: BaseCrosscoder):
+    def __init__(self, model: BaseCrosscoder, groupings: Groupings):
         self.fvu = FvuAccumulator(model.out_dims)
+        self.groups = GroupSums(model.out_dims, groupings)
         self.l0_parts: list[Tensor] = []
         self.norm_parts: list[Tensor] = []
         self.counts_L: Tensor | int = 0
@@ -171,13 +180,16 @@ class _Seen:
         if any(fn.selects_over_batch for fn in model.activation_fns):
             self.n_active_train_mode = 0
 
-    def add(self, raw_model: RawModel, raw_BMPD: Tensor) -> None:
+    def add(self, raw_model: RawModel, raw_BMPD: Tensor, group_BG: Tensor | None) -> None:
         model, input_BXiDi = raw_model.model, raw_model.input(raw_BMPD)
         result = model.forward_train(input_BXiDi)
         target_BXoDo = raw_model.split.activations(raw_BMPD)[1]
-        self.fvu.update(target_BXoDo, raw_model.raw(result.output_BXoDo))
+        output_BXoDo, l0_B = raw_model.raw(result.output_BXoDo), result.latents.l0_B()
+        self.fvu.update(target_BXoDo, output_BXoDo)
+        if group_BG is not None:
+            self.groups.add(group_BG, target_BXoDo, output_BXoDo, l0_B)
         self.norm_parts.append(norms_of(target_BXoDo).reshape(len(target_BXoDo), -1))
-        self.l0_parts.append(result.latents.l0_B())
+        self.l0_parts.append(l0_B)
         self.counts_L = result.latents.firing_counts_L() + self.counts_L
         max_L = result.latents.max_L()
         self.max_L = max_L if self.max_L is None else torch.maximum(self.max_L, max_L)
@@ -209,6 +221,7 @@ class _Seen:
             constant=[
                 name for name, value in zip(position_names, self.fvu.variance_X().tolist(), strict=True) if value == 0
             ],
+            groups=self.groups.result(position_names),
             not_finite={name: n for name, n in zip(position_names, not_finite_X, strict=True) if n},
             far_out={name: FarOut(*far) for name, far in zip(position_names, far_X, strict=True) if far[0]},
         )

@@ -2,7 +2,8 @@
 
 R rows of a shard · M models · P hookpoints · D model dimension.
 
-A shard is a plain safetensors file: `sums` (int32, one checksum a row), `scales` (float32, int8 only) and `acts`.
+A shard is a plain safetensors file: `sums` (int32, one checksum a row), `scales` (float32, int8 only), `acts` and, where its
+info has a checksum of them, `labels` (int32, three a row: see `Labels.packed_R3`).
 Its header is a function of the layout, the number of rows and `info`, so that it can be compared as a whole: no
 flipped byte of a header goes unseen. A shard appears under its name only when it is complete.
 """
@@ -25,6 +26,8 @@ from crosscode.stored import parse_json
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+LABELS_BYTES = 12
+"""Of a row."""
 _CHECKSUM_OF_ZEROS = 0x5BD1E995
 _MAX_HEADER_BYTES = 1 << 20
 
@@ -125,13 +128,23 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
-def write_shard(folder: Path, index: int, layout: Layout, rows: list[PackedRows], info: dict[str, Any]) -> int:
+def write_shard(
+    folder: Path,
+    index: int,
+    layout: Layout,
+    rows: list[PackedRows],
+    info: dict[str, Any],
+    labels_R3: np.ndarray | None = None,
+) -> int:
     """Write, flush to the device, then rename; the number of bytes. Raises OSError, leaving no partial file."""
     n_rows = sum(part.acts_RE.shape[0] for part in rows)
+    if labels_R3 is not None:
+        info = {**info, "labels": f"{zlib.crc32(labels_R3.tobytes()):08x}"}
     header = _header(layout, n_rows, {**info, "index": index})
     arrays = [row_sums(part) for part in rows]
     arrays += [part.scales_RMP.numpy() for part in rows if part.scales_RMP is not None]
     arrays += [part.acts_RE.numpy() for part in rows]
+    arrays += [] if labels_R3 is None else [labels_R3]
     write_parts(folder / shard_name(index), [header, *arrays])
     return len(header) + sum(array.nbytes for array in arrays)
 
@@ -153,7 +166,8 @@ def read_shard_header(path: Path, index: int, layout: Layout) -> tuple[int, int,
     norms_fit = len(info["norm_sums"]) == M and all(len(norms) == P for norms in info["norm_sums"])
     if expected != length.to_bytes(8, "little") + text or info["index"] != index or not norms_fit:
         raise StoreError(f"store: the header of shard {str(path)!r} is damaged or belongs to another store")
-    size, wanted = path.stat().st_size, len(expected) + n_rows * layout.row_bytes
+    labels_bytes = LABELS_BYTES if info.get("labels") else 0
+    size, wanted = path.stat().st_size, len(expected) + n_rows * (layout.row_bytes + labels_bytes)
     if size != wanted:
         raise StoreError(f"store: shard {str(path)!r} is {size} bytes long and should be {wanted}; it is damaged")
     return n_rows, len(expected), info
@@ -168,6 +182,8 @@ def _header(layout: Layout, n_rows: int, info: dict[str, Any]) -> bytes:
     if layout.n_scales:
         shapes["scales"] = ("F32", [n_rows, *layout.dims[:2]], 4 * layout.n_scales)
     shapes["acts"] = (_TAGS[layout.dtype], [n_rows, *layout.dims], layout.acts_bytes)
+    if info.get("labels"):
+        shapes["labels"] = ("I32", [n_rows, 3], LABELS_BYTES)
     for name, (tag, shape, bytes_per_row) in shapes.items():
         end = offset + n_rows * bytes_per_row
         entries[name] = {"dtype": tag, "shape": shape, "data_offsets": [offset, end]}

@@ -62,7 +62,7 @@ def harvest_to_store(
             if item is None:
                 writer.finish()
                 break
-            writer.append(item.acts_RMPD, stream.state_dict(), item.tokens_R)
+            writer.append(item.acts_RMPD, stream.state_dict(), item.tokens_R, item.labels)
             if not writer.full:
                 n_rows += item.acts_RMPD.shape[0]
                 n_bytes += item.acts_RMPD.shape[0] * writer.layout.row_bytes
@@ -179,17 +179,17 @@ class _ThroughStream:
             self._live = self._source.harvested.open(self._writer.resume_state)
             self._live_row = self._writer.n_rows
         for item in self._live:
-            stored_RMPD = self._append(item.acts_RMPD, self._live.state_dict(), item.tokens_R)
+            stored_RMPD = self._append(item, self._live.state_dict())
             first, self._live_row = self._live_row, self._live_row + stored_RMPD.shape[0]
             if self._live_row > self._row:
                 return stored_RMPD[max(0, self._row - first) :].clone()
         self._warn_only(self._writer.finish)
         return None
 
-    def _append(self, acts_RMPD: torch.Tensor, state: dict[str, Any], tokens_R: torch.Tensor | None) -> torch.Tensor:
-        stored_RMPD = self._warn_only(self._writer.append, acts_RMPD, state, tokens_R)
+    def _append(self, rows: Rows, state: dict[str, Any]) -> torch.Tensor:
+        stored_RMPD = self._warn_only(self._writer.append, rows.acts_RMPD, state, rows.tokens_R, rows.labels)
         # A writer that has failed keeps nothing more, and still gives back what it would have stored.
-        return self._writer.append(acts_RMPD, state) if stored_RMPD is None else stored_RMPD
+        return self._writer.append(rows.acts_RMPD, state) if stored_RMPD is None else stored_RMPD
 
     def _warn_only(self, action: Callable[..., Any], *args: Any) -> Any:
         """Training goes on where the disk refuses: the store saves time and decides nothing."""

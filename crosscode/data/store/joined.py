@@ -16,6 +16,7 @@ from crosscode.config.nested import flatten
 from crosscode.data.store.format import Layout, PackedRows, StoreError, unpack
 from crosscode.data.store.manifest import Manifest
 from crosscode.data.store.reader import ActivationCache
+from crosscode.data.text.labels import Labels
 
 _ROWS_AT_ONCE = 4096
 
@@ -51,6 +52,10 @@ class JoinedStores:
 
     def check_not_empty(self) -> None:
         """None is empty."""
+
+    def labels(self) -> Labels | None:
+        """As `ActivationCache.labels`."""
+        return self.stores[0].labels()
 
     def mean_norm_MP(self) -> torch.Tensor:
         """Mean norm of the activations (float64)."""

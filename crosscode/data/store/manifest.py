@@ -25,6 +25,7 @@ from crosscode.stored import check, read_json
 _FILE = "manifest.json"
 _FORMAT = "crosscode-activations"
 _ONLY_NAMES = (".name", ".revision")
+_HOW_IT_IS_WRITTEN = ("version",)
 _ORDER_OF_ROWS = ("tokens.seed", "tokens.shuffle", "tokens.batch_size", "tokens.worker")
 _ROUNDING = ("dtype", "activation_dtype")
 Manifest = dict[str, Any]
@@ -53,6 +54,7 @@ def make_manifest(token_loader: TokenSequenceLoader, harvester: ActivationHarves
         "dtype": dtype,
         "activation_dtype": str(harvester.dtype).removeprefix("torch."),
         "tokens": json.loads(token_loader.describe()),
+        "sources": [{"name": name} for name in token_loader.source_names],
     }
 
 
@@ -108,7 +110,7 @@ def check_same_content(
     To read, the order of the rows and their rounding (on disk and before) are no matter; to append, they are.
     `partly`: fields that `wanted` does not have are no matter either.
     """
-    ignored = () if to_append else (*_ROUNDING, *_ORDER_OF_ROWS)
+    ignored = _HOW_IT_IS_WRITTEN if to_append else (*_HOW_IT_IS_WRITTEN, *_ROUNDING, *_ORDER_OF_ROWS)
     names_stored, names_wanted = ([model["name"] for model in manifest["models"]] for manifest in (stored, wanted))
     if len(names_stored) != len(names_wanted):
         raise StoreError(

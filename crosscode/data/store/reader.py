@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from crosscode.data.store.format import (
+    LABELS_BYTES,
     PackedRows,
     StoreError,
     read_shard_header,
@@ -27,6 +29,7 @@ from crosscode.data.store.format import (
     unpack,
 )
 from crosscode.data.store.manifest import Manifest, check_same_content, content_id, layout_of, read_manifest
+from crosscode.data.text.labels import Labels
 
 _POSITION = re.compile(r"resume-(\d{6,})-[0-9a-f]{8}\.safetensors")
 _MAX_OPEN_SHARDS = 128
@@ -39,7 +42,8 @@ _FEWEST_ROWS_AT_ONCE = 64
 class Shard:
     """A whole shard: its rows, where its data begins, and the sums of norms `norm_sum_MP` of its activations.
 
-    `token_hash` is that of the token ids of all rows up to its end; None in earlier stores.
+    `token_hash` is that of the token ids of all rows up to its end, `labels` the checksum of its rows' labels; both are None in
+    earlier stores.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class Shard:
     offset: int
     norm_sum_MP: torch.Tensor
     token_hash: str | None = None
+    labels: str | None = None
 
 
 def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
@@ -71,7 +76,7 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
                 f"this folder ({content}); one of the two was copied here"
             )
         norm_sum_MP = torch.tensor(info["norm_sums"], dtype=torch.float64)
-        shards.append(Shard(path, n_rows, offset, norm_sum_MP, info.get("token_hash")))
+        shards.append(Shard(path, n_rows, offset, norm_sum_MP, info.get("token_hash"), info.get("labels")))
     if len(shards) < n_written and (shards or n_written > 1):  # the very first position comes before any shard
         raise StoreError(f"store {str(folder)!r}: {len(shards)} shards are there, but {n_written} were written")
     return shards
@@ -155,6 +160,22 @@ class ActivationCache:
         """`sqrt(D) / mean ||x||` over the whole store (float32)."""
         return (self.dims[2] ** 0.5 / self.mean_norm_MP()).float()
 
+    def labels(self) -> Labels | None:
+        """What each row is known by, in stored order: its role, its text (named in `manifest["sources"]`), its document. None in
+        earlier stores. Raises StoreError where they do not match their checksum."""
+        parts = [torch.empty(0, 3, dtype=torch.int32)]
+        for shard in self.shards:
+            if shard.labels is None:
+                return None
+            size = shard.n_rows * LABELS_BYTES
+            with open(shard.path, "rb") as file:
+                file.seek(-size, os.SEEK_END)
+                content = file.read()
+            if len(content) != size or f"{zlib.crc32(content):08x}" != shard.labels:
+                raise StoreError(f"store: the labels of shard {str(shard.path)!r} do not match their checksum")
+            parts.append(torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, 3))
+        return Labels.unpacked(torch.cat(parts))
+
     def read_rows(self, index_B: torch.Tensor) -> torch.Tensor:
         """`acts_BMPD` of the rows `index_B` (int64). Raises StoreError if a row does not match its checksum."""
         ascending_B, order_B = index_B.sort()
@@ -181,6 +202,7 @@ class ActivationCache:
         """Read every row once. Raises StoreError at the first that does not match its checksum."""
         for first in range(0, self.n_rows, _ROWS_PER_CHECK):
             self.read_rows(torch.arange(first, min(first + _ROWS_PER_CHECK, self.n_rows)))
+        self.labels()
 
     def close(self) -> None:
         """Close the files; reading again opens them again."""

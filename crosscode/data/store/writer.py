@@ -20,18 +20,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from crosscode.data.schemas import PositionHeader
-from crosscode.data.store.format import (
-    PackedRows,
-    StoreError,
-    StoreNotWritten,
-    pack,
-    unpack,
-    write_shard,
-)
+from crosscode.data.store.format import LABELS_BYTES, PackedRows, StoreError, StoreNotWritten, pack, unpack, write_shard
 from crosscode.data.store.manifest import (
     Manifest,
     check_same_content,
@@ -42,6 +36,7 @@ from crosscode.data.store.manifest import (
 )
 from crosscode.data.store.reader import check_no_links, list_shards, positions
 from crosscode.data.store.token_hash import TokenHash
+from crosscode.data.text.labels import Labels
 from crosscode.errors import check_at_least, fitting
 from crosscode.files import held, is_temporary, remove, write_parts
 from crosscode.stored import parse_json
@@ -69,6 +64,8 @@ class ActivationCacheWriter:
         self._shard_bytes = shard_bytes
         self._max_bytes = max_bytes
         self._waiting: list[PackedRows] = []
+        self._labels: list[Labels | None] = []
+        self._takes_labels = True
         self._waiting_bytes = 0
         self._norm_sum_MP = torch.zeros(self.layout.dims[:2], dtype=torch.float64)
         self._token_hash: TokenHash | None = TokenHash()
@@ -92,6 +89,7 @@ class ActivationCacheWriter:
             else:
                 check_same_content(self.path, stored, manifest, to_append=True)
                 self._content = content_id(stored)
+                self._takes_labels = stored["version"] > 1  # who reads the first version knows of none
             shards = list_shards(self.path, stored or manifest)
             self.n_shards = len(shards)
             self.n_rows = sum(shard.n_rows for shard in shards)
@@ -107,10 +105,14 @@ class ActivationCacheWriter:
             raise
 
     def append(
-        self, acts_RMPD: torch.Tensor, state: dict[str, Any], tokens_R: torch.Tensor | None = None
+        self,
+        acts_RMPD: torch.Tensor,
+        state: dict[str, Any],
+        tokens_R: torch.Tensor | None = None,
+        labels: Labels | None = None,
     ) -> torch.Tensor:
-        """Add rows; `state` is the position of the data after them, `tokens_R` their token ids. Returns them as the store
-        will give them back.
+        """Add rows; `state` is the position of the data after them, `tokens_R` their token ids, `labels` what is known of
+        them. Returns them as the store will give them back.
 
         Rows that no longer fit below `max_bytes` are not kept, and `full` is set.
         """
@@ -118,13 +120,14 @@ class ActivationCacheWriter:
         norm_sum_MP = acts_RMPD.detach().float().norm(dim=-1).double().sum(dim=0).cpu()
         if not bool(torch.isfinite(norm_sum_MP).all()):
             raise StoreError(f"store {str(self.path)!r}: an activation is not finite; nothing of this batch was stored")
-        n_bytes = rows.acts_RE.shape[0] * self.layout.row_bytes
+        n_bytes = rows.acts_RE.shape[0] * (self.layout.row_bytes + (LABELS_BYTES if labels is not None else 0))
         if self._max_bytes is not None and not self.full:
             self.full = self.n_bytes + self._waiting_bytes + n_bytes > self._max_bytes - self._header_allowance
             if self.full:
                 self.flush()
         if not self.full and not self.finished:
             self._waiting.append(rows)
+            self._labels.append(labels)
             self._waiting_bytes += n_bytes
             self._norm_sum_MP += norm_sum_MP
             self._token_hash = self._token_hash and self._token_hash.with_tokens(tokens_R)
@@ -173,12 +176,14 @@ class ActivationCacheWriter:
         assert self._state is not None
         info = {"norm_sums": self._norm_sum_MP.tolist(), "content": self._content}
         info |= {} if self._token_hash is None else {"token_hash": str(self._token_hash)}
+        known = [one.packed_R3().numpy() for one in self._labels if one and self._takes_labels]
+        labels_R3 = np.concatenate(known) if len(known) == len(self._waiting) else None
         _write_resume(self.path, self.n_shards + 1, self._state, finished)
-        self.n_bytes += write_shard(self.path, self.n_shards, self.layout, self._waiting, info)
+        self.n_bytes += write_shard(self.path, self.n_shards, self.layout, self._waiting, info, labels_R3)
         self.n_rows += sum(rows.acts_RE.shape[0] for rows in self._waiting)
         self.n_shards += 1
         self.resume_state = self._state
-        self._waiting, self._waiting_bytes, self._state = [], 0, None
+        self._waiting, self._labels, self._waiting_bytes, self._state = [], [], 0, None
         self._norm_sum_MP = torch.zeros_like(self._norm_sum_MP)
         for old in _other_positions(self.path, self.n_shards):
             old.unlink()
@@ -190,7 +195,7 @@ class ActivationCacheWriter:
         except OSError as error:
             kept = f"; {self.n_shards} whole shards ({self.n_rows} rows) are kept" if self._lock is not None else ""
             # Rows are lost: whatever came after them must not follow those that are kept.
-            self._waiting, self._waiting_bytes, self.full = [], 0, True
+            self._waiting, self._labels, self._waiting_bytes, self.full = [], [], 0, True
             raise StoreNotWritten(
                 f"store {str(self.path)!r} cannot be written: {error.strerror or error}{kept}"
             ) from error

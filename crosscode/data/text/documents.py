@@ -12,12 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from crosscode.errors import InputError
+from crosscode.seeds import number_of
 
 Document = str | list[int] | list[dict[str, Any]]
 
 
 class DocumentStream(ABC, Iterator[Document]):
-    """One pass over a source. `state()` is the position after the last document that was handed out."""
+    """One pass over a source. `state()` is the position after the last document that was handed out, `part` the number of
+    the part that it came from, of a mixture."""
+
+    part = 0
 
     @abstractmethod
     def state(self) -> str: ...
@@ -69,6 +73,11 @@ def document_of(row: Any, column: str | None, name: str) -> Document:
         f"dataset {name!r}: a document is {str(value)[:60]!r} ({type(value).__name__}); "
         "text, token ids or chat messages are needed"
     )
+
+
+def document_number(document: Document) -> int:
+    """A number in [0, 2^64) that looks random and that the content of a document alone decides."""
+    return number_of(document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str))
 
 
 def hash_documents(documents: Iterable[Document]) -> str:

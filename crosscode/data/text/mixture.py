@@ -79,6 +79,7 @@ class _MixedStream(DocumentStream):
             if document is None:
                 raise InputError(f"dataset {self._mixture.sources[i].name!r} is empty")
         self._count += 1
+        self.part = i
         return document
 
     def _choose(self) -> int:

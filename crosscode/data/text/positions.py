@@ -7,34 +7,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from crosscode.config.positions import PositionRules
 from crosscode.data.text.chats import Span, marked_by_template
+from crosscode.data.text.labels import TEMPLATE, role_number
 
 _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 
-def chosen_positions(
-    rules: PositionRules,
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    text: str,
-    found: Sequence[tuple[Span, int]],
-    offsets: Sequence[Span],
-) -> list[bool]:
-    """Of each token whether all rules leave it, but for the number a document.
+@dataclass(frozen=True)
+class Said:
+    """Where each message (by number) is said in the text, thinking included, and where the assistant thinks."""
 
-    Args:
-        found: where in `text` each message (by number) is said, as `message_spans` has it.
-        offsets: where each token is.
-    """
+    said: Sequence[tuple[Span, int]]
+    thinking: Sequence[tuple[Span, int]]
+
+
+def said_by(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, found: Sequence[tuple[Span, int]]
+) -> Said:
+    """`found`: where in `text` each message is said, as `message_spans` has it; of the assistant's, what the template marks as
+    its counts, where it does."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     marked = marked_by_template(tokenizer, messages, text)
     if marked is not None:
         found = [(span, i) for span, i in found if i not in answers] + list(zip(marked, answers, strict=True))
     thinking = _thinking(text, found, answers)
-    said = sorted([*found, *thinking])
+    return Said(sorted([*found, *thinking]), thinking)
+
+
+def roles_of(messages: Sequence[Mapping[str, Any]], said: Said, text: str, offsets: Sequence[Span]) -> list[int]:
+    """The number of each token's role: that of its first character that a message says."""
+    role_of = bytearray([TEMPLATE]) * len(text)
+    for (begin, end), i in said.said:
+        role_of[begin:end] = bytes([role_number(messages[i]["role"])]) * (end - begin)
+    return [next((role for role in role_of[begin:end] if role != TEMPLATE), TEMPLATE) for begin, end in offsets]
+
+
+def chosen_positions(
+    rules: PositionRules, messages: Sequence[Mapping[str, Any]], of_text: Said, offsets: Sequence[Span]
+) -> list[bool]:
+    """Of each token whether all rules leave it, but for the number a document. `offsets`: where in the text each token is."""
+    said, thinking = of_text.said, of_text.thinking
     chosen = [True] * len(offsets)
     if rules.thinking != "keep":
         inside = in_spans(offsets, [span for span, _ in thinking])

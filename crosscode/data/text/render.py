@@ -14,18 +14,21 @@ from crosscode.config.data import TemplateTokens
 from crosscode.config.positions import PositionRules
 from crosscode.data.text.chats import chat_text, message_spans
 from crosscode.data.text.documents import Document
-from crosscode.data.text.positions import chosen_positions, in_spans
+from crosscode.data.text.labels import TEMPLATE, TEXT, UNKNOWN
+from crosscode.data.text.positions import chosen_positions, in_spans, roles_of, said_by
 from crosscode.errors import InputError
 
 MASKED = 1
 DOCUMENT_START = 2
 PADDING = 4
+ROLE_SHIFT = 3
+"""A flag byte has the number of the token's role above these."""
 
 Rendered = tuple[torch.Tensor, torch.Tensor]
 
 
 class DocumentRenderer:
-    """Turns texts, token lists and chats into `(tokens_T, flags_T)`.
+    """Turns texts, token lists and chats into `(tokens_T, flags_T)`, one for each document, without tokens for one that has none.
 
     `bos_id` starts every document that does not start with it already, `separator_id` ends every one that does not
     end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
@@ -59,18 +62,15 @@ class DocumentRenderer:
         ids_of_texts = iter(self._tokenize(texts))
         rendered = []
         for document in documents:
-            if isinstance(document, str):
-                ids = next(ids_of_texts)
-                masked = [True] * len(ids) if self._only_chats else None
-            elif len(document) and isinstance(document[0], dict):
-                ids, masked = self._render_chat(document)
+            if not isinstance(document, str) and len(document) and isinstance(document[0], dict):
+                ids, flags, frame = *self._render_chat(document), TEMPLATE << ROLE_SHIFT
             else:
-                ids = self._check_ids(document)
-                masked = [True] * len(ids) if self._only_chats else None
+                ids = next(ids_of_texts) if isinstance(document, str) else self._check_ids(document)
+                frame = TEXT << ROLE_SHIFT
+                flags = [frame | (MASKED if self._only_chats else 0)] * len(ids)
             if self._own_bos_goes and len(ids) and ids[0] == self._separator_id:
-                ids, masked = ids[1:], masked and masked[1:]
-            if len(ids):
-                rendered.append(self._finish(ids, masked, pad_to, pad_id))
+                ids, flags = ids[1:], flags[1:]
+            rendered.append(self._finish(ids, flags, frame, pad_to, pad_id))
         return rendered
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
@@ -98,11 +98,21 @@ class DocumentRenderer:
             raise InputError(f"dataset: a document holds {wrong} where a token id is needed")
         return ids
 
-    def _render_chat(self, messages: Any) -> tuple[list[int], list[bool] | None]:
+    def _render_chat(self, messages: Any) -> tuple[list[int], list[int]]:
+        """Token ids and their flags."""
         rules = self._positions
-        if self._template_tokens == "keep" and not rules.of_chats and rules.thinking == "keep":
-            return self._tokenize([chat_text(self._tokenizer, messages)])[0], None
-        if not getattr(self._tokenizer, "is_fast", False):
+        takes_all = self._template_tokens == "keep" and not rules.of_chats and rules.thinking == "keep"
+        is_fast = getattr(self._tokenizer, "is_fast", False)
+        if takes_all:
+            text = chat_text(self._tokenizer, messages)
+            try:
+                if not is_fast:
+                    raise InputError("no places of tokens")
+                found = message_spans(self._tokenizer, messages)[1]
+            except InputError:  # nobody has asked who says what
+                ids = self._tokenize([text])[0]
+                return ids, [UNKNOWN << ROLE_SHIFT] * len(ids)
+        elif not is_fast:
             asked, off = f"template_tokens: {self._template_tokens}", "template_tokens: keep"
             if self._template_tokens == "keep":
                 asked, off = "positions: it", "positions: null"
@@ -110,7 +120,8 @@ class DocumentRenderer:
                 f"{asked} takes a tokenizer that knows which characters a token stands for, and a "
                 f"{type(self._tokenizer).__name__} does not; set {off}"
             )
-        text, found = message_spans(self._tokenizer, messages)
+        else:
+            text, found = message_spans(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
         offsets = encoded["offset_mapping"][0]
         masked = [False] * len(offsets)
@@ -118,15 +129,21 @@ class DocumentRenderer:
             roles = ("assistant",) if self._template_tokens == "answers" else None
             spans = [span for span, i in found if roles is None or messages[i]["role"] in roles]
             masked = [not inside for inside in in_spans(offsets, spans)]
-        chosen = chosen_positions(rules, self._tokenizer, messages, text, found, offsets)
-        return encoded["input_ids"][0], [not use or mask for use, mask in zip(chosen, masked, strict=True)]
+        said = said_by(self._tokenizer, messages, text, found)
+        chosen = chosen_positions(rules, messages, said, offsets)
+        flags = [
+            role << ROLE_SHIFT | (MASKED if mask or not use else 0)
+            for role, use, mask in zip(roles_of(messages, said, text, offsets), chosen, masked, strict=True)
+        ]
+        return encoded["input_ids"][0], flags
 
-    def _finish(self, ids: list[int], masked: list[bool] | None, pad_to: int | None, pad_id: int) -> Rendered:
+    def _finish(self, ids: list[int], flags: list[int], frame: int, pad_to: int | None, pad_id: int) -> Rendered:
+        """`frame`: the flags of what goes around."""
         tokens_T = torch.tensor(ids, dtype=torch.long)
-        flags_T = torch.zeros(len(ids), dtype=torch.uint8)
-        if masked is not None:
-            flags_T[torch.tensor(masked)] |= MASKED
-        flag = MASKED if self._only_chats else 0
+        flags_T = torch.tensor(flags, dtype=torch.uint8)
+        if not len(ids):
+            return tokens_T, flags_T
+        flag = frame | (MASKED if self._only_chats else 0)
         if self._bos_id is not None and ids[0] != self._bos_id:
             tokens_T = torch.cat([torch.tensor([self._bos_id]), tokens_T])
             flags_T = torch.nn.functional.pad(flags_T, (1, 0), value=flag)

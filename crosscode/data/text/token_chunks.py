@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from crosscode.config.data import TokenPolicy
-from crosscode.data.text.documents import Document, DocumentStream
-from crosscode.data.text.render import Rendered
-from crosscode.seeds import number_of
+from crosscode.data.text.documents import Document, DocumentStream, document_number
+from crosscode.data.text.labels import Labels
+from crosscode.data.text.render import ROLE_SHIFT, Rendered
 
 _DOCUMENTS = 64
 _CHARACTERS = 1 << 20
@@ -32,8 +32,49 @@ def is_on_side(document: Document, policy: TokenPolicy) -> bool:
     """Whether a document is on the policy's side of the validation split: decided by its content alone."""
     if policy.split == "all":
         return True
-    content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    return (number_of(content) < policy.validation_fraction * 2**64) == (policy.split == "validation")
+    return (document_number(document) < policy.validation_fraction * 2**64) == (policy.split == "validation")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Documents, the parts of the mixture that they come from, where they begin, and how many were read up to their end."""
+
+    start: Start
+    n_read: int
+    documents: list[Document]
+    parts: list[int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A run of tokens: their ids, flag bytes, and the part of the mixture and the document that each comes from."""
+
+    ids_T: torch.Tensor
+    flags_T: torch.Tensor
+    source_T: torch.Tensor
+    document_T: torch.Tensor
+
+    @classmethod
+    def full(cls, shape: tuple[int, ...], token: int, flags: int) -> Tokens:
+        """One token in all places, of no document."""
+        ids_T, document_T = torch.full(shape, token), torch.zeros(shape, dtype=torch.long)
+        flags_T = torch.full(shape, flags, dtype=torch.uint8)
+        return cls(ids_T, flags_T, torch.zeros(shape, dtype=torch.int16), document_T)
+
+    def all(self) -> tuple[torch.Tensor, ...]:
+        return self.ids_T, self.flags_T, self.source_T, self.document_T
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+    def __getitem__(self, places: slice) -> Tokens:
+        return Tokens(*(own[places] for own in self.all()))
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(*(torch.cat(pair) for pair in zip(self.all(), other.all(), strict=True)))
+
+    def labels(self) -> Labels:
+        return Labels(self.flags_T >> ROLE_SHIFT, self.source_T, self.document_T)
 
 
 @dataclass(frozen=True)
@@ -49,8 +90,7 @@ class Chunk:
     """`n_read` counts the documents up to the end of the chunk, those that were not selected included."""
 
     start: Start
-    tokens_T: torch.Tensor
-    flags_T: torch.Tensor
+    tokens: Tokens
     n_read: int
 
 
@@ -77,14 +117,14 @@ class ChunkReader:
 
     def __iter__(self) -> Iterator[Chunk]:
         while (read := self.read()) is not None:
-            yield self.render(*read)
+            yield self.render(read)
 
-    def read(self) -> tuple[Start, int, list[Document]] | None:
-        """The next documents, where they begin and how many were read then; None at the end of the source."""
+    def read(self) -> Read | None:
+        """The next documents; None at the end of the source."""
         if self._ended:
             return None
         start, n_read, n_characters = self._next_start, self._next_start.n_read, 0
-        documents: list[Document] = []
+        documents, parts = list[Document](), list[int]()
         index, count = self._policy.worker
         while len(documents) < _DOCUMENTS and n_characters < _CHARACTERS:
             document = next(self._stream, None)
@@ -93,16 +133,23 @@ class ChunkReader:
                 break
             if n_read % count == index and is_on_side(document, self._policy):
                 documents.append(document)
+                parts.append(self._stream.part)
                 n_characters += _length(document)
             n_read += 1
         self._next_start = Start(self._stream.state(), n_read)
-        return start, n_read, documents
+        return Read(start, n_read, documents, parts)
 
-    def render(self, start: Start, n_read: int, documents: Sequence[Document]) -> Chunk:
-        parts = self._render(documents)
-        tokens_T = torch.cat([torch.empty(0, dtype=torch.long), *(tokens_T for tokens_T, _ in parts)])
-        flags_T = torch.cat([torch.empty(0, dtype=torch.uint8), *(flags_T for _, flags_T in parts)])
-        return Chunk(start, tokens_T, flags_T, n_read)
+    def render(self, read: Read) -> Chunk:
+        rendered = self._render(read.documents)
+        numbers = [document_number(document) >> 1 for document in read.documents]
+        lengths = torch.tensor([len(tokens_T) for tokens_T, _ in rendered], dtype=torch.long)
+        tokens = Tokens(
+            torch.cat([torch.empty(0, dtype=torch.long), *(tokens_T for tokens_T, _ in rendered)]),
+            torch.cat([torch.empty(0, dtype=torch.uint8), *(flags_T for _, flags_T in rendered)]),
+            torch.tensor(read.parts, dtype=torch.int16).repeat_interleave(lengths),
+            torch.tensor(numbers, dtype=torch.long).repeat_interleave(lengths),
+        )
+        return Chunk(read.start, tokens, read.n_read)
 
 
 def _length(document: Document) -> int:
@@ -150,7 +197,7 @@ class _Shared:
         self.chunks: deque[Future[Chunk]] = deque()
         self.ended = self.stopped = False
 
-    def take(self) -> tuple[Future[Chunk], tuple[Start, int, list[Document]]] | None:
+    def take(self) -> tuple[Future[Chunk], Read] | None:
         """Read the next documents and put up a place for their chunk."""
         with self.reading:
             with self.changed:
@@ -183,7 +230,7 @@ def _work(shared: _Shared) -> None:
     while (taken := shared.take()) is not None:
         future, read = taken
         try:
-            future.set_result(shared.reader.render(*read))
+            future.set_result(shared.reader.render(read))
         except BaseException as error:
             future.set_exception(error)
 

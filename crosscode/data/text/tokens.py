@@ -25,8 +25,10 @@ import torch
 from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.documents import DocumentSource
-from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, DocumentRenderer, row_ends
-from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, WorkerChunks
+from crosscode.data.text.labels import TEMPLATE, TEXT, Labels
+from crosscode.data.text.mixture import parts_of
+from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, ROLE_SHIFT, DocumentRenderer, row_ends
+from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, Tokens, WorkerChunks
 from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError, check_settings
 from crosscode.seeds import derived_seed
@@ -37,13 +39,15 @@ class TokenBatch:
     """H sequences of S tokens.
 
     `mask_HS` is True where the activation may be used. `segments_HS`, only with document isolation, numbers the
-    documents along each sequence. `epoch` counts from 0; a batch never crosses the end of an epoch.
+    documents along each sequence. `epoch` counts from 0; a batch never crosses the end of an epoch. `labels` (H x S) say
+    where each position comes from; None where nobody knows.
     """
 
     tokens_HS: torch.Tensor
     mask_HS: torch.Tensor
     segments_HS: torch.Tensor | None
     epoch: int
+    labels: Labels | None = None
 
 
 class TokenSequenceLoader:
@@ -89,6 +93,12 @@ class TokenSequenceLoader:
         self._iterator: _SequenceIterator | None = None
 
     __signature__ = signature_with(__init__, TokenPolicy)
+
+    @property
+    def source_names(self) -> list[str]:
+        """By the numbers of `Labels.source_T`, each once."""
+        names = [part.name for part in parts_of(self.source)] or [self.source.name]
+        return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
         """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""
@@ -141,8 +151,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
 
     def _begin(self, start: Start, n_used: int) -> None:
         """Go to a place of the epoch; nothing is read yet."""
-        self._tokens_T = torch.empty(0, dtype=torch.long)
-        self._flags_T = torch.empty(0, dtype=torch.uint8)
+        self._tokens = Tokens.full((0,), 0, 0)
         self._chunks: Iterator[Chunk] | None = None
         self._reader: ChunkReader | None = None
         self._starts: deque[tuple[Start, int]] = deque()
@@ -153,7 +162,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         start, n_used = self._next_start, self._n_skipped
         if self._starts:
             start, n_tokens = self._starts[0]
-            n_used = n_tokens - (self._tokens_T.numel() - sum(n for _, n in itertools.islice(self._starts, 1, None)))
+            n_used = n_tokens - (len(self._tokens) - sum(n for _, n in itertools.islice(self._starts, 1, None)))
         return {
             "settings": self._settings,
             "epoch": self._epoch,
@@ -177,13 +186,13 @@ class _SequenceIterator(Iterator[TokenBatch]):
         length, n_rows = self._policy.sequence_length, self._policy.batch_size
         wanted = length * n_rows
         while True:
-            while self._tokens_T.numel() < wanted and not self._at_end:
+            while len(self._tokens) < wanted and not self._at_end:
                 self._read_chunk()
-            if self._tokens_T.numel() == 0:
+            if len(self._tokens) == 0:
                 return None
-            ends = row_ends(self._tokens_T, length, self._loader.row_bos_id, n_rows)
+            ends = row_ends(self._tokens.ids_T, length, self._loader.row_bos_id, n_rows)
             batch = self._make_batch(ends)
-            self._tokens_T, self._flags_T = self._tokens_T[ends[-1] :], self._flags_T[ends[-1] :]
+            self._tokens = self._tokens[ends[-1] :]
             self._forget_used_chunks()
             if batch is not None:
                 self._n_sequences += batch.tokens_HS.shape[0]
@@ -192,14 +201,18 @@ class _SequenceIterator(Iterator[TokenBatch]):
     def _make_batch(self, ends: list[int]) -> TokenBatch | None:
         """The sequences that end there, the first from the beginning of the tokens that wait."""
         loader, policy = self._loader, self._policy
-        tokens_HS = torch.full((len(ends), policy.sequence_length), loader.pad_id)
-        flags_HS = torch.full((len(ends), policy.sequence_length), PADDING, dtype=torch.uint8)
+        whole = Tokens.full((len(ends), policy.sequence_length), loader.pad_id, PADDING)
+        tokens_HS, flags_HS = whole.ids_T, whole.flags_T
         for h, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
-            tokens_T, at = self._tokens_T[begin:end], policy.sequence_length - (end - begin)
+            row, at = self._tokens[begin:end], policy.sequence_length - (end - begin)
+            for own_HS, own_T in zip(whole.all(), row.all(), strict=True):
+                own_HS[h, at : at + len(row)] = own_T
+                own_HS[h, :at] = own_T[0]
             if at:
-                tokens_HS[h, 0], flags_HS[h, 0] = loader.row_bos_id or 0, DOCUMENT_START
-            tokens_HS[h, at : at + tokens_T.numel()] = tokens_T
-            flags_HS[h, at : at + tokens_T.numel()] = self._flags_T[begin:end]
+                tokens_HS[h, 0] = loader.row_bos_id or 0
+                flags_HS[h, 0] = (
+                    DOCUMENT_START | (TEMPLATE if int(flags_HS[h, 0]) >> ROLE_SHIFT else TEXT) << ROLE_SHIFT
+                )
         mask_HS = (flags_HS & (PADDING | MASKED)) == 0
         if loader.masked_ids:
             mask_HS &= ~torch.isin(tokens_HS, torch.tensor(loader.masked_ids))
@@ -210,15 +223,16 @@ class _SequenceIterator(Iterator[TokenBatch]):
             if loader.row_bos_id is not None:
                 starts_HS[:, 1] = False
             segments_HS = starts_HS.long().cumsum(dim=1) - 1
-            if not policy.keep_first_position:
+            if not policy.keeps_first():
                 mask_HS &= ~starts_HS
-        elif not policy.keep_first_position:
+        elif not policy.keeps_first():
             mask_HS[:, 0] = False
         usable_H = mask_HS.any(dim=1)
         if not usable_H.any():
             return None
         segments_HS = None if segments_HS is None else segments_HS[usable_H]
-        return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch)
+        labels = whole.labels()[usable_H]
+        return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch, labels)
 
     def _next_epoch(self) -> None:
         if self._n_sequences == 0:
@@ -248,14 +262,13 @@ class _SequenceIterator(Iterator[TokenBatch]):
             self._at_end = True
             return
         self._n_read = chunk.n_read
-        self._starts.append((chunk.start, chunk.tokens_T.numel()))
+        self._starts.append((chunk.start, len(chunk.tokens)))
         skipped, self._n_skipped = self._n_skipped, 0
-        self._tokens_T = torch.cat([self._tokens_T, chunk.tokens_T[skipped:]])
-        self._flags_T = torch.cat([self._flags_T, chunk.flags_T[skipped:]])
+        self._tokens = self._tokens + chunk.tokens[skipped:]
 
     def _forget_used_chunks(self) -> None:
         """Keep the chunks that have tokens left, or at least the last one: it knows the position."""
-        n_left = self._tokens_T.numel()
+        n_left = len(self._tokens)
         while len(self._starts) > 1 and sum(n for _, n in itertools.islice(self._starts, 1, None)) >= n_left:
             self._starts.popleft()
 
