@@ -76,7 +76,9 @@ def run_section(name: str, dry: bool, quick: bool, out: Path) -> None:
 def collect(names: list[str], dry: bool, quick: bool) -> dict[str, Any]:
     """All sections, one after the other."""
     found: dict[str, Any] = {}
-    context = multiprocessing.get_context("spawn")
+    if dry:  # there is no device to share: the processes need not begin from nothing
+        import gpu_timings  # noqa: F401
+    context = multiprocessing.get_context("fork" if dry else "spawn")
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             out, started = Path(folder) / "rows.jsonl", time.monotonic()

@@ -155,7 +155,7 @@ def make_params(case: Case, x_BI: Tensor) -> dict[str, Tensor]:
     if case.l0:
         h_BL = x_BI[:256] @ W_enc_LI.T + params["b_enc_L"]
         edge = 1.1052 if case.scheme == "jumprelu" else 0.0
-        cut = h_BL.flatten().topk(max(int(case.l0 * 256), 1)).values[-1]
+        cut = h_BL.flatten().topk(max(int(case.l0 * h_BL.shape[0]), 1)).values[-1]
         params["b_enc_L"] += edge - cut
     if case.scheme == "jumprelu":
         params["t_L"] = torch.full((case.L,), 0.1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from crosscode_kernels import AnyBackend, Backend, BackendName, resolve_backend
+from crosscode_kernels import Backend, BackendName, resolve_backend
 from torch import Tensor
 
 from crosscode.build.arrays import GivenArrays, open_arrays
@@ -53,16 +53,18 @@ def build_model(config: ExperimentConfig, width: int) -> BaseCrosscoder:
         )
 
 
-def backend_of(config: ExperimentConfig) -> AnyBackend:
+def backend_of(config: ExperimentConfig) -> Backend:
     """The backend with the options that the optimizer asks of it."""
-    if not OPTIMIZERS.build(config.train.optimizer).row_sparse:
-        return config.backend
     wanted = Backend.parse(config.backend)
+    if config.sparse_below is not None:
+        wanted = replace(wanted, sparse_below=config.sparse_below)
+    if OPTIMIZERS.build(config.train.optimizer).row_sparse is not True:
+        return wanted
     if wanted.name in ("triton", "reference"):
         raise InputError(
             f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
         )
-    return Backend("torch", tuple(dict.fromkeys((*wanted.options, "rows"))))
+    return replace(wanted, name="torch", options=tuple(dict.fromkeys((*wanted.options, "rows"))))
 
 
 def build_objective(config: ExperimentConfig) -> Objective:

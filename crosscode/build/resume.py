@@ -31,7 +31,7 @@ NO_EFFECT_ON_WEIGHTS = (
     "data.prefetch", "data.token_workers", "data.cache.shard_mb",
 )  # fmt: skip
 ROUNDING = (
-    "backend", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",
+    "backend", "sparse_below", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",
     "language_models.*.attn_implementation",
 )  # fmt: skip
 OTHER_RUN = (

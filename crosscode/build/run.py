@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crosscode.build.choices import with_choices
 from crosscode.build.data import available_device
 from crosscode.build.equal_models import check_models_differ
 from crosscode.build.experiment import build_constraints, build_model, build_objective
@@ -62,8 +64,12 @@ def build_trainer(
         typed_overwrite: the user typed that the run may be replaced, though it is not over.
         made_by, run_id: the command, and what it knows the run by; noted in the run directory.
     """
-    config, split = experiment.config, experiment.split
     facts = {"made_by": made_by} | ({} if run_id is None else {"id": run_id})
+    if resume is None:
+        check_new_run(experiment.config, typed_overwrite)
+        config = with_choices(experiment.config, experiment.dims[2], model_is_given=model is not None)
+        experiment = replace(experiment, config=config)
+    config, split = experiment.config, experiment.split
     run = _run_directory(config, resume, typed_overwrite, facts)
     step = resume.step if resume else None
     data = data or build_dataloader(experiment)
@@ -109,11 +115,15 @@ def _run_directory(
     if resume is not None:
         resume.run.reopen_later(resume.step)
         return resume.run
-    check_stores_outside(config)
-    check_may_begin(config, typed_overwrite)
     run = RunDirectory(config.run_path())
     run.create_later(dump_config(config), partial(check_may_begin, config, typed_overwrite, held=True), **facts)
     return run
+
+
+def check_new_run(config: ExperimentConfig, typed_overwrite: bool) -> None:
+    """What can be said before anything expensive is done."""
+    check_stores_outside(config)
+    check_may_begin(config, typed_overwrite)
 
 
 def build_dataloader(experiment: AnyExperiment) -> ActivationsDataloader:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +21,9 @@ _logger = logging.getLogger("crosscode_kernels")
 
 BackendName = Literal["auto", "triton", "torch", "reference", "torch:screened", "torch:rows", "torch:screened+rows"]
 """How a user spells a backend; what follows a colon are options."""
+SPARSE_BELOW = 0.025
+"""Share of active latents under which sparse products win on a CPU, where it was not measured: two cores, widths 512 to 3072,
+L 8192 to 65536."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Backend:
 
     name: str
     options: tuple[str, ...] = ()
+    sparse_below: float = SPARSE_BELOW
+    """Of torch on a CPU: the share of latents (of a ReLU, a JumpReLU, of the dead) under which products are sparse."""
     said: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """What ops have said in the log last, so that they say only what is new."""
 
@@ -118,7 +123,7 @@ def resolve(backend: AnyBackend, device: torch.device | str, dtype: torch.dtype 
         _announced.add((candidate, str(device), dtype))
         why = "; ".join(refused) or f"the fastest, and its kernels serve {torch.cuda.get_device_name(device)}"
         _logger.info("backend auto: %s on %s with %s (%s)", candidate, device, dtype, why)
-    return candidate
+    return replace(candidate, sparse_below=wanted.sparse_below)
 
 
 def backend_for(backend: AnyBackend, like: Tensor | Latents) -> Backend:

@@ -38,9 +38,10 @@ class Adam(OptimizerPlan):
         threshold_lr_factor: PositiveFloat | None = None
         """factor on the learning rate of activation parameters (JumpReLU thresholds); null: 1, and for linear thresholds at
         least what lets them travel by 3 within the run"""
-        row_sparse: bool = False
+        row_sparse: bool | Literal["auto"] = False
         """update only the rows of weights that a batch touches: the same numbers for a sparse activation, a third less
-        memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend"""
+        memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend. auto: what is faster,
+        tried out when a run begins, whose own config then says it"""
 
         @model_validator(mode="after")
         def _momentum_moves_every_row(self) -> Adam.Config:
@@ -52,12 +53,12 @@ class Adam(OptimizerPlan):
             return self
 
     def setup(self) -> None:
-        self.states_per_weight = 1 if self.row_sparse else 2
+        self.states_per_weight = 1 if self.row_sparse is True else 2
 
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)
-        if self.row_sparse:
+        if self.row_sparse is True:
             if "rows" not in model.backend.options:
                 raise InputError(
                     f"train.optimizer.row_sparse = True: the model's backend {str(model.backend)!r} gives gradients of "

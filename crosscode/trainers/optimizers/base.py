@@ -14,8 +14,8 @@ from crosscode.models.base import BaseCrosscoder
 class OptimizerPlan(Configured, ABC):
     """A subclass is one file in this folder."""
 
-    row_sparse: bool = False
-    """Whether it wants gradients of weights that hold only the rows that a batch touches."""
+    row_sparse: bool | str = False
+    """Whether it wants gradients of weights that hold only the rows that a batch touches; "auto": not yet known, so no."""
     states_per_weight: int = 1
     """Numbers that it keeps for each weight."""
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from crosscode_kernels.aux_topk import aux_topk, check_dead
 from crosscode_kernels.backend import AnyBackend, backend_for
 from crosscode_kernels.dead_decode import torch_impl
-from crosscode_kernels.encode_jumprelu.support import SPARSE_BELOW
 from crosscode_kernels.encoder import autocast, checked_encoder, may_look
 from crosscode_kernels.opset import door
 from crosscode_kernels.sparse_decode import check_decoder, sparse_decode
@@ -45,7 +44,7 @@ def dead_decode(
         check_dead("dead_decode", encoder, dead_mask_L, k)
         check_decoder("dead_decode", encoder.W_enc_LI.shape[0], encoder.x_BI, W_dec_LO, None)
         dead_Q = dead_mask_L.nonzero().squeeze(1)
-        if min(k, dead_Q.shape[0]) > SPARSE_BELOW * dead_Q.shape[0]:
+        if min(k, dead_Q.shape[0]) > backend.sparse_below * dead_Q.shape[0]:
             # PyTorch refuses to cast a sparse gradient back to the weight's own dtype.
             may_be_sparse = encoder.W_enc_LI.dtype == own_dtype and (sparse_grad or backend.is_row_sparse)
             return torch_impl.dead_decode(encoder, dead_Q, k, W_dec_LO, may_be_sparse)

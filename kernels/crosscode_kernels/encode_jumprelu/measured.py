@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.encode_jumprelu.autograd import encode_jumprelu as _dense
-from crosscode_kernels.encode_jumprelu.support import SPARSE_BELOW, locate, measure, note
+from crosscode_kernels.encode_jumprelu.support import locate, measure, note
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.jumprelu.torch_impl import straight_through, threshold, window
 from crosscode_kernels.segments.autograd import latent_order, weight_grad
@@ -35,8 +35,9 @@ def encode_relu(encoder: Encoder, h_BL: Tensor, backend: Backend) -> SparseLaten
     """Sparse latents from the pre-activations `h_BL` (no gradient), or None where dense ones are cheaper."""
     counts = measure(h_BL, None, 0.0)
     density = counts.n_masked / max(h_BL.numel(), 1)
-    note(backend, "encode_relu", "sparse" if density < SPARSE_BELOW else "dense", density, density)
-    if density >= SPARSE_BELOW:
+    is_sparse = density < backend.sparse_below
+    note(backend, "encode_relu", "sparse" if is_sparse else "dense", density, density)
+    if not is_sparse:
         return None
     entries, _ = _located(counts.mask_BL, h_BL, backend)
     return _latents(entries, _SparseReLU.apply(*encoder, entries, backend), h_BL)
@@ -86,7 +87,7 @@ def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm
     theta_L = threshold(t_L.detach(), h_BL.dtype)
     counts = measure(h_BL, theta_L, eps / 2)
     support, active = counts.n_masked / max(h_BL.numel(), 1), counts.n_active / max(h_BL.numel(), 1)
-    mode = "sparse" if support < SPARSE_BELOW else "mixed" if active < SPARSE_BELOW else "dense"
+    mode = "sparse" if support < backend.sparse_below else "mixed" if active < backend.sparse_below else "dense"
     note(backend, "encode_jumprelu", mode, active, support)
     if mode == "dense":
         return encode_jumprelu_dense(encoder, h_BL, t_L, eps, gdm, backend)

@@ -20,9 +20,6 @@ from crosscode_kernels.blocks import row_blocks
 
 _logger = logging.getLogger("crosscode_kernels")
 
-SPARSE_BELOW = 0.025
-"""Density under which sparse products win on a CPU: two cores, widths 512 to 3072, L 8192 to 65536."""
-
 
 class Support(NamedTuple):
     """Entries of a batch in row order; both int32."""

@@ -10,7 +10,6 @@ import logging
 import pytest
 import torch
 from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, resolve_backend
-from crosscode_kernels.encode_jumprelu import measured
 
 MODES = {"dense": 0.0, "mixed": 0.45, "sparse": 1.1}
 
@@ -35,10 +34,9 @@ def step(ops, p, ste, activation="jumprelu", pre_act=True):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ste", ["anthropic", "gdm"])
 @pytest.mark.parametrize("pre_act", [True, False])
-def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, make_problem, monkeypatch):
-    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
+def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, make_problem):
     p, q = (make_problem(33, 12, 70, 9, segments=(4, 5)) for _ in range(2))
-    loss, latents = step(OpSet(Backend("torch")), p, ste, pre_act=pre_act)
+    loss, latents = step(OpSet(Backend("torch", sparse_below=MODES[mode])), p, ste, pre_act=pre_act)
     expected, _ = step(resolve_backend("reference", "cpu"), q, ste, pre_act=pre_act)
     is_expected = {
         "dense": isinstance(latents, DenseLatents) and latents.active is None,
@@ -53,10 +51,9 @@ def test_every_mode_gives_the_gradients_of_the_reference(mode, ste, pre_act, mak
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("through", ["l0_B", "firing_L"])
-def test_every_mode_counts_steps_as_the_reference(mode, through, make_problem, monkeypatch):
-    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
+def test_every_mode_counts_steps_as_the_reference(mode, through, make_problem):
     grads = []
-    for ops in (OpSet(Backend("torch")), resolve_backend("reference", "cpu")):
+    for ops in (OpSet(Backend("torch", sparse_below=MODES[mode])), resolve_backend("reference", "cpu")):
         p = make_problem(33, 12, 70, 9)
         latents = ops.encode_jumprelu(p.x_BI, p.W_enc_LI, p.b_enc_L, p.t_L, 2.0, "gdm")
         found = ops.step_l0(latents, p.t_L, 2.0)
@@ -71,10 +68,9 @@ def test_every_mode_counts_steps_as_the_reference(mode, through, make_problem, m
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_relu_in_both_modes(mode, make_problem, monkeypatch):
-    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
+def test_relu_in_both_modes(mode, make_problem):
     p, q = (make_problem(33, 12, 70, 9) for _ in range(2))
-    loss, latents = step(OpSet(Backend("torch")), p, "gdm", "relu")
+    loss, latents = step(OpSet(Backend("torch", sparse_below=MODES[mode])), p, "gdm", "relu")
     expected, _ = step(resolve_backend("reference", "cpu"), q, "gdm", "relu")
     assert isinstance(latents, SparseLatents if mode == "sparse" else DenseLatents)
     torch.testing.assert_close(loss, expected)
@@ -83,9 +79,8 @@ def test_relu_in_both_modes(mode, make_problem, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_on_their_threshold_are_neither_active_nor_silent(mode, monkeypatch):
-    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
-    ops = OpSet(Backend("torch"))
+def test_latents_on_their_threshold_are_neither_active_nor_silent(mode):
+    ops = OpSet(Backend("torch", sparse_below=MODES[mode]))
     # theta = 1 exactly; pre-activations -1, 1 and 3 below, on and above it.
     x_BI, W_LI = torch.eye(3), torch.tensor([[-1.0, 1.0, 3.0]]).requires_grad_()
     t_L = torch.zeros(1, requires_grad=True)
@@ -98,11 +93,10 @@ def test_latents_on_their_threshold_are_neither_active_nor_silent(mode, monkeypa
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nan_is_seen_in_every_mode(mode, monkeypatch):
-    monkeypatch.setattr(measured, "SPARSE_BELOW", MODES[mode])
+def test_nan_is_seen_in_every_mode(mode):
     x_BI = torch.zeros(4, 2)
     x_BI[2, 1] = float("nan")
-    ops = OpSet(Backend("torch"))
+    ops = OpSet(Backend("torch", sparse_below=MODES[mode]))
     t_L = torch.zeros(6)
     latents = ops.encode_jumprelu(x_BI, torch.ones(6, 2), None, t_L, 1.0, "anthropic")
     assert latents.to_dense()[2].isnan().all()
