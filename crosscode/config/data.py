@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -12,7 +13,7 @@ from crosscode.config.arrays import ArraysSource
 from crosscode.config.language_models import DTypeName, LanguageModelConfig
 from crosscode.config.positions import PositionRules
 from crosscode.config.registry import ConfigModel
-from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Rollouts, Source
+from crosscode.config.sources import AnyText, Rollouts, Source, rollouts_in
 
 TemplateTokens = Literal["keep", "mask", "answers"]
 SequenceLength = Annotated[int, Field(ge=2)]
@@ -133,9 +134,7 @@ class TokenPolicy(TokenRules):
         return recorded
 
 
-AnySource = Annotated[
-    DemoCorpus | HubDataset | LocalDataset | Rollouts | Mixture | ArraysSource, Field(discriminator="type")
-]
+AnySource = Annotated[AnyText | ArraysSource, Field(discriminator="type")]
 
 
 class DataConfig(TokenRules, TextConfig):
@@ -248,12 +247,7 @@ class HarvestConfig(ConfigModel):
 
     def rollouts(self) -> Iterator[tuple[str, Rollouts]]:
         """The texts that a language model writes first, each with its place."""
-        for field in ("source", "heldout"):
-            whole = getattr(self.data, field)
-            parts = [(f"data.{field}", whole)]
-            if isinstance(whole, Mixture):
-                parts = [(f"data.{field}.parts.{i}.source", part.source) for i, part in enumerate(whole.parts)]
-            yield from ((place, part) for place, part in parts if isinstance(part, Rollouts))
+        return chain(*(rollouts_in(getattr(self.data, name), f"data.{name}") for name in ("source", "heldout")))
 
     @model_validator(mode="after")
     def _named_writers(self) -> HarvestConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -127,4 +128,13 @@ class Mixture(ConfigModel):
     were read once (shorter ones start again)"""
 
 
-Source = Annotated[DemoCorpus | HubDataset | LocalDataset | Rollouts | Mixture, Field(discriminator="type")]
+AnyText = DemoCorpus | HubDataset | LocalDataset | Rollouts | Mixture
+Source = Annotated[AnyText, Field(discriminator="type")]
+
+
+def rollouts_in(source: Any, field: str) -> Iterator[tuple[str, Rollouts]]:
+    """What of a source a language model writes first, each with its place."""
+    parts = [(field, source)]
+    if isinstance(source, Mixture):
+        parts = [(f"{field}.parts.{i}.source", part.source) for i, part in enumerate(source.parts)]
+    yield from ((place, part) for place, part in parts if isinstance(part, Rollouts))

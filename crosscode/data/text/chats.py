@@ -100,18 +100,21 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
         frame = _apply(tokenizer, [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
     except InputError:
         return None
-    spans, end, frame_end = [], 0, 0
-    for content, mark in zip(contents, marks, strict=True):
-        at = frame.find(mark, frame_end)
-        if at < 0 or frame.count(mark) != 1:
+    places = [frame.find(mark) for mark in marks]
+    if min(places, default=0) < 0 or places != sorted(places) or any(frame.count(mark) != 1 for mark in marks):
+        return None
+    edges = [0, *(edge for at, mark in zip(places, marks, strict=True) for edge in (at, at + len(mark))), len(frame)]
+    first, *after = [frame[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+    spans, end = [], len(first)
+    for content, own in zip(contents, after, strict=True):
+        # What follows decides between the two: white space at its end may be the content's or the template's.
+        shown = next((form for form in (content, content.strip()) if text.startswith(form + own, end)), None)
+        if shown is None:
             return None
-        begin = end + at - frame_end
-        shown = next((form for form in (content, content.strip()) if text.startswith(form, begin)), None)
-        if shown is None or text[end:begin] != frame[frame_end:at]:
-            return None
-        end, frame_end = begin + len(shown), at + len(mark)
-        spans.append((begin, end))
-    return list(zip(spans, range(len(spans)), strict=True)) if text[end:] == frame[frame_end:] else None
+        spans.append((end, end + len(shown)))
+        end += len(shown) + len(own)
+    found = list(zip(spans, range(len(spans)), strict=True))
+    return found if text.startswith(first) and end == len(text) else None
 
 
 def _spans_by_characters(
@@ -121,7 +124,7 @@ def _spans_by_characters(
 
     Each character of a content that is not white space, nor in what templates look for (tags, brackets), is replaced by
     one for private use of its own; where these come out is where the content does. None where the text around them is
-    not that of the real contents. A content that is changed, not cut, has no span.
+    not that of the real contents, or where a content has no other character. A content that is changed, not cut, has no span.
     """
     originals: list[tuple[int, str, int]] = []  # by number: which text, the text, which character of it
     message_of: list[int] = []  # by text
@@ -139,7 +142,8 @@ def _spans_by_characters(
                 at = kept.end()
         return "".join(parts)
 
-    if sum(len(content) for message in messages for content in _texts(message.get("content"))) > _N_PRIVATE:
+    contents = [content for message in messages for content in _texts(message.get("content"))]
+    if sum(map(len, contents)) > _N_PRIVATE or not all(_LOOKED_FOR.sub("", content) for content in contents):
         return None
     twins = []
     for number, message in enumerate(messages):
@@ -174,9 +178,14 @@ def _spans_by_characters(
         if last and last[0] == owner and last[1] < i and content[last[1] + 1 : i] == text[last[2] + 1 : place]:
             spans[-1] = (spans[-1][0], place + 1)
         else:
-            spans.append((place, place + 1))
+            begin = content[:i].lstrip()  # tags and brackets at either end
+            begins_here = bool(begin) and text.endswith(begin, spans[-1][1] if spans else 0, place)
+            spans.append((place - (len(begin) if begins_here else 0), place + 1))
             owners.append(owner)
         last = (owner, i, place)
+        end = content[i + 1 :].rstrip()
+        if end and not _LOOKED_FOR.sub("", end) and text.startswith(end, place + 1):
+            spans[-1] = (spans[-1][0], place + 1 + len(end))
     return [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
 
 
