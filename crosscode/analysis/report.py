@@ -60,6 +60,7 @@ def write_report(
     output: Path | None = None,
     latents_csv: Path | None = None,
     latents_parquet: Path | None = None,
+    also: Callable[[LatentsPass, LatentRecords], object] | None = None,
 ) -> Path:
     """Write `report.html` of a run, finished or not, and beside it, where latents can be looked at, `report/index.html`.
 
@@ -69,6 +70,7 @@ def write_report(
         heldout: opens held-out text with activations; called once. Without it the page shows no latents.
         output: the page; default: `report.html` in the run.
         latents_csv, latents_parquet: also write the table of all latents there.
+        also: what else is made of the same pass.
 
     Returns:
         Path of the page.
@@ -98,14 +100,16 @@ def write_report(
     write_text(path, page)
     if study is not None and records is not None:
         write_explorer(path.parent / "report", study, records, tokenizer, record, model)
-    if latents_csv is not None or latents_parquet is not None:
-        if study is None:
+    if latents_csv is not None or latents_parquet is not None or also is not None:
+        if study is None or records is None:
             raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
         frame = latents_frame(study)
         if latents_csv is not None:
             write_csv(frame, latents_csv)
         if latents_parquet is not None:
             write_parquet(frame, latents_parquet)
+        if also is not None:
+            also(study, records)
     return path
 
 

@@ -10,7 +10,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
-from crosscode.errors import InputError
 
 
 class Options(ConfigModel):
@@ -28,10 +27,9 @@ class Options(ConfigModel):
 
 def run(options: Options) -> None:
     from crosscode.build.finished import FinishedRun
-    from crosscode.commands.parts.feature_files import write_features
+    from crosscode.commands.parts.feature_files import check_out, write_features
 
-    if options.out.exists():
-        raise InputError(f"out: {str(options.out)!r} is there already; name a new folder")
+    check_out(options.out, "out")
     quiet_libraries()
     print(write_features(FinishedRun(options.run_dir), options.to, options.out, options.layer, options.n_tokens))
 

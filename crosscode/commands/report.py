@@ -25,13 +25,24 @@ class Options(ConfigModel):
     """also write the table of all latents, with a plain header"""
     parquet: Path | None = Field(default=None, title="FILE")
     """also write that table as parquet"""
+    features: Path | None = Field(default=None, title="DIR")
+    """also write circuit-tracer's feature files into this new folder, from the same pass over the text"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     quiet_libraries()
-    print(report_run(options.run_dir, options.n_tokens, options.csv, options.trust_remote_code, options.parquet))
+    print(
+        report_run(
+            options.run_dir,
+            options.n_tokens,
+            options.csv,
+            options.trust_remote_code,
+            options.parquet,
+            options.features,
+        )
+    )
 
 
 def report_run(
@@ -40,6 +51,7 @@ def report_run(
     latents_csv: Path | None = None,
     trust_remote_code: bool = False,
     latents_parquet: Path | None = None,
+    features: Path | None = None,
 ) -> Path:
     """Write `report.html` and `report/index.html` of a run; returns the path of the first.
 
@@ -47,12 +59,14 @@ def report_run(
         n_tokens: held-out tokens to look at; default: as configured.
         latents_csv, latents_parquet: also write the table of all latents there.
         trust_remote_code: as of `load_own_config`.
+        features: also write circuit-tracer's feature files there, a new folder.
 
     Raises:
         InputError: no run there, another process is at work in it, or no folder for a table.
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.finished import FinishedRun
+    from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
     from crosscode.commands.parts.reading import unembed_of
     from crosscode.trainers.progress import Progress
 
@@ -69,9 +83,15 @@ def report_run(
         unembed, groupings = unembed_of(experiment), experiment.groupings()
         return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings)
 
+    also = None
+    if features is not None:
+        check_out(features, "features")
+        also = circuit_tracer_writer(run, features)
     n_shown = n_tokens or run.config.evaluation.n_tokens
     with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:
-        return write_report(run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet)
+        return write_report(
+            run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet, also=also
+        )
 
 
 COMMAND = Command("write RUN/report.html and an explorer of all latents", run, Options, positional="run_dir")

@@ -6,7 +6,7 @@ Axes: H sequences · S positions · N active entries · L latents.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from crosscode.analysis.tokens import TokenDisplay
 from crosscode.build.finished import FinishedRun
 from crosscode.commands.parts.reading import text_experiment, unembed_of
 from crosscode.errors import InputError
-from crosscode.files import new_folder
+from crosscode.files import check_may_be_filled, new_folder
 from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
 
 _QUANTILES = ("Top activations", "Quarter 1", "Quarter 2", "Quarter 3", "Quarter 4")
@@ -38,22 +38,45 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     model = run.model
     if to == "delphi":
         return _delphi(run, out, n_tokens)
-    layers = [] if to == "dataset" else _layers(run, layer)
+    write = None if to == "dataset" else circuit_tracer_writer(run, out, layer)
     batches = experiment.heldout_batches(n_tokens)
     study, records = study_records(model, batches, experiment.split, experiment.output_names(), unembed_of(experiment))
-    if to == "dataset":
-        rows = list(dataset_rows(study, records, experiment.tokenizer))
-        with new_folder(out, TABLE) as folder:
-            write_dataset(folder, rows, run.config.name, [model.path for model in run.config.language_models])
-        return out / TABLE
-    with new_folder(out / "features", INDEX) as folder:
-        entries, first = {}, 0
-        for layer, part in zip(layers, model.parts, strict=True):
-            latents = range(first, first + part.n_latents)
-            found = feature_records(study, records, experiment.tokenizer, layer, str(run.path), latents)
-            entries[layer], first = write_layer(folder, layer, found), latents.stop
-        write_index(folder, entries)
-    return out / "features" / INDEX
+    if write is not None:
+        return write(study, records)
+    rows = list(dataset_rows(study, records, experiment.tokenizer))
+    with new_folder(out, TABLE) as folder:
+        write_dataset(folder, rows, run.config.name, [model.path for model in run.config.language_models])
+    return out / TABLE
+
+
+def check_out(out: Path, field: str) -> None:
+    """Raise `InputError` unless a new folder can be made there."""
+    if out.exists():
+        raise InputError(f"{field}: {str(out)!r} is there already; name a new folder")
+    check_may_be_filled(out, field)
+
+
+def circuit_tracer_writer(
+    run: FinishedRun, out: Path, layer: int | None = None
+) -> Callable[[LatentsPass, LatentRecords], Path]:
+    """What writes circuit-tracer's files of a pass over the held-out text.
+
+    Raises:
+        InputError: no language models, or no or another layer; before anything is read.
+    """
+    tokenizer, layers = text_experiment(run, "features").tokenizer, _layers(run, layer)
+
+    def write(study: LatentsPass, records: LatentRecords) -> Path:
+        with new_folder(out / "features", INDEX) as folder:
+            entries, first = {}, 0
+            for layer, part in zip(layers, run.model.parts, strict=True):
+                latents = range(first, first + part.n_latents)
+                found = feature_records(study, records, tokenizer, layer, str(run.path), latents)
+                entries[layer], first = write_layer(folder, layer, found), latents.stop
+            write_index(folder, entries)
+        return out / "features" / INDEX
+
+    return write
 
 
 def _layers(run: FinishedRun, layer: int | None) -> list[int]:

@@ -87,6 +87,12 @@ def test_every_layer_of_a_set_has_its_features(set_run, tmp_path, capsys):
             assert record["index"] == cantor(layer, i)
             assert record["act_max"] == pytest.approx(table["max_activation"][latent], rel=1e-5)
             assert len(record["top_logits"]) > 0, "of the layer that it writes to"
+    shared = tmp_path / "shared"
+    assert main(["report", str(set_run), "--features", str(shared)]) == 0
+    assert {p.name: p.read_bytes() for p in (shared / "features").iterdir()} == {
+        p.name: p.read_bytes() for p in folder.iterdir()
+    }
+    assert main(["report", str(set_run), "--features", str(shared)]) == 2
     assert main(["features", str(set_run), "--to", "circuit-tracer", "--layer", "1", "--out", str(tmp_path / "x")]) == 2
     assert "latents of 2 layers" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
