@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, load_language_model, load_skeleton
+from crosscode.data.harvest.hookpoints import find_taps
 from crosscode.errors import InputError
 
 peft = pytest.importorskip("peft")
@@ -28,7 +29,7 @@ KINDS = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "norms_to_save": {"modules_to_save": ["input_layernorm"]},
+    "norms_to_save": {"modules_to_save": ["input_layernorm", "ln_1"]},
     "bias": {"bias": "all"},
     "tokens": {"trainable_token_indices": [7, 8]},
     "pissa": {"init_lora_weights": "pissa"},
@@ -36,6 +37,7 @@ KINDS = {
     "resized_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 CASES = [(family, kind) for family in TARGETS for kind in ("lora", "rslora", "dora", "resized")]
+CASES += [(family, "norms_to_save") for family in TARGETS]
 CASES += [("llama", kind) for kind in KINDS if ("llama", kind) not in CASES] + [("gpt2", "bias"), ("gpt_neox", "bias")]
 
 
@@ -116,6 +118,33 @@ def test_activations_and_logits_are_those_of_peft_to_the_bit(family, kind, make_
         assert torch.equal(model.model(TOKENS_HS).logits, logits_HSV)
     unadapted_HSPD, _ = own_hooks(load_language_model(base).model, TOKENS_HS)
     assert not torch.equal(expected_HSPD, unadapted_HSPD) or "lm_head" in KINDS[kind].get("modules_to_save", ())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "norms_to_save"])
+def test_every_kind_of_hookpoint_reads_what_a_hook_on_pefts_module_reads(family, kind, make_adapter):
+    base, adapter = make_adapter(family, kind)
+    model = load_language_model(base, adapter=adapter)
+    taps = {
+        name: tap for name, tap in find_taps(model).items() if "blocks." not in name or name.startswith("blocks.1.")
+    }
+    assert len(taps) > 15
+    plain, seen = plain_peft(base, adapter).get_base_model(), {}
+    places = {id(module): path for path, module in plain.named_modules(remove_duplicate=False)}
+    by_path = dict(plain.named_modules(remove_duplicate=False))
+
+    def keep(module, args, kwargs, out):
+        inside = args[0] if args else kwargs["hidden_states"]
+        seen[places[id(module)]] = {"in": inside, "out": out if isinstance(out, torch.Tensor) else out[0]}
+
+    for tap in taps.values():
+        by_path[tap.module_path].register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        plain(input_ids=TOKENS_HS, use_cache=False)
+    for name, tap in taps.items():
+        acts_HSMPD = ActivationHarvester([model], [name]).harvest(TOKENS_HS)
+        expected = seen[places[id(by_path[tap.module_path])]][tap.side]
+        assert torch.equal(acts_HSMPD[:, :, 0, 0], expected.reshape(*TOKENS_HS.shape, -1)), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "modules_to_save", "resized", "bias", "dora"])
