@@ -38,6 +38,8 @@ from crosscode.data.text.tokens import TokenSequenceLoader as TokenSequenceLoade
 from crosscode.errors import CrosscodeError as CrosscodeError
 from crosscode.errors import InputError as InputError
 from crosscode.errors import Interrupted as Interrupted
+from crosscode.evaluation.difference_lens import MeanDifference as MeanDifference
+from crosscode.evaluation.difference_lens import mean_differences as mean_differences
 from crosscode.evaluation.heldout import EvaluationResult as EvaluationResult
 from crosscode.evaluation.heldout import measure_reconstruction as measure_reconstruction
 

@@ -10,9 +10,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import merged
-from crosscode.config.checked import checked
+from crosscode.commands.parts.text_config import text_config
 from crosscode.config.data import HarvestConfig
-from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.reading import read_yaml
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError, Interrupted, at_field
@@ -55,17 +54,12 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
 
 
 def harvest_config(values: Mapping[str, Any], models: Sequence[int] | None = None) -> HarvestConfig:
-    """What a harvest needs of a run's values; stores that the run reads are not looked at. `models`: numbers of the language
-    models that are harvested, default all.
+    """What a harvest needs of a run's values. `models`: numbers of the language models that are harvested, default all.
 
     Raises:
         InputError: naming each bad field, its value and what is allowed; or no store to write is named.
     """
-    own = HarvestConfig.model_fields
-    kept = {name: value for name, value in values.items() if name in own or name not in ExperimentConfig.model_fields}
-    if isinstance(kept.get("data"), Mapping):
-        kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("stores", "join")}
-    config = checked(HarvestConfig, kept)
+    config = text_config(values)
     if config.data.cache is None:
         raise InputError("data.cache: no store to write is given; name its folder with --store DIR")
     if models is None:

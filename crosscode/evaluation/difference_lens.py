@@ -1,0 +1,111 @@
+"""Activation difference lens: the mean difference of two models' activations, and the tokens that it stands for. No training.
+
+Minder et al. 2025, "Narrow Finetuning Leaves Clearly Readable Traces in Activation Differences": over text that has nothing to do
+with the fine-tuning, the mean of `x_B - x_A` at each of the first positions, read through the logit lens. The paper's patchscope
+and steering are not here: what `Run.steer` does with a latent is done with a hook and `mean_D`.
+
+H sequences · S sequence · M models · P hookpoints · D width · V vocabulary · K first positions, then all of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscode.data.harvest.harvester import ActivationHarvester, positions_within_segments
+from crosscode.data.harvest.unembedding import unembed
+from crosscode.data.norms import NormLimit
+from crosscode.data.text.tokens import TokenBatch
+from crosscode.errors import InputError
+from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.text_parts import text_parts
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """The mean of `x_B - x_A` at one hookpoint."""
+
+    hookpoint: str
+    position: int | None
+    """how far into a text, from 0; None: over all usable tokens"""
+    n_tokens: int
+    mean_D: Tensor
+    """float32, on the CPU, in the space of raw activations"""
+    norm_of_a: float
+    """mean norm of A's activations"""
+    norm_of_difference: float
+    """mean norm of the differences; that of `mean_D` is as large where all tokens differ in one and the same way"""
+
+    @property
+    def norm(self) -> float:
+        return float(self.mean_D.norm())
+
+
+@full_precision()
+@torch.no_grad()
+def mean_differences(
+    harvester: ActivationHarvester,
+    batches: Iterable[TokenBatch],
+    *,
+    model_a: int = 0,
+    model_b: int = 1,
+    n_tokens: int = 8192,
+    n_first: int = 5,
+    limit: NormLimit | None = None,
+) -> list[MeanDifference]:
+    """By hookpoint, at each of the first positions of a text, and over all usable tokens. Sums are float64.
+
+    Args:
+        model_a, model_b: numbers of the harvester's models.
+        n_tokens: usable tokens after which no further batch is taken.
+        n_first: positions that are looked at one by one: of each sequence, or of each of its documents where these are isolated.
+            Training leaves the very first one out; here it counts.
+        limit: tokens beyond it count as unusable.
+
+    Raises:
+        InputError: no such model, twice the same, or no usable token.
+    """
+    M, P, D = harvester.dims
+    if model_a == model_b or not {model_a, model_b} <= set(range(M)):
+        raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
+    sum_KPD = torch.zeros(n_first + 1, P, D, dtype=torch.float64)
+    norm_KP2, n_K = torch.zeros(n_first + 1, P, 2, dtype=torch.float64), torch.zeros(n_first + 1, dtype=torch.int64)
+    for part in text_parts(harvester, batches, n_tokens, limit):
+        a_HSPD, b_HSPD = part.acts_HSMPD[:, :, model_a].double(), part.acts_HSMPD[:, :, model_b].double()
+        difference_HSPD = b_HSPD - a_HSPD
+        norms_HSP2 = torch.stack([a_HSPD.norm(dim=-1), difference_HSPD.norm(dim=-1)], -1)
+        for k, mask_HS in enumerate(_masks(part.mask_HS, part.segments_HS, n_first)):
+            mask_HS = mask_HS.to(difference_HSPD.device)
+            sum_KPD[k] += difference_HSPD[mask_HS].sum(0).cpu()
+            norm_KP2[k] += norms_HSP2[mask_HS].sum(0).cpu()
+            n_K[k] += mask_HS.sum().cpu()
+    if not n_K[-1]:
+        raise InputError("data.source: the text has no usable token")
+    found = []
+    for p, hookpoint in enumerate(harvester.hookpoints):
+        for k, n in enumerate(n_K.tolist()):
+            if n:
+                norm_a, norm_difference = (norm_KP2[k, p] / n).tolist()
+                mean_D, position = (sum_KPD[k, p] / n).float(), k if k < n_first else None
+                found.append(MeanDifference(hookpoint, position, n, mean_D, norm_a, norm_difference))
+    return found
+
+
+def _masks(mask_HS: Tensor, segments_HS: Tensor | None, n_first: int) -> list[Tensor]:
+    """Where each of the first positions is, padding left out, and then all usable positions."""
+    segments_HS = torch.zeros_like(mask_HS, dtype=torch.int64) if segments_HS is None else segments_HS
+    place_HS = positions_within_segments(segments_HS.to(mask_HS.device))
+    not_behind_HS = mask_HS.flip(1).cummax(1).values.flip(1)
+    return [(place_HS == k) & not_behind_HS for k in range(n_first)] + [mask_HS]
+
+
+def lens_logits(harvester: ActivationHarvester, found: MeanDifference, model: int = 1) -> Tensor:
+    """`logits_V` (float32, on the CPU) of a mean difference through a model's own final norm and unembedding.
+
+    Raises:
+        InputError: a hookpoint that is not as wide as the residual stream.
+    """
+    return unembed(harvester.models[model], found.mean_D[None])[0].cpu()
