@@ -29,9 +29,11 @@ class MeanDifference:
     """The mean of `x_B - x_A` at one hookpoint."""
 
     hookpoint: str
+    """by its name"""
     position: int | None
     """how far into a text, from 0; None: over all usable tokens"""
     n_tokens: int
+    """over which the mean is taken"""
     mean_D: Tensor
     """float32, on the CPU, in the space of raw activations"""
     norm_of_a: float
@@ -41,6 +43,7 @@ class MeanDifference:
 
     @property
     def norm(self) -> float:
+        """Of the mean."""
         return float(self.mean_D.norm())
 
 
@@ -59,6 +62,8 @@ def mean_differences(
     """By hookpoint, at each of the first positions of a text, and over all usable tokens. Sums are float64.
 
     Args:
+        harvester: of the language models and hookpoints.
+        batches: tokens, such as a `TokenSequenceLoader` gives.
         model_a, model_b: numbers of the harvester's models.
         n_tokens: usable tokens after which no further batch is taken.
         n_first: positions that are looked at one by one: of each sequence, or of each of its documents where these are isolated.
