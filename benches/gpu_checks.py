@@ -97,6 +97,13 @@ def in_float64(inputs: Inputs) -> Inputs:
     return exact
 
 
+def _with(inputs: Inputs, **changes: Any) -> Inputs:
+    changed = copy.copy(inputs)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def _errors(name: str, ops: OpSet, inputs: Inputs) -> dict[str, float]:
     """Of results and gradients, relative to the largest value. Of an encoder, given what it selected; and `left out`: what better
     choices would have added to the sum of all values."""
@@ -116,6 +123,10 @@ def _errors(name: str, ops: OpSet, inputs: Inputs) -> dict[str, float]:
         best, taken = ((latents_BL * weight_L).sum() for latents_BL in (best_BL, h_BL * kept_BL))
         found["left out"] = float(((best - taken) / best.abs().clamp(min=1e-9)).clamp(min=0))
         wanted |= {"W_enc_LI": kept_BL.T @ exact.x_BI.detach(), "b_enc_L": kept_BL.sum(0)}
+        if "t_L" in grads:  # counts what lies in a window around the threshold: given these pre-activations
+            own_BL = ops.preacts(inputs.x_BI, inputs.W_enc_LI, inputs.b_enc_L).detach().double()
+            own = _with(exact, h_BL=own_BL.requires_grad_())
+            wanted["t_L"] = call(OPS["jumprelu"], reference, own, True)[1]
     else:
         pairs = dict(enumerate(zip(outputs(mine), outputs(theirs), strict=True)))
     for leaf, grad in grads.items():

@@ -80,6 +80,18 @@ def test_torch_cuda_has_what_is_asked_of_it(benches, monkeypatch):
     assert gpu.facts()["capability"] == [9, 0] and gpu.name() is cuda.get_device_name.return_value
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", ["odd", "ones"])
+def test_the_allowed_errors_hold_for_the_torch_backend(benches, size, dtype):
+    import gpu_checks
+    from crosscode_kernels import resolve_backend
+
+    ops = resolve_backend("torch", "cpu", gpu_checks.DTYPES[dtype])
+    inputs = gpu_checks.Inputs(gpu_checks.SIZES[size], ops, "cpu", gpu_checks.DTYPES[dtype], 0)
+    found = {name: gpu_checks._judged(name, ops, inputs, dtype) for name in gpu_checks.OPS}
+    assert not {name: row for name, row in found.items() if not row["ok"]}
+
+
 def test_a_wrong_result_is_a_failed_check(benches, monkeypatch):
     import gpu
     import gpu_checks
