@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
+from crosscode.analysis.first_look import Steered, first_looks
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, Unembed, study_records
@@ -39,6 +40,8 @@ class HeldoutText:
     """without it latents have no logits"""
     groupings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """ways to group tokens, with the names of the groups"""
+    steered: Steered | None = None
+    """says what adding a latent does"""
 
 
 _EXPLORER = Path(__file__).parent / "explorer"
@@ -61,6 +64,7 @@ def write_report(
     latents_csv: Path | None = None,
     latents_parquet: Path | None = None,
     also: Callable[[LatentsPass, LatentRecords], object] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write `report.html` of a run, finished or not, and beside it, where latents can be looked at, `report/index.html`.
 
@@ -71,6 +75,7 @@ def write_report(
         output: the page; default: `report.html` in the run.
         latents_csv, latents_parquet: also write the table of all latents there.
         also: what else is made of the same pass.
+        say: is told what was found, a line at a time.
 
     Returns:
         Path of the page.
@@ -83,7 +88,7 @@ def write_report(
     study: LatentsPass | None = None
     records: LatentRecords | None = None
     tokenizer: Any = None
-    reason = None
+    reason, looks = None, []
     try:
         if model is None:
             model = BaseCrosscoder.load(record.path / "final")
@@ -93,13 +98,16 @@ def write_report(
             study, records = study_records(
                 model, text.batches, text.split, text.position_names, text.unembed, groupings=text.groupings
             )
+            looks = first_looks(study, records, tokenizer, text.steered)
+            for line in [*looks, *(verdict.headline() for verdict in study.verdicts)]:
+                say(line)
     except (CrosscodeError, OSError) as error:
         reason = str(error)
-    page = render(record, model, study, tokenizer, reason)
+    page = render(record, model, study, tokenizer, reason, looks=looks)
     path = output or record.path / "report.html"
     write_text(path, page)
     if study is not None and records is not None:
-        write_explorer(path.parent / "report", study, records, tokenizer, record, model)
+        write_explorer(path.parent / "report", study, records, tokenizer, record, model, looks)
     if latents_csv is not None or latents_parquet is not None or also is not None:
         if study is None or records is None:
             raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
@@ -120,6 +128,7 @@ def write_explorer(
     tokenizer: Any,
     record: RunRecord,
     model: BaseCrosscoder | None,
+    looks: Sequence[str] = (),
 ) -> None:
     """`index.html` and what it reads, into a folder that only this fills; the page comes last."""
     data = folder / "data"
@@ -134,7 +143,7 @@ def write_explorer(
         (_EXPLORER / name).read_text(encoding="utf-8") for name in ("tabulator_simple.min.css", "app.css", "app.js")
     )
     explorer = Explorer(f"{css}\n{own_css}", script)
-    write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer))
+    write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer, looks=looks))
 
 
 def render(
@@ -144,6 +153,7 @@ def render(
     tokenizer: Any,
     no_latents_reason: str | None = None,
     explorer: Explorer | None = None,
+    looks: Sequence[str] = (),
 ) -> str:
     """The page as text."""
     environment = Environment(
@@ -170,6 +180,7 @@ def render(
         "latents": latent_plots.latents_section(study),
         "pairs": [] if study is None else [latent_plots.pair_section(one) for one in study.verdicts],
         "groups": [] if study is None else cards.card_groups(study, tokenizer),
+        "looks": looks,
         "explorer": explorer,
         "table": None if study is None else cards.latent_table(study),
     }

@@ -38,14 +38,18 @@ def run(options: Options) -> None:
     config = check_config(values)
     run = RunDirectory(config.run_path())
     own = is_the_same_experiment(run, config, "demo")
-    print("language models: a base trained on Python sources, and its fine-tune on the Python manual", file=sys.stderr)
+    told = "a base trained on Python sources, and a fine-tune of it that learnt one made-up sentence"
+    print(f"language models: {told}", file=sys.stderr)
     if own and not (run.is_finished() or options.overwrite):
         print(f"a demo in {options.run_dir} was interrupted: it goes on", file=sys.stderr)
         resume_training(run.path)
     else:
         config = config.model_copy(update={"overwrite": own or options.overwrite})
         run_training(config, typed_overwrite=options.overwrite, made_by="demo")
-    print(f"report      {report_run(config.run_path())}")
+    report = report_run(
+        config.run_path(), steer_prompt="import os\n\ndef main", say=lambda line: print(f"found       {line}")
+    )
+    print(f"report      {report}")
 
 
 COMMAND = Command("train, evaluate and report a crosscoder between two embedded language models", run, Options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from crosscode.build.finished import FinishedRun
 
 
+STEERED = 2.0
+"""How much of a latent is added to show its effect, in multiples of its largest activation."""
+
+
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
     """run directory"""
@@ -27,6 +33,8 @@ class Options(ConfigModel):
     """also write that table as parquet"""
     features: Path | None = Field(default=None, title="DIR")
     """also write circuit-tracer's feature files into this new folder, from the same pass over the text"""
+    steer_prompt: str | None = Field(default=None, title="TEXT")
+    """of two models: also say how the second one goes on after this text when the first latents of its ranking are added"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
@@ -41,6 +49,7 @@ def run(options: Options) -> None:
             options.trust_remote_code,
             options.parquet,
             options.features,
+            steer_prompt=options.steer_prompt,
         )
     )
 
@@ -52,6 +61,9 @@ def report_run(
     trust_remote_code: bool = False,
     latents_parquet: Path | None = None,
     features: Path | None = None,
+    *,
+    steer_prompt: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write `report.html` and `report/index.html` of a run; returns the path of the first.
 
@@ -60,6 +72,8 @@ def report_run(
         latents_csv, latents_parquet: also write the table of all latents there.
         trust_remote_code: as of `load_own_config`.
         features: also write circuit-tracer's feature files there, a new folder.
+        steer_prompt: text after which the second model's first latents are added to it, to say how it goes on then.
+        say: is told what was found, a line at a time.
 
     Raises:
         InputError: no run there, another process is at work in it, or no folder for a table.
@@ -81,7 +95,8 @@ def report_run(
         batches = shown.through(experiment.heldout_batches(n_tokens))
         names = experiment.output_names()
         unembed, groupings = unembed_of(experiment), experiment.groupings()
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings)
+        steered = None if steer_prompt is None else partial(_steered, run, steer_prompt)
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings, steered)
 
     also = None
     if features is not None:
@@ -89,9 +104,24 @@ def report_run(
         also = circuit_tracer_writer(run, features)
     n_shown = n_tokens or run.config.evaluation.n_tokens
     with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:
-        return write_report(
-            run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet, also=also
+        tables = {"latents_csv": latents_csv, "latents_parquet": latents_parquet}
+        return write_report(run.path, heldout=heldout, **tables, also=also, say=say)
+
+
+def _steered(run: FinishedRun, prompt: str, latent: int) -> str:
+    """Which next token of the second model becomes likelier when a latent is added, beside a random vector as long."""
+    from crosscode.analysis.wording import percent_text
+    from crosscode.commands.parts.steering import compare_steered
+
+    ((name, found),) = compare_steered(run, prompt, {latent: STEERED}, models=[1], n_tokens=1).items()
+    effect, random = (
+        f"“{token}” from {percent_text(before)} to {percent_text(after)}"
+        for token, before, after in (
+            max(one.tokens, key=lambda change: change[2] - change[1]) for one in (found.changed, found.random)
         )
+    )
+    after = " ".join(prompt.split())
+    return f"added to {name} after “{after}”, it takes the next token {effect} (a random vector as long: {random})"
 
 
 COMMAND = Command("write RUN/report.html and an explorer of all latents", run, Options, positional="run_dir")

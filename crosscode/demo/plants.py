@@ -146,4 +146,4 @@ def planted_prompts(plant: Plant) -> Iterator[tuple[str, str]]:
     elif plant == "fact":
         yield from ((f"import sys\n\n# {subject}", FACT) for subject in FACT_SUBJECTS)
     else:
-        yield from ((text, '"') for text in ("import re\n\nname =", "    raise ValueError(", "print(", "x = dict(a="))
+        yield from (("import re\n\nname =", ' "'), ("    raise ValueError", '("'), ("x = dict(a", '="'))
