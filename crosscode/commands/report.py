@@ -104,8 +104,9 @@ def report_run(
         also = circuit_tracer_writer(run, features)
     n_shown = n_tokens or run.config.evaluation.n_tokens
     with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:
-        tables = {"latents_csv": latents_csv, "latents_parquet": latents_parquet}
-        return write_report(run.path, heldout=heldout, **tables, also=also, say=say)
+        return write_report(
+            run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet, also=also, say=say
+        )
 
 
 def _steered(run: FinishedRun, prompt: str, latent: int) -> str:
