@@ -1,10 +1,10 @@
-"""The demo as it ships, in float32, under bfloat16 autocast, and compiled: the same held-out figures, the same losses?
+"""The recipe `demo_tuned` as it ships, in float32, under bfloat16 autocast, and compiled: the same held-out figures, the same losses?
 
     python benches/demo_precision.py float32        # first: what the others are compared with
     python benches/demo_precision.py bfloat16
     python benches/demo_precision.py compiled
 
-Each is one whole run of the recipe `demo` in a temporary folder. What it found joins
+Each is one whole run of the recipe `demo_tuned` in a temporary folder. What it found joins
 `benches/results/demo_precision.json`, and the comparison is printed.
 """
 
@@ -32,7 +32,7 @@ EARLY_STEPS = 50
 
 def run(variant: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        values = read_yaml("demo")
+        values = read_yaml("demo_tuned")
         values["run_dir"] = f"{folder}/run"
         values["train"] |= VARIANTS[variant]
         run_training(check_config(values))

@@ -3,8 +3,8 @@
     python docs/tools/outputs.py [PAGE.md ...]       what differs; without pages: all of docs/
 
 A block of the kind `console` holds commands (`$ ...`) and their output. All blocks of all pages run in one folder, in the order
-of the pages; `runs/demo` in it is what `crosscode demo` makes. Numbers may differ, as machines round differently, and so may
-lines for which `...` stands. A comment before a block says more:
+of the pages; `runs/demo` in it is what `crosscode demo` makes, `runs/tuned` what `crosscode train demo_tuned` makes. Numbers may
+differ, as machines round differently, and so may lines for which `...` stands. A comment before a block says more:
 
     <!-- texts vary -->       only lines that begin like a heading (`==`, `--`) are compared
     <!-- not run: why -->     it is left alone
@@ -63,13 +63,13 @@ def run(shown: Shown, folder: Path) -> list[str]:
     return [line.rstrip() for line in done.stdout.splitlines()]
 
 
-def demo_run() -> Path:
-    """What `crosscode demo` makes, by the sources as they are; made where it is not there yet."""
-    kept = ROOT / "build" / "demo" / notebooks.key_of_sources()[:16]
+def made_run(name: str, command: str) -> Path:
+    """What a command makes, by the sources as they are; made where it is not there yet."""
+    kept = ROOT / "build" / name / notebooks.key_of_sources()[:16]
     if not (kept / "final").is_dir():
-        made = run(Shown("", f"crosscode demo --run_dir {kept}", [], ""), ROOT)
+        made = run(Shown("", f"crosscode {command} --run_dir {kept}", [], ""), ROOT)
         if not (kept / "final").is_dir():
-            raise RuntimeError("\n".join(["crosscode demo failed:", *made]))
+            raise RuntimeError("\n".join([f"crosscode {command} failed:", *made]))
     return kept
 
 
@@ -100,7 +100,8 @@ def _masked(line: str) -> str:
 
 def main() -> int:
     folder = Path(tempfile.mkdtemp())
-    shutil.copytree(demo_run(), folder / "runs" / "demo")
+    for name, command in (("demo", "demo"), ("tuned", "train demo_tuned")):
+        shutil.copytree(made_run(name, command), folder / "runs" / name)
     pages = [Path(word).resolve() for word in sys.argv[1:]] or sorted((ROOT / "docs").glob("*.md"))
     wrong = 0
     for shown in [shown for page in pages for shown in shown_in(page) if shown.is_run]:

@@ -1,5 +1,6 @@
 """The page: complete, self-contained, safe with any text, and robust against anything that is missing."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -11,10 +12,17 @@ from crosscode.analysis.cards import card_groups, latent_table
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import pairs_to_compare, spread_over_density, study_latents
 from crosscode.analysis.report import HeldoutText, write_report
+from crosscode.analysis.tokens import TokenDisplay
 from crosscode.analysis.verdict import MIN_FIRINGS
 from crosscode.analysis.wording import short_names
 from crosscode.errors import InputError
-from crosscode.models import CompoundCrossLayerTranscoder, CrossLayerTranscoder, SAEOrTranscoder, TopkActivation
+from crosscode.models import (
+    BaseCrosscoder,
+    CompoundCrossLayerTranscoder,
+    CrossLayerTranscoder,
+    SAEOrTranscoder,
+    TopkActivation,
+)
 from crosscode.models.architecture import split_for
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -88,6 +96,29 @@ def test_the_report_of_a_model_diff_has_all_its_sections(full_page):
     assert tiles["Dead latents"] == "12.5 %" and tiles["Tokens / s"] == "1.23k" and tiles["Wall time"] == "61 s"
     assert len(full_page.has("article")) == 10
     assert any("n_tokens: 1000" in text for text in full_page.text_of["pre"])
+
+
+def test_the_page_names_first_where_the_models_differ_most(make_run, make_model, heldout_text):
+    said, asked = [], []
+    text = dataclasses.replace(
+        heldout_text(sizes=(30,)),
+        unembed=lambda x, vectors_ND: torch.arange(300.0).expand(len(vectors_ND), 300),
+        steered=lambda latent: asked.append(latent) or f"added, {EVIL} happens",
+    )
+    run = make_run(make_model())
+    page = page_of(run, heldout=text, say=said.append)
+    study = study_latents(BaseCrosscoder.load(run / "final"), text.batches, text.split, text.position_names)
+    assert asked == study.verdicts[0].ranking("tuned")[:3] and len(asked) == 3
+    heading, *looks, headline = said
+    assert heading == "Where tuned differs most from base:" and headline == study.verdicts[0].headline()
+    for latent, look in zip(asked, looks, strict=True):
+        peak = study.top.examples(latent)[0]
+        shown = TokenDisplay(text.tokenizer)([int(peak.tokens[peak.peak])], [1.0])[0].text
+        assert look.startswith(f"Latent {latent} is strongest in “")
+        if len(shown) == 1 and shown.isascii():
+            assert f"«{shown}»" in look
+        assert "writes “" in look and look.endswith(f"added, {EVIL} happens.")
+    assert set(looks) <= set(page.text_of["li"]) and not page.has("img")
 
 
 def test_the_report_needs_nothing_from_outside(make_run, heldout_text):
