@@ -1,4 +1,4 @@
-"""The recipe `demo_tuned` as it ships, in float32, under bfloat16 autocast, and compiled: the same held-out figures, the same losses?
+"""The recipe `demo_tuned` as it ships, in float32, under bfloat16, and compiled: the same held-out figures and losses?
 
     python benches/demo_precision.py float32        # first: what the others are compared with
     python benches/demo_precision.py bfloat16
