@@ -112,6 +112,7 @@ OPS: dict[str, Op] = {
 NOT_TIMED = {
     "preacts": "the GEMM of every encode",
     "pre_act_penalty": "a dot product, after encode_jumprelu",
+    "nested_decode": "sparse_decode of as many entries, and sums",
     "step_l0": "counts of what encode_jumprelu has kept",
 }
 """Methods of an op set that have no case of their own, and why."""

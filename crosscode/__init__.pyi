@@ -85,6 +85,7 @@ from crosscode.objectives import LinearRamp as LinearRamp
 from crosscode.objectives import Loss as Loss
 from crosscode.objectives import LossContext as LossContext
 from crosscode.objectives import LossTerm as LossTerm
+from crosscode.objectives import MatryoshkaTerm as MatryoshkaTerm
 from crosscode.objectives import MultiTopkTerm as MultiTopkTerm
 from crosscode.objectives import Objective as Objective
 from crosscode.objectives import PreActTerm as PreActTerm

@@ -90,6 +90,14 @@ class GroupFigures(Stored):
     l0: float | None = None
 
 
+class PrefixFigures(Stored):
+    """A nested dictionary alone."""
+
+    n_latents: Size
+    fvu: float
+    l0: float
+
+
 class Evaluation(Stored):
     """`evaluation.json`"""
 
@@ -105,6 +113,7 @@ class Evaluation(Stored):
     loss_recovered: dict[str, SplicedFigures] | None = None
     replacement_model: LayeredFigures | None = None
     groups: dict[str, dict[str, GroupFigures]] | None = None
+    prefixes: list[PrefixFigures] | None = None
 
 
 class SweepRow(Stored):

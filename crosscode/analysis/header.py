@@ -114,6 +114,9 @@ def evaluation_table(record: RunRecord) -> EvaluationTable | None:
     total = record.figure("fvu")
     if len(rows) > 1 and total is not None:
         rows["all positions"] = ["all positions", number_text(total), percent_text(1 - total)]
+    for prefix in record.evaluation.get("prefixes") or []:
+        name = f"first {prefix['n_latents']} latents alone (L0 {number_text(prefix['l0'])})"
+        rows[name] = [name, number_text(prefix["fvu"]), percent_text(1 - prefix["fvu"])]
     spliced = record.loss_recovered()
     if spliced:
         columns += [

@@ -48,6 +48,9 @@ class CrosscoderConfig(ConfigModel):
     """whether the decoder has a bias"""
     linear_skip: bool = False
     """add a linear map from input to output (transcoders)"""
+    prefixes: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """nested dictionaries that must reconstruct alone (objective.matryoshka), smallest first: each as a number of latents, or
+    below 1 as a share of them; the whole dictionary is always one and is not named"""
     decoder_norm: Literal["sum", "joint"] | None = None
     """how decoder norms over crosscoding positions combine; null: sum, but joint for cross-layer transcoders"""
 

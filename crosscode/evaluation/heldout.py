@@ -20,6 +20,7 @@ from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.groups import GroupFigures, Groupings, GroupSums
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
+from crosscode.evaluation.prefixes import PrefixFigures, PrefixSums
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.replacement_model import ReplacementModel
 from crosscode.models.base import BaseCrosscoder
@@ -50,7 +51,7 @@ class EvaluationResult:
     very long; `constant`: positions without variance, whose FVU is not defined. `l0` and its percentiles are those of
     use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK: the mean when it selects over batches.
     `loss_recovered` by output position, where it was measured, as `replacement_model`. `groups`: figures apart by `source`
-    and `role`, where there are several.
+    and `role`, where there are several. `prefixes`: of nested dictionaries, smallest first.
     """
 
     n_tokens: int
@@ -69,6 +70,7 @@ class EvaluationResult:
     replacement_model: ReplacementModel | None = None
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
     groups: dict[str, dict[str, GroupFigures]] = field(default_factory=dict)
+    prefixes: list[PrefixFigures] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As `evaluation.json` has it."""
@@ -117,6 +119,8 @@ class EvaluationResult:
         if self.l0_train_mode is not None:
             scalars["l0_train_mode"] = self.l0_train_mode
         scalars |= {f"fvu/{name}": value for name, value in self.fvu_by_position.items()}
+        for prefix in self.prefixes:
+            scalars |= {f"fvu_of_first/{prefix.n_latents}": prefix.fvu, f"l0_of_first/{prefix.n_latents}": prefix.l0}
         for name, found in self.loss_recovered.items():
             if found.loss_recovered is not None:
                 scalars[f"loss_recovered/{name}"] = found.loss_recovered
@@ -171,7 +175,7 @@ class _Seen:
 
     def __init__(self, model: BaseCrosscoder, groupings: Groupings):
         self.fvu = FvuAccumulator(model.out_dims)
-        self.groups = GroupSums(model.out_dims, groupings)
+        self.groups, self.prefixes = GroupSums(model.out_dims, groupings), PrefixSums(model)
         self.l0_parts: list[Tensor] = []
         self.norm_parts: list[Tensor] = []
         self.counts_L: Tensor | int = 0
@@ -186,6 +190,7 @@ class _Seen:
         target_BXoDo = raw_model.split.activations(raw_BMPD)[1]
         output_BXoDo, l0_B = raw_model.raw(result.output_BXoDo), result.latents.l0_B()
         self.fvu.update(target_BXoDo, output_BXoDo)
+        self.prefixes.add(raw_model, result, target_BXoDo)
         if group_BG is not None:
             self.groups.add(group_BG, target_BXoDo, output_BXoDo, l0_B)
         self.norm_parts.append(norms_of(target_BXoDo).reshape(len(target_BXoDo), -1))
@@ -223,6 +228,7 @@ class _Seen:
             ],
             groups=self.groups.result(position_names),
             not_finite={name: n for name, n in zip(position_names, not_finite_X, strict=True) if n},
+            prefixes=self.prefixes.result(n_tokens),
             far_out={name: FarOut(*far) for name, far in zip(position_names, far_X, strict=True) if far[0]},
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 
 from crosscode.config.registry import type_of
 from crosscode.errors import InputError
-from crosscode.models import checkpoint, folding
+from crosscode.models import folding
 from crosscode.models.activations.base import ActivationFunction
-from crosscode.models.elsewhere import elsewhere
+from crosscode.models.coder_files import CoderFiles
 from crosscode.models.forward import ForwardResult as ForwardResult
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
+from crosscode.models.prefixes import prefix_of, sizes_of
 from crosscode.models.shapes import check_shape, checked_latents
-from crosscode.models.weights import CoderWeights
 
 
-class BaseCrosscoder(CoderWeights):
+class BaseCrosscoder(CoderFiles):
     """Encode, decode, save, load, clone and fold for every architecture; a subclass names the dimensions.
 
     Args:
@@ -46,6 +45,7 @@ class BaseCrosscoder(CoderWeights):
         decoder_norm: how the norms of one latent's decoder vectors combine: "sum" lets latents be exclusive to a
             position (default of crosscoders), "joint" is the norm of their concatenation (default of cross-layer
             transcoders).
+        prefixes: sizes of nested dictionaries that must reconstruct alone (see `crosscode.models.prefixes`).
         backend: see `crosscode_kernels.resolve_backend`; changes speed and memory, never results.
         dtype: of the parameters; default: torch's own.
 
@@ -71,6 +71,7 @@ class BaseCrosscoder(CoderWeights):
         use_pre_bias: bool = False,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
+        prefixes: Sequence[float] = (),
         backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
@@ -83,6 +84,9 @@ class BaseCrosscoder(CoderWeights):
                 f"got {activation_fn.type_name()!r}"
             )
         self.activation_fn = activation_fn.to_param_dtype(dtype)
+        self.prefixes = sizes_of(prefixes, n_latents)
+        if self.prefixes and activation_fn.keeps_k and not activation_fn.selects_over_batch:
+            self.prefix_thresholds_S = torch.full((len(self.prefixes),), -1.0)
         self.use_pre_bias = use_pre_bias
         if use_pre_bias and not (use_decoder_bias and self.spaces_match):
             raise InputError(
@@ -136,6 +140,14 @@ class BaseCrosscoder(CoderWeights):
     def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
         """`output_BXoDo` from the latents of each of `parts`."""
         return self.decode(latents_of_parts[0], x_BXiDi)
+
+    def decode_prefixes(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`output_BSXoDo`: what `decode_parts` would give of the first `sizes[s]` latents alone (of a compound model, of the
+        first ones of each source layer), for each s in one pass."""
+        y_BSO = self.ops.nested_decode(latents_of_parts[0], self.W_dec_LO, self._b_dec_O, sizes)
+        if self.W_skip_XiDiXoDo is not None:
+            y_BSO = y_BSO + self._skip_BO(self.W_skip_XiDiXoDo, x_BXiDi)[:, None]
+        return y_BSO.reshape(-1, len(sizes), *self.out_dims, self.d_out)
 
     def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         """Squared error of what `decode_parts` would give."""
@@ -254,51 +266,16 @@ class BaseCrosscoder(CoderWeights):
         """An independent copy."""
         return copy.deepcopy(self)
 
-    # ---- files
+    def prefix(self, n_latents: int) -> Self:
+        """The first `n_latents` latents as a model of their own, in eval mode: it keeps of them what this one keeps (of TopK, as
+        many over all tokens), by thresholds of its own.
+
+        Raises:
+            InputError: what is kept cannot be told of these latents alone, or thresholds were not calibrated for that size.
+        """
+        return prefix_of(self, n_latents)
 
     @classmethod
     def dims_for(cls, n_models: int, n_hookpoints: int, d_model: int) -> dict[str, int]:
         """The constructor arguments that follow from the harvested activations."""
         raise NotImplementedError
-
-    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-        """Write `model.safetensors` and `config.json` into the folder `path`, whole or not at all.
-
-        Args:
-            metadata: JSON values that belong to the weights, such as models and hookpoints; default: `self.metadata`.
-        """
-        checkpoint.save_model(self, Path(path), dict(self.metadata if metadata is None else metadata))
-
-    def export(self, to: str, path: str | Path, *, position: str | None = None, overwrite: bool = False) -> Path:
-        """Write the model into the new folder `path` as another library has it; returns that folder.
-
-        Args:
-            to: "saelens", "circuit-tracer", "sparsify", "dictionary-learning" or "kissane".
-            position: write one output position of it alone, by its name (`position_names`).
-            overwrite: replace an earlier export that is there.
-
-        Raises:
-            InputError: what the format cannot hold, with what would work; a folder that is there already.
-        """
-        return elsewhere("export")([self], to, Path(path), position=position, overwrite=overwrite)
-
-    @classmethod
-    def load(cls, path: str | Path, *, backend: AnyBackend = "auto", device: str | torch.device = "cpu") -> Self:
-        """A saved model, equal to the bit, in eval mode; or that of another library's file or folder. It takes raw
-        activations: the scaling of a run's checkpoint, whose model is unfolded, is folded in.
-
-        Raises:
-            InputError: a missing folder, another architecture, or tensors whose names, shapes or dtypes differ.
-        """
-        return checkpoint.load_model(cls, Path(path), backend=backend, device=torch.device(device))
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **options: Any) -> Self:
-        """As `load`, with its options, of a folder or of a repository USER/NAME on the Hugging Face hub (`revision`: a
-        branch, tag or commit).
-
-        Raises:
-            InputError: no such folder or repository, or no way to the hub.
-        """
-        path = Path(name) if Path(name).exists() else elsewhere("fetch")(str(name), revision)
-        return cls.load(path, **options)

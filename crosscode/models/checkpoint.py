@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,22 @@ def model_config(model: Coder) -> dict[str, Any]:
         "is_folded": model.is_folded,
     }
     partition = {} if model.partition is None else {"partition": model.partition.as_config()}
+    if model.prefixes:
+        config["prefixes"] = list(model.prefixes)
     return config | partition | ({"use_pre_bias": True} if model.use_pre_bias else {})
+
+
+def model_from(spec: Mapping[str, Any], model_class: Any, backend: AnyBackend) -> Any:
+    """A model as `model_config` describes it, its weights unset."""
+    spec = {name: value for name, value in spec.items() if name != "kind"}
+    is_folded, dtype = spec.pop("is_folded"), getattr(torch, spec.pop("dtype"))
+    activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
+    model = model_class(**spec, activation_fn=activation, backend=backend, dtype=dtype)
+    if is_folded:
+        for part in {model, *model.parts}:
+            part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
+            part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
+    return model
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -111,28 +127,21 @@ def load_model(
         return foreign.to(device).eval()
     config = read_config(path)
     check_undamaged(path)
-    spec, metadata = dict(config["model"]), config.get("metadata") or {}
-    kind = spec.pop("kind")
-    model_class = class_of_kind(kind)
+    spec, metadata = config["model"], config.get("metadata") or {}
+    model_class = class_of_kind(spec["kind"])
     if model_class is None or cls not in model_class.__mro__:
-        raise InputError(f"model path {str(path)!r}: holds a {kind!r} model, not a {cls.__name__}")
-    is_folded, dtype = spec.pop("is_folded"), getattr(torch, spec.pop("dtype"))
+        raise InputError(f"model path {str(path)!r}: holds a {spec['kind']!r} model, not a {cls.__name__}")
     try:
-        activation = ACTIVATIONS.build(spec.pop("activation"), n_latents=spec["n_latents"])
-        model = model_class(**spec, activation_fn=activation, backend=backend, dtype=dtype)
+        model = model_from(spec, model_class, backend)
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # fields or sizes of no such model
         raise InputError(f"{path / CONFIG_FILE}: no such model can be made ({first_line(error)})") from error
-    if is_folded:
-        for part in {model, *model.parts}:
-            part.folded_scaling_in_Xi = torch.empty(part.in_dims, dtype=dtype)
-            part.folded_scaling_out_Xo = torch.empty(part.out_dims, dtype=dtype)
     model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
     if model.partition is not None:
         model.partition.check_clear({f"{path / WEIGHTS_FILE}: {name}": model.get_parameter(name) for name in OF_MODELS})
     model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
-    if fold and not is_folded and (scaling := _scaling_of(path, config)) is not None:
+    if fold and not spec["is_folded"] and (scaling := _scaling_of(path, config)) is not None:
         fold_scaling_(model, *scaling)
     return model.to(device).eval()
 

@@ -23,6 +23,7 @@ from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.models.cross_layer_transcoder import CrossLayerTranscoder
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.layered_latents import concat_latents, keep_largest, layer_of_latents
+from crosscode.models.prefixes import sizes_of
 from crosscode.models.shapes import check_shape, checked_latents
 from crosscode.models.split import Split
 from crosscode.models.weights import CoderWeights
@@ -83,6 +84,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         use_decoder_bias: bool = True,
         linear_skip: bool = False,
         decoder_norm: NormMode | None = None,
+        prefixes: Sequence[float] = (),
         backend: AnyBackend = "auto",
         dtype: torch.dtype = torch.float32,
     ):
@@ -106,6 +108,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
                 f"crosscoder.topk_scope = 'all_layers': needs crosscoder.activation.type 'topk' or 'batch_topk', "
                 f"got {activation_fn.type_name()!r}"
             )
+        self.prefixes = sizes_of(prefixes, n_latents, n_sources)
         self.layers = nn.ModuleList(
             CrossLayerTranscoder(
                 len(range(n_layers)[self._outputs(source)]),
@@ -117,6 +120,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
                 use_decoder_bias=False,
                 linear_skip=linear_skip,
                 decoder_norm=decoder_norm,
+                prefixes=[size // n_sources for size in self.prefixes],
                 backend=backend,
                 dtype=dtype,
             )
@@ -186,6 +190,15 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
 
     def decode_parts(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor) -> Tensor:
         return self._decode_layers(latents_of_parts, x_BXiDi)
+
+    def decode_prefixes(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, sizes: Sequence[int]) -> Tensor:
+        sizes_of_part = [size // len(self.parts) for size in sizes]
+        outputs = []
+        for source, (part, latents) in enumerate(zip(self.parts, latents_of_parts, strict=True)):
+            y_BSPD = part.decode_prefixes([latents], x_BXiDi[:, source], sizes_of_part)
+            outputs.append(nn.functional.pad(y_BSPD, (0, 0, *self._padding(source))))
+        y_BSPD = torch.stack(outputs).sum(0)
+        return y_BSPD if self.b_dec_XoDo is None else y_BSPD + self.b_dec_XoDo
 
     def recon_loss(self, latents_of_parts: Sequence[Latents], x_BXiDi: Tensor, target_BXoDo: Tensor) -> ReconLoss:
         y_BO, target_BO = self._decode_layers(latents_of_parts, x_BXiDi).flatten(1), target_BXoDo.flatten(1)

@@ -16,7 +16,7 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.architecture import ARCHITECTURES, PreBiasConfig
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.initialization.base import InitStrategy, SampleBatches
-from crosscode.models.partition import BlockConfig, Partition
+from crosscode.models.partition import BlockConfig, Partition, check_order
 from crosscode.models.split import Split
 from crosscode.models.weights import view
 
@@ -89,6 +89,7 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         self.n_models, self.n_hookpoints, self.d_model = n_models, n_hookpoints, d_model
         self.n_shared_latents = n_shared_latents
         self.partition = Partition.of(partition, n_models, n_latents, n_shared_latents)
+        check_order(self.prefixes, n_shared_latents, self.partition)
 
     def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
         super().init_weights(strategy, seed, samples)

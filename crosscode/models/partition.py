@@ -8,7 +8,7 @@ A dictionary holds its latents in this order, and here alone it is stated:
 3. all others: of every model, with a decoder vector for each.
 
 Any of the three may be empty, and tied latents and a partition go together. Prefixes of the dictionary that must
-reconstruct alone (Matryoshka) go with neither: a prefix would hold latents of one kind only.
+reconstruct alone (Matryoshka) go with neither: a prefix would hold latents of one kind only (`check_order`).
 
 Axes: L latents · M models.
 """
@@ -44,6 +44,15 @@ class BlockConfig(ConfigModel):
         if (self.share is None) == (self.n_latents is None):
             raise ValueError(f"give exactly one of share and n_latents, got {self.share} and {self.n_latents}")
         return self
+
+
+def check_order(prefixes: Sequence[int], n_shared_latents: int, partition: Partition | None) -> None:
+    """Raise `InputError` where two things want the first latents for themselves."""
+    if prefixes and (n_shared_latents or partition is not None):
+        other = "tied latents (n_shared_latents)" if n_shared_latents else "a partition"
+        raise InputError(
+            f"prefixes = {list(prefixes)}: do not go with {other}: a prefix would hold latents of one kind only"
+        )
 
 
 @dataclass(frozen=True)

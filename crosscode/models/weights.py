@@ -36,6 +36,8 @@ class CoderWeights(nn.Module, Coder):
     default_decoder_norm: ClassVar[NormMode] = "sum"
     n_shared_latents: int = 0
     partition: Partition | None = None
+    prefixes: tuple[int, ...] = ()
+    prefix_thresholds_S: Tensor | None
     use_pre_bias: bool = False
     position_names: tuple[str, ...] = ()
     """Names of the output's positions, where they are known (of a saved model, from its metadata)."""
@@ -62,6 +64,7 @@ class CoderWeights(nn.Module, Coder):
         self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
         self.backend = Backend.parse(backend)
         self._ops: tuple[Any, OpSet] | None = None
+        self.register_buffer("prefix_thresholds_S", None)
         self.register_buffer("folded_scaling_in_Xi", None)
         self.register_buffer("folded_scaling_out_Xo", None)
 

@@ -14,6 +14,7 @@ from crosscode.objectives.terms import AuxKTerm as AuxKTerm
 from crosscode.objectives.terms import DeltaTerm as DeltaTerm
 from crosscode.objectives.terms import L0Term as L0Term
 from crosscode.objectives.terms import L1Term as L1Term
+from crosscode.objectives.terms import MatryoshkaTerm as MatryoshkaTerm
 from crosscode.objectives.terms import MultiTopkTerm as MultiTopkTerm
 from crosscode.objectives.terms import PreActTerm as PreActTerm
 from crosscode.objectives.terms import ReconTerm as ReconTerm

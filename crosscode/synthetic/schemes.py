@@ -41,12 +41,18 @@ def _jumprelu(penalty: float, **options: Any) -> dict[str, Any]:
     return _scheme({"type": "jumprelu"}, objective, _JAN, _ADAM_SLOW_THRESHOLDS)
 
 
+def _wanted_l0(k: int, n_latents: int, penalty: float) -> dict[str, Any]:
+    activation = {"type": "jumprelu", "thresholds": "linear"}
+    return _scheme(activation, {"l0": {"target": k}, "pre_act": {"weight": 1e-3}}, _JAN, {"type": "adam", "lr": 5e-3})
+
+
 SCHEMES: dict[str, Callable[[int, int, float], dict[str, Any]]] = {
     "l1_crosscoder": _l1,
     "topk_crosscoder": lambda k, n_latents, penalty: _topk("topk", k, n_latents),
     "batch_topk_crosscoder": _batch_topk,
     "groupmax_crosscoder": lambda k, n_latents, penalty: _scheme({"type": "groupmax", "k": k}, _AUXK),
     "jan_update_crosscoder": lambda k, n_latents, penalty: _jumprelu(penalty),
+    "wanted_l0_crosscoder": _wanted_l0,
     "feb_update_diffing_topk": lambda k, n_latents, penalty: _topk("topk", k, n_latents),
     "feb_update_diffing_jumprelu": lambda k, n_latents, penalty: _jumprelu(penalty, shared_ratio=0.2),
 }

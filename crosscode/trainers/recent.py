@@ -6,7 +6,7 @@ Axes: B tokens · Xi input crosscoding dims · Di input width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crosscode.evaluation.precision import full_precision
 from crosscode.models.base import BaseCrosscoder
+from crosscode.trainers.prefix_thresholds import calibrate_prefixes_
 from crosscode.trainers.whole_batch import thresholds_over
 
 MAX_TOKENS, MAX_BYTES = 100_000, 1 << 28
@@ -23,7 +24,8 @@ FIRST_OFFER = 2
 
 
 class RecentActivations:
-    """References to the last batches, for a model with an activation that selects over the batch; nothing for others.
+    """References to the last batches, for a model with an activation that selects over the batch, or with prefixes that need
+    thresholds of their own; nothing for others.
 
     What a step tracks is a running mean over models that have changed since. A saved model has instead the threshold that
     lets through k latents a token on these activations, which is found by encoding them once more.
@@ -34,7 +36,9 @@ class RecentActivations:
 
     def __init__(self, model: BaseCrosscoder, n_parts: int = 1):
         self.model, self.n_parts = model, n_parts
-        self.is_needed = any(fn.selects_over_batch for fn in model.activation_fns)
+        self.selects_over_batch = any(fn.selects_over_batch for fn in model.activation_fns)
+        self.has_prefixes = any(part.prefix_thresholds_S is not None for part in model.parts)
+        self.is_needed = self.selects_over_batch or self.has_prefixes
         self._inputs: deque[Tensor] = deque()
         self._n_tokens = self._n_bytes = 0
 
@@ -68,6 +72,13 @@ class RecentActivations:
         if not self._inputs:
             return
         inputs = [part for input_BXiDi in self._inputs for part in input_BXiDi.chunk(self.n_parts)]
+        if self.selects_over_batch:
+            self._settle(inputs)
+        if self.has_prefixes:
+            with full_precision():
+                calibrate_prefixes_(self.model, inputs)
+
+    def _settle(self, inputs: Sequence[Tensor]) -> None:
         was_training, n_offered = self.model.training, FIRST_OFFER
         with ExitStack() as stack:
             stack.enter_context(full_precision())

@@ -163,6 +163,16 @@ class ActivationFunction(Configured, nn.Module, ABC):
 
     # ---- copies
 
+    def for_prefix(self, n_latents: int, threshold: Tensor | None) -> ActivationFunction:
+        """What keeps, of the first `n_latents` alone, what this one keeps of them, in eval mode.
+
+        Args:
+            threshold: for activations that keep k latents of each token: from which on it keeps them; None: not known.
+        """
+        raise InputError(
+            f"prefix: {self.type_name()!r} keeps latents by what the others are: no prefix of it stands alone"
+        )
+
     def for_n_latents(self, n_latents: int, selects_from: int | None = None) -> Self:
         """A fresh activation of the same config for another number of latents, which are a share of the `selects_from`
         that a selection is made from."""

@@ -149,6 +149,14 @@ class BatchTopkActivation(AnnealedK):
     def ranked_cutoff(self) -> Tensor:
         return _just_below(self._inference_threshold())
 
+    def for_prefix(self, n_latents: int, threshold: Tensor | None) -> BatchTopkActivation:
+        # One threshold was settled for all that are ranked together: of the first latents it keeps the same.
+        self._inference_threshold()
+        fields = {"k": min(self.k, n_latents), "k_start": None}
+        alone = self.of(self.config.model_copy(update=fields), n_latents=n_latents)
+        alone.load_state_dict(self.state_dict())
+        return alone
+
     def set_cutoffs_(self, theta: Tensor) -> None:
         above = torch.nextafter(theta.float().clamp(min=0), torch.tensor(float("inf")))
         self.settle_threshold_(above / (1 - THRESHOLD_SLACK))

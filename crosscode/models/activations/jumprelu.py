@@ -92,6 +92,11 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
     def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor:
         return self.log_thresholds_L().exp()
 
+    def for_prefix(self, n_latents: int, threshold: Tensor | None) -> AnthropicSTEJumpReLUActivation:
+        fresh = self.for_n_latents(n_latents)
+        fresh.load_state_dict({name: value_L[:n_latents] for name, value_L in self.state_dict().items()})
+        return fresh
+
     def set_cutoffs_(self, theta: Tensor) -> None:
         self.set_thresholds_(theta.clamp(min=torch.finfo(torch.float32).tiny))
 

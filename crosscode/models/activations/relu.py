@@ -36,5 +36,8 @@ class ReLUActivation(ActivationFunction):
     def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor:
         return torch.zeros(self.n_latents)
 
+    def for_prefix(self, n_latents: int, threshold: Tensor | None) -> ReLUActivation:
+        return self.for_n_latents(n_latents)
+
     def rescale_latents_(self, scale_L: Tensor) -> None:
         """Nothing to do: what is positive stays so."""

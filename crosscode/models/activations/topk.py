@@ -66,6 +66,16 @@ class AnnealedK(ActivationFunction):
         """The k of this step: `k`, or more while it is annealed."""
         return min(self.wanted_k, self.n_latents)
 
+    def for_prefix(self, n_latents: int, threshold: Tensor | None) -> ActivationFunction:
+        if threshold is None:
+            raise InputError(
+                f"prefix: no threshold was calibrated for {n_latents} latents (of one source layer); name the size in "
+                "crosscoder.prefixes and train"
+            )
+        alone = ACTIVATIONS.build({"type": "batch_topk", "k": min(self.k, n_latents)}, n_latents=n_latents)
+        alone.settle_threshold_(threshold)
+        return alone
+
     def selection(self) -> Selection | None:
         return Selection(self.wanted_k, self.selects_over_batch)
 

@@ -24,7 +24,8 @@ OF_THE_SCHEMES = {
     "topk_cross_layer_skip_transcoder", "batch_topk_cross_layer_skip_transcoder",
     "groupmax_cross_layer_skip_transcoder", "jumprelu_cross_layer_transcoder", "compound_clt", "skip_transcoder",
     "sae_l1", "sae_topk", "sae_batch_topk", "sae_groupmax", "sae_jumprelu", "three_model_crosscoder",
-    "wanted_l0_crosscoder", "wanted_l0_sae",
+    "wanted_l0_crosscoder", "wanted_l0_sae", "matryoshka_sae", "matryoshka_crosscoder", "matryoshka_transcoder",
+    "matryoshka_clt",
 }  # fmt: skip
 ON_EMBEDDED_MODELS = [name for name in recipe_names() if "smollm" not in name]
 

@@ -231,6 +231,11 @@ class Dictionary:
             total = total + (wanted_BF - found_BF).pow(2).sum() / self.shape[0]
         return total
 
+    def recon_of_prefix(self, a_S: list[Tensor], size: int) -> Tensor:
+        """Of the first latents of every source layer, their share of `size`."""
+        n_own = size // len(a_S)
+        return self.recon([a_BL * (torch.arange(a_BL.shape[1]) < n_own) for a_BL in a_S])
+
     def weights_S(self, ratio: float) -> list[Tensor]:
         weights = torch.ones(sum(h.shape[1] for h in self.h_S), dtype=torch.float64)
         weights[: self.model.n_shared_latents] = ratio

@@ -47,6 +47,11 @@ def expected_loss(formula, values, step, idle_L):
         if name == "auxk":
             term = formula.auxk(a_S, idle_L >= fields["dead_after_tokens"], fields["k_aux"])
             total = total + fields.get("weight", 1 / 32) * term
+        elif name == "matryoshka":
+            assert fields == {}
+            n_sources = len(a_S)
+            sizes = [n_sources * round(share * L / n_sources) for share in values["crosscoder"]["prefixes"]]
+            total = total + torch.stack([formula.recon_of_prefix(a_S, size) for size in sizes]).sum()
         elif name == "l0":
             assert set(fields) == {"target"}
             default = {"type": "warm_up", "value": 10.0, "warmup_fraction": 0.05}

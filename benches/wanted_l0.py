@@ -1,0 +1,88 @@
+"""Does a run end at the L0 that it was told? Held-out L0 against the target, on planted data and on the demo pair.
+
+    python benches/wanted_l0.py run {planted,demo} [--target 10 40 160] [--seed 0 1 2]    train and store, one run at a time
+    python benches/wanted_l0.py table                                                     print what is stored
+
+1,000 steps of 512 tokens each: planted data as `crosscode synthetic` has it, and the recipe `wanted_l0_crosscoder` as it ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import crosscode
+from crosscode.files import json_text, write_text
+from crosscode.synthetic.config import PlantedConfig, SyntheticConfig
+from crosscode.synthetic.runs import run_synthetic
+
+STORED = Path(__file__).parent / "results" / "wanted_l0.json"
+N_STEPS, BATCH = 1000, 512
+
+
+def planted(target: int, seed: int) -> dict[str, Any]:
+    config = SyntheticConfig(
+        planted=PlantedConfig(seed=seed), schemes=["wanted_l0_crosscoder"], l0=target, n_steps=N_STEPS,
+        batch_size=BATCH, seed=seed,
+    )  # fmt: skip
+    (result,) = run_synthetic(config)
+    return {"l0": result.l0, "fvu": result.fvu, "dead_fraction": result.dead_fraction}
+
+
+def demo(target: int, seed: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        run = crosscode.train(
+            "wanted_l0_crosscoder", seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}},
+            train={"n_tokens": N_STEPS * BATCH, "batch_size": BATCH}, evaluation={"loss_recovered": "never"},
+        )  # fmt: skip
+        summary = json.loads((Path(run.path) / "summary.json").read_text())
+    return {name: summary[name] for name in ("l0", "fvu", "dead_fraction")}
+
+
+DATA = {"planted": planted, "demo": demo}
+
+
+def run(data: str, targets: list[int], seeds: list[int]) -> None:
+    for seed in seeds:
+        for target in targets:
+            found = {**DATA[data](target, seed), "load_average": os.getloadavg()[0]}
+            stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+            stored[f"{data}, target {target}, seed {seed}"] = found
+            write_text(STORED, json_text(dict(sorted(stored.items())), indent=1) + "\n")
+            print(f"{data}, target {target}, seed {seed}: {found}", file=sys.stderr, flush=True)
+
+
+def table() -> str:
+    """Markdown: one row a run."""
+    rows = ["| data | target | seed | held-out L0 | off | FVU | dead |", "|---|---|---|---|---|---|---|"]
+    for name, found in json.loads(STORED.read_text()).items():
+        data, target, seed = (part.split()[-1] for part in name.split(", "))
+        off = found["l0"] / float(target) - 1
+        rows.append(
+            f"| {data} | {target} | {seed} | {found['l0']:.2f} | {off:+.1%} | {found['fvu']:.3f} | {found['dead_fraction']:.1%} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Held-out L0 against the wanted one.")
+    commands = parser.add_subparsers(required=True, dest="command")
+    runner = commands.add_parser("run", help="train and store the figures")
+    runner.add_argument("data", choices=list(DATA))
+    runner.add_argument("--target", nargs="+", type=int, default=[10, 40, 160])
+    runner.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    commands.add_parser("table", help="print the stored figures as markdown")
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table())
+    else:
+        run(options.data, options.target, options.seed)
+
+
+if __name__ == "__main__":
+    main()

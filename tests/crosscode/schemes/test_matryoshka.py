@@ -1,0 +1,168 @@
+"""Nested dictionaries: the loss of every prefix, and prefixes as models of their own.
+
+Axes: B tokens · S prefixes · L latents.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crosscode.errors import InputError
+from crosscode.evaluation.heldout import measure_reconstruction
+from crosscode.models import BaseCrosscoder
+from crosscode.models.architecture import split_for
+from crosscode.models.prefixes import first_latents, sizes_of
+from crosscode.objectives import MatryoshkaTerm
+from crosscode.trainers.prefix_thresholds import calibrate_prefixes_
+
+ARCHITECTURES = ["sae_pre_bias", "skip_transcoder", "acausal_3x2", "cross_layer_skip", "compound_skip_later_only"]
+SIZES = (6, 12, 18)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
+def test_the_loss_is_its_formula(architecture, activation, backend, make_case, objective, context, dictionary, check):
+    case = make_case(architecture, activation, backend=backend, prefixes=SIZES)
+    formula = dictionary(case, activation)
+    loss = objective({"recon": {}, "matryoshka": {"weight": 0.7}})(context(case), 0, 10)
+    a_S = formula.latents()
+    nested = torch.stack([formula.recon_of_prefix(a_S, size) for size in SIZES]).sum()
+    check(case, formula, loss, formula.recon(a_S) + 0.7 * nested)
+
+
+@pytest.mark.parametrize("architecture", ["sae", "compound"])
+def test_every_prefix_has_the_bias(architecture, make_case, objective, context):
+    """The trap: without latents each prefix gives the bias, so its error is that of the bias alone."""
+    case = make_case(architecture, "relu", prefixes=SIZES)
+    with torch.no_grad():
+        for part in case.model.parts:
+            part.b_enc_L.fill_(-1e6)
+    loss = objective({"matryoshka": {}})(context(case), 0, 10)
+    of_bias = (case.target_BXoDo - case.model.b_dec_XoDo).flatten(1).square().sum(1).mean()
+    torch.testing.assert_close(loss.total, len(SIZES) * of_bias)
+
+
+def test_sampled_prefixes_are_those_of_a_step(make_case):
+    model = make_case("compound", "topk", prefixes=[6]).model
+    term, again = (MatryoshkaTerm(sampled=4, seed=3) for _ in range(2))
+    drawn = []
+    for _ in range(20):
+        drawn.append(term.sizes(model))
+        assert term.sizes(model) == drawn[-1]
+        term.after_step(torch.tensor(0.0))
+    assert len(set(drawn)) > 5
+    for sizes in drawn:
+        assert list(sizes) == sorted(set(sizes)) and all(6 <= size < 24 and size % 3 == 0 for size in sizes)
+    again.load_state_dict({"n_steps": 7})
+    assert again.sizes(model) == drawn[7]
+
+
+def test_sizes_are_checked(make_case):
+    assert sizes_of([0.25, 12], 24) == (6, 12) and sizes_of([0.3], 24, 3) == (6,)
+    for given, message in (
+        ([12, 6], r"must ascend, got \[12, 6\]"),
+        ([24], r"24 gives 24 latents; must be a whole number from 1 to 23"),
+        ([2.5], r"2.5 gives 2.5 latents"),
+        ([0.001], r"0.001 gives 0 latents"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sizes_of(given, 24)
+    with pytest.raises(InputError, match="a multiple of the 3 source layers"):
+        sizes_of([7], 24, 3)
+    with pytest.raises(InputError, match=r"prefixes = \[6\]: do not go with tied latents"):
+        make_case("acausal_shared", "topk", prefixes=[6])
+    with pytest.raises(InputError, match=r"prefixes = \[6\]: do not go with a partition"):
+        make_case("acausal_2x1", "topk", prefixes=[6], partition=[{"models": [0], "n_latents": 3}])
+    with pytest.raises(InputError, match=r"objective.matryoshka: needs crosscoder.prefixes"):
+        MatryoshkaTerm().check_model(make_case("sae", "topk").model)
+
+
+def nested(model, case, size):
+    """What the whole model keeps of a prefix, and decodes."""
+    result = model.forward_train(case.input_BXiDi)
+    own = size // len(model.parts)
+    kept = [first_latents(latents, own).to_dense() for latents in result.latents_of_parts]
+    return torch.cat(kept, 1), model.decode_prefixes(result.latents_of_parts, case.input_BXiDi, [size])[:, 0]
+
+
+def settled(model, case):
+    """As the end of training leaves it."""
+    for fn in model.activation_fns:
+        if fn.selects_over_batch:
+            fn.settle_threshold_(torch.tensor(0.4))
+    calibrate_prefixes_(model, [case.input_BXiDi])
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation", ["batch_topk", "batch_topk_by_norm", "jumprelu", "jumprelu_linear", "relu"])
+def test_a_prefix_is_what_the_whole_keeps_of_it(architecture, activation, make_case, tmp_path):
+    case = make_case(architecture, activation, prefixes=SIZES)
+    model = settled(case.model, case)
+    for size in SIZES:
+        a_BL, y_BXoDo = nested(model, case, size)
+        prefix = model.prefix(size)
+        assert type(prefix) is type(model) and prefix.n_latents == size and not prefix.training
+        assert prefix.prefixes == tuple(smaller for smaller in SIZES if smaller < size)
+        torch.testing.assert_close(prefix.encode(case.input_BXiDi), a_BL)
+        torch.testing.assert_close(prefix(case.input_BXiDi), y_BXoDo)
+        prefix.save(tmp_path / str(size))
+        again = BaseCrosscoder.load(tmp_path / str(size))
+        assert torch.equal(again(case.input_BXiDi), prefix(case.input_BXiDi))
+        assert again.prefixes == prefix.prefixes
+
+
+@pytest.mark.parametrize("architecture", ["sae", "acausal_2x1", "compound"])
+def test_a_prefix_of_topk_keeps_as_many_latents_by_its_own_threshold(architecture, make_case):
+    case = make_case(architecture, "topk", prefixes=SIZES, n_tokens=64)
+    model = settled(case.model, case)
+    thresholds = [part.prefix_thresholds_S for part in model.parts]
+    for size in SIZES:
+        expected = (nested(model, case, size)[0] > 0).sum()
+        assert (model.prefix(size).encode(case.input_BXiDi) > 0).sum() == expected
+    # The trap: with the threshold of another prefix it is another number.
+    for thresholds_S in thresholds:
+        thresholds_S.copy_(thresholds_S.flip(0) if len(set(thresholds_S.tolist())) > 1 else thresholds_S * 2)
+    assert (model.prefix(SIZES[0]).encode(case.input_BXiDi) > 0).sum() != (nested(model, case, SIZES[0])[0] > 0).sum()
+
+
+def test_prefixes_that_cannot_stand_alone_say_so(make_case):
+    with pytest.raises(InputError, match="no threshold was calibrated for 6 latents"):
+        make_case("sae", "topk", prefixes=[6]).model.prefix(6)
+    case = make_case("sae", "topk", prefixes=[6])
+    with pytest.raises(InputError, match="no threshold was calibrated for 7 latents"):
+        settled(case.model, case).prefix(7)
+    with pytest.raises(InputError, match="'groupmax' keeps latents by what the others are"):
+        make_case("sae", "groupmax").model.prefix(6)
+    assert make_case("sae", "relu").model.prefix(7).n_latents == 7
+
+
+def test_a_trained_model_has_the_thresholds_of_its_prefixes(make_trainer):
+    trainer = make_trainer(
+        n_steps=3,
+        activation={"type": "topk", "k": 4},
+        objective={"recon": {}, "matryoshka": {}},
+        model_options={"prefixes": [6, 12]},
+    )
+    trainer.train()
+    final = BaseCrosscoder.load(trainer.run.final)
+    assert (final.prefix_thresholds_S > 0).all()
+    assert final.prefix(6).is_folded and final.prefix(12).prefixes == (6,)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("sae", "sae"), ("acausal_2x1", "model_hookpoint_acausal")])
+def test_held_out_figures_of_a_prefix_are_those_of_the_prefix_alone(architecture, kind, make_case):
+    case = make_case(architecture, "batch_topk", prefixes=SIZES, dtype=torch.float32)
+    model = settled(case.model, case)
+    split = split_for(kind)
+    acts_BMPD = torch.randn(64, 2 if kind != "sae" else 1, 1, 5)
+    names = [str(x) for x in range(len(model.segments))]
+    scaling_MP = torch.full(acts_BMPD.shape[1:3], 1.5)
+    found = measure_reconstruction(model, [acts_BMPD], split, names, scaling_MP)
+    assert [prefix.n_latents for prefix in found.prefixes] == list(SIZES)
+    for prefix in found.prefixes:
+        alone = measure_reconstruction(model.prefix(prefix.n_latents), [acts_BMPD], split, names, scaling_MP)
+        assert (prefix.fvu, prefix.l0) == (pytest.approx(alone.fvu, rel=1e-5), pytest.approx(alone.l0))
+        assert found.as_metrics()[f"eval/fvu_of_first/{prefix.n_latents}"] == prefix.fvu
