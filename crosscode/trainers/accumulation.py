@@ -8,6 +8,7 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do widths · L laten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -16,7 +17,8 @@ from crosscode.models.base import ForwardResult
 from crosscode.objectives.base import NOT_LOOKED_AT, Loss, WholeBatch
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
-    batch_thresholds,
+    OfPart,
+    batch_cuts,
     concat_tokens,
     look_at_whole_batch,
     needs_whole_batch,
@@ -45,11 +47,11 @@ class BatchInParts:
         if tracks_batches(self.model):
             observers = [*observers, lambda _, forward: kept.append(forward.latents)]
         if needs_whole_batch(self.model, self.objective):
-            with batch_thresholds(self.model, self.objective, inputs, self.forward.autocast):
-                with self.forward.autocast():
-                    counts_L, whole = look_at_whole_batch(self.model, inputs, targets)
-                self.firing.update_counts(counts_L, n_tokens)
-                loss = self._add_up(inputs, targets, step, n_steps, observers, whole)
+            of_part = batch_cuts(self.model, self.objective, inputs, self.forward.autocast)
+            with self.forward.autocast():
+                counts_L, whole = look_at_whole_batch(self.model, inputs, targets, of_part)
+            self.firing.update_counts(counts_L, n_tokens)
+            loss = self._add_up(inputs, targets, step, n_steps, observers, whole, of_part)
         else:
             counts: list[Tensor] = []
             observers = [*observers, lambda _, forward: counts.append(forward.latents.firing_counts_L())]
@@ -67,14 +69,16 @@ class BatchInParts:
         n_steps: int,
         observers: Sequence[Observer],
         whole: WholeBatch = NOT_LOOKED_AT,
+        of_part: OfPart = lambda i: nullcontext(),
     ) -> Loss:
         n_tokens = sum(input_BXiDi.shape[0] for input_BXiDi in inputs)
         mean: Loss | None = None
-        for input_BXiDi, target_BXoDo in zip(inputs, targets, strict=True):
-            forward, terms = self.forward.part(input_BXiDi, target_BXoDo, whole)
-            loss = self.objective.weigh(terms, step, n_steps)
+        for i, (input_BXiDi, target_BXoDo) in enumerate(zip(inputs, targets, strict=True)):
             share = input_BXiDi.shape[0] / n_tokens
-            (loss.total * share).backward()
+            with of_part(i):
+                forward, terms = self.forward.part(input_BXiDi, target_BXoDo, whole)
+                loss = self.objective.weigh(terms, step, n_steps)
+                (loss.total * share).backward()
             mean = loss.times(share) if mean is None else mean + loss.times(share)
             for observe in observers:
                 observe(target_BXoDo, forward)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
@@ -64,23 +64,26 @@ class Progress:
 
     def advance(self, metrics: dict[str, Any], also: Iterable[str] = ()) -> None:
         """One more is done, with these latest loss, FVU and L0, and figures of other names where there are some."""
-        self.show((self._done or 0) + 1, _figures(metrics, also))
+        self._show((self._done or 0) + 1, lambda: _figures(metrics, also))
 
     def show(self, done: int, figures: str) -> None:
         """So much is done; begins to count where `start` was not called."""
+        self._show(done, lambda: figures)
+
+    def _show(self, done: int, figures: Callable[[], str]) -> None:
         if self._done is None:
             self._begin(done)
         self._done = done
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_postfix_str(figures(), refresh=False)
         elif self.enabled:
             now = time.monotonic()
             if not self._marks:
                 self._marks.append((now, done))
             if now - self._last_line >= SECONDS_BETWEEN_LINES or self._is_whole(done):
                 self._last_line = now
-                self._print(f"{self._pace(now, done)}{figures}")
+                self._print(f"{self._pace(now, done)}{figures()}")
                 self._marks.append((now, done))
 
     def through(self, batches: Iterable[_Masked]) -> Iterator[_Masked]:

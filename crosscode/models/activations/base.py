@@ -101,8 +101,8 @@ class ActivationFunction(Configured, nn.Module, ABC):
         """What would select the same over the latents of several source layers; None: each latent by itself decides."""
         return None
 
-    def batch_thresholds_set(self, threshold_of_factor: Mapping[int, Tensor]) -> AbstractContextManager[None]:
-        """Within the block train mode keeps what reaches the threshold of the current `k_factor`; for activations that
+    def batch_cuts_set(self, cut_of_factor: Mapping[int, Any]) -> AbstractContextManager[None]:
+        """Within the block train mode keeps what the `Cut` of the current `k_factor` lets through; for activations that
         select over the batch, and batches in parts."""
         raise NotImplementedError(f"{self.type_name()} does not select over the batch")
 

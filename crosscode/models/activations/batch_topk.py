@@ -5,8 +5,10 @@ Axes: B tokens · I flattened input dims · L latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,14 +32,40 @@ THRESHOLD_SLACK = 1e-5
 threshold one value equals it, and must not be lost to the rounding of another batch size."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What a part of a batch keeps of what the whole selects: what is above `threshold`, and of what equals it the values at
+    places before `end`, counted through the part as `token * stride + latent`."""
+
+    threshold: Tensor
+    end: Tensor
+    stride: int
+
+    def without_later_ties(self, latents: Latents, scale_L: Tensor | None) -> Latents:
+        """Of all that reaches the threshold, what is kept; the rest is 0, and gets no gradient."""
+        if isinstance(latents, SparseLatents):
+            latent_N = latents.latent_idx_N.long()
+            place_N = latents.token_idx_N() * self.stride + latent_N
+            keep_N = self._kept(latents.value_N, None if scale_L is None else scale_L[latent_N], place_N)
+            return replace(latents, value_N=latents.value_N * keep_N)
+        B, L = latents.value_BL.shape
+        token_B, latent_L = (torch.arange(n, device=latents.value_BL.device) for n in (B, L))
+        keep_BL = self._kept(latents.value_BL, scale_L, token_B[:, None] * self.stride + latent_L)
+        return replace(latents, value_BL=latents.value_BL * keep_BL)
+
+    def _kept(self, value: Tensor, scale: Tensor | None, place: Tensor) -> Tensor:
+        rank = value.detach() if scale is None else value.detach() * scale
+        return (rank != self.threshold) | (place < self.end)
+
+
 @ACTIVATIONS.register
 class BatchTopkActivation(AnnealedK):
     """In train mode the `k * B` largest of the batch; in eval mode all above a threshold, so that the result for one
     token does not depend on the others. In training that is a running mean of the smallest positive kept value; a saved
     model has the one that lets through k latents a token on the last activations trained on (`settle_threshold_`).
 
-    For a batch that is processed in parts, `batch_thresholds_set` gives the `k * B`-th largest value of the whole batch,
-    by `k_factor`. Then train mode keeps all that reach it, which are the same latents (all of several equal ones).
+    For a batch that is processed in parts, `batch_cuts_set` gives where the selection of the whole batch ends, by `k_factor`.
+    Then train mode keeps the same latents of the part.
     """
 
     class Config(AnnealedKConfig):
@@ -55,23 +83,27 @@ class BatchTopkActivation(AnnealedK):
     threshold: Tensor
     n_steps: Tensor
     mean_weight: Tensor
+    _one: Tensor
 
     def setup(self) -> None:
         super().setup()
         self.uses_decoder_norms = self.rank_by == "decoder_norm_weighted"
-        self._batch_thresholds: Mapping[int, Tensor] = {}
+        self._batch_cuts: Mapping[int, Cut] = {}
         # Statistics stay float32 whatever the parameters are; -1 says that nothing was tracked yet.
         self.register_buffer("threshold", torch.tensor(-1.0, dtype=torch.float32))
         self.register_buffer("n_steps", torch.tensor(0, dtype=torch.int64))
         # Sum of the weights of what went into the running mean: dividing by it takes away the bias of the start.
         self.register_buffer("mean_weight", torch.tensor(0.0, dtype=torch.float32), persistent=False)
+        self.register_buffer("_one", torch.tensor(1.0, dtype=torch.float32), persistent=False)
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:
         scale_L = self._rank_scale(n_L)
-        if self.training and self.k_factor in self._batch_thresholds:
-            return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self._batch_thresholds[self.k_factor], scale_L)
+        if self.training and self.k_factor in self._batch_cuts:
+            cut = self._batch_cuts[self.k_factor]
+            reaching = ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, cut.threshold, scale_L)
+            return cut.without_later_ties(reaching, scale_L)
         if self.training:
             return ops.encode_batch_topk(x_BI, W_enc_LI, b_enc_L, self.current_k, scale_L)
         return ops.encode_threshold(x_BI, W_enc_LI, b_enc_L, self._inference_threshold(), scale_L)
@@ -93,19 +125,19 @@ class BatchTopkActivation(AnnealedK):
             rank = latents.value_N if scale_L is None else latents.value_N * scale_L[latents.latent_idx_N.long()]
         else:
             rank = latents.value_BL if scale_L is None else latents.value_BL * scale_L
-        infinity = torch.full((), float("inf"), device=rank.device, dtype=rank.dtype)
-        smallest = torch.where(rank > 0, rank, infinity).reshape(-1).min() if rank.numel() else infinity
-        self._update_threshold(smallest.to(self.threshold.dtype))
+        if rank.numel():
+            self._update_threshold(rank.masked_fill(rank <= 0, math.inf).amin().to(self.threshold.dtype))
+        self.n_steps.add_(1)
 
     def _update_threshold(self, smallest: Tensor) -> None:
-        """Device-side only: a step must not wait for a value."""
-        tracked = (self.n_steps >= self.threshold_start_step) & smallest.isfinite()
-        new_share = 1 - self.threshold_ema_decay
-        weight = self.mean_weight * self.threshold_ema_decay + new_share
-        mean = torch.lerp(self.threshold, smallest, (new_share / weight).to(smallest.dtype))
-        self.threshold.copy_(torch.where(tracked, mean, self.threshold))
-        self.mean_weight.copy_(torch.where(tracked, weight, self.mean_weight))
-        self.n_steps.add_(1)
+        """Device-side only, for a step must not wait for a value, and in few ops. `smallest`: inf where there is none."""
+        tracked = smallest < math.inf
+        if self.threshold_start_step:
+            tracked &= self.n_steps >= self.threshold_start_step
+        share = tracked * (1 - self.threshold_ema_decay)
+        self.mean_weight.lerp_(self._one, share)
+        mean = torch.lerp(self.threshold, smallest, share / self.mean_weight)
+        torch.where(tracked, mean, self.threshold, out=self.threshold)
 
     def check_evaluated_at(self, step: int) -> None:
         if self.threshold_start_step >= step:
@@ -116,15 +148,15 @@ class BatchTopkActivation(AnnealedK):
 
     def selection(self) -> Selection | None:
         # A threshold needs no ranking.
-        return super().selection() if self.training and not self._batch_thresholds else None
+        return super().selection() if self.training and not self._batch_cuts else None
 
     @contextmanager
-    def batch_thresholds_set(self, threshold_of_factor: Mapping[int, Tensor]) -> Iterator[None]:
-        self._batch_thresholds = threshold_of_factor
+    def batch_cuts_set(self, cut_of_factor: Mapping[int, Cut]) -> Iterator[None]:
+        self._batch_cuts = cut_of_factor
         try:
             yield
         finally:
-            self._batch_thresholds = {}
+            self._batch_cuts = {}
 
     @contextmanager
     def annealing_over(self) -> Iterator[None]:

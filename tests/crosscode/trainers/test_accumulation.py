@@ -3,12 +3,13 @@
 Axes: B tokens · L latents.
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
 import torch
 
-from crosscode.trainers.whole_batch import concat_tokens, needs_whole_batch
+from crosscode.trainers.whole_batch import batch_cuts, concat_tokens, needs_whole_batch
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 SCHEMES = {
@@ -72,6 +73,43 @@ def plain_sgd(monkeypatch):
             return 1.0
 
     monkeypatch.setitem(OPTIMIZERS._classes, "sgd_for_tests", Sgd)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("scope", [None, "layer", "all_layers"])
+@pytest.mark.parametrize("rank_by", ["activation", "decoder_norm_weighted"])
+def test_among_equal_values_the_first_of_the_whole_batch_are_kept_by_its_parts(
+    scope, rank_by, backend, make_trainer, planted
+):
+    """Whole numbers, so that most values are equal to others; one part has nothing above 0."""
+    compound = {"kind": "compound_cross_layer_transcoder", "model_options": {"topk_scope": scope}}
+    trainer = make_trainer(
+        activation={"type": "batch_topk", "k": 3, "rank_by": rank_by},
+        objective={"recon": {}, "multi_topk": {"factor": 2}},
+        backend=backend,
+        data=planted(dims=(1, 4, 6)) if scope else None,
+        **(compound if scope else {}),
+    )
+    model = trainer.model.train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = torch.randint(-1, 2, parameter.shape, generator=generator).float()
+            parameter.copy_(whole * ("b_enc" not in name))
+    x_BXiDi = torch.randint(-1, 2, (20, *model.in_dims, model.d_in), generator=generator).float()
+    x_BXiDi[5:10] = 0
+    for factor in (1, 2):
+        with model.k_multiplied(factor):
+            whole_BL = model.encode_latents(x_BXiDi).to_dense()
+        for n_parts in (2, 3, 4):
+            parts = x_BXiDi.chunk(n_parts)
+            of_part, found = batch_cuts(model, trainer.objective, parts, nullcontext), []
+            for i, part in enumerate(parts):
+                with of_part(i), model.k_multiplied(factor):
+                    found.append(model.encode_latents(part).to_dense())
+            assert torch.equal(torch.cat(found), whole_BL)
+        n_kept = 3 * factor * 20 * (len(model.parts) if scope == "layer" else 1)
+        assert (whole_BL > 0).sum() == n_kept or factor == 2  # then there are fewer above 0
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
