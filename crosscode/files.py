@@ -182,8 +182,10 @@ def check_may_be_filled(folder: str | Path, field: str) -> None:
     Args:
         field: what the user sets it with, for the message.
     """
-    if not str(folder).strip():
-        raise InputError(f"{field} = {str(folder)!r}: is empty; name a folder")
+    if not str(folder).strip() or "\0" in str(folder):
+        raise InputError(
+            f"{field} = {str(folder)!r}: is {'no name' if str(folder).strip() else 'empty'}; name a folder"
+        )
     real = Path(folder).expanduser().resolve()
     for what, taken in (("the working folder", Path.cwd()), ("the home folder", Path("~").expanduser())):
         taken = taken.resolve()

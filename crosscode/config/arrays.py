@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from crosscode.config.registry import ConfigModel
+from crosscode.config.registry import ConfigModel, Printable
 
 
 class ArrayFile(ConfigModel):
     """A file of activations; its path alone will do."""
 
-    path: str
+    path: Printable
     """safetensors, npy or parquet file, or the folder of a store"""
     key: str | None = None
     """tensor or column, where the file has several"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast, get_args, get_origin
@@ -51,7 +52,8 @@ def problem_text(field: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: required, but not given"
     if problem["type"] == "value_error":
-        return f"{field}: {message}" if field else message
+        within = "." if re.match(r"\w+ = ", message) else ": "  # of a section it names the field itself
+        return f"{field}{within}{message}" if field else message
     if problem["type"] == "union_tag_invalid":
         return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
     if problem["type"] == "extra_forbidden":

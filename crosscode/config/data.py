@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.language_models import DTypeName, LanguageModelConfig
 from crosscode.config.positions import PositionRules
-from crosscode.config.registry import ConfigModel
+from crosscode.config.registry import ConfigModel, Printable
 from crosscode.config.sources import AnyText, Rollouts, Source, rollouts_in
 
 TemplateTokens = Literal["keep", "mask", "answers"]
@@ -22,7 +22,7 @@ SequenceLength = Annotated[int, Field(ge=2)]
 class CacheConfig(ConfigModel):
     """A store of activations on disk that a run writes while it trains, or `crosscode harvest` writes ahead."""
 
-    path: str
+    path: Printable
     """folder; a store that is there already is read and continued, if it holds the same"""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """dtype on disk; int8 has one scale for each vector. Training sees the stored values, from the first epoch on"""
@@ -40,7 +40,7 @@ class CacheConfig(ConfigModel):
 class StoreConfig(ConfigModel):
     """A store to read; its path alone will do."""
 
-    path: str
+    path: Printable
     """folder that `crosscode harvest` or a run with `data.cache` has written"""
     weight: PositiveFloat | None = None
     """how often an activation comes from it, relative to the other stores; null in all: in proportion to their sizes"""

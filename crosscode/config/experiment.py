@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from crosscode.config.data import HarvestConfig
-from crosscode.config.registry import Component, ConfigModel
+from crosscode.config.registry import Component, ConfigModel, Printable
 
 DEFAULT_ARCHITECTURE = "model_hookpoint_acausal"
 
@@ -161,7 +161,7 @@ class ExperimentConfig(HarvestConfig):
     """loss terms by name"""
     constraints: dict[str, dict[str, Any]] = Field(default={})
     """what acts between backward and the optimizer, by name"""
-    finetune_from: str | None = None
+    finetune_from: Printable | None = None
     """warm start: a run, a checkpoint or a saved model whose weights replace the initialisation"""
     train: TrainConfig
     """the training loop"""

@@ -6,38 +6,37 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from crosscode.config.registry import ConfigModel
+from crosscode.config.registry import ConfigModel, Printable
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
-_PRINTABLE = r"^[^\x00-\x1f\x7f]+$"  # a name is printed, and stands in files
 
 
 class LanguageModelConfig(ConfigModel):
     """A language model whose activations are harvested."""
 
-    path: str = Field(pattern=_PRINTABLE)
+    path: Printable
     """hub name, local folder, GGUF file, an embedded model (`demo:base`, `demo:tuned`, `demo:planted`), or
     `package:NAME/FILE` for a file that an installed Python package ships. A path to an adapter stands for it on the base that
     it names"""
-    adapter: str | None = Field(default=None, pattern=_PRINTABLE)
+    adapter: Printable | None = None
     """adapter on it (LoRA and others of `peft`): a local folder or a hub name, OWNER/NAME or OWNER/NAME/SUBFOLDER"""
-    adapter_revision: str | None = None
+    adapter_revision: Printable | None = None
     """git revision of a hub adapter"""
     adapter_scale: float = Field(default=1.0, allow_inf_nan=False)
     """what LoRA adds is multiplied by it"""
-    name: str | None = Field(default=None, pattern=_PRINTABLE)
+    name: Printable | None = None
     """short name in metrics and reports; null: the last part of the path, or of the adapter's"""
-    revision: str | None = None
+    revision: Printable | None = None
     """git revision of a hub model"""
-    gguf_file: str | None = None
+    gguf_file: Printable | None = None
     """file name inside the folder `path`, for GGUF weights"""
     dtype: Literal["auto"] | DTypeName = "auto"
     """dtype of the weights and of the run; auto: the checkpoint's own. Activations and statistics stay float32"""
-    device: str | None = None
+    device: Printable | None = None
     """device of this model; null: that of the crosscoder"""
-    device_map: str | dict[str, int | str] | None = None
+    device_map: Printable | dict[str, int | str] | None = None
     """instead of device: places of the model's parts, as `transformers` takes them (auto: over all GPUs)"""
-    attn_implementation: str | None = None
+    attn_implementation: Printable | None = None
     """attention as `transformers` takes it (sdpa, eager, flash_attention_2, ...); null: what it prefers"""
     quantization: dict[str, Any] | None = None
     """fields of a quantisation config of `transformers`, such as {quant_method: bitsandbytes, load_in_4bit: true}"""

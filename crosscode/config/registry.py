@@ -11,10 +11,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from crosscode.config.checked import checked
 from crosscode.config.counts import as_count, members_of
@@ -24,8 +25,22 @@ T = TypeVar("T", bound=type)
 ClassT = TypeVar("ClassT", bound=type)
 
 
+LARGEST = 3.4e38
+
+
+def _check_printable(text: str) -> str:
+    if not text or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{text!r}: must not be empty, nor have control characters")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_check_printable)]
+"""Names and paths: they are printed, and stand in files."""
+
+
 class ConfigModel(BaseModel):
-    """Base of every config: frozen; an unknown field is an error, and so is a number that is not finite."""
+    """Base of every config: frozen; an unknown field is an error, and so are a number that is not finite, or not in float32,
+    and true in place of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -40,6 +55,8 @@ class ConfigModel(BaseModel):
             value = getattr(self, name)
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise ValueError(f"{name} = {value}: must be below 2**63")
+            if isinstance(value, float) and abs(value) > LARGEST:
+                raise ValueError(f"{name} = {value}: must be below {LARGEST}, the largest number of float32")
         return self
 
     @model_validator(mode="before")
@@ -49,6 +66,11 @@ class ConfigModel(BaseModel):
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields
+        for name, value in values.items():
+            if isinstance(value, bool) and name in fields:
+                allowed = {*members_of(fields[name].annotation)}
+                if bool not in allowed and allowed & {int, float}:
+                    raise ValueError(f"{name} = {value}: must be a number")
         return {
             name: as_count(value)
             if isinstance(value, str) and name in fields and int in members_of(fields[name].annotation)

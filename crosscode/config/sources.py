@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from crosscode.config.language_models import LanguageModelConfig
-from crosscode.config.registry import ConfigModel
+from crosscode.config.registry import ConfigModel, Printable
 
 
 class DemoCorpus(ConfigModel):
@@ -45,7 +45,7 @@ class LocalDataset(ConfigModel):
     """A file, a folder of files (.txt, .jsonl, .parquet, .arrow, .csv), or a folder written by `save_to_disk`."""
 
     type: Literal["local"]
-    path: str
+    path: Printable
     """file or folder"""
     split: str = "train"
     """split of a saved data set"""

@@ -26,7 +26,7 @@ from crosscode.commands.parts.sweep_grid import GridPoint
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import CrosscodeError, InputError, at_field
 from crosscode.evaluation.precision import float32_products
-from crosscode.files import check_is_no_link, check_may_be_filled, remove, write_text
+from crosscode.files import check_is_no_link, check_may_be_filled, is_temporary, remove, write_text
 from crosscode.models.architecture import split_for
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import MARKER, read_marker, write_marker
@@ -116,7 +116,9 @@ def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = 
     The stream starts where the run is that is furthest behind; others join in when it reaches them.
     """
     with RunDirectory(folder).held() if folder.is_dir() else nullcontext():
-        return _resume_sweep(SweepFile.open(folder), progress, trust_remote_code)
+        file = SweepFile.open(folder)
+        _remove_temporaries(folder)
+        return _resume_sweep(file, progress, trust_remote_code)
 
 
 def _resume_sweep(file: SweepFile, progress: bool, trust_remote_code: bool) -> list[dict[str, Any]]:
@@ -223,6 +225,7 @@ def _open(trainers: list[Trainer], file: SweepFile, runs: ExitStack, *, held: bo
     sweep = RunDirectory(file.folder)
     if not held:
         runs.enter_context(sweep.held())
+        _remove_temporaries(file.folder)
     paths = [file.folder / MARKER, file.folder / SWEEP_FILE]
     kept = {path: path.read_text(encoding="utf-8") if path.is_file() else None for path in paths}
     write_marker(file.folder, "sweep")
@@ -235,6 +238,13 @@ def _open(trainers: list[Trainer], file: SweepFile, runs: ExitStack, *, held: bo
         sweep.undo()
         raise
     file.all_made()
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """What a process that was killed left half written, beside the runs."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(path):
+            remove(path)
 
 
 def _finish(file: SweepFile, label: str, trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from crosscode_kernels import OpSet
 from crosscode_kernels.sparse import Latents
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from crosscode.config.registry import ConfigModel
@@ -38,7 +38,7 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         """whether the log of a threshold is the parameter that is trained, or the threshold itself"""
         bandwidth: PositiveFloat = 2.0
         """width of the window around the threshold in which the threshold has a gradient"""
-        log_threshold_init: float = 0.1
+        log_threshold_init: float = Field(default=0.1, ge=-80, le=80)
         """log of the threshold at the start"""
         ste: Literal["anthropic", "gdm"] = "anthropic"
         """whether the pseudo-derivative is taken with respect to the log threshold or to the threshold"""

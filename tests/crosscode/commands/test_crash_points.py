@@ -36,7 +36,12 @@ def check(found):
 
 @pytest.mark.parametrize(
     ("scenario", "points"),
-    [("train", (2, 7, 60)), ("overwrite", (12, 40, 90)), ("sweep", (3, 30, 120)), ("sweep_overwrite_resume", (20, 70))],
+    [
+        ("train", (2, 7, 60)),
+        ("overwrite", (12, 40, 90)),
+        ("sweep", (3, 30, 120)),
+        ("sweep_overwrite_resume", (12, 20, 70)),
+    ],
 )
 def test_a_kill_at_some_points_leaves_what_can_be_gone_on_with(scenario, points, tmp_path):
     found = crash(scenario, tmp_path / "at", *points)
