@@ -94,9 +94,11 @@ def open_activations(
         raise InputError(f"models: {len(models)} were given, but language_models names {len(config.language_models)}")
     device = available_device(config.device)
     stores = Stores.open(config, models) if to_train else None
-    documents = build_documents(config.data.source, "data.source", config.device)
     heldout = config.data.heldout
-    heldout_documents = documents if heldout is None else build_documents(heldout, "data.heldout", config.device)
+    # First, as what is wrong there should be said before a language model writes the text to train on.
+    separate = None if heldout is None else build_documents(heldout, "data.heldout", config.device)
+    documents = build_documents(config.data.source, "data.source", config.device)
+    heldout_documents = documents if separate is None else separate
     if heldout is not None and heldout_documents.fingerprint == documents.fingerprint:
         raise InputError(
             f"data.heldout: the same text as data.source ({documents.name}); leave it null, and a share of "

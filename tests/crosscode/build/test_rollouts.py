@@ -131,6 +131,12 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(changes, message, va
         open_experiment(check_config(changed(values, **changes)))
 
 
+def test_held_out_text_that_is_not_there_is_said_before_anything_is_written(values, never):
+    values["data"]["heldout"] = {"type": "local", "path": "nowhere.jsonl"}
+    with pytest.raises(InputError, match=r"data.heldout.path = 'nowhere.jsonl': no such file"):
+        open_experiment(check_config(values))
+
+
 def test_a_model_that_does_not_fit_is_refused(values, never, monkeypatch):
     monkeypatch.setattr("crosscode.build.foresight._memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"model.path = .* more than the 0.0 GiB that are free"):
