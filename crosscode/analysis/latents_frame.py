@@ -25,12 +25,12 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     """A row for each latent, by its number.
 
     Columns: how often and how strongly it fires on held-out text; `density_GROUP`, on which share of the tokens of a text of
-    a mixture, and of those of a role (assistant, user, ...), where there are several; `decoder_norm_NAME` of each output
-    position, in the scale of training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the
-    second one in the sum of both norms (0: only in the first, 1: only in the second), cosines and latent scaling; for each
-    two models the verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`. NAME is the
-    model where the models differ, else the hookpoint. Of a compound model `layer` and `index` name a latent. NaN: not
-    defined.
+    a mixture, and of those of a role (assistant, user, ...), where there are several; where it was looked at,
+    `density_on_text_of_NAME`, on what the model writes itself; `decoder_norm_NAME` of each output position, in the scale of
+    training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in the sum of
+    both norms (0: only in the first, 1: only in the second), cosines and latent scaling; for each two models the verdict:
+    `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`. NAME is the model where the models
+    differ, else the hookpoint. Of a compound model `layer` and `index` name a latent. NaN: not defined.
     """
     import pandas
 
@@ -48,6 +48,7 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     for of_kind in firing.density_by_group().values():
         shown = distinct_labels([*of_kind])
         columns |= {f"density_{shown[name] or name}": density_L for name, density_L in of_kind.items()}
+    columns |= {f"density_on_text_of_{name}": firing.density_L for name, firing in study.own_text.items()}
     for x, name in enumerate(study.position_names):
         columns["_".join(filter(None, ("decoder_norm", labels[name])))] = study.decoder_norm_LX[:, x]
     for verdict in study.verdicts:

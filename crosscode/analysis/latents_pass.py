@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.analysis.verdict import Verdict, verdicts_on
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.decoder_vectors import may_write_LX
 from crosscode.models.split import Split
 
 MAX_PAIRS = 4
@@ -39,6 +40,8 @@ class LatentsPass:
     """of a compound model each latent's source layer and its number there; None: the model is not compound"""
     top: TopExamples
     quantiles: QuantileExamples
+    own_text: Mapping[str, FiringStats] = field(default_factory=dict)
+    """of what each language model writes itself, where that was looked at"""
 
     def name_of(self, latent: int) -> str:
         """Its number; of a compound model with (layer, index)."""
@@ -76,7 +79,9 @@ def study_latents(
     """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair. `more` collectors
     see it too. `groupings`: as of `FiringStats`."""
     names = list(position_names)
+    may_LX = may_write_LX(model)
     pairs = pairs_to_compare(names) if pairs is None else pairs
+    pairs = [(a, b) for a, b in pairs if bool((may_LX[:, a] & may_LX[:, b]).any())]  # some latent may write to both
     firing = FiringStats(model.n_latents, groupings)
     top = TopExamples(model.n_latents, n=n_examples)
     quantiles = QuantileExamples(model.n_latents)
@@ -87,6 +92,16 @@ def study_latents(
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()
     verdicts, layers = verdicts_on(tables), layers_of(model, names)
     return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles)
+
+
+def with_own_text(
+    study: LatentsPass, model: BaseCrosscoder, own_text: Mapping[str, Iterable[HeldoutBatch]], split: Split
+) -> LatentsPass:
+    """The same, with how often latents fire on what each language model writes itself."""
+    firing = {name: FiringStats(model.n_latents) for name in own_text}
+    for name, batches in own_text.items():
+        collect(encode_heldout(model, batches, split), firing[name])
+    return replace(study, own_text=firing, verdicts=verdicts_on(study.pairs, firing)) if firing else study
 
 
 def layers_of(model: BaseCrosscoder, position_names: Sequence[str]) -> list[tuple[str, int]] | None:

@@ -17,7 +17,7 @@ from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
 from crosscode.analysis.first_look import Steered, first_looks
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
-from crosscode.analysis.latents_pass import LatentsPass
+from crosscode.analysis.latents_pass import LatentsPass, with_own_text
 from crosscode.analysis.records import LatentRecords, Unembed, study_records
 from crosscode.analysis.run_record import RunRecord, read_run
 from crosscode.analysis.site_data import scripts
@@ -42,6 +42,8 @@ class HeldoutText:
     """ways to group tokens, with the names of the groups"""
     steered: Steered | None = None
     """says what adding a latent does"""
+    own_text: Mapping[str, Iterable[HeldoutBatch]] = field(default_factory=dict)
+    """what each language model writes itself, by its name"""
 
 
 _EXPLORER = Path(__file__).parent / "explorer"
@@ -98,6 +100,7 @@ def write_report(
             study, records = study_records(
                 model, text.batches, text.split, text.position_names, text.unembed, groupings=text.groupings
             )
+            study = with_own_text(study, model, text.own_text, text.split)
             looks = first_looks(study, records, tokenizer, text.steered)
             for line in [*looks, *(verdict.headline() for verdict in study.verdicts)]:
                 say(line)

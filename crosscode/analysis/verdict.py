@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosscode.analysis.diffing import DiffTable
+from crosscode.analysis.diffing import DiffTable, FiringStats
 from crosscode.analysis.wording import join_and, percent_text, short_names
 from crosscode.errors import InputError
 
@@ -121,6 +122,10 @@ class Verdict:
         rank_L[ranking] = torch.arange(1, len(ranking) + 1, dtype=torch.float64)
         return rank_L
 
+    def _first(self, name: str) -> str:
+        first = ", ".join(map(str, self.ranking(name)[:3]))
+        return f"{first} (they lean to {name})" if first else f"none that leans to {name}"
+
     def headline(self) -> str:
         """What was found, in one sentence."""
         found = {self.name_b: self.counts["B-specific"], self.name_a: self.counts["A-specific"]}
@@ -131,20 +136,20 @@ class Verdict:
             none = f"of {n_judged:,} latents with enough evidence, none is specific to either side."
             if self.difference < NO_DIFFERENCE:
                 return f"No difference found: {none}"
-            return (
-                f"No specific latent: the activations differ by {percent_text(self.difference)} of variance, but {none}"
-            )
+            differ = f"the activations differ by {percent_text(self.difference)} of variance"
+            first = f"Look first at {self._first(self.name_b)}, and at {self._first(self.name_a)}."
+            return f"No specific latent: {differ}, but {none} {first}"
         parts = [f"{n:,} {'is' if n == 1 else 'are'} specific to {name}" for name, n in found.items() if n]
         return f"Of {len(self.tag):,} latents, {join_and(parts)}; {self.counts['shared']:,} are shared."
 
 
-def verdict_on(tables: Sequence[DiffTable]) -> Verdict:
+def verdict_on(tables: Sequence[DiffTable], own_text: Mapping[str, FiringStats] = MappingProxyType({})) -> Verdict:
     """The verdict on two models from the tables of all hookpoints that are compared.
 
     A latent is specific to a model if it is so at one hookpoint and at none shared or the other model's.
     """
     name_a, name_b = _names(tables)
-    judged = [_Judge(table).all() for table in tables]
+    judged = [_Judge(table, own_text).all() for table in tables]
     if len(tables) == 1:
         return Verdict(name_a, name_b, list(tables), *_columns(judged[0]))
     hooks = [table.name_b.rpartition("/")[2] for table in tables]
@@ -152,12 +157,14 @@ def verdict_on(tables: Sequence[DiffTable]) -> Verdict:
     return Verdict(name_a, name_b, list(tables), *_columns(joined))
 
 
-def verdicts_on(tables: Sequence[DiffTable]) -> list[Verdict]:
-    """One for each two models that are compared (or hookpoints of one model)."""
+def verdicts_on(
+    tables: Sequence[DiffTable], own_text: Mapping[str, FiringStats] = MappingProxyType({})
+) -> list[Verdict]:
+    """One for each two models that are compared (or hookpoints of one model). `own_text`: firing on what each writes."""
     of_pair: dict[tuple[str, str], list[DiffTable]] = {}
     for table in tables:
         of_pair.setdefault(_names([table]), []).append(table)
-    return [verdict_on(some) for some in of_pair.values()]
+    return [verdict_on(some, own_text) for some in of_pair.values()]
 
 
 def _names(tables: Sequence[DiffTable]) -> tuple[str, str]:
@@ -190,7 +197,7 @@ def _join(at: dict[str, tuple[Tag, str]]) -> tuple[Tag, str]:
 class _Judge:
     """Judges the latents of one table."""
 
-    def __init__(self, table: DiffTable):
+    def __init__(self, table: DiffTable, own_text: Mapping[str, FiringStats]):
         self._table = table
         self._names = short_names(table.name_a, table.name_b)
         self._relative_L, self._cosine_L = table.relative_norm.tolist(), table.decoder_cosine.tolist()
@@ -201,6 +208,9 @@ class _Judge:
             kind: list(zip(share.nu_L.tolist(), share.owner_z_L.tolist(), share.below_z_L.tolist(), strict=True))
             for kind, share in shares.items()
         }
+
+        rates = [own_text[name].density_L.tolist() for name in self._names if name in own_text]
+        self._own_rates_2L = rates if len(rates) == 2 else None
 
     def all(self) -> list[tuple[Tag, str]]:
         return [self._one(latent) for latent in range(self._table.n_latents)]
@@ -218,24 +228,34 @@ class _Judge:
         at_b = relative > 0.5
         owner, other = reversed(self._names) if at_b else self._names
         of_owner = relative if at_b else 1 - relative
-        prior = self._prior(latent, owner)
+        beside = self._beside(latent)
         shares = {kind: of_all[latent] for kind, of_all in self._shares.items()}
         said = ", ".join(f"{kind} {nu:.2f}" for kind, (nu, _, _) in shares.items())
         has_too = [kind for kind, (_, own_z, below_z) in shares.items() if own_z > SURE and below_z < -SURE]
         if has_too:
             share = f" (of its decoder norms {100 * of_owner:.0f} % are {owner}'s)" if of_owner > LEAN else ""
-            return "shared", f"{other} has it, too: ν of the {has_too[0]} is {shares[has_too[0]][0]:.2f}{share}.{prior}"
+            return (
+                "shared",
+                f"{other} has it, too: ν of the {has_too[0]} is {shares[has_too[0]][0]:.2f}{share}.{beside}",
+            )
         unsure = [kind for kind, (_, own_z, below_z) in shares.items() if not (own_z > SURE and below_z > SURE)]
         if unsure:
-            return "undecided", f"{firings} firings do not settle ν of the {join_and(unsure)} ({said}).{prior}"
+            return "undecided", f"{firings} firings do not settle ν of the {join_and(unsure)} ({said}).{beside}"
         if of_owner < LEAN:
             cosine = self._cosine_L[latent]
-            return "undecided", f"It writes vectors of like norm in two directions (cosine {cosine:.2f}).{prior}"
+            return "undecided", f"It writes vectors of like norm in two directions (cosine {cosine:.2f}).{beside}"
         tag: Tag = "B-specific" if at_b else "A-specific"
-        return tag, f"{other} lacks it: ν is {said}; {100 * of_owner:.0f} % of its decoder norms are {owner}'s.{prior}"
+        return tag, f"{other} lacks it: ν is {said}; {100 * of_owner:.0f} % of its decoder norms are {owner}'s.{beside}"
 
-    def _prior(self, latent: int, owner: str) -> str:
-        if self._tied_L[latent]:
-            return " Its decoder is tied."
+    def _beside(self, latent: int) -> str:
+        """What is known beside the measures of latent scaling."""
+        said = " Its decoder is tied." if self._tied_L[latent] else ""
         given = [name for name, is_given in zip(self._names, self._given_L2[latent], strict=True) if is_given]
-        return "" if len(given) != 1 else f" The partition gave it to {given[0]}, which proves nothing."
+        if len(given) == 1:
+            said += f" The partition gave it to {given[0]}, which proves nothing."
+        if self._own_rates_2L is not None:
+            rates = zip(self._names, self._own_rates_2L, strict=True)
+            said += " It fires on {}.".format(
+                join_and([f"{percent_text(rate_L[latent])} of what {name} writes" for name, rate_L in rates])
+            )
+        return said

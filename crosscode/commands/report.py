@@ -35,23 +35,17 @@ class Options(ConfigModel):
     """also write circuit-tracer's feature files into this new folder, from the same pass over the text"""
     steer_prompt: str | None = Field(default=None, title="TEXT")
     """of two models: also say how the second one goes on after this text when the first latents of its ranking are added"""
+    own_text: PositiveInt | None = Field(default=None, title="N")
+    """also let each language model write about N tokens, after beginnings of the held-out text, and say how often latents fire
+    on them"""
     trust_remote_code: bool = False
     """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
     quiet_libraries()
-    print(
-        report_run(
-            options.run_dir,
-            options.n_tokens,
-            options.csv,
-            options.trust_remote_code,
-            options.parquet,
-            options.features,
-            steer_prompt=options.steer_prompt,
-        )
-    )
+    given = (options.n_tokens, options.csv, options.trust_remote_code, options.parquet, options.features)
+    print(report_run(options.run_dir, *given, steer_prompt=options.steer_prompt, n_own_tokens=options.own_text))
 
 
 def report_run(
@@ -64,6 +58,7 @@ def report_run(
     *,
     steer_prompt: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    n_own_tokens: int | None = None,
 ) -> Path:
     """Write `report.html` and `report/index.html` of a run; returns the path of the first.
 
@@ -74,12 +69,14 @@ def report_run(
         features: also write circuit-tracer's feature files there, a new folder.
         steer_prompt: text after which the second model's first latents are added to it, to say how it goes on then.
         say: is told what was found, a line at a time.
+        n_own_tokens: tokens that each language model writes itself, to see how often latents fire on them; default: none.
 
     Raises:
         InputError: no run there, another process is at work in it, or no folder for a table.
     """
     from crosscode.analysis.report import HeldoutText, write_report
     from crosscode.build.finished import FinishedRun
+    from crosscode.build.own_text import own_texts
     from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
     from crosscode.commands.parts.reading import unembed_of
     from crosscode.trainers.progress import Progress
@@ -96,7 +93,8 @@ def report_run(
         names = experiment.output_names()
         unembed, groupings = unembed_of(experiment), experiment.groupings()
         steered = None if steer_prompt is None else partial(_steered, run, steer_prompt)
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings, steered)
+        own = {} if n_own_tokens is None else own_texts(experiment, n_own_tokens)
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings, steered, own)
 
     also = None
     if features is not None:

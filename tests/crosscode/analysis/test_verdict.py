@@ -13,9 +13,10 @@ import torch
 from crosscode.analysis.cards import card_groups, latent_table
 from crosscode.analysis.latent_plots import pair_section
 from crosscode.analysis.latents_frame import latents_frame
-from crosscode.analysis.latents_pass import study_latents
+from crosscode.analysis.latents_pass import study_latents, with_own_text
 from crosscode.analysis.report import write_report
 from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, verdicts_on
+from crosscode.analysis.wording import percent_text
 from crosscode.errors import InputError
 from crosscode.models import ModelHookpointAcausalCrosscoder, ReLUActivation
 from crosscode.models.architecture import split_for
@@ -89,6 +90,15 @@ def test_a_partition_and_a_tie_are_said_and_prove_nothing(study):
     assert verdict.tag[HIDDEN] == "shared"
     assert verdict.why[HIDDEN].endswith("The partition gave it to tuned, which proves nothing.")
     assert verdict.why[BOTH].endswith("Its decoder is tied.")
+
+
+def test_firing_on_what_each_model_writes_is_said(study, make_heldout):
+    model, own = planted(make_heldout, n_tokens=220)
+    found = with_own_text(study, model, {"base": [], "tuned": own}, SPLIT)
+    rate = float(found.own_text["tuned"].density_L[TUNED_ONLY])
+    said = f"It fires on 0.0 % of what base writes and {percent_text(rate)} of what tuned writes."
+    assert rate > 0 and found.verdicts[0].why[TUNED_ONLY].endswith(said)
+    assert latents_frame(found)["density_on_text_of_tuned"].tolist()[TUNED_ONLY] == rate
 
 
 def test_a_latent_has_one_tag_over_all_hookpoints(study):
