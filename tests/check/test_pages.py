@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from crosscode.build.schema import check_config
+from crosscode.models import ACTIVATIONS, ARCHITECTURES
+from crosscode.objectives import TERMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +47,12 @@ def _printed(cell) -> str:
 @pytest.mark.parametrize(("page", "text"), CONFIGS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(CONFIGS)])
 def test_a_whole_config_on_a_page_is_valid(page, text):
     check_config(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("registry", [ACTIVATIONS, ARCHITECTURES, TERMS], ids=lambda one: one.section)
+def test_the_page_of_formulas_has_every_name(registry):
+    text = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
+    assert [name for name in registry if f"`{name}`" not in text] == []
 
 
 @pytest.fixture(scope="module")
