@@ -64,7 +64,8 @@ def mean_differences(
     Args:
         harvester: of the language models and hookpoints.
         batches: tokens, such as a `TokenSequenceLoader` gives.
-        model_a, model_b: numbers of the harvester's models.
+        model_a: number of one of the harvester's models.
+        model_b: number of the other.
         n_tokens: usable tokens after which no further batch is taken.
         n_first: positions that are looked at one by one: of each sequence, or of each of its documents where these are isolated.
             Training leaves the very first one out; here it counts.

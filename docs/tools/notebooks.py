@@ -109,10 +109,10 @@ def _joined(outputs: list[Any]) -> list[Any]:
     for output in outputs:
         if output.output_type == "stream" and output.name != "stdout":
             continue
-        if found and output.output_type == found[-1].output_type == "stream":
-            found[-1] = found[-1] | {"text": found[-1].text + output.text}
+        if found and output.output_type == found[-1]["output_type"] == "stream":
+            found[-1]["text"] += output["text"]
         else:
-            found.append(output)
+            found.append(nbformat.NotebookNode(output))
     return found
 
 

@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n+)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d_,]*(\.\d+)?(e[-+]?\d+)?")
 
+RUNS = {"demo": "demo", "tuned": "train demo_tuned"}
+"""Runs that pages look at, and the commands that make them."""
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -73,6 +76,15 @@ def made_run(name: str, command: str) -> Path:
     return kept
 
 
+def copy_runs(folder: Path) -> None:
+    """The runs that some page looks at, into `folder/runs`."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    commands = " ".join(shown.command for page in pages for shown in shown_in(page) if shown.is_run)
+    for name, command in RUNS.items():
+        if f"runs/{name}" in commands:
+            shutil.copytree(made_run(name, command), folder / "runs" / name)
+
+
 def differences(shown: Shown, printed: list[str]) -> list[str]:
     """Lines of the page that the command did not print, in their order."""
     wanted = shown.output
@@ -100,8 +112,7 @@ def _masked(line: str) -> str:
 
 def main() -> int:
     folder = Path(tempfile.mkdtemp())
-    for name, command in (("demo", "demo"), ("tuned", "train demo_tuned")):
-        shutil.copytree(made_run(name, command), folder / "runs" / name)
+    copy_runs(folder)
     pages = [Path(word).resolve() for word in sys.argv[1:]] or sorted((ROOT / "docs").glob("*.md"))
     wrong = 0
     for shown in [shown for page in pages for shown in shown_in(page) if shown.is_run]:

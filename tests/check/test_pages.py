@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import notebooks
@@ -57,10 +56,9 @@ def test_the_page_of_formulas_has_every_name(registry):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands of all pages run, with what `crosscode demo` makes."""
+    """Where the commands of all pages run, with the runs that they look at."""
     folder = tmp_path_factory.mktemp("pages")
-    made = outputs.demo_run()
-    shutil.copytree(made, folder / "runs" / "demo")
+    outputs.copy_runs(folder)
     return folder
 
 
