@@ -105,7 +105,11 @@ def _convert_activation(
 ) -> None:
     before, after = old.activation_fn, new.activation_fn
     if type(before) is type(after):
-        after.load_state_dict(before.state_dict())
+        state, learned = before.state_dict(), before.log_thresholds_L()
+        if learned is not None and state.keys() != after.state_dict().keys():  # their log against themselves
+            after.set_thresholds_(learned.exp())
+        else:
+            after.load_state_dict(state)
         return
     if after.log_thresholds_L() is None:
         if any(True for _ in after.parameters()):

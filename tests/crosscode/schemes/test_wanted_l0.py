@@ -28,6 +28,20 @@ def test_l0_is_its_formula(architecture, pull, backend, make_case, objective, co
     check(case, formula, loss, expected + 0.2 * (formula.l0(3.0, pull) + 0.3 * formula.too_frequent(0.4)))
 
 
+@pytest.mark.parametrize("architecture", ["sae_pre_bias", "compound"])
+@pytest.mark.parametrize("activation", ["jumprelu_linear", "relu"])
+def test_auxk_revives_latents_of_other_activations_too(
+    architecture, activation, make_case, objective, context, dictionary, check
+):
+    case = make_case(architecture, activation)
+    formula = dictionary(case, activation)
+    idle_L = torch.zeros(24, dtype=torch.int64)
+    idle_L[[1, 5, 9, 17, 22]] = 1000
+    loss = objective({"recon": {}, "auxk": {"k_aux": 3, "dead_after_tokens": 1000}})(context(case, idle_L), 3, 10)
+    a_S = formula.latents()
+    check(case, formula, loss, formula.recon(a_S) + formula.auxk(a_S, idle_L >= 1000, 3) / 32)
+
+
 @pytest.mark.parametrize("activation", ["jumprelu", "relu", "topk"])
 def test_l0_needs_linear_thresholds(activation, make_case):
     with pytest.raises(InputError, match=r"use {type: jumprelu, thresholds: linear}"):

@@ -142,6 +142,16 @@ def test_a_compound_topk_becomes_a_jumprelu_that_keeps_its_k_where_it_kept_it(sc
         assert float(l0_S.sum()) == pytest.approx(k, rel=0.02) and abs(l0_S[1] - l0_S[0]) > 0.5
 
 
+@pytest.mark.parametrize(("before", "after"), [("log", "linear"), ("linear", "log")])
+def test_jumprelu_keeps_its_thresholds_whatever_is_their_parameter(before, after, tmp_path):
+    old = randomised(make({"type": "jumprelu", "thresholds": before}))
+    old.activation_fn.set_thresholds_(torch.linspace(0.1, 3, N_LATENTS))
+    old.fold_activation_scaling_into_weights_(SCALING_OLD, SCALING_OLD)
+    old.eval().save(tmp_path / "final")
+    new = start(make({"type": "jumprelu", "thresholds": after}), tmp_path / "final")
+    torch.testing.assert_close(new.activation_fn.cutoffs_L(), torch.linspace(0.1, 3, N_LATENTS))
+
+
 @pytest.mark.parametrize("rank_by", ["activation", "decoder_norm_weighted"])
 def test_a_batch_topk_becomes_a_jumprelu_with_its_threshold(rank_by, tmp_path):
     old = randomised(make({"type": "batch_topk", "k": 4, "rank_by": rank_by}))
