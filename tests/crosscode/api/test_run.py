@@ -321,6 +321,15 @@ def test_what_a_models_latents_close_is_measured_and_kept(text_run, capsys):
     assert shown["latents"] == usual.latents and shown["kl"] > 0
 
 
+def test_a_report_says_how_often_latents_fire_on_what_each_model_writes(text_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["report", str(text_run.path), "--own-text", "64", "--csv", str(tmp_path / "t.csv")]) == 0
+    header, *rows = (tmp_path / "t.csv").read_text().splitlines()
+    assert {"density_on_text_of_one", "density_on_text_of_two"} < {*header.split(",")}
+    at = header.split(",").index("density_on_text_of_two")
+    assert any(float(row.split(",")[at]) > 0 for row in rows) and "of what two writes." in rows[0] + rows[-1]
+
+
 def test_one_model_alone_has_nothing_to_close(acts, train, capsys):
     run = train(acts)
     assert main(["evaluate", str(run.path), "--closes"]) == 2
