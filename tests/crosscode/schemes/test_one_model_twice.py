@@ -42,6 +42,6 @@ def test_no_latent_is_specific(name, tmp_path):
         n_tokens=64 * 30, heldout=acts_NMPD[1000:], run_dir=tmp_path / "run", data={"equal_models": "train"},
     )  # fmt: skip
     (verdict,) = run.verdicts
-    fired = (run.table()["firings"] >= 20).sum()
+    fired = sum(firings >= 20 for firings in run.table()["firings"].tolist())
     assert fired >= 4, "latents fire often enough to be judged"
     assert verdict.counts["A-specific"] == verdict.counts["B-specific"] == 0
