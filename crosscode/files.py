@@ -176,6 +176,33 @@ def check_is_no_link(path: Path) -> None:
         )
 
 
+def check_is_plain(path: Path) -> None:
+    """Raise `InputError` for a link, and for what is there in place of a file: a folder, or a pipe, which would be waited for."""
+    check_is_no_link(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{str(path)!r} is no file, as crosscode would have it there; move it away")
+
+
+def check_can_be_made(folder: Path, field: str) -> None:
+    """Raise `InputError` for a folder that cannot be made, or be written into: it is tried, and nothing of that stays.
+
+    What is no folder, or a link to one, is left to the caller.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if there == folder and (folder.is_symlink() or not folder.is_dir()):
+        return
+    trial = _temporary(there / "trial")
+    try:
+        if any(len(os.fsencode(part)) > os.pathconf("/", "PC_NAME_MAX") for part in folder.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{field} = {str(folder)[:200]!r}: cannot be made or written into: {error.strerror}"
+        ) from error
+
+
 def check_may_be_filled(folder: str | Path, field: str) -> None:
     """Raise `InputError` for a folder that is nobody's to fill or clear: the working or the home folder, or above it.
 

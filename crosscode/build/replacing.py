@@ -8,7 +8,7 @@ from crosscode.build.resume import config_values
 from crosscode.build.schema import load_config
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
-from crosscode.files import check_may_be_filled, is_temporary
+from crosscode.files import check_can_be_made, check_may_be_filled, is_temporary
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.run_files import ASIDE, CONFIG_FILE, LOCK_FILE, MARKER, find_files, read_marker
 
@@ -23,6 +23,8 @@ def check_may_begin(config: ExperimentConfig, typed: bool = False, *, held: bool
     run = RunDirectory(config.run_path())
     path = run.path
     check_may_be_filled(config.run_dir.replace("{name}", config.name), "run_dir")
+    if not held:
+        check_can_be_made(path, "run_dir")
     if path.is_symlink():
         raise InputError(f"run_dir: {str(path)!r} is a link to {str(path.resolve())!r}; name that folder itself")
     if path.exists() and not path.is_dir():

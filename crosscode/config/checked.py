@@ -52,7 +52,7 @@ def problem_text(field: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: required, but not given"
     if problem["type"] == "value_error":
-        within = "." if re.match(r"\w+ = ", message) else ": "  # of a section it names the field itself
+        within = " " if message.startswith("= ") else "." if re.match(r"\w+ = ", message) else ": "
         return f"{field}{within}{message}" if field else message
     if problem["type"] == "union_tag_invalid":
         return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"

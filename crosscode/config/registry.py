@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeV
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from crosscode.config.checked import checked
+from crosscode.config.checked import checked, short
 from crosscode.config.counts import as_count, members_of
 from crosscode.errors import InputError
 
@@ -30,7 +30,7 @@ LARGEST = 3.4e38
 
 def _check_printable(text: str) -> str:
     if not text or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError(f"{text!r}: must not be empty, nor have control characters")
+        raise ValueError(f"= {short(text)}: must not be empty, nor have control characters")
     return text
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, is_temporary, remove, write_json
+from crosscode.files import check_is_no_link, check_is_plain, is_temporary, remove, write_json
 from crosscode.formats import RUN
 from crosscode.stored import Marker, read_json
 
@@ -77,15 +77,16 @@ def find_files(root: Path) -> Found:
             relative = path.relative_to(root)
             ours = re.fullmatch(names, path.name) is not None
             if folder != root / "wandb" or not ours:
-                check_is_no_link(path)
-                ours = ours and path.is_file()
+                check_is_plain(path) if ours else check_is_no_link(path)
             inner = _names_in(relative) if path.is_dir() else None
             if inner is not None:
                 walk(path, inner)
                 found.folders.append(relative)
             elif ours or is_temporary(path):
                 found.ours.append(relative)
-            elif folder != root or path.name not in (LOCK_FILE, ASIDE):
+            elif folder == root and path.name == LOCK_FILE:
+                check_is_plain(path)
+            elif folder != root or path.name != ASIDE:
                 found.foreign.append(relative)
 
     if root.is_dir():

@@ -93,6 +93,8 @@ def check_no_links(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.is_symlink():
             raise StoreError(f"store: {str(path)!r} is a link, which is not followed; put what it names here")
+        if not (path.is_file() or path.is_dir()):
+            raise StoreError(f"store: {str(path)!r} is no file, and would be waited for; move it away")
 
 
 class ActivationCache:

@@ -450,3 +450,31 @@ def test_a_sweep_replaces_its_own_runs_only(write, tmp_path, capfd, monkeypatch)
     shutil.rmtree(folder / "k=2")
     (folder / "k=2").symlink_to(tmp_path)
     refused(["sweep", "--resume", str(folder)], capfd, "is a link")
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "lock", ".crosscode", "final/config.json", "checkpoints/step_8/checksums.json"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_lies_in_place_of_a_file_is_refused_and_not_waited_for(name, make, tmp_path, write, lay, capfd):
+    run = lay("finished", tmp_path / "run")
+    file = run / name
+    file.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    make(file)
+    for arguments in (["train", write(), "--overwrite"], ["train", "--resume", str(run)], ["evaluate", str(run)]):
+        refused(arguments, capfd, f"{str(file)!r} is no file")
+    assert file.exists()
+
+
+@pytest.mark.parametrize("folder", ["file/x", "/proc/x", "x" * 300, "a/" + "x" * 300 + "/b"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(folder, tmp_path, write, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    config = write()
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("crosscode.build.experiment.open_experiment", None)
+    before = sorted(tmp_path.iterdir())
+    assert main(["train", config, "--run-dir", folder]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"crosscode: run_dir = '{folder[:100]}") and "cannot be made" in said
+    assert sorted(tmp_path.iterdir()) == before
