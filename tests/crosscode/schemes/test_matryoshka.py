@@ -166,3 +166,15 @@ def test_held_out_figures_of_a_prefix_are_those_of_the_prefix_alone(architecture
         alone = measure_reconstruction(model.prefix(prefix.n_latents), [acts_BMPD], split, names, scaling_MP)
         assert (prefix.fvu, prefix.l0) == (pytest.approx(alone.fvu, rel=1e-5), pytest.approx(alone.l0))
         assert found.as_metrics()[f"eval/fvu_of_first/{prefix.n_latents}"] == prefix.fvu
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_a_prefix_exports(activation, make_case, tmp_path):
+    case = make_case("sae", activation, prefixes=SIZES, dtype=torch.float32)
+    model = settled(case.model, case)
+    model.fold_activation_scaling_into_weights_(torch.tensor(1.5), torch.tensor(1.5))
+    lm = {"path": "gpt2", "name": "gpt2"}
+    model.metadata = {"language_models": [lm], "hookpoints": ["blocks.0.hook_resid_post"], "architecture": "sae"}
+    prefix = model.prefix(12)
+    again = BaseCrosscoder.load(prefix.export("saelens", tmp_path / "exported"))
+    torch.testing.assert_close(again(case.input_BXiDi), prefix(case.input_BXiDi))
