@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crosscode.analysis.encoded import EncodedBatch
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.analysis.verdict import MIN_FIRINGS
 from crosscode.build.experiment import Experiment
 from crosscode.build.heldout import HeldoutBatch
 from crosscode.demo.plants import Plant, planted_positions, planted_prompts
@@ -91,8 +92,9 @@ def ranking_of(study: LatentsPass) -> list[int]:
     """Latents that are to be looked at first."""
     if study.verdicts:
         return study.verdicts[0].ranking("planted")
-    energy_L = (study.firing.mean_active_L**2 * study.firing.density_L * study.decoder_norm_LX[:, -1] ** 2).numpy()
-    return [int(latent) for latent in np.argsort(-energy_L) if study.firing.counts_L[latent] >= 20]
+    # the difference is all there is: as the verdict's effect, the size of the vector where the latent fires
+    effect_L = (study.firing.mean_active_L * study.decoder_norm_LX[:, -1]).numpy()
+    return [int(latent) for latent in np.argsort(-effect_L) if study.firing.counts_L[latent] >= MIN_FIRINGS]
 
 
 def score(pair: Pair, model: BaseCrosscoder, architecture: str) -> dict[str, Any]:
