@@ -18,7 +18,7 @@ from crosscode.build.arrays import GivenArrays
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, TrainConfig
 from crosscode.data.arrays.in_order import ParquetInput
 from crosscode.data.arrays.opening import open_input
-from crosscode.data.arrays.random_access import ArrayInput, FileInput, StoreInput
+from crosscode.data.arrays.random_access import ArrayInput, FileInput, StoreInput, check_has_rows
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, BaseCrosscoder
 from crosscode.models.architecture import split_for
@@ -75,6 +75,7 @@ def names_of_positions(inputs: Sequence[ArrayInput], names: Sequence[Any] | None
     Raises:
         InputError: not one name for each position.
     """
+    check_has_rows(inputs[0].origin, (inputs[0].n_rows or 0, *inputs[0].row_shape))
     *positions, _ = inputs[0].row_shape
     shape = (positions[0], positions[1]) if len(positions) == 2 else (1, int(np.prod(positions)) * len(inputs))
     n_positions = shape[0] * shape[1]

@@ -81,7 +81,7 @@ def _run_to_the_end(trainer: Trainer) -> None:
     print(f"run         {trainer.run.path}")
     print(f"model       {trainer.run.path / 'final'}")
     for name, value in summary["fvu_by_position"].items():
-        print(f"FVU         {value:.4f}  {name}")
+        print(f"FVU         {'undefined, it does not vary' if value is None else f'{value:.4f}'}  {name}")
     for name, value in summary["loss_recovered"].items():
         shown = "zeros do not hurt here" if value is None else f"{value:.4f}"
         print(f"recovered   {shown}  {name}")

@@ -9,7 +9,7 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -116,6 +116,14 @@ class NumpyInput(RandomAccess):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+def check_has_rows(origin: str, shape: Sequence[int]) -> None:
+    """Raise `InputError` for a number, or numbers along one axis."""
+    if len(shape) < 2:
+        raise InputError(
+            f"acts: {origin}: shape {tuple(shape)}: rows of activations are wanted, (N, D) or (N, M, P, D)"
+        )
+
+
 class FileInput(RandomAccess):
     """Rows that lie one behind the other in a file, which is read by position and never mapped."""
 
@@ -124,6 +132,7 @@ class FileInput(RandomAccess):
     def __init__(self, path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], key: str | None = None):
         self.path, self.offset, self.dtype, self.key = path, offset, dtype, key
         self.origin = str(path)
+        check_has_rows(self.origin, shape)
         self.n_rows, self.row_shape = shape[0], tuple(shape[1:])
         self._file: int | None = None
         wanted = offset + self.n_rows * self.row_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from crosscode.data.arrays.in_order import BatchesInput
-from crosscode.data.arrays.random_access import ROWS_AT_ONCE, ArrayInput, RandomAccess
+from crosscode.data.arrays.random_access import ROWS_AT_ONCE, ArrayInput, RandomAccess, check_has_rows
 from crosscode.data.rows import Rows, RowSource, RowStream
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store.format import PackedRows
@@ -158,6 +158,7 @@ class Arrays:
                         f"acts: {what}: {mine} of {one.origin}, but {theirs} of {first.origin}; inputs of several "
                         "positions go together row by row"
                     )
+        check_has_rows(first.origin, (first.n_rows or 0, *first.row_shape))
         *positions, width = first.row_shape
         held = math.prod(positions) * len(self.inputs)
         if held != n_positions or (len(positions) == 2 and tuple(positions) != (n_models, n_hookpoints)):

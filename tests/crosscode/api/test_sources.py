@@ -208,3 +208,30 @@ def test_a_file_that_was_cut_is_refused(acts, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(InputError, match=r"acts\.npy"):
         open_input(file)
+
+
+@pytest.mark.parametrize("shape", [(), (64,)])
+def test_numbers_that_are_no_rows_are_refused(shape, tmp_path):
+    np.save(tmp_path / "acts.npy", np.zeros(shape, "float32"))
+    for acts in (tmp_path / "acts.npy", torch.zeros(shape or (1,))):
+        with pytest.raises(InputError, match="rows of activations are wanted"):
+            crosscode.train(
+                acts, {"type": "sae", "n_latents": 4, "activation": {"type": "topk", "k": 1}}, run_dir=tmp_path / "r"
+            )
+
+
+def test_activations_that_do_not_vary_have_no_fvu_and_are_no_traceback(tmp_path, capsys):
+    import yaml
+
+    np.save(tmp_path / "acts.npy", np.ones((200, 8), "float32"))
+    values = {
+        "run_dir": str(tmp_path / "run"), "device": "cpu", "backend": "torch", "evaluation": {"n_tokens": 16},
+        "data": {"source": {"type": "arrays", "names": [["a"]], "files": [{"path": str(tmp_path / "acts.npy")}]}},
+        "crosscoder": {
+            "type": "sae", "n_latents": 8, "activation": {"type": "topk", "k": 2}, "init": {"type": "anthropic_transpose"},
+        },
+        "objective": {"recon": {}}, "train": {"n_tokens": 128, "batch_size": 64},
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    main(["train", str(tmp_path / "c.yaml")])
+    assert "FVU         undefined, it does not vary  a" in capsys.readouterr().out
