@@ -32,18 +32,18 @@ from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
 from crosscode.trainers.constraints import Constraint, constraints_for
 from crosscode.trainers.faults import FiniteGuard
-from crosscode.trainers.figures import BatchFigures
+from crosscode.trainers.figures import BatchFigures, training_metrics
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.opening import check_parts, check_ready, first_batch, next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
-from crosscode.trainers.phases import Phases, peak_memory_gib
+from crosscode.trainers.phases import Phases
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.recent import RecentActivations
 from crosscode.trainers.rules import warn_of_changes
 from crosscode.trainers.saver import Saver
 from crosscode.trainers.source import ActivationSource, as_source
-from crosscode.trainers.summary import summary, tokens_per_s
+from crosscode.trainers.summary import summary
 from crosscode.trainers.whole_batch import tracks_batches
 
 log = logging.getLogger("crosscode")
@@ -100,20 +100,18 @@ class Trainer:
         self.firing = FiringTracker(model.n_latents).to(model.device)
         self.forward = ForwardPass(model, objective, self.firing, config)
         self.in_parts = BatchInParts(self.forward, config.grad_accumulation) if config.grad_accumulation > 1 else None
-        self.tracks_batches = tracks_batches(model)
-        self.guard = FiniteGuard(model.device, config.max_skipped_steps)
+        self.tracks_batches, self.guard = tracks_batches(model), FiniteGuard(model.device, config.max_skipped_steps)
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every)
         self.phases, self.metrics = Phases(model.device), Metrics(loggers)
         self.progress, self.callbacks = Progress(self.n_steps, enabled=progress), Callbacks(callbacks)
         self.step = self.tokens = 0
-        self._evaluation_due = False
+        self._evaluation_due = self._resumed = False
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState(), **({"objective": objective} if objective.state_dict() else {})}
         self.recent = RecentActivations(model, config.grad_accumulation)
         self.saver = Saver(
             self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts
         )
-        self._resumed = False
 
     # ---- the loop
 
@@ -197,8 +195,7 @@ class Trainer:
             for constraint in self.constraints:
                 constraint.after_step(self.model)
             self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.tokens += acts_BMPD.shape[0]
+        self.step, self.tokens = self.step + 1, self.tokens + acts_BMPD.shape[0]
         self.callbacks.step(self)
         self.progress.advance(self.metrics.last, self.callbacks.names)
         if figures is not None:
@@ -252,21 +249,7 @@ class Trainer:
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
         """Reads values from the device."""
         self.guard.check(self.checkpoints.newest_name())
-        self.firing.look()
-        self._log(
-            {
-                **figures.values(loss, self.position_names),
-                **self.objective.figures(),
-                "dead_fraction": self.firing.dead_fraction(self.config.dead_after_tokens).item(),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "grad_norm": grad_norm.item(),
-                "skipped_steps": self.guard.n_skipped,
-                "tokens_per_s": tokens_per_s(self.counts()),
-                "elapsed_s": self.phases.training_s,
-                **self.phases.take_means(),
-                **peak_memory_gib(self.model.device),
-            }
-        )
+        self._log(training_metrics(self, figures.values(loss, self.position_names), grad_norm))
 
     def counts(self) -> dict[str, float]:
         """Steps, tokens, and the seconds that they and their harvest took, over all parts of a resumed run."""

@@ -171,7 +171,7 @@ def _end_of_ties(rank_N: Tensor, place_N: Tensor, threshold: Tensor, n_kept: int
         return place_N.new_zeros(())
     place_N = torch.where(rank_N == threshold, place_N, place_N.max() + 1).sort().values
     n_ties = (n_kept - (rank_N > threshold).sum()).clamp(1, place_N.shape[0])
-    return place_N[n_ties - 1] + 1
+    return place_N.index_select(0, n_ties.view(1) - 1).squeeze(0) + 1  # an index by a tensor would be read by the host
 
 
 @torch.no_grad()

@@ -255,8 +255,7 @@
   async function writeNote(latent, text) {
     notes[latent] = text;
     try {
-      if (served) await post("notes", { latent, text });
-      else localStorage.setItem(noteKey, JSON.stringify(notes));
+      await (served ? post("notes", { latent, text }) : localStorage.setItem(noteKey, JSON.stringify(notes)));
       byId("saved").textContent = served ? "saved in the run" : "saved in this browser";
     } catch (error) { byId("saved").textContent = `not saved: ${error.message}`; }
   }
@@ -265,8 +264,7 @@
 
   byId("prompt-form").addEventListener("submit", async event => {
     event.preventDefault();
-    const out = byId("encoded");
-    out.textContent = "…";
+    const out = Object.assign(byId("encoded"), { textContent: "…" });
     try {
       const found = await post("encode", { text: byId("prompt-text").value });
       out.replaceChildren(make("table", {}, make("tbody", {}, ...found.tokens.map((token, i) => make("tr", {},
@@ -278,8 +276,7 @@
   // ---- routes and keys
 
   async function route() {
-    const [, place, rest] = /^#\/(latents|latent|prompt)?[/?]?(.*)$/.exec(location.hash) ?? [];
-    const shown = place ?? "overview";
+    const [, shown = "overview", rest] = /^#\/(latents|latent|prompt)?[/?]?(.*)$/.exec(location.hash) ?? [];
     for (const name of ["overview", "latents", "latent", "prompt"]) byId(name).hidden = name !== shown;
     document.querySelector("nav a[data-place=latents]").href = tableHash();
     for (const link of document.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.dataset.place === shown);
