@@ -95,7 +95,7 @@ def test_a_run_that_fails_leaves_the_others_alone(tiny_config, tmp_path, capfd):
     tiny_config["objective"] = {"recon": {}}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_config))
-    grid = "objective.recon.weight=1.0,1e39"
+    grid = "objective.recon.weight=1.0,3e38"
     assert main(["sweep", str(config), "--grid", grid, "--run-dir", str(tmp_path / "sweep")]) == 1
     shown = capfd.readouterr()
     assert "some runs of the sweep failed" in shown.err
