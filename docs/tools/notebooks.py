@@ -125,7 +125,7 @@ def _shown(output: Any, folder: Path, name: str) -> str:
         (folder / f"{name}.png").write_bytes(base64.b64decode(data["image/png"]))
         return f"![{name}]({name}.png)"
     if "<table" in data.get("text/html", ""):
-        return re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.DOTALL).replace("\n", "")
+        return re.sub(r'<style.*?</style>\s*| border="1" class="dataframe"|\n', "", data["text/html"], flags=re.DOTALL)
     return f"```text\n{data['text/plain']}\n```" if "text/plain" in data else ""
 
 
