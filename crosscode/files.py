@@ -10,13 +10,13 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 
 _PREFIX = ".crosscode-tmp-"
 _VIEWS_PER_WRITE = 512
@@ -95,6 +95,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value) + "\n")
 
 
+def save_tensors(tensors: dict[str, Any], file: Path) -> None:
+    """As safetensors. What the disk refuses is an OSError, as everywhere."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
+
+
 @contextmanager
 def new_folder(path: Path, index: str) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
@@ -106,6 +117,7 @@ def new_folder(path: Path, index: str) -> Iterator[Path]:
         InputError: `path` is a link.
     """
     check_is_no_link(path)
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.mkdir()
@@ -124,6 +136,9 @@ def new_folder(path: Path, index: str) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # something else lies in it by now
+            for parent in made:
+                parent.rmdir()
         raise
 
 

@@ -70,9 +70,9 @@ def open_around(values: Mapping[str, Any], model: BaseCrosscoder) -> AnyExperime
         InputError: the folder may not be written to, or the activations are of another width than the model.
     """
     config = check_config(values)
-    check_may_begin(config)
     if config.run_path().is_dir() and any(config.run_path().iterdir()):
         raise InputError(f"out = {str(config.run_path())!r}: is there already; name a new folder")
+    check_may_begin(config)
     experiment = open_experiment(config, to_train=False)
     section_of_model(model, *experiment.dims)
     return experiment

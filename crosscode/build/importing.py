@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from crosscode.build.around import open_around, values_around, write_run_around
+from crosscode.build.heldout import AnyExperiment
+from crosscode.build.run import compare_language_models, model_metadata
 from crosscode.build.schema import check_config
 from crosscode.config.reading import read_yaml
 from crosscode.errors import InputError
@@ -13,6 +16,8 @@ from crosscode.files import check_is_no_link, check_may_be_filled
 from crosscode.interop.format import FORMATS
 from crosscode.interop.reading import read, recognise
 from crosscode.models import BaseCrosscoder
+
+log = logging.getLogger("crosscode")
 
 
 def import_model(path: Path, name: str | None, out: Path, config: str | None = None) -> Iterator[str]:
@@ -44,8 +49,23 @@ def import_model(path: Path, name: str | None, out: Path, config: str | None = N
 def _as_run(model: BaseCrosscoder, config: str, out: Path) -> Iterator[str]:
     values = values_around(read_yaml(config), model, out)
     experiment = open_around(values, model)
+    _check_is_of(model, experiment)
     result = write_run_around(check_config(values), model, experiment, "import")
     yield f"run         {out}"
     for name, value in result.fvu_by_position.items():
         yield f"FVU         {value:.4f}  {name}"
     yield f"L0          {result.l0:.1f}"
+
+
+def _check_is_of(model: BaseCrosscoder, experiment: AnyExperiment) -> None:
+    """What our own export left beside the files must be true of the config; what others' say may have other names."""
+    now = model_metadata(experiment)
+    before, hooks = model.metadata.get("language_models") or [], model.metadata.get("hookpoints")
+    is_own = any("fingerprint" in each for each in before)
+    if hooks and hooks != now["hookpoints"]:
+        said = f"hookpoints = {now['hookpoints']}: the model's files say {hooks}"
+        if is_own:
+            raise InputError(said)
+        log.warning("%s", said)
+    if is_own:
+        compare_language_models(before, now["language_models"], "the model")

@@ -195,14 +195,16 @@ def model_metadata(experiment: AnyExperiment) -> dict[str, Any]:
 
 def check_same_language_models(folder: Path, now: Sequence[dict[str, Any]]) -> None:
     """A run continues, and is judged, on the weights that its saved model in `folder` was trained on."""
-    before = read_config(folder)["metadata"].get("language_models") or []
+    compare_language_models(read_config(folder)["metadata"].get("language_models") or [], now, str(folder))
+
+
+def compare_language_models(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], where: str) -> None:
+    """Raise `InputError` where models are not those that what is at `where` was trained on."""
     for i, (old, new) in enumerate(zip(before, now, strict=False)):
         differ = [name for name in ("class", "n_layers", "d_model") if old.get(name, new.get(name)) != new.get(name)]
         if differ:
             have = ", ".join(f"{name} {new.get(name)!r} in place of {old[name]!r}" for name in differ)
-            raise InputError(
-                f"language_models.{i}.path = {new['path']!r}: has {have}, on which {str(folder)!r} was trained"
-            )
+            raise InputError(f"language_models.{i}.path = {new['path']!r}: has {have}, on which {where!r} was trained")
         if old.get("fingerprint") not in (None, new["fingerprint"]):
             raise InputError(
                 f"language_models.{i}.path = {new['path']!r}: has other weights than when the run began (fingerprint "

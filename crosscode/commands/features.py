@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,12 @@ def run(options: Options) -> None:
 
     check_out(options.out, "out")
     quiet_libraries()
-    print(write_features(FinishedRun(options.run_dir), options.to, options.out, options.layer, options.n_tokens))
+    run = FinishedRun(options.run_dir)
+    try:
+        print(write_features(run, options.to, options.out, options.layer, options.n_tokens))
+    except BaseException:
+        shutil.rmtree(options.out, ignore_errors=True)  # it was not there before
+        raise
 
 
 COMMAND = Command(

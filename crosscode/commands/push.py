@@ -35,10 +35,13 @@ def run(options: Options) -> None:
         raise InputError("push: usage: crosscode push RUN USER/NAME")
     quiet_libraries()
     from crosscode.interop.feature_files import DATASET_FILES, features_kind
+    from crosscode.interop.format import ABOUT
     from crosscode.interop.hub import CARD, contents, push
     from crosscode.trainers.warm_start import find_model
 
     source, name = options.words
+    if (Path(source) / ABOUT).is_file():
+        raise InputError(f"RUN = {source!r}: is an export to another library; push its run, or `crosscode import` it")
     folder = find_model(source, "RUN")
     is_run = (Path(source) / "config.yaml").is_file() and folder.parent in (Path(source), Path(source) / "checkpoints")
     beside = options.features if options.features and features_kind(options.features) == "circuit-tracer" else None

@@ -90,6 +90,8 @@ def check_target(path: Path, made: Format, *, overwrite: bool) -> None:
     if there and not overwrite:
         raise InputError(f"out = {str(path)!r}: is there already; name a new folder, or add --overwrite")
     foreign = [file.name for file in there if not _is_ours(file, made)]
+    if there and not foreign and not (path / ABOUT).is_file():
+        raise InputError(f"out = {str(path)!r}: what is there is no export of ours (no {ABOUT}); name a new folder")
     if foreign:
         raise InputError(f"out = {str(path)!r}: {foreign[0]!r} in it is no part of such an export; name a new folder")
 
@@ -111,6 +113,8 @@ def _at(coder: PlainCoder, position: str | None) -> PlainCoder:
                 f"position = {position!r}: what a compound cross-layer transcoder writes there comes from several layers, so "
                 "that it is no transcoder; export the whole --to circuit-tracer"
             )
+        if position is not None:
+            _index(_position_names(coder), position)
         return coder
     n_positions = coder.b_dec_XoDo[..., 0].numel()
     if position is None:
@@ -171,7 +175,7 @@ def _narrowed(coder: PlainCoder, index: int) -> Mapping[str, Any]:
     metadata["architecture"] = "transcoder" if coder.kind == CLT else "sae"
     if coder.outputs:
         (m, hook), models = coder.outputs[index], metadata["language_models"]
-        metadata |= {"language_models": [models[m]], "hookpoints": [hook]}
+        metadata |= {"language_models": [models[m]], "hookpoints": [hook], "widths": [[coder.d_out]]}
         if coder.kind == CLT:
-            metadata["hookpoints"] = [coder.inputs[0][1], hook]
+            metadata |= {"hookpoints": [coder.inputs[0][1], hook], "widths": [[coder.d_in, coder.d_out]]}
     return metadata

@@ -108,7 +108,7 @@ def write_dataset(folder: Path, rows: list[dict[str, Any]], name: str, base_mode
     front = {
         "tags": ["crosscode", "sparse-autoencoder", "interpretability"],
         "configs": [{"config_name": "latents", "data_files": TABLE}],
-        "source_models": base_models,
+        "base_model": base_models,
     }
     text = (
         f"# Latents of {name}\n\nA row for each latent: firing rates, decoder norms, examples, logits, neighbours.\n\n"

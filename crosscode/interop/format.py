@@ -11,17 +11,22 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError, first_line
-from crosscode.files import write_json
+from crosscode.files import save_tensors, write_json
 from crosscode.interop.plain import PlainCoder
 from crosscode.stored import parse_json
 
 Tensors = dict[str, Tensor]
-CONVERT = "`crosscode convert RUN --activation jumprelu` gives it thresholds, which this format holds"
+_CONVERT = "`crosscode convert RUN --activation jumprelu` gives it thresholds, which this format holds"
+
+
+def instead_of(kind: str) -> str:
+    """What to do about an activation that a format of thresholds does not hold."""
+    return _CONVERT if kind == "topk" else "train with batch_topk or jumprelu, which have thresholds"
 
 
 class Format(Configured, ABC):
@@ -74,7 +79,7 @@ def several_parts(coder: PlainCoder, works: str) -> str | None:
     which = f" (one of {', '.join(names)})" if names else ""
     dims = tuple(coder.parts[0].W_enc_LXiDi.shape[1:-1]), tuple(coder.b_dec_XoDo.shape[:-1])
     if len(coder.parts) > 1:
-        return f"a compound cross-layer transcoder has an encoder for each layer; {works}"
+        return "a compound cross-layer transcoder has an encoder for each layer; take circuit-tracer"
     if any(size != 1 for axis in dims for size in axis):
         return f"the model has several positions {dims[0]} -> {dims[1]}: name one{which} with --position, or {works}"
     return None
@@ -101,7 +106,7 @@ def write_tensors(file: Path, tensors: Tensors) -> None:
     if file.suffix == ".pt":
         torch.save(tensors, file)
     else:
-        save_file(tensors, file)
+        save_tensors(tensors, file)
 
 
 def read_tensors(file: Path, *needed: str) -> Tensors:

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,18 @@ def is_repo(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not path.exists() and not path.parent.exists()
 
 
+def hub_names(paths: Iterable[str]) -> list[str]:
+    """Those that are repositories, for cards."""
+    return [path for path in paths if is_repo(path)]
+
+
 def fetch(name: str, revision: str | None = None) -> Path:
     """The saved model of a repository, in the hub's own cache.
 
     Raises:
         InputError: no such repository, no way to it, or no model of ours in it.
     """
+    _check_name(name)
     from huggingface_hub import snapshot_download
 
     with _hub(name):
@@ -150,6 +156,7 @@ def push(
             if isinstance(content, str):
                 write_text(Path(root) / file, content)
             else:
+                (Path(root) / file).parent.mkdir(parents=True, exist_ok=True)
                 (Path(root) / file).symlink_to(content.resolve())
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True, repo_type=kind)
@@ -193,7 +200,7 @@ def card(model_folder: Path, run: Path | None, name: str, licence: str | None = 
             architecture.replace("_", "-"),
             spec["activation"]["type"],
         ],
-        "base_model": [model["path"] for model in models if _NAME.fullmatch(model["path"])],
+        "base_model": hub_names(model["path"] for model in models),
         "datasets": [source["name"]] if source.get("type") == "hub" else [],
         "license": licence,
     }

@@ -24,6 +24,7 @@ def of_set(coder: PlainCoder, layer: int) -> PlainCoder:
         metadata["output_positions"] = [metadata["output_positions"][layer]]
     if coder.inputs:
         metadata["hookpoints"] = [places[layer][1] for places in (coder.inputs, coder.outputs)]
+        metadata["widths"] = [[coder.d_in, coder.d_out]]
     return replace(
         coder,
         kind=SINGLE,
@@ -43,16 +44,17 @@ def as_set(coders: Sequence[PlainCoder], where: str) -> PlainCoder:
     Raises:
         InputError: they differ in their sizes or activations.
     """
+    coders = _with_one_activation([coder.with_pre_bias(False) for coder in coders])
     first = coders[0]
     sizes = {(coder.part.n_latents, coder.d_in, coder.d_out, coder.part.kind) for coder in coders}
     if len(sizes) > 1:
         raise InputError(
             f"{where}: holds {len(coders)} transcoders of different latents, widths or activations; name the file of one"
         )
-    coders = [coder.with_pre_bias(False) for coder in coders]
     has_skip, metadata = any(coder.has_skip for coder in coders), {**first.metadata, "architecture": COMPOUND}
     if all(coder.inputs for coder in coders):
         metadata["hookpoints"] = [c.inputs[0][1] for c in coders] + [c.outputs[0][1] for c in coders]
+        metadata["widths"] = [[c.d_in for c in coders] + [c.d_out for c in coders]]
         metadata["output_positions"] = [name for c in coders for name in c.metadata.get("output_positions") or []]
     return replace(
         first,
@@ -63,6 +65,18 @@ def as_set(coders: Sequence[PlainCoder], where: str) -> PlainCoder:
         metadata=metadata,
         options={"later_layers": False},
     )
+
+
+def _with_one_activation(coders: list[PlainCoder]) -> list[PlainCoder]:
+    """A ReLU beside thresholds is a threshold of 0."""
+    if {coder.part.kind for coder in coders} != {"relu", "jumprelu"}:
+        return coders
+
+    def thresholded(part: PlainPart) -> PlainPart:
+        zeros_L = torch.zeros(part.n_latents)
+        return replace(part, activation={"type": "jumprelu"}, theta_L=zeros_L) if part.kind == "relu" else part
+
+    return [replace(coder, parts=(thresholded(coder.part),)) for coder in coders]
 
 
 def _layer(coder: PlainCoder, has_skip: bool) -> PlainPart:

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from crosscode_kernels import AnyBackend, Backend
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from crosscode.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from crosscode.errors import InputError, first_line
-from crosscode.files import new_folder, write_json
+from crosscode.files import new_folder, save_tensors, write_json
 from crosscode.formats import MODEL, STATE_TENSORS
 from crosscode.models.activations.base import ACTIVATIONS
 from crosscode.models.architecture import class_of_kind, split_for
@@ -43,7 +43,7 @@ def write_model(model: Coder, folder: Path, metadata: dict[str, Any], scaling: S
     """Write the two files into an existing folder. `scaling`: what the activations of an unfolded model in training are
     multiplied with, so that `load` can fold it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_tensors(tensors, folder / WEIGHTS_FILE)
     config = {**MODEL.stamp(), "model": model_config(model), "metadata": metadata}
     if scaling is not None:
         config["scaling"] = [factors.tolist() for factors in scaling]

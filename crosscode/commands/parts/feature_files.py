@@ -5,7 +5,6 @@ Axes: H sequences · S positions · N active entries · L latents.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from crosscode.commands.parts.reading import text_experiment, unembed_of
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, new_folder
 from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
+from crosscode.interop.format import layer_of
+from crosscode.interop.hub import hub_names
 
 _QUANTILES = ("Top activations", "Quarter 1", "Quarter 2", "Quarter 3", "Quarter 4")
 
@@ -45,7 +46,7 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
         return write(study, records)
     rows = list(dataset_rows(study, records, experiment.tokenizer))
     with new_folder(out, TABLE) as folder:
-        write_dataset(folder, rows, run.config.name, [model.path for model in run.config.language_models])
+        write_dataset(folder, rows, run.config.name, hub_names(model.path for model in run.config.language_models))
     return out / TABLE
 
 
@@ -88,10 +89,10 @@ def _layers(run: FinishedRun, layer: int | None) -> list[int]:
 
 
 def _layer_of(hookpoint: str) -> int:
-    found = re.search(r"\.(\d+)\.", hookpoint)
-    if found is None:
+    layer = layer_of(hookpoint)
+    if layer is None:
         raise InputError(f"layer: hookpoint {hookpoint!r} names none; give --layer")
-    return int(found[1])
+    return layer
 
 
 def feature_records(

@@ -23,11 +23,11 @@ from crosscode.config.registry import ConfigModel
 from crosscode.files import write_text
 from crosscode.interop.circuit_tracer_names import HOOKS, hook_names, name_note, name_problem
 from crosscode.interop.format import (
-    CONVERT,
     FORMATS,
     Format,
     Tensors,
     cannot,
+    instead_of,
     known,
     layer_of,
     read_tensors,
@@ -117,7 +117,7 @@ def _problem_of_one(coder: PlainCoder) -> str | None:
             "transcoder one output position is a transcoder (--position)"
         )
     if kind not in _ACTIVATIONS:
-        return f"it has ReLU and JumpReLU, and from a local folder no {kind}; {CONVERT}"
+        return f"it has ReLU and JumpReLU, and from a local folder no {kind}; {instead_of(kind)}"
     if coder.d_in != coder.d_out:
         return f"it has one width for input and output, not {coder.d_in} and {coder.d_out}; take saelens"
     if coder.kind == COMPOUND and coder.has_skip:
@@ -126,6 +126,11 @@ def _problem_of_one(coder: PlainCoder) -> str | None:
         return "its cross-layer transcoders write to their own layer, too; train with crosscoder.own_layer: true"
     if not coder.inputs:
         return "it needs layers and hookpoints, and this model does not know its own; set model.metadata (see docs/interop.md)"
+    read, written = ([layer_of(hook) for _, hook in side] for side in (coder.inputs, coder.outputs))
+    if read != written or (
+        coder.kind == COMPOUND and read != sorted(read, key=lambda layer: -1 if layer is None else layer)
+    ):
+        return f"each transcoder reads and writes one layer, in order; these read {read} and write {written}; name hookpoints so"
     return None
 
 

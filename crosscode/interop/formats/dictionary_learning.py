@@ -59,7 +59,7 @@ class DictionaryLearning(Format):
         kind = coder.parts[0].kind
         if coder.kind == CROSSCODER:
             return _crosscoder_problem(coder)
-        several = several_parts(coder, "take circuit-tracer, which has transcoders of all layers")
+        several = several_parts(coder, "take it as a crosscoder")
         if several:
             return several
         if coder.has_skip or coder.is_transcoder or coder.d_in != coder.d_out:
@@ -79,7 +79,8 @@ class DictionaryLearning(Format):
         config = peek(path / CONFIG)
         if "dict_class" in config:
             return (path / CROSSCODER_WEIGHTS).is_file()
-        return "dict_class" in (config.get("trainer") or {}) and (path / SAE_WEIGHTS).is_file()
+        trainer = config.get("trainer")
+        return isinstance(trainer, dict) and "dict_class" in trainer and (path / SAE_WEIGHTS).is_file()
 
     def read(self, path: Path) -> list[PlainCoder]:
         config = read_object(path / CONFIG)

@@ -30,11 +30,9 @@ class Kissane(Format):
     def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
         if coder.kind != CROSSCODER or tuple(coder.b_dec_XoDo.shape[:2]) != (2, 1):
-            return (
-                "it holds crosscoders of two models at one hookpoint alone; take saelens or circuit-tracer for others"
-            )
+            return "it holds crosscoders of two models at one hookpoint alone; take dictionary-learning for other crosscoders"
         if coder.part.kind != "relu":
-            return f"it has ReLU alone, not {coder.part.kind}; take dictionary-learning, which has BatchTopK"
+            return f"it has ReLU alone, not {coder.part.kind}; dictionary-learning has BatchTopK, which a topk is converted to"
         if coder.has_skip:
             return "it has no linear skip; train without crosscoder.linear_skip"
         return None

@@ -15,10 +15,10 @@ import torch
 from crosscode.config.registry import ConfigModel
 from crosscode.files import write_json
 from crosscode.interop.format import (
-    CONVERT,
     FORMATS,
     Format,
     cannot,
+    instead_of,
     known,
     peek,
     read_object,
@@ -55,12 +55,12 @@ class SAELens(Format):
 
     def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
-        several = several_parts(coder, "take circuit-tracer or dictionary-learning, which know more than one")
+        several = several_parts(coder, "take dictionary-learning, which has crosscoders")
         if several:
             return several
         kind = coder.part.kind
         if _is_transcoder(coder) and kind not in _TRANSCODERS:
-            return f"SAELens has no {kind} transcoder; {CONVERT}"
+            return f"SAELens has no {kind} transcoder; {instead_of(kind)}"
         if kind not in _SAES:
             return f"SAELens has no {kind}; sparsify holds it, and finetune_from trains the weights on with another activation"
         return None
@@ -112,11 +112,17 @@ class SAELens(Format):
                     path, f"{name} = {config[name]!r}: fold it into the weights in SAELens first (fold_activation_...)"
                 )
         tensors = read_tensors(path / WEIGHTS, "W_enc", "b_enc", "W_dec", "b_dec")
+        for name in ("scaling_factor", "finetuning_scaling_factor"):
+            if name in tensors and not bool((tensors[name] == 1).all()):
+                cannot(path, f"has {name}, by which SAELens multiplies latents; fold it into W_dec first")
         kind = _READ[architecture]
         W_enc_LD, W_dec_LD, b_enc_L = tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"]
         activation: dict[str, Any] = {"type": kind}
         if kind == "topk":
-            activation["k"] = config["k"]
+            k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
+            if not isinstance(k, int):
+                cannot(path, "names no k of its TopK")
+            activation["k"] = k
             if config.get("rescale_acts_by_decoder_norm"):  # what is ranked is the latent times its decoder norm
                 n_L = W_dec_LD.norm(dim=1)
                 W_enc_LD, b_enc_L = W_enc_LD * n_L[:, None], b_enc_L * n_L
@@ -129,7 +135,7 @@ class SAELens(Format):
         hooks = [facts.get("hook_name"), *([facts.get("hook_name_out")] if is_transcoder else [])]
         metadata = known("transcoder" if is_transcoder else "sae", facts.get("model_name"), *hooks)
         coder = PlainCoder(SINGLE, (part,), tensors["b_dec"], metadata=metadata)
-        return [replace(coder, pre_bias=bool(config.get("apply_b_dec_to_input")) and not is_transcoder)]
+        return [replace(coder, pre_bias=bool(config.get("apply_b_dec_to_input", True)) and not is_transcoder)]
 
 
 def _is_transcoder(coder: PlainCoder) -> bool:

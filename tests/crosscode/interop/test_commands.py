@@ -165,3 +165,34 @@ def test_what_is_of_no_format_is_said(tmp_path, capsys):
     assert main(["export", str(tmp_path / "some"), "--to", "saelens", "--out", str(tmp_path / "out")]) == 2
     assert "holds neither a saved model nor a run with one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_nested_topk_is_converted(written, tiny_config, tmp_path):
+    section = {
+        "type": "sae",
+        "n_latents": 32,
+        "prefixes": [8, 16],
+        "activation": {"type": "topk", "k": 4},
+        "init": {"type": "anthropic_transpose"},
+    }
+    config = written("nested", crosscoder=section, language_models=tiny_config["language_models"][:1])
+    assert main(["train", config]) == 0
+    assert main(["convert", str(tmp_path / "nested"), "--activation", "jumprelu", "--out", str(tmp_path / "jump")]) == 0
+    assert crosscode.open(tmp_path / "jump").model.prefix(8).n_latents == 8
+
+
+def test_what_an_export_of_ours_is_of_must_be_true_of_the_config(sae_run, written, tiny_config, tmp_path, capsys):
+    assert main(["convert", str(sae_run), "--activation", "jumprelu", "--out", str(tmp_path / "jump")]) == 0
+    assert main(["export", str(tmp_path / "jump"), "--to", "saelens", "--out", str(tmp_path / "out")]) == 0
+    lms = tiny_config["language_models"]
+    for other in (
+        {"hookpoints": ["blocks.0.hook_resid_post"], "language_models": lms[:1]},
+        {"language_models": lms[1:2]},
+    ):
+        config = written(
+            "other", crosscoder=yaml.safe_load((sae_run / "config.yaml").read_text())["crosscoder"], **other
+        )
+        assert main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "back"), "--config", config]) == 2
+        assert not (tmp_path / "back").exists()
+    said = capsys.readouterr().err
+    assert "the model's files say ['blocks.1.hook_resid_post']" in said and "has other weights" in said

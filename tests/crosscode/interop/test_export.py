@@ -10,7 +10,8 @@ import logging
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import crosscode
 from crosscode.errors import InputError
@@ -208,3 +209,55 @@ def test_sae_bench_is_for_saes(awkward):
     case.model.metadata = {}
     with pytest.raises(InputError, match="model_name: the model does not say it"):
         crosscode.SAEBenchCoder(case.model)
+
+
+def test_what_is_read_and_written_is_one_layer_in_order(awkward, tmp_path):
+    skewed = awkward("transcoder", "relu", hookpoints=["blocks.0.mlp.hook_in", "blocks.1.hook_mlp_out"], n_layers=2)
+    hooks = [f"blocks.{i}.{hook}" for hook in ("mlp.hook_in", "hook_mlp_out") for i in (2, 1, 0)]
+    for case in (skewed, awkward("compound", "relu", hookpoints=hooks)):
+        with pytest.raises(InputError, match="reads and writes one layer, in order"):
+            case.model.export("circuit-tracer", tmp_path / "out")
+
+
+def test_files_of_others_are_not_overwritten(awkward, tmp_path):
+    (tmp_path / "lm").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "lm" / name).write_text("a language model")
+    with pytest.raises(InputError, match="no export of ours"):
+        awkward("crosscoder_2x1", "relu").model.export("dictionary-learning", tmp_path / "lm", overwrite=True)
+    assert (tmp_path / "lm" / "model.safetensors").read_text() == "a language model"
+
+
+def test_layers_with_and_without_thresholds_come_back_as_one_set(awkward, tmp_path):
+    pairs = [[f"blocks.{i}.mlp.hook_in", f"blocks.{i}.hook_mlp_out"] for i in range(2)]
+    cases = [
+        awkward("transcoder", kind, hookpoints=pair, n_layers=2)
+        for kind, pair in zip(("relu", "batch_topk"), pairs, strict=True)
+    ]
+    back = BaseCrosscoder.load(export([case.model for case in cases], "circuit-tracer", tmp_path / "set"))
+    y_BPD = torch.stack([case.model(case.raw_BXiDi) for case in cases], 1)
+    torch.testing.assert_close(back(torch.stack([case.raw_BXiDi for case in cases], 1)), y_BPD)
+    assert back.metadata["widths"] == [[5] * 4]
+
+
+def test_a_position_that_is_not_there_is_refused_of_a_single_one_too(awkward, tmp_path):
+    with pytest.raises(InputError, match="position = 'nonsense'"):
+        awkward("sae", "relu").model.export("saelens", tmp_path / "out", position="nonsense")
+
+
+def test_a_failed_export_leaves_no_folder(awkward, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        awkward("sae", "relu").model.export("saelens", tmp_path / "new" / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_saelens_multiplies_latents_with_is_not_lost(awkward, tmp_path):
+    folder = awkward("sae", "relu").model.export("saelens", tmp_path / "out")
+    file = folder / "sae_weights.safetensors"
+    save_file({**load_file(file), "scaling_factor": torch.full((24,), 3.0)}, file)
+    with pytest.raises(InputError, match="has scaling_factor"):
+        BaseCrosscoder.load(folder)

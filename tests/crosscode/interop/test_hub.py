@@ -160,7 +160,7 @@ def test_a_model_goes_up_and_comes_down(hub, run_dir, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "none").exists()
 
 
-def test_feature_files_go_up_beside_the_model_and_a_data_set_by_itself(run_dir, tmp_path, capsys):
+def test_feature_files_go_up_beside_the_model_and_a_data_set_by_itself(hub, run_dir, tmp_path, capsys):
     path, _ = run_dir
     (tmp_path / "a" / "features").mkdir(parents=True)
     (tmp_path / "b").mkdir()
@@ -171,6 +171,8 @@ def test_feature_files_go_up_beside_the_model_and_a_data_set_by_itself(run_dir, 
     beside, apart = capsys.readouterr().out.split("model somebody/diff\n")[1:]
     assert "features/layer_0.bin" in beside and "dataset" not in beside
     assert "latents.parquet" in apart.split("dataset somebody/diff-latents")[1]
+    codes, said = commands([word for word in push if word != "--dry-run"] + [str(tmp_path / "a")])
+    assert codes == [0] and "features/layer_0.bin" in hub.repos["somebody/diff"], said
     assert main([*push, str(tmp_path)]) == 2
     assert "holds nothing that `crosscode features" in capsys.readouterr().err
 

@@ -152,7 +152,7 @@ def test_a_topk_of_saelens_that_ranks_by_decoder_norm(tensors, x_BD, tmp_path):
     [
         ({"architecture": "gated"}, "architecture 'gated' is none of ours; read are standard"),
         ({"architecture": "standard", "normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
-        ({"architecture": "topk"}, "does not fit .KeyError: 'k'"),
+        ({"architecture": "topk"}, "names no k of its TopK"),
     ],
 )
 def test_what_ours_cannot_be_is_refused_by_name(config, message, tensors, tmp_path):
