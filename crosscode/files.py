@@ -210,8 +210,14 @@ def check_can_be_made(folder: Path, field: str) -> None:
     try:
         if any(len(os.fsencode(part)) > os.pathconf("/", "PC_NAME_MAX") for part in folder.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        trial.mkdir()
-        trial.rmdir()
+        if there == folder:  # where a trial that is killed would stay
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        for left in (*there.glob(f"{_PREFIX}trial-*"), trial):  # of a process that was killed here, or our own
+            left.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                left.rmdir()
     except OSError as error:
         raise InputError(
             f"{field} = {str(folder)[:200]!r}: cannot be made or written into: {error.strerror}"

@@ -147,14 +147,14 @@ class ExperimentConfig(HarvestConfig):
     run_dir: str = "runs/{name}"
     """folder of the run"""
     overwrite: bool = False
-    """replace a finished run that is there already; one that is not over is replaced only by `--overwrite` on the command
+    """replace a finished run; one that is not over is replaced only by `--overwrite` on the command
     line. What crosscode did not write stays, and the old run stays in RUN/.crosscode-old until the first checkpoint"""
     backend: Literal["auto", "triton", "torch", "torch:screened", "reference"] = "auto"
     """kernels: changes speed and memory, never results. auto: the fastest, tried out on a CPU when a run begins, whose own
     config then names it. `torch:screened`: on a CPU with fast bfloat16 products, TopK's encode
     computes all pre-activations in bfloat16 and only those in full that may be among the k largest, proven row by row"""
     sparse_below: float | None = Field(default=None, ge=0, le=1)
-    """on a CPU, the share of active latents under which products of a ReLU or JumpReLU are sparse; null: tried out, as above"""
+    """sparse products below this share of active latents; of a ReLU or JumpReLU on a CPU; null: tried out, as above"""
     crosscoder: CrosscoderConfig
     """the model that is trained"""
     objective: dict[str, dict[str, Any]] = Field(min_length=1)

@@ -114,7 +114,7 @@ def test_a_section_that_dies_is_said_and_the_others_stay(benches, monkeypatch):
     import gpu
 
     monkeypatch.setattr(gpu, "run_section", _dies)
-    found = gpu.collect(["ops", "graphs"], False, True)
+    found = gpu.collect(["ops", "graphs"], True, True)
     assert [rows[-1]["ok"] for rows in found.values()] == [False, False]
     assert "exit code 3" in found["ops"][-1]["error"]
 

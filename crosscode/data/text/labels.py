@@ -46,5 +46,5 @@ class Labels:
     @classmethod
     def unpacked(cls, packed_R3: torch.Tensor) -> Labels:
         own_R = packed_R3[:, 0]
-        document_R = packed_R3[:, 1:].contiguous().view(torch.int64)[:, 0]
+        document_R = packed_R3[:, 1:].clone(memory_format=torch.contiguous_format).view(torch.int64)[:, 0]
         return cls((own_R & 0xFF).to(torch.uint8), (own_R >> 8).to(torch.int16), document_R)

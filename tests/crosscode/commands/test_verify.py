@@ -90,7 +90,7 @@ def test_a_store_is_read_whole(tiny_config, tmp_path, capsys):
     shard = max(store.glob("shard-*.safetensors"))
     flip(shard)
     code, bad, _ = verified(store, capsys)
-    assert code == 1 and "does not match its checksum" in next(iter(bad))
+    assert code == 1 and "not match" in next(iter(bad)) and "checksum" in next(iter(bad))
     shard.unlink()
     code, bad, _ = verified(store, capsys)
     assert code == 1 and "1 shards were written, 0 are there" in next(iter(bad))

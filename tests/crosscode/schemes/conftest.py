@@ -212,8 +212,11 @@ class Dictionary:
             skip = f.get("W_skip_XiDiXoDo")
             if skip is not None and bias:
                 from_source = from_source + x @ skip.reshape(x.shape[1], -1)
-            # A source layer writes to the last outputs.
-            y_BO = y_BO + torch.nn.functional.pad(from_source, (self.target_BO.shape[1] - from_source.shape[1], 0))
+            # A source layer writes to the last outputs, or in a set of transcoders to its own.
+            is_set = not getattr(self.model, "later_layers", True)
+            after = (len(self.sources) - 1 - self.sources.index(f)) * from_source.shape[1] if is_set else 0
+            before = self.target_BO.shape[1] - from_source.shape[1] - after
+            y_BO = y_BO + torch.nn.functional.pad(from_source, (before, after))
         return y_BO + self.p["b_dec_XoDo"].flatten() if bias and "b_dec_XoDo" in self.p else y_BO
 
     def recon(self, a_S: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from crosscode.build.schema import check_config, read_yaml
 from crosscode.models.architecture import split_for
 from crosscode.recipes import recipe_names
 
-N_STEPS, L, WIDTH, N_DEAD = 1000, 288, 5, 40
+N_STEPS, L, WIDTH, N_DEAD = 1000, 480, 5, 40
 
 
 def coefficient(weight, step: int) -> float:
