@@ -114,7 +114,7 @@ def test_mixed_with_other_text(values, tiny_corpus):
         ({"n_prompts": -3}, "data.source.n_prompts = -3"),
         (
             {"sampling": {"temperature": 1e-9}},
-            r"data.source.sampling: temperature = 1e-09: must be 0, or from 0.01 to 10",
+            r"data.source.sampling.temperature = 1e-09: must be 0, or from 0.01 to 10",
         ),
         ({"sampling": {"top_p": 0}}, r"data.source.sampling.top_p = 0"),
         (
