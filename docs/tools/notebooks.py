@@ -26,6 +26,16 @@ RESULTS = ROOT / "build" / "notebooks"
 MINUTES = 5
 
 
+_STRICT = """
+def _system(command, run=get_ipython().system):
+    run(command)
+    if status := get_ipython().user_ns["_exit_code"]:
+        raise RuntimeError(f"exit status {status} of {command}")
+get_ipython().system = _system
+"""
+"""Makes `!command` an error where it fails."""
+
+
 def executed(source: Path) -> Any:
     """The notebook with its outputs, run in a fresh folder if it was not before.
 
@@ -41,8 +51,10 @@ def executed(source: Path) -> Any:
     notebook, started = nbformat.read(source, as_version=4), time.monotonic()
     # `!crosscode` is the one of this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(_STRICT))
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=60 * MINUTES, resources={"metadata": {"path": folder}}).execute()
+    del notebook.cells[0]
     notebook.metadata["made_from"] = key
     RESULTS.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, kept)

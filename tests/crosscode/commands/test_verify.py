@@ -88,9 +88,13 @@ def test_a_store_is_read_whole(tiny_config, tmp_path, capsys):
     store = tmp_path / "store"
     assert read_manifest(store) is not None and verified(store, capsys)[:2] == (0, {})
     shard = max(store.glob("shard-*.safetensors"))
-    flip(shard)
+    whole = shard.read_bytes()
+    flip(shard)  # the labels come last
     code, bad, _ = verified(store, capsys)
-    assert code == 1 and "not match" in next(iter(bad)) and "checksum" in next(iter(bad))
+    assert code == 1 and "the labels of shard" in next(iter(bad)) and "do not match their checksum" in next(iter(bad))
+    shard.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    code, bad, _ = verified(store, capsys)
+    assert code == 1 and "does not match its checksum" in next(iter(bad))
     shard.unlink()
     code, bad, _ = verified(store, capsys)
     assert code == 1 and "1 shards were written, 0 are there" in next(iter(bad))
