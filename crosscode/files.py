@@ -206,7 +206,7 @@ def check_can_be_made(folder: Path, field: str) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if there == folder and (folder.is_symlink() or not folder.is_dir()):
         return
-    trial = _temporary(there / "trial")
+    trial = there / f"{_PREFIX}trial-00000000"
     try:
         if any(len(os.fsencode(part)) > os.pathconf("/", "PC_NAME_MAX") for part in folder.parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -214,10 +214,9 @@ def check_can_be_made(folder: Path, field: str) -> None:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        for left in (*there.glob(f"{_PREFIX}trial-*"), trial):  # of a process that was killed here, or our own
-            left.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):
-                left.rmdir()
+        trial.mkdir(exist_ok=True)  # a process that was killed may have left it
+        with suppress(FileNotFoundError):  # another that tries the same took it away
+            trial.rmdir()
     except OSError as error:
         raise InputError(
             f"{field} = {str(folder)[:200]!r}: cannot be made or written into: {error.strerror}"

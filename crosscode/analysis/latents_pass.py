@@ -5,7 +5,6 @@ Axes: L latents.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable, FiringStats, diff_latents
 from crosscode.analysis.encoded import Collector, HeldoutBatch, collect, encode_heldout
-from crosscode.analysis.examples import QuantileExamples, TopExamples
+from crosscode.analysis.examples import Example, QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.analysis.verdict import Verdict, verdicts_on
+from crosscode.config.hookpoints import layer_of
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
 from crosscode.models.split import Split
@@ -42,6 +42,13 @@ class LatentsPass:
     quantiles: QuantileExamples
     own_text: Mapping[str, FiringStats] = field(default_factory=dict)
     """of what each language model writes itself, where that was looked at"""
+
+    def examples(self, latent: int) -> dict[str, list[Example]]:
+        """Its largest activations, and some from each quarter of its firings."""
+        quarters = self.quantiles.examples(latent, n_quantiles=4, per_quantile=2)
+        return {"Top activations": self.top.examples(latent)} | {
+            f"Quarter {i + 1}": one for i, one in enumerate(quarters)
+        }
 
     def name_of(self, latent: int) -> str:
         """Its number; of a compound model with (layer, index)."""
@@ -109,8 +116,8 @@ def layers_of(model: BaseCrosscoder, position_names: Sequence[str]) -> list[tupl
     its place), and the latent's number there; None: the model is not compound."""
     if len(model.parts) < 2:
         return None
-    numbers = [re.search(r"\.(\d+)\.", name) for name in position_names]
-    layers = [str(place) if found is None else found[1] for place, found in enumerate(numbers)]
+    numbers = [layer_of(name.rpartition("/")[2]) for name in position_names]
+    layers = [str(place if found is None else found) for place, found in enumerate(numbers)]
     return [(layer, i) for part, layer in zip(model.parts, layers, strict=False) for i in range(part.n_latents)]
 
 

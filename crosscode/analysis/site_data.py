@@ -57,7 +57,7 @@ class _Vocabulary:
 
     def text(self, token: int) -> str:
         if token not in self._texts:
-            self._texts[token] = self._display([token], [0.0])[0].text
+            self._texts[token] = self._display.text(token)
         return self._texts[token]
 
 
@@ -71,10 +71,9 @@ def _is_text(data: bytes) -> bool:
 
 def _record(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary, latent: int) -> dict[str, Any]:
     """One latent. Examples are `[sequence, position, at, value, at, value, ...]`, places relative to the position."""
-    shares = study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)
     histogram, upper = _histogram(records, latent)
     return {
-        "examples": [[_example(one) for one in some] for some in (study.top.examples(latent), *shares)],
+        "examples": [[_example(one) for one in some] for some in study.examples(latent).values()],
         "histogram": histogram,
         "upper": upper,
         "logits": {

@@ -69,6 +69,10 @@ class TokenDisplay:
             shown.append(DisplayToken(_visible(pending), strength, is_peak, False))
         return shown
 
+    def text(self, token_id: int) -> str:
+        """One token by itself."""
+        return self([token_id], [0.0])[0].text
+
     def piece(self, token_id: int) -> bytes | str:
         """The bytes that a token stands for; its text where it is not made of bytes (special tokens, unknown ids)."""
         piece = None if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(token_id)

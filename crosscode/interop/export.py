@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder
-from crosscode.interop.format import ABOUT, FORMATS, Format, layer_of, write_about
-from crosscode.interop.plain import CLT, COMPOUND, CROSSCODER, SINGLE, PlainCoder, from_model
+from crosscode.interop.format import ABOUT, FORMATS, Format, write_about
+from crosscode.interop.plain import CLT, COMPOUND, CROSSCODER, SINGLE, PlainCoder, from_model, metadata_of_one
 from crosscode.interop.sets import is_set, of_set
 from crosscode.models.base import BaseCrosscoder
 
@@ -148,7 +148,7 @@ def _slice(coder: PlainCoder, index: int) -> PlainCoder:
         kind=SINGLE,
         parts=(narrowed,),
         b_dec_XoDo=_flat(coder.b_dec_XoDo, 0)[index],
-        metadata=_narrowed(coder, index),
+        metadata=metadata_of_one(coder, index, 0 if coder.kind == CLT else None),
         scaling_Xo=None if coder.scaling_Xo is None else coder.scaling_Xo.flatten()[index],
     )
 
@@ -165,17 +165,3 @@ def _warn_of_others(W_enc_LXD: Tensor, index: int) -> None:
             "position: the latents of a crosscoder read all its positions; the SAE of one gives what the crosscoder gives "
             "where the others are 0"
         )
-
-
-def _narrowed(coder: PlainCoder, index: int) -> Mapping[str, Any]:
-    metadata = dict(coder.metadata)
-    names = metadata.get("output_positions") or []
-    if names:
-        metadata["output_positions"] = [names[index]]
-    metadata["architecture"] = "transcoder" if coder.kind == CLT else "sae"
-    if coder.outputs:
-        (m, hook), models = coder.outputs[index], metadata["language_models"]
-        metadata |= {"language_models": [models[m]], "hookpoints": [hook], "widths": [[coder.d_out]]}
-        if coder.kind == CLT:
-            metadata |= {"hookpoints": [coder.inputs[0][1], hook], "widths": [[coder.d_in, coder.d_out]]}
-    return metadata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,9 +180,3 @@ def known(architecture: str | None, model: str | None, *hookpoints: str | None, 
     if hooks:
         metadata |= {"hookpoints": hooks, "output_positions": names[-1:]}
     return metadata
-
-
-def layer_of(hookpoint: str) -> int | None:
-    """The layer that a TransformerLens name or a module path says."""
-    match = re.match(r"blocks\.(\d+)\.|.*\b(?:layers|h)\.(\d+)\b", hookpoint)
-    return None if match is None else int(match[1] or match[2])

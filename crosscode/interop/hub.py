@@ -6,13 +6,14 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from crosscode.checksums import CHECKSUMS_FILE
+from crosscode.config.nested import flatten
 from crosscode.config.reading import load_yaml
 from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
@@ -109,22 +110,17 @@ def _for_others(file: Path) -> str:
     """A run's config without where it lay. Other paths of this machine stay, and are said."""
     values = load_yaml(file.read_text(encoding="utf-8"), str(file))
     values = {name: value for name, value in values.items() if name != "run_dir"} if isinstance(values, dict) else {}
-    here = [f"{field} = {value!r}" for field, value in _leaves(values) if isinstance(value, str) and _is_here(value)]
+    texts = (
+        (field, each) for field, value in flatten(values) for each in (value if isinstance(value, list) else [value])
+    )
+    here = [
+        f"{field} = {each!r}"
+        for field, each in texts
+        if isinstance(each, str) and Path(each).expanduser().is_absolute()
+    ]
     if here:
         log.warning("push: %s says where things lie on this machine: %s", file.name, ", ".join(here))
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def _is_here(value: str) -> bool:
-    """Whether a value of a config is an absolute path."""
-    return Path(value).expanduser().is_absolute()
-
-
-def _leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for name, value in pairs:
-        yield f"{path}{name}", value
-        yield from _leaves(value, f"{path}{name}.")
 
 
 def _check_name(name: str) -> None:

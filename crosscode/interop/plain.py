@@ -141,6 +141,19 @@ class PlainCoder:
         return [(m, hookpoints[p]) for m, p in places(self.split, n_models, len(hookpoints))]
 
 
+def metadata_of_one(coder: PlainCoder, output: int, source: int | None) -> dict[str, Any]:
+    """Of one output position alone: those of a transcoder from an input position, or without a `source` of an SAE."""
+    metadata = {**coder.metadata, "architecture": "sae" if source is None else "transcoder"}
+    if names := metadata.get("output_positions"):
+        metadata["output_positions"] = [names[output]]
+    if coder.outputs:
+        m, hook = coder.outputs[output]
+        read = [] if source is None else [coder.inputs[source][1]]
+        metadata["language_models"] = [metadata["language_models"][m]]
+        metadata |= {"hookpoints": [*read, hook], "widths": [[*(coder.d_in for _ in read), coder.d_out]]}
+    return metadata
+
+
 # ---- from and to models
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
 from crosscode.interop.export import planned
-from crosscode.interop.format import layer_of
 from crosscode.interop.plain import SINGLE, to_model
 from crosscode.models.base import BaseCrosscoder
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from crosscode.errors import InputError
-from crosscode.interop.plain import COMPOUND, SINGLE, PlainCoder, PlainPart
+from crosscode.interop.plain import COMPOUND, SINGLE, PlainCoder, PlainPart, metadata_of_one
 
 
 def is_set(coder: PlainCoder) -> bool:
@@ -17,14 +17,8 @@ def is_set(coder: PlainCoder) -> bool:
 
 def of_set(coder: PlainCoder, layer: int) -> PlainCoder:
     """The transcoder of one layer."""
-    part, metadata = coder.parts[layer], dict(coder.metadata)
+    part = coder.parts[layer]
     skip = part.W_skip_XiDiXoDo
-    metadata["architecture"] = "transcoder"
-    if metadata.get("output_positions"):
-        metadata["output_positions"] = [metadata["output_positions"][layer]]
-    if coder.inputs:
-        metadata["hookpoints"] = [places[layer][1] for places in (coder.inputs, coder.outputs)]
-        metadata["widths"] = [[coder.d_in, coder.d_out]]
     return replace(
         coder,
         kind=SINGLE,
@@ -32,7 +26,7 @@ def of_set(coder: PlainCoder, layer: int) -> PlainCoder:
             replace(part, W_dec_LXoDo=part.W_dec_LXoDo[:, 0], W_skip_XiDiXoDo=None if skip is None else skip[:, 0]),
         ),
         b_dec_XoDo=coder.b_dec_XoDo[layer],
-        metadata=metadata,
+        metadata=metadata_of_one(coder, layer, layer),
         options={},
         scaling_Xo=None if coder.scaling_Xo is None else coder.scaling_Xo[layer],
     )

@@ -20,13 +20,11 @@ from crosscode.analysis.records import LatentRecords, study_records
 from crosscode.analysis.tokens import TokenDisplay
 from crosscode.build.finished import FinishedRun
 from crosscode.commands.parts.reading import text_experiment, unembed_of
+from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, new_folder
 from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
-from crosscode.interop.format import layer_of
 from crosscode.interop.hub import hub_names
-
-_QUANTILES = ("Top activations", "Quarter 1", "Quarter 2", "Quarter 3", "Quarter 4")
 
 
 def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_tokens: int | None) -> Path:
@@ -100,10 +98,7 @@ def feature_records(
 ) -> Iterator[dict[str, Any]]:
     """circuit-tracer's record of each of a layer's latents, in order. Logits are of the last output position that a latent
     writes to."""
-    display = TokenDisplay(tokenizer)
-
-    def text(token: int) -> str:
-        return display([token], [0.0])[0].text
+    text = TokenDisplay(tokenizer).text
 
     def shown(example: Example) -> dict[str, Any]:
         return {
@@ -115,7 +110,6 @@ def feature_records(
 
     for latent in latents:
         ends = next((one for one in reversed(records.logits.values()) if bool(one.writes_L[latent])), None)
-        shares = [study.top.examples(latent), *study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)]
         counts_N = records.histograms.counts_LN[latent]
         upper = float(records.histograms.upper_L[latent])
         within_N = counts_N.cumsum() / max(int(counts_N.sum()), 1)
@@ -125,7 +119,7 @@ def feature_records(
             "index": cantor(layer, latent - latents.start),
             "examples_quantiles": [
                 {"quantile_name": title, "examples": [shown(one) for one in some]}
-                for title, some in zip(_QUANTILES, shares, strict=True)
+                for title, some in study.examples(latent).items()
                 if some
             ],
             "top_logits": [] if ends is None else [text(token) for token in ends.top_id_LE[latent].tolist()],
@@ -140,17 +134,13 @@ def feature_records(
 
 def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """A row for each latent: those of `Run.table()`, then lists of examples, logits and neighbours."""
-    display = TokenDisplay(tokenizer)
-
-    def text(token: int) -> str:
-        return display([token], [0.0])[0].text
+    text = TokenDisplay(tokenizer).text
 
     def ends(token_LE: torch.Tensor, value_LE: torch.Tensor, latent: int) -> list[dict[str, Any]]:
         pairs = zip(token_LE[latent].tolist(), value_LE[latent].tolist(), strict=True)
         return [{"token": text(token), "logit": value} for token, value in pairs]
 
     for latent, row in enumerate(latents_frame(study).to_dict("records")):
-        shares = [study.top.examples(latent), *study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)]
         yield {
             "latent": latent,
             **row,
@@ -161,7 +151,7 @@ def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> 
                     "activations": example.strengths,
                     "peak": example.peak,
                 }
-                for title, some in zip(_QUANTILES, shares, strict=True)
+                for title, some in study.examples(latent).items()
                 for example in some
             ],
             "histogram": records.histograms.counts_LN[latent].tolist(),

@@ -92,8 +92,7 @@ class LatentLogits:
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
     """Tokens as they are shown, each by itself."""
-    display = TokenDisplay(tokenizer)
-    return [display([token_id], [0.0])[0].text for token_id in token_ids]
+    return [*map(TokenDisplay(tokenizer).text, token_ids)]
 
 
 def text_experiment(run: FinishedRun, asked: str) -> Experiment:

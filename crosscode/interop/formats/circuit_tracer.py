@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from crosscode.config.hookpoints import layer_of
 from crosscode.config.reading import load_yaml
 from crosscode.config.registry import ConfigModel
 from crosscode.files import write_text
@@ -29,7 +30,6 @@ from crosscode.interop.format import (
     cannot,
     instead_of,
     known,
-    layer_of,
     read_tensors,
     write_tensors,
 )

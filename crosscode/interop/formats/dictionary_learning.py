@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from crosscode.config.hookpoints import layer_of
 from crosscode.config.registry import ConfigModel
 from crosscode.files import write_json
 from crosscode.interop.format import (
@@ -23,7 +24,6 @@ from crosscode.interop.format import (
     Tensors,
     cannot,
     known,
-    layer_of,
     peek,
     read_object,
     read_tensors,

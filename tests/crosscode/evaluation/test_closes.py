@@ -3,12 +3,10 @@
 S sequence · M models · D width · L latents.
 """
 
-import copy
-
 import pytest
 import torch
 
-from crosscode.data import ActivationHarvester, TokenBatch, load_language_model, wrap_language_model
+from crosscode.data import ActivationHarvester, TokenBatch
 from crosscode.errors import InputError
 from crosscode.evaluation.closes import measure_closes
 from crosscode.models import ModelHookpointAcausalCrosscoder, ReLUActivation
@@ -17,28 +15,6 @@ from crosscode.models.architecture import split_for
 WIDTH = 16
 SPLIT = split_for("model_hookpoint_acausal")
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def harvester(tiny_lms):
-    """A, and B, which differs from A in the layers up to the hookpoint alone."""
-    torch.set_num_threads(1)
-    a = load_language_model(tiny_lms[0])
-    generator = torch.Generator().manual_seed(0)
-    for param in a.model.parameters():
-        param.copy_(param + 0.3 * torch.randn(param.shape, generator=generator))
-    changed = copy.deepcopy(a.model)
-    for layer in changed.model.layers[:2]:
-        for param in layer.parameters():
-            param.copy_(param + 0.2 * torch.randn(param.shape, generator=generator))
-    return ActivationHarvester([a, wrap_language_model(changed, a.tokenizer, "B")], [HOOK])
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(2)
-    tokens_HS = torch.randint(3, 60, (4, 9), generator=generator)
-    return TokenBatch(tokens_HS, torch.ones_like(tokens_HS, dtype=torch.bool), None, 0)
 
 
 def coordinates():

@@ -6,7 +6,7 @@ S sequence · D width · V vocabulary.
 import pytest
 import torch
 
-from crosscode.data import ActivationHarvester, TokenBatch, load_language_model
+from crosscode.data import ActivationHarvester, TokenBatch
 from crosscode.evaluation.replacement_model import WAYS, measure_replacement_model
 from crosscode.models import (
     AnthropicSTEJumpReLUActivation,
@@ -21,16 +21,6 @@ from crosscode.models.architecture import split_for
 WIDTH, N = 16, 24
 IN, OUT, RESID = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out", "blocks.{}.hook_resid_post"
 COMPOUND = [IN.format(0), IN.format(1), IN.format(2), OUT.format(0), OUT.format(1), OUT.format(2)]
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_lms):
-    torch.set_num_threads(1)
-    model = load_language_model(tiny_lms[0])
-    generator = torch.Generator().manual_seed(0)
-    for param in model.model.parameters():
-        param.copy_(param + 0.3 * torch.randn(param.shape, generator=generator))
-    return model
 
 
 def filled(model, kind, harvester):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from constrained import constrained_step
 
 from crosscode.models import (
     AnthropicSTEJumpReLUActivation,
@@ -42,14 +43,7 @@ def train(model, objective, n_steps, *, lr=3e-3, constraints=(), optimizer=None,
         firing.update(result.latents)
         context = LossContext(model, x_BMPD, x_BMPD, result, firing.tokens_since_fired_L)
         objective(context, step, n_steps).total.backward()
-        for constraint in reversed(constraints):
-            constraint.after_backward(model)
-        for constraint in constraints:
-            constraint.before_step(model)
-        optimizer.step()
-        for constraint in constraints:
-            constraint.after_step(model)
-        optimizer.zero_grad()
+        constrained_step(model, optimizer, constraints)
         model.after_step(result.latents)
         if after is not None:
             after(model)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from constrained import constrained_step
 
 from crosscode.build.experiment import build_constraints
 from crosscode.build.schema import check_config, read_yaml
@@ -95,14 +96,7 @@ def test_any_optimizer_of_torch(optimizer, make_case):
     constraints = constraints_for(model)
     for _ in range(3):
         (model(case.input_BXiDi) - case.target_BXoDo).square().sum().backward()
-        for constraint in reversed(constraints):
-            constraint.after_backward(model)
-        for constraint in constraints:
-            constraint.before_step(model)
-        optimizer.step()
-        for constraint in constraints:
-            constraint.after_step(model)
-        optimizer.zero_grad()
+        constrained_step(model, optimizer, constraints)
     rows_01, rows_10 = slice(4, 10), slice(10, 15)
     for weight in (model.W_enc_LXiDi, model.W_dec_LXoDo):
         assert not weight[rows_01, 1].any() and not weight[rows_10, 0].any()
