@@ -85,7 +85,7 @@ class BaseCrosscoder(CoderFiles):
             )
         self.activation_fn = activation_fn.to_param_dtype(dtype)
         self.prefixes = sizes_of(prefixes, n_latents)
-        if self.prefixes and activation_fn.keeps_k and not activation_fn.selects_over_batch:
+        if self.prefixes and activation_fn.keeps_k:
             self.prefix_thresholds_S = torch.full((len(self.prefixes),), -1.0)
         self.use_pre_bias = use_pre_bias
         if use_pre_bias and not (use_decoder_bias and self.spaces_match):
@@ -267,8 +267,8 @@ class BaseCrosscoder(CoderFiles):
         return copy.deepcopy(self)
 
     def prefix(self, n_latents: int) -> Self:
-        """The first `n_latents` latents as a model of their own, in eval mode: it keeps of them what this one keeps (of TopK, as
-        many over all tokens), by thresholds of its own.
+        """The first `n_latents` latents as a model of their own, in eval mode: it keeps of them what this one keeps (of TopK and
+        BatchTopK, as many as training keeps), by thresholds of its own.
 
         Raises:
             InputError: what is kept cannot be told of these latents alone, or thresholds were not calibrated for that size.

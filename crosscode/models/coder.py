@@ -33,12 +33,12 @@ class Coder(Protocol):
     n_shared_latents: int
     """The first latents of the dictionary, whose decoder vectors are one and the same for all models."""
     partition: Partition | None
+    """Which latents belong to some models only; None: every latent belongs to all."""
     prefixes: tuple[int, ...]
     """Sizes of the nested dictionaries that must reconstruct alone, ascending, without the whole."""
     prefix_thresholds_S: Tensor | None
-    """Where k latents of each token are kept: for each prefix the threshold that lets through as many as the whole keeps of it;
-    -1: not calibrated."""
-    """Which latents belong to some models only; None: every latent belongs to all."""
+    """Where k latents of each token or batch are kept: for each prefix the threshold that lets through as many as training keeps
+    of it; -1: not calibrated."""
     use_pre_bias: bool
     decoder_norm: NormMode
     activation_fn: ActivationFunction

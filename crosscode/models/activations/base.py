@@ -101,6 +101,10 @@ class ActivationFunction(Configured, nn.Module, ABC):
         """What would select the same over the latents of several source layers; None: each latent by itself decides."""
         return None
 
+    def ranks(self, latents: Latents, n_L: Tensor | None = None) -> Tensor:
+        """What the stored values are ranked by, in their order. `n_L`: decoder norms, of these latents or of more behind them."""
+        return latents.value
+
     def batch_cuts_set(self, cut_of_factor: Mapping[int, Any]) -> AbstractContextManager[None]:
         """Within the block train mode keeps what the `Cut` of the current `k_factor` lets through; for activations that
         select over the batch, and batches in parts."""
@@ -167,7 +171,8 @@ class ActivationFunction(Configured, nn.Module, ABC):
         """What keeps, of the first `n_latents` alone, what this one keeps of them, in eval mode.
 
         Args:
-            threshold: for activations that keep k latents of each token: from which on it keeps them; None: not known.
+            threshold: for activations that keep k latents of each token or batch: from which rank on it keeps them; None: not
+                known.
         """
         raise InputError(
             f"prefix: {self.type_name()!r} keeps latents by what the others are: no prefix of it stands alone"

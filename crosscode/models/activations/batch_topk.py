@@ -120,14 +120,18 @@ class BatchTopkActivation(AnnealedK):
 
     @torch.no_grad()
     def after_step(self, latents: Latents, n_L: Tensor | None = None) -> None:
-        scale_L = self._rank_scale(n_L)
-        if isinstance(latents, SparseLatents):
-            rank = latents.value_N if scale_L is None else latents.value_N * scale_L[latents.latent_idx_N.long()]
-        else:
-            rank = latents.value_BL if scale_L is None else latents.value_BL * scale_L
+        rank = self.ranks(latents, n_L)
         if rank.numel():
             self._update_threshold(rank.masked_fill(rank <= 0, math.inf).amin().to(self.threshold.dtype))
         self.n_steps.add_(1)
+
+    def ranks(self, latents: Latents, n_L: Tensor | None = None) -> Tensor:
+        scale_L = self._rank_scale(n_L)
+        if scale_L is None:
+            return latents.value
+        if isinstance(latents, SparseLatents):
+            return latents.value_N * scale_L[latents.latent_idx_N.long()]
+        return latents.value * scale_L[: latents.n_latents]
 
     def _update_threshold(self, smallest: Tensor) -> None:
         """Device-side only, for a step must not wait for a value, and in few ops. `smallest`: inf where there is none."""
@@ -158,14 +162,6 @@ class BatchTopkActivation(AnnealedK):
         finally:
             self._batch_cuts = {}
 
-    @contextmanager
-    def annealing_over(self) -> Iterator[None]:
-        before, self._annealed_k = self._annealed_k, self.k
-        try:
-            yield
-        finally:
-            self._annealed_k = before
-
     @torch.no_grad()
     def settle_threshold_(self, threshold: Tensor) -> None:
         self.threshold.copy_(threshold)
@@ -182,11 +178,12 @@ class BatchTopkActivation(AnnealedK):
         return _just_below(self._inference_threshold())
 
     def for_prefix(self, n_latents: int, threshold: Tensor | None) -> BatchTopkActivation:
-        # One threshold was settled for all that are ranked together: of the first latents it keeps the same.
         self._inference_threshold()
         fields = {"k": min(self.k, n_latents), "k_start": None}
         alone = self.of(self.config.model_copy(update=fields), n_latents=n_latents)
         alone.load_state_dict(self.state_dict())
+        if threshold is not None:  # that of the whole keeps of the first latents what eval mode keeps of them
+            alone.settle_threshold_(threshold)
         return alone
 
     def set_cutoffs_(self, theta: Tensor) -> None:

@@ -5,6 +5,8 @@ Axes: B tokens · I flattened input dims · L latents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -65,6 +67,14 @@ class AnnealedK(ActivationFunction):
     def current_k(self) -> int:
         """The k of this step: `k`, or more while it is annealed."""
         return min(self.wanted_k, self.n_latents)
+
+    @contextmanager
+    def annealing_over(self) -> Iterator[None]:
+        before, self._annealed_k = self._annealed_k, self.k
+        try:
+            yield
+        finally:
+            self._annealed_k = before
 
     def for_prefix(self, n_latents: int, threshold: Tensor | None) -> ActivationFunction:
         if threshold is None:

@@ -5,6 +5,8 @@ Axes: B tokens · S prefixes · L latents.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -87,17 +89,17 @@ def nested(model, case, size):
     return torch.cat(kept, 1), model.decode_prefixes(result.latents_of_parts, case.input_BXiDi, [size])[:, 0]
 
 
-def settled(model, case):
+def settled(model, case, batches=None):
     """As the end of training leaves it."""
     for fn in model.activation_fns:
         if fn.selects_over_batch:
             fn.settle_threshold_(torch.tensor(0.4))
-    calibrate_prefixes_(model, [case.input_BXiDi])
+    calibrate_prefixes_(model, batches or [case.input_BXiDi])
     return model.eval()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("activation", ["batch_topk", "batch_topk_by_norm", "jumprelu", "jumprelu_linear", "relu"])
+@pytest.mark.parametrize("activation", ["jumprelu", "jumprelu_linear", "relu"])
 def test_a_prefix_is_what_the_whole_keeps_of_it(architecture, activation, make_case, tmp_path):
     case = make_case(architecture, activation, prefixes=SIZES)
     model = settled(case.model, case)
@@ -114,18 +116,52 @@ def test_a_prefix_is_what_the_whole_keeps_of_it(architecture, activation, make_c
         assert again.prefixes == prefix.prefixes
 
 
-@pytest.mark.parametrize("architecture", ["sae", "acausal_2x1", "compound"])
-def test_a_prefix_of_topk_keeps_as_many_latents_by_its_own_threshold(architecture, make_case):
-    case = make_case(architecture, "topk", prefixes=SIZES, n_tokens=64)
-    model = settled(case.model, case)
-    thresholds = [part.prefix_thresholds_S for part in model.parts]
+ALL_LAYERS = {"topk_scope": "all_layers"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("sae", {}), ("acausal_2x1", {}), ("compound", {}), ("compound", ALL_LAYERS)]
+)
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "batch_topk_by_norm"])
+def test_a_prefix_keeps_as_many_latents_as_training_by_a_threshold_of_its_own(
+    architecture, options, activation, make_case, tmp_path
+):
+    case = make_case(architecture, activation, prefixes=SIZES, n_tokens=64, **options)
+    model, batches = (
+        case.model.train(),
+        [case.input_BXiDi, 4 * case.input_BXiDi],
+    )  # of which BatchTopK keeps by other thresholds
+    kept = {
+        size: sum(int((nested(model, replace(case, input_BXiDi=x), size)[0] > 0).sum()) for x in batches)
+        for size in SIZES
+    }
+    settled(model, case, batches)
+
+    def n_kept(prefix):
+        return sum(int((prefix.encode(x) > 0).sum()) for x in batches)
+
     for size in SIZES:
-        expected = (nested(model, case, size)[0] > 0).sum()
-        assert (model.prefix(size).encode(case.input_BXiDi) > 0).sum() == expected
+        prefix = model.prefix(size)
+        assert n_kept(prefix) == kept[size]
+        assert type(prefix) is type(model) and prefix.n_latents == size and not prefix.training
+        prefix.save(tmp_path / str(size))
+        again = BaseCrosscoder.load(tmp_path / str(size))
+        assert torch.equal(again(case.input_BXiDi), prefix(case.input_BXiDi))
+        assert again.prefixes == tuple(smaller for smaller in SIZES if smaller < size)
+        for smaller in again.prefixes:  # a prefix of a prefix is the prefix
+            assert torch.equal(again.prefix(smaller)(case.input_BXiDi), model.prefix(smaller)(case.input_BXiDi))
     # The trap: with the threshold of another prefix it is another number.
-    for thresholds_S in thresholds:
-        thresholds_S.copy_(thresholds_S.flip(0) if len(set(thresholds_S.tolist())) > 1 else thresholds_S * 2)
-    assert (model.prefix(SIZES[0]).encode(case.input_BXiDi) > 0).sum() != (nested(model, case, SIZES[0])[0] > 0).sum()
+    for part in model.parts:
+        part.prefix_thresholds_S.copy_(part.prefix_thresholds_S.roll(1))
+    assert any(n_kept(model.prefix(size)) != kept[size] for size in SIZES)
+
+
+def test_a_prefix_of_batch_topk_that_was_not_named_has_the_threshold_of_the_whole(make_case):
+    case = make_case("sae", "batch_topk", prefixes=SIZES)
+    model = settled(case.model, case)
+    a_BL, y_BD = nested(model, case, 7)
+    torch.testing.assert_close(model.prefix(7).encode(case.input_BXiDi), a_BL)
+    torch.testing.assert_close(model.prefix(7)(case.input_BXiDi), y_BD)
 
 
 def test_prefixes_that_cannot_stand_alone_say_so(make_case):
@@ -154,8 +190,8 @@ def test_a_trained_model_has_the_thresholds_of_its_prefixes(make_trainer):
 
 @pytest.mark.parametrize(("architecture", "kind"), [("sae", "sae"), ("acausal_2x1", "model_hookpoint_acausal")])
 def test_held_out_figures_of_a_prefix_are_those_of_the_prefix_alone(architecture, kind, make_case):
-    case = make_case(architecture, "batch_topk", prefixes=SIZES, dtype=torch.float32)
-    model = settled(case.model, case)
+    case = make_case(architecture, "jumprelu", prefixes=SIZES, dtype=torch.float32)
+    model = case.model.eval()
     split = split_for(kind)
     acts_BMPD = torch.randn(64, 2 if kind != "sae" else 1, 1, 5)
     names = [str(x) for x in range(len(model.segments))]
