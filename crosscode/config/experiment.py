@@ -64,6 +64,23 @@ class CrosscoderConfig(ConfigModel):
         return self
 
 
+class ResampleConfig(ConfigModel):
+    """Dead latents begin anew at tokens that are reconstructed badly (Bricken et al. 2023)."""
+
+    every: PositiveInt = 1000
+    """steps between resamplings"""
+    until: float = Field(default=0.5, gt=0, le=1)
+    """share of the run after which there is none"""
+    from_start: bool = False
+    """before the first of them also at steps 10, 20, 40, 80, ..., of latents that were silent since the last of these"""
+    dead_after_tokens: PositiveInt | None = None
+    """a latent is dead when it has not been active for this many tokens; null: train.dead_after_tokens"""
+    encoder_scale: PositiveFloat = 0.2
+    """norm of a new encoder row over the mean norm of live ones; what selects the k largest may need more"""
+    seed: int = 0
+    """seed of the draws"""
+
+
 class TrainConfig(ConfigModel):
     """The training loop."""
 
@@ -82,6 +99,8 @@ class TrainConfig(ConfigModel):
     dead_after_tokens: PositiveInt = 1_000_000
     """a latent counts as dead when it was not active for this many tokens, in figures and, unless objective.auxk has a
     number of its own, for AuxK"""
+    resample: ResampleConfig | None = None
+    """give dead latents new weights, every so many steps; null: never"""
     log_every: PositiveInt = 50
     """steps between rows of metrics.jsonl"""
     histogram_every: PositiveInt | None = None

@@ -40,6 +40,7 @@ from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.recent import RecentActivations
+from crosscode.trainers.resampling import resample_if_due
 from crosscode.trainers.rules import warn_of_changes
 from crosscode.trainers.saver import Saver
 from crosscode.trainers.source import ActivationSource, as_source
@@ -92,8 +93,7 @@ class Trainer:
         check_parts(model, objective, position_names)
         self.model, self.data, self.split, self.objective = model, (data := as_source(data)), split, objective
         self.config, self.run, self.constraints = config, run, constraints_for(model, constraints)
-        self.n_steps = config.n_steps if n_steps is None else n_steps
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.evaluate, self.evaluate_every, self.n_steps = evaluate, evaluate_every, n_steps or config.n_steps
         self.position_names, self.metadata = list(position_names), metadata or {}
         self.optimizer_plan = OPTIMIZERS.build(config.optimizer)
         self.optimizer = self.optimizer_plan.build(model)
@@ -104,8 +104,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every)
         self.phases, self.metrics = Phases(model.device), Metrics(loggers)
         self.progress, self.callbacks = Progress(self.n_steps, enabled=progress), Callbacks(callbacks)
-        self.step = self.tokens = 0
-        self._evaluation_due = self._resumed = False
+        self.step, self.tokens, self._evaluation_due, self._resumed = 0, 0, False, False
         parts = {"metrics": self.metrics, "optimizer": self.optimizer, "firing": self.firing, "guard": self.guard}
         parts |= {"data": data, "random": RandomState(), **({"objective": objective} if objective.state_dict() else {})}
         self.recent = RecentActivations(model, config.grad_accumulation)
@@ -195,7 +194,8 @@ class Trainer:
             for constraint in self.constraints:
                 constraint.after_step(self.model)
             self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.tokens = self.step + 1, self.tokens + acts_BMPD.shape[0]
+            self.step, self.tokens = self.step + 1, self.tokens + acts_BMPD.shape[0]
+            resample_if_due(self, input_BXiDi, target_BXoDo)
         self.callbacks.step(self)
         self.progress.advance(self.metrics.last, self.callbacks.names)
         if figures is not None:

@@ -33,6 +33,12 @@ class OptimizerPlan(Configured, ABC):
         for group in optimizer.param_groups:
             group["lr"] = max(group["initial_lr"], group.get("travel", 0.0) / n_steps) * factor
 
+    def forget_rows(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, rows_R: torch.Tensor) -> None:
+        """What is kept of rows of a parameter that were set anew begins anew as well."""
+        for kept in optimizer.state.get(param, {}).values():
+            if isinstance(kept, torch.Tensor) and kept.shape == param.shape:
+                kept[rows_R] = 0
+
     def start_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place at which gradients are taken."""
 

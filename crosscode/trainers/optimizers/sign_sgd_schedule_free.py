@@ -54,6 +54,11 @@ class SignSGDScheduleFree(OptimizerPlan):
     def lr_factor(self, step: int, n_steps: int) -> float:
         return warmup_and_decay(step, n_steps, self.warmup_fraction, 0.0)
 
+    def forget_rows(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, rows_R: torch.Tensor) -> None:
+        """The iterate and the average are the new weights, too."""
+        if "z" in optimizer.state.get(param, {}):
+            optimizer.state[param]["z"][rows_R] = param.detach()[rows_R]
+
     def start_training(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, _SignSGD)
         optimizer.train()

@@ -31,6 +31,14 @@ CASES = {
     "jumprelu, in parts": {"activation": JUMPRELU, "objective": PENALTIES, "grad_accumulation": 2},
     "jumprelu, reference": {"activation": JUMPRELU, "objective": PENALTIES, "backend": "reference"},
     "schedule-free": {"optimizer": {"type": "sign_sgd_schedule_free", "lr": 0.01}, "evaluate_every": 2},
+    "resampling": {
+        "activation": {"type": "batch_topk", "k": 1}, **COMPOUND,
+        "resample": {"every": 2, "until": 1.0, "dead_after_tokens": 32},
+    },
+    "resampling, schedule-free": {
+        "activation": {"type": "topk", "k": 1}, "resample": {"every": 2, "dead_after_tokens": 32}, "grad_accumulation": 2,
+        "optimizer": {"type": "sign_sgd_schedule_free", "lr": 0.01},
+    },
     "skips": {"max_skipped_steps": 3, "poison": {1: float("nan"), 7: float("inf")}},
     "compound": {"activation": BATCH_TOPK, "objective": AUXK, **COMPOUND},
     "compound over all layers": {
