@@ -75,6 +75,7 @@ class SplicedFigures(Stored):
     kl_zero: float | None = None
     loss_recovered: float | None = None
     ci95: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    groups: dict[str, dict[str, SplicedFigures]] | None = None
 
 
 class LayeredFigures(Stored):

@@ -6,10 +6,10 @@ Axes: X output crosscoding positions (flattened) · D width · L latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,47 +19,41 @@ from crosscode.analysis.geometry import decoder_vectors_LXD, encoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScalingResult
 from crosscode.errors import InputError
 from crosscode.files import write_text
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
 
 
 class FiringStats:
-    """Collects how often and how strongly each latent fires, and how often in each group of tokens.
+    """Collects how often and how strongly each latent fires, in all and in each group of tokens.
 
     Args:
         groupings: ways to group tokens (by source, by role), each with the names of its groups by their numbers.
     """
 
-    def __init__(self, n_latents: int, groupings: Mapping[str, Sequence[str]] | None = None):
+    def __init__(self, n_latents: int, groupings: Groupings | None = None):
         self.n_tokens = 0
-        self._groupings = groupings or {}
-        self._of_group: dict[tuple[str, int], tuple[int, Tensor]] = {}
+        self._groups = ByGroup(groupings, partial(FiringStats, n_latents))
         self.counts_L = torch.zeros(n_latents, dtype=torch.int64)
         self.max_L = torch.zeros(n_latents, dtype=torch.float32)
         self._sum_L = torch.zeros(n_latents, dtype=torch.float64)
 
     def update(self, batch: EncodedBatch) -> None:
         latent_N, value_N = batch.entries.latent_N.cpu(), batch.entries.value_N.float().cpu()
-        self.n_tokens += batch.position_B.shape[0]
+        self._add(latent_N, value_N, batch.position_B.shape[0])
+        for own, of_group_B in self._groups.of(batch.group_BG):
+            own_N = of_group_B[batch.entries.token_N.cpu()]
+            own._add(latent_N[own_N], value_N[own_N], int(of_group_B.sum()))
+
+    def _add(self, latent_N: Tensor, value_N: Tensor, n_tokens: int) -> None:
+        self.n_tokens += n_tokens
         self.counts_L.index_add_(0, latent_N, torch.ones_like(latent_N))
         self.max_L.scatter_reduce_(0, latent_N, value_N, "amax")
         self._sum_L.index_add_(0, latent_N, value_N.double())
-        token_N = batch.entries.token_N.cpu()
-        for g, kind in enumerate(self._groupings if batch.group_BG is not None else ()):
-            group_B = cast(Tensor, batch.group_BG)[:, g].cpu()
-            for number in group_B.unique().tolist():
-                n_tokens, counts_L = self._of_group.get((kind, number), (0, torch.zeros_like(self.counts_L)))
-                of_group_B = group_B == number
-                more_L = torch.bincount(latent_N[of_group_B[token_N]], minlength=len(counts_L))
-                self._of_group[kind, number] = (n_tokens + int(of_group_B.sum()), counts_L + more_L)
 
-    def density_by_group(self) -> dict[str, dict[str, Tensor]]:
-        """By kind and name of a group, where there are several, the share of its tokens `density_L` on which each latent is
-        active, float64."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for (kind, number), (n_tokens, counts_L) in sorted(self._of_group.items(), key=lambda item: item[0][1]):
-            found.setdefault(kind, {})[self._groupings[kind][number]] = counts_L.double() / n_tokens
-        return {kind: found[kind] for kind in self._groupings if len(found.get(kind, ())) > 1}
+    def groups(self) -> dict[str, dict[str, FiringStats]]:
+        """The same of each group, by its kind and name, where there are several."""
+        return self._groups.result(lambda own: own)
 
     @property
     def density_L(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from crosscode.analysis.plots import si_number
 from crosscode.analysis.run_record import RunRecord
 from crosscode.analysis.wording import (
+    FigureTable,
     distinct_labels,
     duration_text,
     join_and,
@@ -92,15 +93,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class EvaluationTable:
-    """Held-out figures by output position: titles with a hint each, and rows of text."""
-
-    columns: list[tuple[str, str]]
-    rows: list[list[str]]
-
-
-def evaluation_table(record: RunRecord) -> EvaluationTable | None:
+def evaluation_table(record: RunRecord) -> FigureTable | None:
     """The held-out evaluation; None where there was none."""
     by_position, held_out = record.fvu_by_position()
     if not held_out:
@@ -136,10 +129,10 @@ def evaluation_table(record: RunRecord) -> EvaluationTable | None:
             numbers = (number_text(one) for one in (layered.get("ce_clean"), ce))
             kl = number_text((layered.get("kl") or {}).get(way))
             rows[way] = [f"all layers, {way.replace('_', ' ')}", "", "", "", *numbers, "", kl]
-    return EvaluationTable(columns, list(rows.values()))
+    return FigureTable(columns, list(rows.values()))
 
 
-def group_table(record: RunRecord) -> EvaluationTable | None:
+def group_table(record: RunRecord) -> FigureTable | None:
     """Held-out figures apart by source and role; None where there is nothing to tell apart."""
     groups = record.evaluation.get("groups") or {}
     if not groups:
@@ -148,22 +141,34 @@ def group_table(record: RunRecord) -> EvaluationTable | None:
     labels = distinct_labels(names)
     columns = [("by", ""), ("tokens", "held-out tokens of this group"), ("L0", "active latents per token")]
     columns += [(f"FVU {labels[name]}".strip(), f"with the group's own variance, at {name}") for name in names]
+    spliced = {name: of.get("groups") or {} for name, of in record.loss_recovered().items()}
+    spliced_labels = distinct_labels([*spliced])
+    for name in spliced:
+        columns += [(f"loss recovered {spliced_labels[name]}".strip(), f"of predictions of these tokens, at {name}")]
     rows = [
         [f"{kind}: {name}", f"{of['n_tokens']:,}", number_text(of.get("l0"))]
         + [number_text(of["fvu_by_position"].get(position)) for position in names]
+        + [_recovered_text(apart.get(kind, {}).get(name, {})) for apart in spliced.values()]
         for kind, found in groups.items()
         for name, of in found.items()
     ]
-    return EvaluationTable(columns, rows)
+    return FigureTable(columns, rows)
 
 
-def _spliced_cells(found: dict[str, Any]) -> list[str]:
+def _recovered_text(found: dict[str, Any]) -> str:
     recovered, interval = found.get("loss_recovered"), found.get("ci95")
     text = percent_text(recovered)
     bounds = (interval or {}).get("loss_recovered")
     if recovered is not None and bounds:
         text += f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})"
-    return [text, *(number_text(found.get(key)) for key in ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced"))]
+    return text
+
+
+def _spliced_cells(found: dict[str, Any]) -> list[str]:
+    return [
+        _recovered_text(found),
+        *(number_text(found.get(key)) for key in ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced")),
+    ]
 
 
 def _l0_note(record: RunRecord) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from crosscode.analysis import plots
@@ -11,7 +11,7 @@ from crosscode.analysis.latent_scaling import ERROR_THRESHOLD, RECONSTRUCTION_TH
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.plots import Plot
 from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, Tag, Verdict
-from crosscode.analysis.wording import percent_text, short_names
+from crosscode.analysis.wording import FigureTable, percent_text, short_names
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class PairSection:
     intro: str
     counts: list[tuple[str, str, int, str]]
     """(CSS class, tag, latents, share)"""
+    apart: FigureTable | None = None
+    """on the tokens of each text and role alone"""
     plots: list[Plot] = field(default_factory=list)
 
 
@@ -57,6 +59,28 @@ CSS_OF_TAG = {"A-specific": "a", "B-specific": "b"}
 """Class of what is shown of a latent; "shared" for the other tags."""
 
 
+def pair_sections(study: LatentsPass) -> list[PairSection]:
+    """One for each two models that are compared."""
+    return [replace(pair_section(one), apart=_apart(study, i)) for i, one in enumerate(study.verdicts)]
+
+
+def _apart(study: LatentsPass, i: int) -> FigureTable | None:
+    """The i-th verdict on each group of tokens; None where there is nothing to tell apart."""
+    firing, (a, b) = study.firing.groups(), (study.verdicts[i].name_a, study.verdicts[i].name_b)
+    columns = [("on tokens of", ""), ("tokens", "held-out tokens of this group")]
+    columns += [("activations differ", "squared difference of both sides' activations, in their variance there")]
+    columns += [(f"{name}-specific", f"latents that are {name}-specific on these tokens") for name in (a, b)]
+    columns += [(f"first of {b}", f"first latents of the ranking of those that lean to {b}, on these tokens")]
+    rows = []
+    for kind, of_kind in study.apart.items():
+        for name, verdicts in of_kind.items():
+            own, first = verdicts[i], ", ".join(map(str, verdicts[i].ranking(b)[:5]))
+            counts = [f"{len(own.specific(side)):,}" for side in (a, b)]
+            n_tokens = firing[kind][name].n_tokens
+            rows.append([f"{kind}: {name}", f"{n_tokens:,}", percent_text(own.difference), *counts, first or "none"])
+    return FigureTable(columns, rows) if rows else None
+
+
 def pair_section(verdict: Verdict) -> PairSection:
     """Counts by tag, and the plots of each hookpoint that is compared."""
     n_latents, a, b = len(verdict.tag), verdict.name_a, verdict.name_b
@@ -73,7 +97,7 @@ def pair_section(verdict: Verdict) -> PairSection:
     tables = verdict.tables
     heading = f"{a} against {b}" + (_shared_hook(tables[0]) if len(tables) == 1 else "")
     found = [plot for table in tables for plot in _plots(verdict, table, several=len(tables) > 1)]
-    return PairSection(heading, verdict.headline(), intro, counts, found)
+    return PairSection(heading, verdict.headline(), intro, counts, plots=found)
 
 
 def _plots(verdict: Verdict, table: DiffTable, *, several: bool) -> list[Plot]:

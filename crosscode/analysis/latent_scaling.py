@@ -24,6 +24,7 @@ from torch import Tensor
 
 from crosscode.analysis.encoded import EncodedBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 
 ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD, ACTIVATION_THRESHOLD = 0.2, 0.5, 0.5
@@ -64,10 +65,28 @@ class LatentScalingResult:
         return {"error": self.error, "reconstruction": self.reconstruction, "activations": self.activation}
 
 
-class LatentScaling:
-    """Collects the sums behind the betas and their errors: a few numbers per latent, and nothing of size B x L."""
+class _Sums:
+    """Over some tokens."""
 
-    def __init__(self, model: BaseCrosscoder, a: int, b: int, max_entries: int = 1 << 14):
+    def __init__(self, n_latents: int, width: int):
+        self.of_entries_LS = torch.zeros(n_latents, 20, dtype=torch.float64)
+        self.target_2D = torch.zeros(2, width, dtype=torch.float64)
+        self.target_square, self.difference_square, self.n_tokens = 0.0, 0.0, 0
+
+    def add_targets(self, target_B2D: Tensor) -> None:
+        self.target_2D += target_B2D.sum(0).cpu()
+        self.target_square += float(target_B2D.square().sum())
+        self.difference_square += float(target_B2D.diff(dim=1).square().sum())
+        self.n_tokens += target_B2D.shape[0]
+
+
+class LatentScaling:
+    """Collects the sums behind the betas and their errors, in all and for each group of tokens: a few numbers per latent, and
+    nothing of size B x L."""
+
+    def __init__(
+        self, model: BaseCrosscoder, a: int, b: int, max_entries: int = 1 << 14, groupings: Groupings | None = None
+    ):
         self.positions = (a, b)
         self._max_entries = max_entries
         W_pair_L2D = decoder_vectors_LXD(model)[:, [a, b]]
@@ -75,19 +94,18 @@ class LatentScaling:
         self._d_LD = W_pair_L2D[torch.arange(model.n_latents, device=W_pair_L2D.device), owner_L]
         self._owner_L = owner_L.cpu()
         self._d_dot_own_L2 = (W_pair_L2D.double() * self._d_LD[:, None].double()).sum(-1).cpu()
-        self._sums_LS = torch.zeros(model.n_latents, 20, dtype=torch.float64)
-        self._target_sum_2D = torch.zeros(W_pair_L2D.shape[1:], dtype=torch.float64)
-        self._target_square, self._difference_square, self._n_tokens = 0.0, 0.0, 0
+        make_sums = partial(_Sums, model.n_latents, W_pair_L2D.shape[2])
+        self._sums, self._groups = make_sums(), ByGroup(groupings, make_sums)
 
     @torch.no_grad()
     def update(self, batch: EncodedBatch) -> None:
         entries, pair = batch.entries, list(self.positions)
         target_B2D, output_B2D = batch.target_BXD[:, pair], batch.output_BXD[:, pair]
+        groups = list(self._groups.of(batch.group_BG))
         target_double_B2D = target_B2D.double()
-        self._target_sum_2D += target_double_B2D.sum(0).cpu()
-        self._target_square += float(target_double_B2D.square().sum())
-        self._difference_square += float(target_double_B2D.diff(dim=1).square().sum())
-        self._n_tokens += target_B2D.shape[0]
+        self._sums.add_targets(target_double_B2D)
+        for sums, of_group_B in groups:
+            sums.add_targets(target_double_B2D[of_group_B.to(target_B2D.device)])
         y_B4D = torch.cat([target_B2D - output_B2D, output_B2D], 1)
         count_B = torch.bincount(entries.token_N, minlength=y_B4D.shape[0])
         first_B = count_B.cumsum(0) - count_B
@@ -105,7 +123,11 @@ class LatentScaling:
             dot_N4 = dot_B4K.transpose(1, 2)[is_entry_BK].double().cpu()
             index_N = index_BK[is_entry_BK]
             latent_N, value_N = entries.latent_N[index_N].cpu(), entries.value_N[index_N].double().cpu()
-            self._sums_LS.index_add_(0, latent_N, self._summands_NS(latent_N, value_N, dot_N4))
+            summands_NS = self._summands_NS(latent_N, value_N, dot_N4)
+            self._sums.of_entries_LS.index_add_(0, latent_N, summands_NS)
+            for sums, of_group_B in groups:
+                own_N = of_group_B[entries.token_N[index_N].cpu()]
+                sums.of_entries_LS.index_add_(0, latent_N[own_N], summands_NS[own_N])
 
     def _summands_NS(self, latent_N: Tensor, f_N: Tensor, dot_N4: Tensor) -> Tensor:
         """Of each entry 1, f, f^2; for errors, reconstructions and activations the products t of f with what they have along
@@ -121,16 +143,24 @@ class LatentScaling:
         return torch.stack([*columns, *(activation_N2 * f_N[:, None]).T], 1)
 
     def result(self) -> LatentScalingResult:
-        n_L, f_L, ff_L, *columns = self._sums_LS.T
-        variance = (self._target_square - float(self._target_sum_2D.square().sum()) / max(self._n_tokens, 1)) / 2
+        return self._result(self._sums)
+
+    def groups(self) -> dict[str, dict[str, LatentScalingResult]]:
+        """The same of each group, by its kind and name, where there are several."""
+        return self._groups.result(self._result)
+
+    def _result(self, sums: _Sums) -> LatentScalingResult:
+        n_L, f_L, ff_L, *columns = sums.of_entries_LS.T
+        n_tokens = max(sums.n_tokens, 1)
+        variance = (sums.target_square - float(sums.target_2D.square().sum()) / n_tokens) / 2
         error, reconstruction, activation = (torch.stack(columns[i : i + 5], 1) for i in (0, 5, 10))
-        mean_L2 = self._d_LD.double().cpu() @ (self._target_sum_2D / max(self._n_tokens, 1)).T
+        mean_L2 = self._d_LD.double().cpu() @ (sums.target_2D / n_tokens).T
         ft_L2 = torch.stack(columns[15:], 1)
         activation[:, :2] -= f_L[:, None] * mean_L2
         activation[:, 2:4] += mean_L2.square() * ff_L[:, None] - 2 * mean_L2 * ft_L2
         activation[:, 4] += mean_L2.prod(1) * ff_L - (mean_L2 * ft_L2.flip(1)).sum(1)
         d_square_L = self._d_dot_own_L2.gather(1, self._owner_L[:, None]).squeeze(1)
-        spread_L = (ff_L - f_L.square() / max(self._n_tokens, 1)) * d_square_L
+        spread_L = (ff_L - f_L.square() / n_tokens) * d_square_L
         share = partial(_share, n_L=n_L, owner_L=self._owner_L)
         of_activation = share(activation, scale_L=spread_L, threshold=ACTIVATION_THRESHOLD)
         beta_L2 = of_activation.beta_L2.gather(1, torch.stack([self._owner_L, 1 - self._owner_L], 1))
@@ -140,7 +170,7 @@ class LatentScaling:
             of_activation,
             self._owner_L,
             (beta_L2[:, 0] - beta_L2[:, 1]) * (ff_L / n_L * d_square_L).sqrt(),
-            self._difference_square / variance if variance > 0 else 0.0,
+            sums.difference_square / variance if variance > 0 else 0.0,
         )
 
 

@@ -18,6 +18,7 @@ from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.analysis.verdict import Verdict, verdicts_on
 from crosscode.config.hookpoints import layer_of
+from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
 from crosscode.models.split import Split
@@ -40,6 +41,8 @@ class LatentsPass:
     """of a compound model each latent's source layer and its number there; None: the model is not compound"""
     top: TopExamples
     quantiles: QuantileExamples
+    apart: Mapping[str, Mapping[str, list[Verdict]]] = field(default_factory=dict)
+    """`verdicts` on the tokens of each group alone, by its kind (source, role) and name"""
     own_text: Mapping[str, FiringStats] = field(default_factory=dict)
     """of what each language model writes itself, where that was looked at"""
 
@@ -81,7 +84,7 @@ def study_latents(
     pairs: Sequence[tuple[int, int]] | None = None,
     n_examples: int = 8,
     more: Sequence[Collector] = (),
-    groupings: Mapping[str, Sequence[str]] | None = None,
+    groupings: Groupings | None = None,
 ) -> LatentsPass:
     """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair. `more` collectors
     see it too. `groupings`: as of `FiringStats`."""
@@ -92,13 +95,24 @@ def study_latents(
     firing = FiringStats(model.n_latents, groupings)
     top = TopExamples(model.n_latents, n=n_examples)
     quantiles = QuantileExamples(model.n_latents)
-    scalings = [LatentScaling(model, a, b) for a, b in pairs]
+    scalings = [LatentScaling(model, a, b, groupings=groupings) for a, b in pairs]
     collectors: list[Collector] = [firing, top, quantiles, *scalings, *more]
     collect(encode_heldout(model, heldout, split), *collectors)
     tables = [diff_latents(model, names, *scaling.positions, firing, scaling.result()) for scaling in scalings]
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()
     verdicts, layers = verdicts_on(tables), layers_of(model, names)
-    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles)
+    of_groups = [scaling.groups() for scaling in scalings]
+
+    def verdicts_in(kind: str, name: str, own: FiringStats) -> list[Verdict]:
+        own_scalings = [of_group[kind][name] for of_group in of_groups]
+        own_tables = [replace(t, firings=own.counts_L, scaling=s) for t, s in zip(tables, own_scalings, strict=True)]
+        return verdicts_on(own_tables)
+
+    apart = {
+        kind: {name: verdicts_in(kind, name, own) for name, own in of_kind.items()}
+        for kind, of_kind in firing.groups().items()
+    }
+    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart)
 
 
 def with_own_text(

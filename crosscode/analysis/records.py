@@ -6,7 +6,7 @@ N active entries · K neighbours · V vocabulary · E ends of a list of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from crosscode.analysis.encoded import EncodedBatch, HeldoutBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 from crosscode.models.split import Split
@@ -143,7 +144,7 @@ def study_records(
     unembed: Unembed | None = None,
     n_neighbours: int = 8,
     n_logits: int = 10,
-    groupings: Mapping[str, Sequence[str]] | None = None,
+    groupings: Groupings | None = None,
 ) -> tuple[LatentsPass, LatentRecords]:
     """`study_latents` and the records of every latent, in one pass. Memory: some KB for each latent, and the tokens.
 

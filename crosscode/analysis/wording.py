@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class FigureTable:
+    """Titles with a hint each, and rows of text."""
+
+    columns: list[tuple[str, str]]
+    rows: list[list[str]]
 
 
 def distinct_labels(names: Sequence[str]) -> dict[str, str]:

@@ -141,6 +141,11 @@ class Run(FinishedRun):
         that are specific to it first, `specific("tuned")` those alone."""
         return self._study.verdicts
 
+    @property
+    def verdicts_by_group(self) -> Mapping[str, Mapping[str, list[Verdict]]]:
+        """`verdicts` on the tokens of each group alone, where there are several: `verdicts_by_group["role"]["assistant"]`."""
+        return self._study.apart
+
     # ---- intervening
 
     def steer(

@@ -24,10 +24,10 @@ from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.rows import RowSource
 from crosscode.data.text.labels import ROLES
 from crosscode.errors import InputError, in_section
-from crosscode.evaluation.groups import Groupings
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
 from crosscode.evaluation.replacement_model import measure_replacement_model
+from crosscode.groups import Groupings
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.architecture import ArchitectureConfig, split_for
 from crosscode.objectives import Objective, objective_from
@@ -121,9 +121,7 @@ class Experiment(Activations, AnyExperiment):
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
-            group_HSG = None
-            if batch.labels is not None:
-                group_HSG = torch.stack([batch.labels.source_T.long(), batch.labels.role_T.long()], dim=-1)
+            group_HSG = None if batch.labels is None else batch.labels.groups_T2()
             yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG)
 
     def groupings(self) -> Groupings:
@@ -155,6 +153,7 @@ class Experiment(Activations, AnyExperiment):
             scaling_MP,
             settings.loss_recovered_n_tokens,
             self.norm_limit(),
+            self.groupings(),
         )
         layered = None
         if scaling_MP is None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.norms import CheckedRows, NormLimit
 from crosscode.data.rows import RowSource
-from crosscode.evaluation.groups import Groupings
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
+from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 from crosscode.trainers.callbacks import Callback

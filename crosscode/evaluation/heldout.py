@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 from crosscode.data.norms import advice, norms_of
 from crosscode.errors import InputError, NotFinite
 from crosscode.evaluation.fvu import FvuAccumulator
-from crosscode.evaluation.groups import GroupFigures, Groupings, GroupSums
+from crosscode.evaluation.groups import GroupFigures, GroupSums
 from crosscode.evaluation.loss_recovered import LossRecovered
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.prefixes import PrefixFigures, PrefixSums
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.replacement_model import ReplacementModel
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -175,7 +177,7 @@ class _Seen:
 
     def __init__(self, model: BaseCrosscoder, groupings: Groupings):
         self.fvu = FvuAccumulator(model.out_dims)
-        self.groups, self.prefixes = GroupSums(model.out_dims, groupings), PrefixSums(model)
+        self.groups, self.prefixes = ByGroup(groupings, partial(GroupSums, model.out_dims)), PrefixSums(model)
         self.l0_parts: list[Tensor] = []
         self.norm_parts: list[Tensor] = []
         self.counts_L: Tensor | int = 0
@@ -191,8 +193,9 @@ class _Seen:
         output_BXoDo, l0_B = raw_model.raw(result.output_BXoDo), result.latents.l0_B()
         self.fvu.update(target_BXoDo, output_BXoDo)
         self.prefixes.add(raw_model, result, target_BXoDo)
-        if group_BG is not None:
-            self.groups.add(group_BG, target_BXoDo, output_BXoDo, l0_B)
+        for sums, of_group_B in self.groups.of(group_BG):
+            own_B = of_group_B.to(l0_B.device)
+            sums.add(target_BXoDo[own_B], output_BXoDo[own_B], l0_B[own_B])
         self.norm_parts.append(norms_of(target_BXoDo).reshape(len(target_BXoDo), -1))
         self.l0_parts.append(l0_B)
         self.counts_L = result.latents.firing_counts_L() + self.counts_L
@@ -226,7 +229,7 @@ class _Seen:
             constant=[
                 name for name, value in zip(position_names, self.fvu.variance_X().tolist(), strict=True) if value == 0
             ],
-            groups=self.groups.result(position_names),
+            groups=self.groups.result(lambda sums: sums.result(position_names)),
             not_finite={name: n for name, n in zip(position_names, not_finite_X, strict=True) if n},
             prefixes=self.prefixes.result(n_tokens),
             far_out={name: FarOut(*far) for name, far in zip(position_names, far_X, strict=True) if far[0]},

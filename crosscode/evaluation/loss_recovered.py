@@ -33,7 +33,8 @@ from crosscode.evaluation.bootstrap import interval_95, resampled_means
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import Splicer
-from crosscode.evaluation.text_parts import TextPart, text_parts
+from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -43,7 +44,8 @@ ALL_HOOKPOINTS = "all hookpoints"
 @dataclass(frozen=True)
 class LossRecovered:
     """Means over predicted tokens, nats. `ci95`: for some of the figures a 95 % interval by the bootstrap over
-    sequences. `loss_recovered` is None where zeros do not hurt, or hurt without bound."""
+    sequences. `loss_recovered` is None where zeros do not hurt, or hurt without bound. `groups`: of the predictions of each
+    group's tokens, by kind and group, where there are several; in all of them everything is spliced in."""
 
     n_tokens: int
     n_sequences: int
@@ -54,6 +56,7 @@ class LossRecovered:
     kl_zero: float
     loss_recovered: float | None
     ci95: dict[str, list[float]]
+    groups: dict[str, dict[str, LossRecovered]] = field(default_factory=dict)
 
 
 @full_precision()
@@ -66,6 +69,7 @@ def measure_loss_recovered(
     scaling_MP: Tensor | None = None,
     n_tokens: int = 4096,
     limit: NormLimit | None = None,
+    groupings: Groupings | None = None,
 ) -> dict[str, LossRecovered]:
     """By name of the output position; a model with several has an entry `<model>/all hookpoints` as well, where all of
     its reconstructions are spliced in at once.
@@ -74,9 +78,10 @@ def measure_loss_recovered(
         model: either folded, or in training, with the scaling in `scaling_MP`.
         n_tokens: usable tokens after which no further batch is taken.
         limit: tokens beyond it count as unusable.
+        groupings: ways to group predicted tokens, of which the figures are given apart, too.
     """
     places_M = _places(harvester, split, names_MP)
-    sums = {name: _SequenceSums() for places in places_M for name in places}
+    sums = {name: _SequenceSums(groupings) for places in places_M for name in places}
     splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
     with RawModel(model, split, scaling_MP) as raw_model:
         for part in text_parts(harvester, batches, n_tokens, limit):
@@ -135,36 +140,42 @@ def _add_part(
         zeros = {p: zero_HSXD[:, :, x] for p, x in positions.items()}
         spliced_HSV = splicer.logits(tokens_HS, segments_HS, spliced, mask_HS)
         zero_HSV = splicer.logits(tokens_HS, segments_HS, zeros, mask_HS)
-        sums[name].add(tokens_HS, mask_HS, clean_HSV, spliced_HSV, zero_HSV)
+        figure_NF = _figures(part, clean_HSV, spliced_HSV, zero_HSV)
+        sums[name].add(part, figure_NF, torch.ones(len(figure_NF), dtype=torch.bool))
 
 
 FIGURES = ("ce_clean", "ce_spliced", "ce_zero", "kl_spliced", "kl_zero")
 
 
-@dataclass
-class _SequenceSums:
-    """For each sequence the number of predictions and the sum of each figure over them."""
+def _figures(part: TextPart, *logits: Tensor) -> Tensor:
+    """`figure_NF` of each prediction, from the clean, the spliced and the zeroed model's `logits_HSV`."""
+    clean_NV, *others = (part.predictions(logits_HSV) for logits_HSV in logits)
+    next_N1 = part.predicted().to(clean_NV.device)[:, None]
+    figures = [-log_prob_NV.gather(-1, next_N1)[:, 0] for log_prob_NV in (clean_NV, *others)]
+    return torch.stack([*figures, *(kl_N(clean_NV, other_NV) for other_NV in others)], 1).cpu()
 
-    n_H: list[Tensor] = field(default_factory=list)
-    sums_HF: list[Tensor] = field(default_factory=list)
+
+class _SequenceSums:
+    """For each sequence the number of predictions and the sum of each figure over them, in all and for each group."""
+
+    def __init__(self, groupings: Groupings | None = None):
+        self._n_H: list[Tensor] = []
+        self._sums_HF: list[Tensor] = []
+        self._groups = ByGroup(groupings, _SequenceSums)
 
     @property
     def n_predictions(self) -> int:
-        return sum(int(n_H.sum()) for n_H in self.n_H)
+        return sum(int(n_H.sum()) for n_H in self._n_H)
 
-    def add(self, tokens_HS: Tensor, mask_HS: Tensor, clean_HSV: Tensor, spliced_HSV: Tensor, zero_HSV: Tensor) -> None:
-        counted = (mask_HS[:, :-1] & mask_HS[:, 1:]).to(clean_HSV.device)
-        next_HS1 = tokens_HS[:, 1:].to(clean_HSV.device)[..., None]
-        log_probs = [logits_HSV[:, :-1].log_softmax(-1) for logits_HSV in (clean_HSV, spliced_HSV, zero_HSV)]
-        figures = [-log_prob_HSV.gather(-1, next_HS1)[..., 0] for log_prob_HSV in log_probs]
-        clean = log_probs[0]
-        figures += [(clean.exp() * (clean - other)).sum(-1) for other in log_probs[1:]]
-        self.sums_HF.append(torch.stack([(figure * counted).double().sum(1) for figure in figures], 1).cpu())
-        self.n_H.append(counted.sum(1).cpu())
+    def add(self, part: TextPart, figure_NF: Tensor, counted_N: Tensor) -> None:
+        self._n_H.append(part.by_sequence(counted_N))
+        self._sums_HF.append(part.by_sequence(figure_NF.where(counted_N[:, None], 0)))
+        for sums, of_group_N in self._groups.of(part.predicted_groups()):
+            sums.add(part, figure_NF, of_group_N)
 
     def result(self) -> LossRecovered:
-        n_Q, sums_QF = torch.cat(self.n_H), torch.cat(self.sums_HF)
-        sums_QF, n_Q = sums_QF[n_Q > 0], n_Q[n_Q > 0].double()
+        n_Q, sums_QF = torch.cat(self._n_H), torch.cat(self._sums_HF)
+        sums_QF, n_Q = sums_QF[n_Q > 0], n_Q[n_Q > 0]
         means = dict(zip(FIGURES, (sums_QF.sum(0) / n_Q.sum()).tolist(), strict=True))
         return LossRecovered(
             n_tokens=int(n_Q.sum()),
@@ -172,6 +183,7 @@ class _SequenceSums:
             **means,
             loss_recovered=_recovered(means["ce_clean"], means["ce_spliced"], means["ce_zero"]),
             ci95=_intervals(n_Q, sums_QF),
+            groups=self._groups.result(_SequenceSums.result),
         )
 
 

@@ -28,6 +28,8 @@ class TextPart:
     acts_HSMPD: Tensor
     counted_HS: Tensor
     """of which tokens the predictions count, where they are usable"""
+    group_HSG: Tensor | None = None
+    """numbers of each token's groups, where they are known"""
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
@@ -47,12 +49,15 @@ class TextPart:
         """`tokens_N` that `predictions` are about."""
         return self.tokens_HS[:, 1:][self._predicted_HS()]
 
+    def predicted_groups(self) -> Tensor | None:
+        """`group_NG` of the tokens that `predictions` are about, where they are known."""
+        return None if self.group_HSG is None else self.group_HSG[:, 1:][self._predicted_HS()]
+
     def by_sequence(self, values_N: Tensor) -> Tensor:
-        """`sum_H` (float64, on the CPU) of values of the predictions."""
+        """`sum_H...` (float64, on the CPU) of values of the predictions."""
         sequence_N = self._predicted_HS().nonzero()[:, 0]
-        return torch.zeros(len(self.mask_HS), dtype=torch.float64).index_add(
-            0, sequence_N.cpu(), values_N.double().cpu()
-        )
+        sums_H = torch.zeros(len(self.mask_HS), *values_N.shape[1:], dtype=torch.float64)
+        return sums_H.index_add(0, sequence_N.cpu(), values_N.double().cpu())
 
     def _predicted_HS(self) -> Tensor:
         return self.mask_HS[:, :-1] & self.mask_HS[:, 1:] & self.counted_HS[:, 1:]
@@ -81,7 +86,8 @@ def text_parts(
         for start in range(0, batch.tokens_HS.shape[0], rows):
             own = slice(start, start + rows)
             segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
-            yield TextPart(batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own], counted_HS[own])
+            group_HSG = None if batch.labels is None else batch.labels[own].groups_T2()
+            yield TextPart(batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own], counted_HS[own], group_HSG)
         n_tokens -= int((mask_HS & counted_HS).sum())
         if n_tokens <= 0:
             return

@@ -33,6 +33,10 @@ class Labels:
     def __getitem__(self, places: Any) -> Labels:
         return Labels(self.role_T[places], self.source_T[places], self.document_T[places])
 
+    def groups_T2(self) -> torch.Tensor:
+        """Numbers of the text and of the role (int64): the ways in which figures are split."""
+        return torch.stack([self.source_T.long(), self.role_T.long()], dim=-1)
+
     @classmethod
     def cat(cls, parts: Sequence[Labels]) -> Labels:
         whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("role_T", "source_T", "document_T"))

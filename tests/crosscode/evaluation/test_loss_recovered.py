@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, TokenBatch, load_language_model
-from crosscode.evaluation.loss_recovered import _SequenceSums, measure_loss_recovered, reconstruct
+from crosscode.evaluation.loss_recovered import _figures, _SequenceSums, measure_loss_recovered, reconstruct
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.evaluation.splicing import logits_with
+from crosscode.evaluation.text_parts import TextPart
 from crosscode.models import (
     CompoundCrossLayerTranscoder,
     CrossLayerTranscoder,
@@ -248,8 +249,10 @@ def test_all_hookpoints_at_once_replaces_them_all(models):
 def test_zeros_that_hurt_without_bound_give_no_ratio():
     sums = _SequenceSums()
     tokens_HS, mask_HS = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    part = TextPart(tokens_HS, mask_HS, None, torch.zeros(2, 3, 1, 1, 1), mask_HS)
     good_HSV = torch.randn(2, 3, 4)
-    sums.add(tokens_HS, mask_HS, good_HSV, good_HSV, torch.full((2, 3, 4), math.nan))
+    figure_NF = _figures(part, good_HSV, good_HSV, torch.full((2, 3, 4), math.nan))
+    sums.add(part, figure_NF, torch.ones(4, dtype=torch.bool))
     found = sums.result()
     assert found.loss_recovered is None
     assert found.ce_spliced == found.ce_clean
