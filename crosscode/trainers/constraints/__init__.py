@@ -5,4 +5,5 @@ from crosscode.trainers.constraints.base import Constraint as Constraint
 from crosscode.trainers.constraints.chosen import constraints_for as constraints_for
 from crosscode.trainers.constraints.hold_partition import HoldPartition as HoldPartition
 from crosscode.trainers.constraints.tie_shared_decoders import TieSharedDecoders as TieSharedDecoders
+from crosscode.trainers.constraints.tie_targets import TieTargets as TieTargets
 from crosscode.trainers.constraints.unit_norm_decoder import UnitNormDecoder as UnitNormDecoder

@@ -191,3 +191,19 @@ def test_sparse_latents_stay_sparse(x_BPD, randomise):
 def test_impossible_shapes_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("scope", ["layer", "all_layers"])
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_k_is_annealed_in_every_layer_or_over_all(scope, activation, make_case):
+    annealed = {"type": activation, "k": 2, "k_start": 6, "k_anneal_fraction": 0.5}
+    case = make_case("compound", annealed, n_tokens=64, topk_scope=scope)
+    with torch.no_grad():
+        for part in case.model.parts:
+            part.b_enc_L.fill_(100.0)  # so that k latents are positive
+    for step, k in ((0, 6), (3, 4), (5, 2), (9, 2)):  # in ten steps
+        case.model.before_step(step, 10)
+        kept = case.model.encode(case.input_BXiDi) > 0
+        layers = [kept] if scope == "all_layers" else kept.chunk(3, dim=1)
+        assert [int(layer.sum()) for layer in layers] == [64 * round(6 - 4 * min(step / 5, 1))] * len(layers)
+        assert k == round(6 - 4 * min(step / 5, 1))

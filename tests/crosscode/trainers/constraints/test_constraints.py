@@ -15,6 +15,7 @@ from crosscode.trainers.constraints import (
     CONSTRAINTS,
     HoldPartition,
     TieSharedDecoders,
+    TieTargets,
     UnitNormDecoder,
     constraints_for,
 )
@@ -122,4 +123,68 @@ def test_a_decoder_row_of_zeros_stays_zero(make_case):
 
 
 def test_constraints_build_from_their_configs():
-    assert {type(CONSTRAINTS[name]()) for name in CONSTRAINTS} == {HoldPartition, TieSharedDecoders, UnitNormDecoder}
+    assert {type(CONSTRAINTS[name]()) for name in CONSTRAINTS} == {
+        HoldPartition,
+        TieSharedDecoders,
+        TieTargets,
+        UnitNormDecoder,
+    }
+
+
+def rank_one(model):
+    """Weights as `TieTargets` leaves them: one direction, several scales, by a singular value decomposition."""
+    with torch.no_grad():
+        for part in model.parts:
+            W_LXD = part.W_dec_LXoDo.flatten(1, -2)
+            U, S, V = torch.linalg.svd(W_LXD, full_matrices=False)
+            part.W_dec_LXoDo.copy_((S[:, :1, None] * U[:, :, :1] * V[:, :1]).reshape(part.W_dec_LXoDo.shape))
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["cross_layer", "compound", "acausal_3x2"])
+def test_the_gradient_of_tied_targets_is_what_scales_and_a_direction_can_follow(architecture, make_case):
+    """The nearest to it among all `d(scale) direction + scale d(direction)`, by least squares."""
+    model = with_gradients(rank_one(make_case(architecture).model))
+    before = [part.W_dec_LXoDo.grad.clone() for part in model.parts]
+    TieTargets().after_backward(model)
+    for part, grad in zip(model.parts, before, strict=True):
+        W_LXD = part.W_dec_LXoDo.detach().flatten(1, -2)
+        for latent in (0, 5):
+            U, S, V = torch.linalg.svd(W_LXD[latent], full_matrices=False)
+            scale_X, direction_D = S[0] * U[:, 0], V[0]
+            jacobian = torch.cat([
+                torch.einsum("xy,d->yxd", torch.eye(len(scale_X)).double(), direction_D).flatten(1),
+                torch.einsum("x,de->exd", scale_X, torch.eye(len(direction_D)).double()).flatten(1),
+            ]).T  # fmt: skip
+            wanted = jacobian @ torch.linalg.pinv(jacobian) @ grad[latent].flatten()
+            torch.testing.assert_close(part.W_dec_LXoDo.grad[latent].flatten(), wanted)
+
+
+@pytest.mark.parametrize("architecture", ["cross_layer", "compound"])
+def test_tied_targets_have_one_direction(architecture, make_case):
+    case = make_case(architecture)
+    model, nearest = case.model, rank_one(make_case(architecture).model)
+    with torch.no_grad():
+        for part, near in zip(model.parts, nearest.parts, strict=True):
+            noise = torch.randn(near.W_dec_LXoDo.shape, generator=torch.Generator().manual_seed(3)).double()
+            part.W_dec_LXoDo.copy_(near.W_dec_LXoDo + 0.01 * noise)
+    wanted = [part.W_dec_LXoDo.clone() for part in rank_one(model.clone()).parts]
+    TieTargets().start(model)
+    for part, want in zip(model.parts, wanted, strict=True):
+        torch.testing.assert_close(part.W_dec_LXoDo.detach(), want.detach(), rtol=1e-6, atol=1e-6)
+    kept = model.state_dict()
+    TieTargets().after_step(model)  # and stay so
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, kept[name])
+
+
+def test_tied_targets_that_begin_at_0_find_a_direction(make_case):
+    model = with_gradients(make_case("cross_layer").model)
+    with torch.no_grad():
+        model.W_dec_LXoDo.zero_()
+        TieTargets().after_backward(model)
+        model.W_dec_LXoDo -= model.W_dec_LXoDo.grad
+    TieTargets().after_step(model)
+    assert (torch.linalg.svdvals(model.W_dec_LXoDo.detach())[:, 1] < 1e-10).all() and model.W_dec_LXoDo.any()
+    with pytest.raises(InputError, match=r"constraints.tie_targets: the model writes to one position"):
+        constraints_for(make_case("sae").model, [TieTargets()])
