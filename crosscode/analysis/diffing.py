@@ -71,7 +71,7 @@ class DiffTable:
     """What is measured of each latent at two output positions, float64 unless said otherwise.
 
     Norms are in the scale of training, where every position has the same mean activation norm. NaN: not defined (a
-    cosine with a zero vector; encoder columns where the encoder has no such positions).
+    cosine with a zero vector or between different widths; encoder columns where the encoder has no such positions).
     """
 
     name_a: str
@@ -150,6 +150,8 @@ def diff_latents(
         (nan_L[:, None].expand(-1, 2), nan_L) if W_enc_LXD is None else norms_and_cosine(W_enc_LXD, a, b)
     )
     pair = [a, b]
+    if model.widths_X[a] != model.widths_X[b]:
+        cos_dec_L = cos_enc_L = nan_L
     return DiffTable(
         name_a=names[a],
         name_b=names[b],

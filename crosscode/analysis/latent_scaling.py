@@ -12,15 +12,19 @@ and is taken for both positions' errors (with the latent's own contribution left
 owner's error is the part that the latent was there to explain) and reconstructions, and for the activations themselves
 less their mean. `nu = beta(other) / beta(owner)`: near 0 where the latent means nothing to the other model, near 1 where it
 explains both equally well, whatever the decoder norms say. Of two models with equal activations the last ratio is 1.
+
+Models of different width have no direction in common. There d is each position's own decoder vector, at the owner's length.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from crosscode.analysis.encoded import EncodedBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD
@@ -57,7 +61,7 @@ class LatentScalingResult:
     effect_L: Tensor
     """root mean square, where the latent fires, of the vector along d that the owner has and the other lacks"""
     difference: float
-    """squared difference of the two positions' activations, in their variance"""
+    """squared difference of the two positions' activations, in their variance; NaN for different widths"""
 
     @property
     def shares(self) -> dict[str, Share]:
@@ -90,8 +94,13 @@ class LatentScaling:
         self.positions = (a, b)
         self._max_entries = max_entries
         W_pair_L2D = decoder_vectors_LXD(model)[:, [a, b]]
-        owner_L = W_pair_L2D.norm(dim=-1).argmax(1)
+        norms_L2 = W_pair_L2D.norm(dim=-1)
+        owner_L = norms_L2.argmax(1)
         self._d_LD = W_pair_L2D[torch.arange(model.n_latents, device=W_pair_L2D.device), owner_L]
+        self._is_apart = model.widths_X[a] != model.widths_X[b]
+        if self._is_apart:
+            self._d_LD = (normalize(W_pair_L2D, dim=-1) * norms_L2.amax(1)[:, None, None]).flatten(1)
+            W_pair_L2D = _apart(W_pair_L2D)
         self._owner_L = owner_L.cpu()
         self._d_dot_own_L2 = (W_pair_L2D.double() * self._d_LD[:, None].double()).sum(-1).cpu()
         make_sums = partial(_Sums, model.n_latents, W_pair_L2D.shape[2])
@@ -101,6 +110,8 @@ class LatentScaling:
     def update(self, batch: EncodedBatch) -> None:
         entries, pair = batch.entries, list(self.positions)
         target_B2D, output_B2D = batch.target_BXD[:, pair], batch.output_BXD[:, pair]
+        if self._is_apart:
+            target_B2D, output_B2D = _apart(target_B2D), _apart(output_B2D)
         groups = list(self._groups.of(batch.group_BG))
         target_double_B2D = target_B2D.double()
         self._sums.add_targets(target_double_B2D)
@@ -170,8 +181,13 @@ class LatentScaling:
             of_activation,
             self._owner_L,
             (beta_L2[:, 0] - beta_L2[:, 1]) * (ff_L / n_L * d_square_L).sqrt(),
-            sums.difference_square / variance if variance > 0 else 0.0,
+            math.nan if self._is_apart else sums.difference_square / variance if variance > 0 else 0.0,
         )
+
+
+def _apart(pair_B2D: Tensor) -> Tensor:
+    """Two vectors `(B, 2, 2 D)` in coordinates of their own."""
+    return torch.stack([pad(pair_B2D[:, 0], (0, pair_B2D.shape[-1])), pad(pair_B2D[:, 1], (pair_B2D.shape[-1], 0))], 1)
 
 
 def _share(sums_L5: Tensor, *, n_L: Tensor, owner_L: Tensor, scale_L: Tensor, threshold: float) -> Share:

@@ -137,6 +137,8 @@ class Verdict:
             if self.difference < NO_DIFFERENCE:
                 return f"No difference found: {none}"
             differ = f"the activations differ by {percent_text(self.difference)} of variance"
+            if math.isnan(self.difference):
+                differ = "the models are of different width"
             first = f"Look first at {self._first(self.name_b)}, and at {self._first(self.name_a)}."
             return f"No specific latent: {differ}, but {none} {first}"
         parts = [f"{n:,} {'is' if n == 1 else 'are'} specific to {name}" for name, n in found.items() if n]

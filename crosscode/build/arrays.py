@@ -66,6 +66,10 @@ class ArrayExperiment(AnyExperiment):
         return n_models, n_hookpoints, open_safetensors(self._file, "acts").row_shape[-1]
 
     @property
+    def widths_MP(self) -> list[list[int]]:
+        return super().widths_MP if self.arrays is None else self.arrays.widths_MP
+
+    @property
     def device(self) -> torch.device:
         return available_device(self.config.device)
 
@@ -246,8 +250,11 @@ def open_arrays(
         given = GivenArrays(_opened(source.files, "files"), heldout)
     arrays = Arrays(given.inputs, *config.n_positions())
     heldout_arrays = None if given.heldout is None else Arrays(given.heldout, *config.n_positions())
-    if heldout_arrays is not None and heldout_arrays.dims != arrays.dims:
-        raise InputError(f"heldout: rows of {heldout_arrays.dims} (M, P, D), but those of acts are {arrays.dims}")
+    if heldout_arrays is not None and heldout_arrays.widths_MP != arrays.widths_MP:
+        raise InputError(
+            f"heldout: vectors of widths {heldout_arrays.widths_MP}, but those of acts are {arrays.widths_MP}"
+        )
+    split.check_widths(config.position_names(), arrays.widths_MP)
     _check_tokens(given, arrays)
     return ArrayExperiment(config=config, split=split, arrays=arrays, heldout_arrays=heldout_arrays, given=given)
 

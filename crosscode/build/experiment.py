@@ -38,14 +38,15 @@ from crosscode.trainers.warm_start import find_model
 # ---- parts of a run
 
 
-def build_model(config: ExperimentConfig, width: int) -> BaseCrosscoder:
-    """An uninitialised model on the default device."""
+def build_model(config: ExperimentConfig, width: int, widths_MP: Sequence[Sequence[int]] = ()) -> BaseCrosscoder:
+    """An uninitialised model on the default device, for activations of one width, or of these padded to it."""
     cc = cast(ArchitectureConfig, config.crosscoder)
     n_latents = cc.n_latents or int((cc.expansion_factor or 0) * width)
     model_class = ARCHITECTURES[cc.type]
     with in_section("crosscoder", type(cc).model_fields):
         return model_class(
             **model_class.dims_for(*config.n_positions(), width),
+            **({"widths": widths_MP} if len({w for row in widths_MP for w in row}) > 1 else {}),
             n_latents=n_latents,
             activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
             backend=backend_of(config),
@@ -97,6 +98,10 @@ class Experiment(Activations, AnyExperiment):
     @property
     def dims(self) -> tuple[int, int, int]:
         return self.harvester.dims
+
+    @property
+    def widths_MP(self) -> list[list[int]]:
+        return self.harvester.widths_MP
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +197,7 @@ def open_experiment(
     if to_train and width is not None:
         check_fits(config, width, device)
     opened = open_activations(config, models, to_train=to_train, batch_size=config.train.batch_size)
+    split.check_widths(config.position_names(), opened["harvester"].widths_MP)
     if to_train and width is None:
         check_fits(config, opened["harvester"].dims[2], device)
     return Experiment(config=config, split=split, **opened)

@@ -55,6 +55,12 @@ class AnyExperiment(ABC):
         """(M, P, D)."""
 
     @property
+    def widths_MP(self) -> list[list[int]]:
+        """How wide the vectors of each position are without padding."""
+        M, P, D = self.dims
+        return [[D] * P] * M
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where batches are handed out."""

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosscode.build.choices import with_choices
 from crosscode.build.data import available_device
 from crosscode.build.equal_models import check_models_differ
@@ -76,7 +78,7 @@ def build_trainer(
     if resume is None and isinstance(data, ActivationsDataloader):
         check_models_differ(experiment, data.rows)
     given, width = model, experiment.dims[2]
-    model = given or build_model(config, width=width).to(available_device(config.device))
+    model = given or build_model(config, width, experiment.widths_MP).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
     metadata = model_metadata(experiment)
@@ -129,13 +131,17 @@ def check_new_run(config: ExperimentConfig, typed_overwrite: bool) -> None:
 def build_dataloader(experiment: AnyExperiment) -> ActivationsDataloader:
     """Scaled, shuffled training activations."""
     config, rows = experiment.config, experiment.rows()
+    relative_norm_MP = None
+    if config.data.scale == "own_width":
+        relative_norm_MP = (torch.tensor(experiment.widths_MP) / experiment.dims[2]) ** 0.5
     with in_section("data", DataConfig.model_fields):
         return ActivationsDataloader(
             rows,
             batch_size=config.train.batch_size,
             shuffle_buffer_size=0 if rows.shuffled else config.data.shuffle_buffer_size,
             seed=config.seed,
-            scale=config.data.scale,
+            scale=bool(config.data.scale),
+            relative_norm_MP=relative_norm_MP,
             scaled=experiment.split.as_scaled if experiment.split.difference else None,
             n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
             drop_last=True,
@@ -186,7 +192,7 @@ def model_metadata(experiment: AnyExperiment) -> dict[str, Any]:
     return {
         "language_models": experiment.language_model_facts(),
         "hookpoints": config.hookpoints,
-        "widths": [[experiment.dims[2]] * experiment.dims[1]] * experiment.dims[0],
+        "widths": experiment.widths_MP,
         "output_positions": experiment.output_names(),
         "architecture": config.crosscoder.type,
         "config": config_values(config),

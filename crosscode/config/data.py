@@ -161,8 +161,9 @@ class DataConfig(TokenRules, TextConfig):
     shuffle_buffer_size: NonNegativeInt | None = None
     """activations to draw batches from; 0: no shuffling; null: 65,536. Checkpoints hold the buffer. Stores are read
     through a window of this size (0: of 65,536) that no checkpoint holds"""
-    scale: bool = True
-    """scale each (model, hookpoint) to a mean norm of sqrt(D); folded into the weights at the end"""
+    scale: bool | Literal["own_width"] = True
+    """scale each (model, hookpoint) to a mean norm of sqrt(D), D the largest width of all, so that each has the same part of
+    the loss; own_width: to the root of its own width, so that wider ones have more; folded into the weights at the end"""
     n_tokens_for_norm_estimate: PositiveInt = 32_768
     """activations on which the scaling is estimated (training sees them too)"""
     activation_dtype: DTypeName = "float32"

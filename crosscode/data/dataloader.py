@@ -27,16 +27,15 @@ log = logging.getLogger("crosscode")
 class ActivationsDataloader:
     """Batches `acts_BMPD` (float32, scaled), shuffled.
 
-    `source`: a token loader, whose usable positions `harvester` harvests, or any other row source (a store, several
-    stores, a harvest with a store behind it). `batch_size`: activations a batch. `shuffle_buffer_size`: activations to
-    draw from; 0 is no shuffling, None is 65,536, or 0 where the rows come shuffled; a data set that is smaller is held
-    as a whole. `seed` decides the draws. `scaling_MP`: given factors, or None to take those that the source knows, or
-    else to estimate `sqrt(D) / mean ||x||` on the first `n_tokens_for_norm_estimate` usable positions, read by an
-    iterator of their own so that none is lost to training (`scaled`: of other vectors that follow from the activations,
-    `(B, M, P, D)` as well; the source knows nothing of them); `scale=False` yields raw activations. `drop_last` drops a
-    last batch that is smaller; it matters only where the data ends. `prefetch`: harvests that a thread may run ahead;
-    it changes no batch. `device`: where batches are handed out (None: where the rows are; the buffer is there in any
-    case).
+    `source`: a token loader, whose usable positions `harvester` harvests, or any other row source (a store, several stores,
+    a harvest with a store behind it). `batch_size`: activations a batch. `shuffle_buffer_size`: activations to draw from; 0
+    is no shuffling, None is 65,536, or 0 where the rows come shuffled; a data set that is smaller is held as a whole. `seed`
+    decides the draws. `scaling_MP`: given factors, or None to take those that the source knows, or else to estimate `sqrt(D)
+    / mean ||x||` on the first `n_tokens_for_norm_estimate` usable positions, read by an iterator of their own so that none
+    is lost to training (`scaled`: of other vectors that follow from the activations, `(B, M, P, D)` as well; the source
+    knows nothing of them); `relative_norm_MP`: factors on these; `scale=False` yields raw activations. `drop_last` drops a
+    last batch that is smaller; it matters only where the data ends. `prefetch`: harvests that a thread may run ahead; it
+    changes no batch. `device`: where batches are handed out (None: where the rows are; the buffer is there in any case).
 
     `iter()` starts from the beginning, or from the state that was loaded; `state_dict()` is the position of the
     latest iterator. Both are exact: the same batches follow as without the interruption.
@@ -51,6 +50,7 @@ class ActivationsDataloader:
         shuffle_buffer_size: int | None = None,
         seed: int = 0,
         scale: bool = True,
+        relative_norm_MP: torch.Tensor | None = None,
         scaling_MP: torch.Tensor | None = None,
         scaled: Callable[[torch.Tensor], torch.Tensor] | None = None,
         n_tokens_for_norm_estimate: int = 32_768,
@@ -74,6 +74,7 @@ class ActivationsDataloader:
         self.device = rows.device if device is None else torch.device(device)
         self._scaling_MP = self._check_scaling(scaling_MP) if scale else torch.ones(self.dims[:2])
         self._scaled = scaled
+        self._relative_norm_MP = relative_norm_MP
         self._n_tokens_for_norm_estimate = n_tokens_for_norm_estimate
         self._start: dict[str, Any] | None = None
         self._iterator: _BatchIterator | None = None
@@ -88,6 +89,8 @@ class ActivationsDataloader:
             with closing(self.rows.open_sample()) as sample:
                 acts = (self._scaled(rows.acts_RMPD.float()) if self._scaled else rows.acts_RMPD for rows in sample)
                 self._scaling_MP = estimate_scaling(acts, self._n_tokens_for_norm_estimate)
+        if self._relative_norm_MP is not None:
+            self._scaling_MP, self._relative_norm_MP = self._scaling_MP * self._relative_norm_MP, None
         return self._scaling_MP
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -117,7 +120,7 @@ class ActivationsDataloader:
         """The next `iter()` continues from `state`. Raises InputError if it belongs to other settings."""
         check_settings(self._settings(), state, may_lack=["tokens.tokenizer"])
         with fitting("data state: scaling_MP"):
-            self._scaling_MP = self._check_scaling(state["scaling_MP"])
+            self._scaling_MP, self._relative_norm_MP = self._check_scaling(state["scaling_MP"]), None
         self._start = dict(state)
         self.close()
         self._iterator = None

@@ -77,6 +77,11 @@ def mean_differences(
     M, P, D = harvester.dims
     if model_a == model_b or not {model_a, model_b} <= set(range(M)):
         raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
+    if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
+        widths = harvester.widths_MP[model_a], harvester.widths_MP[model_b]
+        raise InputError(
+            f"language_models: of widths {widths[0]} and {widths[1]}: vectors of different width have no difference"
+        )
     sum_KPD = torch.zeros(n_first + 1, P, D, dtype=torch.float64)
     norm_KP2, n_K = torch.zeros(n_first + 1, P, 2, dtype=torch.float64), torch.zeros(n_first + 1, dtype=torch.int64)
     for part in text_parts(harvester, batches, n_tokens, limit):

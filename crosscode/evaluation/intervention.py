@@ -84,6 +84,8 @@ class Interventions:
         vectors_NXD = self.vectors_NXD(latents)
         generator = torch.Generator().manual_seed(seed)
         random_NXD = torch.randn(vectors_NXD.shape, generator=generator).to(vectors_NXD)
+        D = random_NXD.shape[-1]
+        random_NXD[:, torch.arange(D) >= torch.tensor(self.model.widths_X)[:, None]] = 0
         return random_NXD * (vectors_NXD.norm(dim=-1) / random_NXD.norm(dim=-1))[..., None]
 
     @contextmanager
@@ -208,6 +210,7 @@ def _adding(lm: LanguageModel, taps: Mapping[int, Tap], delta_of: DeltaOf, posit
         if delta is None:
             return act
         act = act.clone()
+        delta = delta[..., : act.shape[-1]]  # what is narrower is padded
         act[:, chosen] += (delta if delta.ndim == 1 else delta[:, chosen]).to(act)
         return act
 

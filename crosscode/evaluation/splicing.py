@@ -80,11 +80,11 @@ def logits_with(
 
 
 def replacement(acts_HSD: Tensor, mask_HS: Tensor) -> Change:
-    """`acts_HSD` where `mask_HS` holds."""
+    """`acts_HSD` where `mask_HS` holds, without their padding where the activation is narrower."""
 
     def mixed(act: Tensor) -> Tensor:
         mask = mask_HS.to(act.device).reshape(*mask_HS.shape, *(1,) * (act.ndim - 2))
-        return torch.where(mask, acts_HSD.to(act).reshape(act.shape), act)
+        return torch.where(mask, acts_HSD[..., : act[0, 0].numel()].to(act).reshape(act.shape), act)
 
     return mixed
 

@@ -142,12 +142,18 @@ def _slice(coder: PlainCoder, index: int) -> PlainCoder:
     skip = part.W_skip_XiDiXoDo
     if skip is not None:
         skip = skip.reshape(W_enc_LXD.shape[1], coder.d_in, -1, coder.d_out)[index_in, :, index]
-    narrowed = replace(part, W_enc_LXiDi=W_enc_LXD[:, index_in], W_dec_LXoDo=W_dec_LXD[:, index], W_skip_XiDiXoDo=skip)
+    width = coder.widths_X[index]
+    W_enc_LD, W_dec_LD = (
+        W_enc_LXD[:, index_in, : width if coder.kind == CROSSCODER else None],
+        W_dec_LXD[:, index, :width],
+    )
+    narrowed = replace(part, W_enc_LXiDi=W_enc_LD, W_dec_LXoDo=W_dec_LD, W_skip_XiDiXoDo=skip)
     return replace(
         coder,
         kind=SINGLE,
         parts=(narrowed,),
-        b_dec_XoDo=_flat(coder.b_dec_XoDo, 0)[index],
+        b_dec_XoDo=_flat(coder.b_dec_XoDo, 0)[index, :width],
+        options={},
         metadata=metadata_of_one(coder, index, 0 if coder.kind == CLT else None),
         scaling_Xo=None if coder.scaling_Xo is None else coder.scaling_Xo.flatten()[index],
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class PlainCoder:
     pre_bias: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    """what only a compound model has: `own_layer`, `later_layers`, `topk_scope`"""
+    """what only a compound model has: `own_layer`, `later_layers`, `topk_scope`; `widths` of a crosscoder, where they differ"""
     decoder_norm: str | None = None
     scaling_Xo: Tensor | None = None
     """by what training multiplied the activations of each output position; folded in"""
@@ -84,6 +85,11 @@ class PlainCoder:
     @property
     def d_out(self) -> int:
         return self.b_dec_XoDo.shape[-1]
+
+    @property
+    def widths_X(self) -> list[int]:
+        """How wide the vectors at each output position (flattened) are without padding."""
+        return [*chain(*self.options.get("widths", ()))] or [self.d_out] * self.b_dec_XoDo[..., 0].numel()
 
     @property
     def has_skip(self) -> bool:
@@ -150,7 +156,7 @@ def metadata_of_one(coder: PlainCoder, output: int, source: int | None) -> dict[
         m, hook = coder.outputs[output]
         read = [] if source is None else [coder.inputs[source][1]]
         metadata["language_models"] = [metadata["language_models"][m]]
-        metadata |= {"hookpoints": [*read, hook], "widths": [[*(coder.d_in for _ in read), coder.d_out]]}
+        metadata |= {"hookpoints": [*read, hook], "widths": [[*(coder.d_in for _ in read), coder.widths_X[output]]]}
     return metadata
 
 
@@ -187,7 +193,8 @@ def from_model(model: BaseCrosscoder) -> PlainCoder:
         metadata=dict(model.metadata),
         options={
             name: getattr(model, name) for name in ("own_layer", "later_layers", "topk_scope") if hasattr(model, name)
-        },
+        }
+        | ({"widths": model.widths} if model.widths else {}),
         decoder_norm=model.decoder_norm,
         scaling_Xo=None if scaling is None else _plain(scaling),
     )

@@ -19,6 +19,7 @@ from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.partition import BlockConfig, Partition, check_order
 from crosscode.models.split import Split
 from crosscode.models.weights import view
+from crosscode.models.widths import clear_, widths_of
 
 
 @ARCHITECTURES.register
@@ -32,7 +33,8 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
     Args:
         n_models: M.
         n_hookpoints: P.
-        d_model: width D of all of them.
+        d_model: width D of all of them, or of the widest.
+        widths: the width of each model at each hookpoint, where they differ (see `crosscode.models.widths`).
         n_shared_latents: the first latents, whose decoder vectors are tied over the two models (model diffing,
             Anthropic, February 2025 update); `TieSharedDecoders` keeps them so in training.
         partition: blocks of latents that belong to some models only, `{"models": [0], "n_latents": 64}` or with a
@@ -77,6 +79,7 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         activation_fn: ActivationFunction,
         *,
         n_shared_latents: int = 0,
+        widths: Sequence[Sequence[int]] = (),
         partition: Sequence[BlockConfig | Mapping[str, Any]] = (),
         **options: Any,
     ):
@@ -88,13 +91,21 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         super().__init__(dims, d_model, dims, d_model, n_latents, activation_fn, **options)
         self.n_models, self.n_hookpoints, self.d_model = n_models, n_hookpoints, d_model
         self.n_shared_latents = n_shared_latents
+        self.widths = widths_of(widths, n_models, n_hookpoints, d_model)
+        if n_shared_latents and len({*self.widths}) > 1:
+            raise InputError(
+                f"n_shared_latents = {n_shared_latents}: one decoder vector for models of different width {self.widths}; "
+                "must be 0"
+            )
         self.partition = Partition.of(partition, n_models, n_latents, n_shared_latents)
         check_order(self.prefixes, n_shared_latents, self.partition)
 
     def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
         super().init_weights(strategy, seed, samples)
-        if self.partition is not None:
-            self.partition.clear_(self.W_enc_LXiDi, self.W_dec_LXoDo)
+        for weight_LMPD in (self.W_enc_LXiDi, self.W_dec_LXoDo):
+            clear_(weight_LMPD, self.widths)
+            if self.partition is not None:
+                self.partition.clear_(weight_LMPD)
         return self
 
     @classmethod

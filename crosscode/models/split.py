@@ -49,6 +49,18 @@ class Split:
         if not self.accepts(n_hookpoints):
             raise InputError(f"crosscoder.type = {self.type!r}: {self.rule}, got {n_hookpoints} hookpoint(s)")
 
+    def check_widths(self, names_MP: Sequence[Sequence[str]], widths_MP: Sequence[Sequence[int]]) -> None:
+        """Raise `InputError` where what is read differs in width, and this architecture cannot take that."""
+        if self.keeps_models:
+            return
+        for names_P, widths_P in zip(names_MP, widths_MP, strict=True):
+            for name, width in zip(names_P, widths_P, strict=True):
+                if width != widths_MP[0][0]:
+                    raise InputError(
+                        f"crosscoder.type = {self.type!r}: {name!r} is {width} wide, but {names_MP[0][0]!r} is "
+                        f"{widths_MP[0][0]} wide; only a crosscoder ('model_hookpoint_acausal') takes both"
+                    )
+
     def activations(self, acts_BMPD: Tensor) -> tuple[Tensor, Tensor]:
         """`(input_BXiDi, target_BXoDo)`: views of `acts_BMPD`, which may have any leading axes in place of B."""
         if acts_BMPD.ndim < 3:

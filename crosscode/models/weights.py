@@ -23,6 +23,7 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
 from crosscode.models.partition import Partition
 from crosscode.models.shapes import check_sizes
+from crosscode.models.widths import Widths
 
 
 def view(name: str) -> Any:
@@ -36,6 +37,7 @@ class CoderWeights(nn.Module, Coder):
     default_decoder_norm: ClassVar[NormMode] = "sum"
     n_shared_latents: int = 0
     partition: Partition | None = None
+    widths: Widths = ()
     prefixes: tuple[int, ...] = ()
     prefix_thresholds_S: Tensor | None
     use_pre_bias: bool = False
@@ -92,6 +94,11 @@ class CoderWeights(nn.Module, Coder):
     def segments(self) -> tuple[int, ...]:
         """Widths of the crosscoding positions along O."""
         return (self.d_out,) * math.prod(self.out_dims)
+
+    @property
+    def widths_X(self) -> tuple[int, ...]:
+        """How wide the vectors at each output position (flattened) are without padding."""
+        return tuple(width for row in self.widths for width in row) or self.segments
 
     @property
     def spaces_match(self) -> bool:
@@ -161,9 +168,10 @@ class CoderWeights(nn.Module, Coder):
         """Sizes, activation, backend and parameters, for `repr(model)`."""
         into, out = (*self.in_dims, self.d_in), (*self.out_dims, self.d_out)
         activation = self.parts[0].activation_fn
+        widths = f"widths {[list(row) for row in self.widths]}, " if self.widths else ""
         return (
             f"{into} -> {self.n_latents:,} latents -> {out}, {activation.type_name()}({activation.extra_repr()}), "
-            f"backend={str(self.backend)!r}, "
+            f"backend={str(self.backend)!r}, {widths}"
             f"{sum(param.numel() for param in self.parameters()):,} parameters ({self.dtype}, {self.device}), "
             f"scaling {'folded in' if self.is_folded else 'not folded in'}"
         )

@@ -136,11 +136,12 @@ def unembed_of(experiment: AnyExperiment) -> Callable[[int, Tensor], Tensor] | N
     """From vectors at an output position (by number) to logits; None where no position is in a residual stream."""
     if not isinstance(experiment, Experiment):
         return None
-    models = experiment.harvester.models
-    model_of = [models[m] for m, _ in experiment.split.output_places(*experiment.harvester.dims[:2])]
+    models, widths_MP = experiment.harvester.models, experiment.harvester.widths_MP
+    places = experiment.split.output_places(*experiment.harvester.dims[:2])
+    model_of = [models[m] for m, _ in places]
     try:
-        for model in set(model_of):
-            unembed(model, torch.zeros(1, experiment.harvester.dims[2]))
+        for m, width in {(m, widths_MP[m][p]) for m, p in places}:
+            unembed(models[m], torch.ones(1, width))
     except InputError as error:
         log.warning("%s; the report shows none", error)
         return None

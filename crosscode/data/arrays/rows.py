@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from crosscode.data.arrays.in_order import BatchesInput
 from crosscode.data.arrays.random_access import ROWS_AT_ONCE, ArrayInput, RandomAccess, check_has_rows
@@ -40,7 +41,8 @@ class ArrayLayout:
 
 
 class ArrayStore:
-    """The first `n_rows` rows of arrays that can be read in any order, side by side along the positions (`RowStore`)."""
+    """The first `n_rows` rows of arrays that can be read in any order, side by side along the positions (`RowStore`), vectors
+    padded with zeros to the widest."""
 
     def __init__(self, inputs: Sequence[RandomAccess], dims: tuple[int, int, int], n_rows: int):
         self.inputs, self.dims, self.n_rows, self.dtype = list(inputs), dims, n_rows, inputs[0].dtype
@@ -62,10 +64,11 @@ class ArrayStore:
 
     def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows:
         out = PackedRows.empty(len(index_R), self.layout) if out is None else out
-        rows_RE, at = out.acts_RE.numpy(), 0
+        rows_RE, at, width = out.acts_RE.numpy(), 0, self.dims[2]
         for one in self.inputs:
+            rows_RE[:, at + one.row_bytes : at + one.row_bytes * width // one.row_shape[-1]] = 0
             one.read_into(index_R, rows_RE[:, at : at + one.row_bytes])
-            at += one.row_bytes
+            at += one.row_bytes * width // one.row_shape[-1]
         return out
 
     def read_rows(self, index_B: torch.Tensor) -> torch.Tensor:
@@ -151,7 +154,7 @@ class Arrays:
             for what, mine, theirs in (
                 ("rows", one.n_rows, first.n_rows),
                 ("dtype", one.dtype, first.dtype),
-                ("shape of a row", one.row_shape, first.row_shape),
+                ("positions in a row", one.row_shape[:-1], first.row_shape[:-1]),
             ):
                 if mine != theirs:
                     raise InputError(
@@ -159,14 +162,18 @@ class Arrays:
                         "positions go together row by row"
                     )
         check_has_rows(first.origin, (first.n_rows or 0, *first.row_shape))
-        *positions, width = first.row_shape
+        positions = first.row_shape[:-1]
         held = math.prod(positions) * len(self.inputs)
         if held != n_positions or (len(positions) == 2 and tuple(positions) != (n_models, n_hookpoints)):
             raise InputError(
                 f"acts: rows of shape {first.row_shape} x {len(self.inputs)} input(s) hold {held} position(s), but there "
                 f"are names for {n_models} model(s) x {n_hookpoints} hookpoint(s)"
             )
-        self.dims = (n_models, n_hookpoints, width)
+        widths_X = [one.row_shape[-1] for one in self.inputs for _ in range(math.prod(positions))]
+        self.widths_MP = [widths_X[m * n_hookpoints : (m + 1) * n_hookpoints] for m in range(n_models)]
+        if positions and len({*widths_X}) > 1:
+            raise InputError(f"acts: vectors of widths {widths_X}: give one input for each position, (N, width)")
+        self.dims = (n_models, n_hookpoints, max(widths_X))
         self.n_rows = first.n_rows
         if self.n_rows is not None and self.n_rows < 2:
             raise InputError(f"acts: {first.origin} holds {self.n_rows} row(s): at least 2 are needed, one is held out")
@@ -227,6 +234,6 @@ class Arrays:
                     raise InputError(
                         f"acts: {one.origin}: a batch of shape {tuple(rows.shape)}; the first had rows {one.row_shape}"
                     )
-            parts = [rows[:n].reshape(n, -1, self.dims[2]) for rows in held]
+            parts = [pad(rows[:n].reshape(n, -1, rows.shape[-1]), (0, self.dims[2] - rows.shape[-1])) for rows in held]
             waiting = [rows[n:] if len(rows) > n else None for rows in held]
             yield torch.cat(parts, dim=1).reshape(n, *self.dims).to(self.inputs[0].dtype)

@@ -27,7 +27,9 @@ class ActivationHarvester:
     (`path="modules"` or `"bridge"` insists on one of them). `dtype` and `device` are those of the returned tensor;
     each model runs in its own dtype, on its own device.
 
-    Raises InputError for an unknown or repeated hookpoint, different tokenizers, or unequal widths.
+    Vectors of different width (`widths_MP`) are padded with zeros to the widest.
+
+    Raises InputError for an unknown or repeated hookpoint, or different tokenizers.
     """
 
     def __init__(
@@ -55,14 +57,13 @@ class ActivationHarvester:
         self.device = torch.device(device) if device is not None else models[0].device
         self.runs = [make_run(model, self.hookpoints, path) for model in self.models]
         self.widths_MP = [probe_widths(run, self.hookpoints) for run in self.runs]
-        self._check_widths()
         for run in self.runs:
             check_names(run, self.hookpoints)
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        """(M, P, D)."""
-        return len(self.models), len(self.hookpoints), self.widths_MP[0][0]
+        """(M, P, D), D of the widest."""
+        return len(self.models), len(self.hookpoints), max(max(widths_P) for widths_P in self.widths_MP)
 
     @property
     def paths(self) -> list[str]:
@@ -97,14 +98,16 @@ class ActivationHarvester:
         H, S = tokens_HS.shape
         self._check_tokens(tokens_HS)
         positions_HS = None if segments_HS is None else positions_within_segments(segments_HS)
-        out_HSMPD = torch.empty((H, S, *self.dims), dtype=self.dtype, device=self.device)
+        n_widths = len({width for widths_P in self.widths_MP for width in widths_P})
+        allocate = torch.empty if n_widths == 1 else torch.zeros
+        out_HSMPD = allocate((H, S, *self.dims), dtype=self.dtype, device=self.device)
         for m, run in enumerate(self.runs):
             n_at_once = _sequences_at_once(run.model, H, S)
             for first in range(0, H, n_at_once):
                 part = slice(first, first + n_at_once)
 
                 def keep(p: int, act: torch.Tensor, out_HSMPD: torch.Tensor = out_HSMPD[part], m: int = m) -> None:
-                    out_HSMPD[:, :, m, p] = act.reshape(*out_HSMPD.shape[:2], -1)
+                    out_HSMPD[:, :, m, p, : self.widths_MP[m][p]] = act.reshape(*out_HSMPD.shape[:2], -1)
 
                 with interruptible():
                     run(tokens_HS[part], None if positions_HS is None else positions_HS[part], keep)
@@ -120,16 +123,6 @@ class ActivationHarvester:
         if least < 0 or largest >= self.vocab_size:
             wrong = least if least < 0 else largest
             raise InputError(f"tokens: id {wrong} is outside the vocabulary of {self.vocab_size}")
-
-    def _check_widths(self) -> None:
-        d_model = self.widths_MP[0][0]
-        for model, widths_P in zip(self.models, self.widths_MP, strict=True):
-            for name, width in zip(self.hookpoints, widths_P, strict=True):
-                if width != d_model:
-                    raise InputError(
-                        f"hookpoints: {name!r} of {model.name!r} is {width} wide, but {self.hookpoints[0]!r} of "
-                        f"{self.models[0].name!r} is {d_model} wide; all must have the same width"
-                    )
 
 
 def check_hookpoints(model: LanguageModel, hookpoints: Sequence[str]) -> None:

@@ -19,12 +19,14 @@ from crosscode.errors import InputError
 def unembed(model: LanguageModel, resid_ND: Tensor) -> Tensor:
     """`logits_NV` (float32, on the model's device) of vectors in the residual stream, computed in the model's dtype.
 
+    Zeros beyond the width of the residual stream are padding (`ActivationHarvester`).
+
     What some models put behind the unembedding (a soft cap, a scale) keeps the order of tokens and is left out.
 
     Raises:
         InputError: vectors of another width, or a model without final norm or unembedding.
     """
-    if resid_ND.shape[-1] != model.d_model:
+    if resid_ND.shape[-1] < model.d_model or bool(resid_ND[..., model.d_model :].any()):
         raise InputError(
             f"logits: vectors of width {resid_ND.shape[-1]} are not in the residual stream of {model.name!r}, "
             f"which is {model.d_model} wide"
@@ -32,7 +34,7 @@ def unembed(model: LanguageModel, resid_ND: Tensor) -> Tensor:
     head = model.model.get_output_embeddings()
     if head is None:
         raise InputError(f"logits: {model.name!r} has no unembedding")
-    return head(final_norm(model)(resid_ND.to(model.device, model.dtype))).float()
+    return head(final_norm(model)(resid_ND[..., : model.d_model].to(model.device, model.dtype))).float()
 
 
 def final_norm(model: LanguageModel) -> Any:

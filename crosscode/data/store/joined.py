@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from crosscode.config.nested import flatten
 from crosscode.data.store.format import Layout, PackedRows, StoreError, unpack
@@ -26,7 +27,7 @@ class JoinedStores:
     hookpoints, along hookpoints where they have the same models, in the order in which they are named.
 
     Raises StoreError unless all hold the same tokens in the same order (by their manifests, by the number of rows, and by
-    the hash of the token ids where the shards have it), in one dtype and width, and no model and hookpoint twice.
+    the hash of the token ids where the shards have it), in one dtype, and no model and hookpoint twice.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -63,7 +64,7 @@ class JoinedStores:
 
     def scaling_MP(self) -> torch.Tensor:
         """`sqrt(D) / mean ||x||` (float32)."""
-        return torch.cat([store.scaling_MP() for store in self.stores], dim=self._axis)
+        return (self.dims[2] ** 0.5 / self.mean_norm_MP()).float()
 
     def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows:
         """As `ActivationCache.read_ascending`."""
@@ -72,7 +73,9 @@ class JoinedStores:
             part = slice(first, first + _ROWS_AT_ONCE)
             rows = [store.read_ascending(index_R[part]) for store in self.stores]
             vectors = [one.acts_RE.view(len(one.acts_RE), *store.dims[:2], -1) for one, store in self._zip(rows)]
-            out.acts_RE[part] = torch.cat(vectors, dim=1 + self._axis).flatten(1)
+            widest = max(one.shape[-1] for one in vectors)  # in bytes: narrower vectors end in zeros
+            padded = [pad(one, (0, widest - one.shape[-1])) for one in vectors]
+            out.acts_RE[part] = torch.cat(padded, dim=1 + self._axis).flatten(1)
             if out.scales_RMP is not None:
                 scales = [one.scales_RMP for one in rows if one.scales_RMP is not None]
                 out.scales_RMP[part] = torch.cat(scales, dim=1 + self._axis)
@@ -116,9 +119,6 @@ def _joined(manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[Manife
     first = manifests[0]
     models = [[_known(model) for model in manifest["models"]] for manifest in manifests]
     hookpoints = [manifest["hookpoints"] for manifest in manifests]
-    widths = {manifest["dims"][2] for manifest in manifests}
-    if len(widths) > 1:
-        raise StoreError(f"stores {', '.join(names)} cannot be joined: their vectors have widths {sorted(widths)}")
     if all(names_P == hookpoints[0] for names_P in hookpoints):
         axis, joined = 0, {"models": [model for manifest in manifests for model in manifest["models"]]}
         parts: list[Any] = [model for part in models for model in part]
@@ -132,7 +132,7 @@ def _joined(manifests: Sequence[Manifest], names: Sequence[str]) -> tuple[Manife
     if any(parts.count(part) > 1 for part in parts):
         what = ("model", "hookpoint")[axis]
         raise StoreError(f"stores {', '.join(names)} cannot be joined: two of them hold the same {what}")
-    dims = [len(models[0]), len(hookpoints[0]), first["dims"][2]]
+    dims = [len(models[0]), len(hookpoints[0]), max(manifest["dims"][2] for manifest in manifests)]
     dims[axis] = len(parts)
     return {**first, **joined, "dims": dims}, axis
 

@@ -63,4 +63,4 @@ def test_logits_are_those_of_the_model_with_the_vector_as_its_last_residual(name
 def test_vectors_outside_the_residual_stream_are_refused():
     model, _ = random_model("gpt2")
     with pytest.raises(InputError, match="width 24 are not in the residual stream of 'in-memory', which is 16 wide"):
-        unembed(model, torch.zeros(1, 24))
+        unembed(model, torch.ones(1, 24))
