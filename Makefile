@@ -51,6 +51,7 @@ docs: $(VENV)/installed-docs  ## the site, in build/site; a broken link or an un
 
 soak: $(VENV)/installed-dev  ## tests that take hours: every crash point, every seed; kept with date and machine in benches/results/soak.txt
 	{ date -u; uname -srm; git rev-parse HEAD; $(ON_CPU) $(PYTEST) -m soak tests; } 2>&1 | tee benches/results/soak.txt
+	$(BIN)/python benches/equal_l0.py run
 
 BENCH = $(BIN)/python -m pytest -c benches/pytest.ini
 

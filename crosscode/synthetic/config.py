@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from crosscode.config.experiment import ResampleConfig
 from crosscode.config.registry import ConfigModel
 from crosscode.synthetic.schemes import SCHEMES
 
@@ -60,6 +61,8 @@ class SyntheticConfig(ConfigModel):
     """training steps of each run"""
     batch_size: PositiveInt = 512
     """activations of a step"""
+    resample: ResampleConfig | None = None
+    """give dead latents new weights, as `train.resample` does; null: never"""
     n_heldout_tokens: PositiveInt = 16_384
     """activations for FVU and L0"""
     exclusive_threshold: PositiveFloat = Field(default=0.9, lt=1)

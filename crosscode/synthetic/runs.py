@@ -43,6 +43,8 @@ class SyntheticResult:
     l0: float
     dead_fraction: float
     tokens_per_s: float
+    step_ms: float
+    """mean time of a training step, without its activations"""
     ground_truth: GroundTruth
     penalty: float | None = None
     n_runs: int | None = None
@@ -131,6 +133,7 @@ def _run_scheme(
         evaluation.l0,
         evaluation.dead_fraction,
         config.n_steps * config.batch_size / seconds,
+        1e3 * trainer.phases.total_s["step"] / config.n_steps,
         truth,
         penalty=scheme.penalty if scheme.is_penalised else None,
     )
@@ -169,7 +172,7 @@ def build_synthetic_trainer(
         data,
         split,
         scheme.objective(),
-        scheme.train_config(config.n_steps, config.batch_size),
+        scheme.train_config(config),
         run,
         [],
         position_names=position_names,

@@ -58,10 +58,11 @@ class SyntheticScheme:
     def init(self) -> InitStrategy:
         return INITIALIZATIONS.build(self.parts["init"])
 
-    def train_config(self, n_steps: int, batch_size: int) -> TrainConfig:
+    def train_config(self, config: SyntheticConfig) -> TrainConfig:
         return TrainConfig(
-            n_tokens=n_steps * batch_size,
-            batch_size=batch_size,
+            n_tokens=config.n_steps * config.batch_size,
+            batch_size=config.batch_size,
+            resample=config.resample,
             optimizer=Component(**self.parts["optimizer"]),
-            log_every=max(1, n_steps // 5),
+            log_every=max(1, config.n_steps // 5),
         )

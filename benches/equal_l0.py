@@ -1,0 +1,154 @@
+"""All schemes of crosscoders at one L0: on a planted dictionary, on the demo pair, and how many latents die of 16,384.
+
+    python benches/equal_l0.py run [{planted,demo,dead} ...] [--scheme NAME ...] [--seed 0 1 2]    train and store
+    python benches/equal_l0.py table                                                               print what is stored
+
+planted: `crosscode synthetic` as it ships, L0 8. demo: recipes as they ship, on 250k tokens, L0 32: `k` if there is one,
+else the target of the term that draws L0 (a controller where that is a penalty). dead: 2,048 planted features, 16,384 latents,
+L0 32, with and without `train.resample`. What is stored is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import crosscode
+from crosscode.config.experiment import ResampleConfig
+from crosscode.config.reading import load_yaml
+from crosscode.files import json_text, write_text
+from crosscode.recipes import recipe_names, recipe_path
+from crosscode.synthetic.config import PlantedConfig, SyntheticConfig
+from crosscode.synthetic.runs import run_synthetic
+from crosscode.synthetic.schemes import SCHEMES
+
+STORED = Path(__file__).parent / "results" / "equal_l0.json"
+OF_DEMO = ("l0", "fvu", "loss_recovered", "dead_fraction")
+L0_OF_DEMO, N_TOKENS_OF_DEMO = 32, 250_000
+TARGETS = {"l0": "target", "l1": "target_l0", "tanh": "target_l0"}
+DEAD = {"n_latents": 16_384, "l0": 32, "n_steps": 1000, "batch_size": 512, "n_heldout_tokens": 65_536}
+RESAMPLE = ResampleConfig(every=100, from_start=True, until=0.7, dead_after_tokens=10_000)
+COLUMNS = {
+    "l0": ("L0", "{:.1f}"), "fvu": ("FVU", "{:.3f}"), "loss_recovered": ("loss recovered", "{:.3f}"),
+    "dead_fraction": ("dead", "{:.2%}"), "recovered": ("recovered", "{:.1%}"), "step_ms": ("ms a step", "{:.0f}"),
+}  # fmt: skip
+
+
+def synthetic(scheme: str, seed: int, n_features: int = 256, **fields: Any) -> dict[str, Any]:
+    planted = PlantedConfig(seed=seed, n_features=n_features, mean_active=fields.get("l0", 8))
+    (found,) = run_synthetic(SyntheticConfig(planted=planted, schemes=[scheme], seed=seed, **fields))
+    figures = ("l0", "fvu", "dead_fraction", "step_ms")
+    return {name: getattr(found, name) for name in figures} | {"recovered": found.ground_truth.all.recovered}
+
+
+def demo(scheme: str, seed: int) -> dict[str, Any]:
+    recipe, changes = recipe_of(scheme), dict[str, Any](train={"n_tokens": N_TOKENS_OF_DEMO})
+    if "k" in recipe["crosscoder"]["activation"]:
+        changes["crosscoder"] = {"activation": {**recipe["crosscoder"]["activation"], "k": L0_OF_DEMO}}
+    else:
+        (term,) = recipe["objective"].keys() & TARGETS.keys()
+        changes["objective"] = {term: {TARGETS[term]: L0_OF_DEMO}}
+    with tempfile.TemporaryDirectory() as folder:
+        run = crosscode.train(scheme, seed=seed, run_dir=folder, overwrite=True, **changes)
+        summary = json.loads((Path(run.path) / "summary.json").read_text())
+        rows = [json.loads(line) for line in (Path(run.path) / "metrics.jsonl").read_text().splitlines()]
+    step_ms = statistics.median(row["time/step_ms"] for row in rows if "time/step_ms" in row)
+    return {name: summary[name] for name in OF_DEMO} | {"step_ms": step_ms}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    path = recipe_path(name)
+    assert path is not None
+    return load_yaml(path.read_text(), name)
+
+
+def schemes_of_demo() -> list[str]:
+    """Recipes of a crosscoder between two models at one hookpoint, of the pair that `l1_crosscoder` has."""
+    pair, names = recipe_of("l1_crosscoder")["language_models"], []
+    for name in recipe_names():
+        recipe = recipe_of(name)
+        if (
+            not name.startswith("demo")
+            and recipe["crosscoder"].get("type") == "model_hookpoint_acausal"
+            and recipe["language_models"] == pair
+        ):
+            names.append(name)
+    return names
+
+
+def planned(data: str) -> dict[str, Any]:
+    """By name of a row what trains it, given a seed."""
+    if data == "demo":
+        return {name: lambda seed, name=name: demo(name, seed) for name in schemes_of_demo()}
+    if data == "planted":
+        return {name: lambda seed, name=name: synthetic(name, seed, l0=8, max_runs=3) for name in SCHEMES}
+    return {
+        name + ", resampled" * bool(resample): lambda seed, name=name, resample=resample: synthetic(
+            name, seed, n_features=2048, resample=resample, max_runs=2, **DEAD
+        )
+        for name in SCHEMES
+        for resample in (None, RESAMPLE)
+    }
+
+
+def stored() -> dict[str, Any]:
+    return json.loads(STORED.read_text()) if STORED.exists() else {}
+
+
+def run(data: list[str], schemes: list[str] | None, seeds: list[int]) -> None:
+    for seed in seeds:
+        for of in data:
+            for name, train in planned(of).items():
+                key = f"{of}; {name}; seed {seed}"
+                if key in stored() or (schemes and name not in schemes):
+                    continue
+                found = {**train(seed), "load_average": os.getloadavg()[0]}
+                write_text(STORED, json_text(dict(sorted({**stored(), key: found}.items())), indent=1) + "\n")
+                print(f"{key}: {found}", file=sys.stderr, flush=True)
+
+
+def table() -> Iterator[str]:
+    """Markdown: a table a kind of data, a row a scheme; mean over the seeds, and where there are several half the spread
+    between the largest and the smallest."""
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for key, found in stored().items():
+        data, name, _ = key.split("; ")
+        runs.setdefault(data, {}).setdefault(name, []).append(found)
+    for data, by_name in runs.items():
+        columns = [name for name in COLUMNS if any(name in found for rows in by_name.values() for found in rows)]
+        yield f"\n{data}:\n\n| scheme | seeds | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"
+        yield "|---|---|" + "---|" * len(columns)
+        for scheme, rows in by_name.items():
+            cells = [_cell(COLUMNS[name][1], [found[name] for found in rows]) for name in columns]
+            yield f"| `{scheme}` | {len(rows)} | " + " | ".join(cells) + " |"
+
+
+def _cell(form: str, values: list[float]) -> str:
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format((max(values) - min(values)) / 2)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="All schemes of crosscoders at one L0.")
+    commands = parser.add_subparsers(required=True, dest="command")
+    runner = commands.add_parser("run", help="train and store the figures")
+    runner.add_argument("data", nargs="*", metavar="DATA", help="planted, demo, dead; default: all")
+    runner.add_argument("--scheme", nargs="+", metavar="NAME", help="rows; default: all")
+    runner.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    commands.add_parser("table", help="print the stored figures as markdown")
+    options = parser.parse_args()
+    if options.command == "table":
+        print("\n".join(table()))
+    else:
+        run(options.data or ["planted", "demo", "dead"], options.scheme, options.seed)
+
+
+if __name__ == "__main__":
+    main()
