@@ -65,8 +65,11 @@ def _first_name(error: InputError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    """What an error of another library says, in one line; its type where it says nothing, and more where the line announces
+    it."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0].strip()
+    return " ".join(text.split())[:200] if first.endswith(":") else first
 
 
 def check_settings(now: Mapping[str, Any], saved: Mapping[str, Any], may_lack: Collection[str] = ()) -> None:

@@ -17,7 +17,7 @@ import torch
 from crosscode.data.harvest.language_models import LanguageModel, freeze, shared_copy
 from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import TOKENIZER_FILES, load_tokenizer
-from crosscode.errors import InputError
+from crosscode.errors import InputError, fitting
 
 log = logging.getLogger("crosscode")
 
@@ -80,8 +80,11 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
             cached_file(repo, file, **options)
     try:
         config = json.loads(found[0].read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"adapter {name!r}: {_CONFIG} is no JSON ({error})") from error
+    named = [config.get(key) for key in ("base_model_name_or_path", "revision")] if isinstance(config, dict) else [0]
+    if not all(value is None or isinstance(value, str) for value in named):
+        raise InputError(f"adapter {name!r}: {_CONFIG} does not describe an adapter")
     return Adapter(found[0].parent, name, revision, config)
 
 
@@ -103,15 +106,17 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> 
         ) from error
     if scale != 1:
         _check_scale(adapter, scale)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), fitting(f"adapter {adapter.name!r}"):
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(str(adapter.folder))
-        if config.is_prompt_learning:
-            raise InputError(
-                f"adapter {adapter.name!r}: {_kind(config)} adds tokens to the text; only weights can be adapted"
-            )
+        how = "adds tokens to the text" if config.is_prompt_learning else "acts after certain tokens alone"
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            raise InputError(f"adapter {adapter.name!r}: {_kind(config)} {how}; only weights can be adapted")
         config.inference_mode = True
         tensors = peft.utils.load_peft_weights(str(adapter.folder), device="cpu")
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"adapter {adapter.name!r}: weights that are not finite, in {key!r}")
         tree = _prepared_tree(base.model, config, tensors)
         before = _states(base.model)
         whole = peft.PeftModel(tree, config)
@@ -218,12 +223,14 @@ def _check_effect(base: LanguageModel, adapted: LanguageModel, whole: Any, adapt
     """Raise InputError for an adapter that changes no logit, or that does not act through the modules alone."""
     size = min(base.vocab_size, adapted.vocab_size)
     tokens_HS = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0)).to(base.device)
-    mine = adapted.model(input_ids=tokens_HS, use_cache=False).logits
-    if not torch.equal(mine, whole(input_ids=tokens_HS, use_cache=False).logits):
+    plain, mine, all_of_it = (
+        model(input_ids=tokens_HS, use_cache=False).logits for model in (base.model, adapted.model, whole)
+    )
+    if plain.isfinite().all() and not mine.isfinite().all():
+        raise InputError(f"adapter {adapter.name!r}: logits of {base.name!r} are not finite with it")
+    if not torch.equal(mine, all_of_it):
         raise InputError(f"adapter {adapter.name!r}: acts outside of the model's modules, and cannot be harvested")
-    if base.vocab_size == adapted.vocab_size and torch.equal(
-        mine, base.model(input_ids=tokens_HS, use_cache=False).logits
-    ):
+    if base.vocab_size == adapted.vocab_size and torch.equal(mine, plain):
         raise InputError(f"adapter {adapter.name!r}: changes no logit of {base.name!r}; was it trained?")
     trained_on = adapter.base
     if trained_on and Path(trained_on).name != Path(base.name).name:

@@ -266,8 +266,6 @@ def _one_line_errors(
         reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "its files hold weights of other shapes than its config.json describes"
-        elif reason.endswith(":"):
-            reason = " ".join(str(error).split())[:200]
         raise InputError(f"language model {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
 
 
