@@ -63,17 +63,26 @@ def values_around(values: Mapping[str, Any], model: BaseCrosscoder, run_dir: Pat
     return {**values, "run_dir": str(run_dir), "crosscoder": section, "objective": objective, "constraints": {}}
 
 
+def checked_around(values: Mapping[str, Any]) -> ExperimentConfig:
+    """The config of these values.
+
+    Raises:
+        InputError: the folder may not be written to.
+    """
+    config = check_config(values)
+    if config.run_path().is_dir() and any(config.run_path().iterdir()):
+        raise InputError(f"out = {str(config.run_path())!r}: is there already; name a new folder")
+    check_may_begin(config)
+    return config
+
+
 def open_around(values: Mapping[str, Any], model: BaseCrosscoder) -> AnyExperiment:
     """The experiment of these values.
 
     Raises:
         InputError: the folder may not be written to, or the activations are of another width than the model.
     """
-    config = check_config(values)
-    if config.run_path().is_dir() and any(config.run_path().iterdir()):
-        raise InputError(f"out = {str(config.run_path())!r}: is there already; name a new folder")
-    check_may_begin(config)
-    experiment = open_experiment(config, to_train=False)
+    experiment = open_experiment(checked_around(values), to_train=False)
     section_of_model(model, *experiment.dims)
     return experiment
 
@@ -89,6 +98,7 @@ def write_run_around(
     try:
         with run.held():
             run.begin()
+            experiment.keep_heldout_in(run.path)
             run.write_evaluation(result.to_json())
             model.save(run.final, model_metadata(experiment))
             counts = {"step": 0, "tokens": 0, "seconds": 0.0}

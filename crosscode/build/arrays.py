@@ -6,6 +6,7 @@ Axes: N held-out rows · B tokens · M models · P hookpoints · D width · H se
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -203,6 +204,11 @@ class ArrayExperiment(AnyExperiment):
         if self.given is not None and self.given.tokenizer is not None:
             with new_folder(self.config.run_path() / TOKENIZER, "tokenizer_config.json") as folder:
                 self.given.tokenizer.save_pretrained(folder)
+
+    def keep_heldout_in(self, path: Path) -> None:
+        shutil.copyfile(self._file, path / HELDOUT_FILE)
+        if (tokenizer := self.config.run_path() / TOKENIZER).is_dir():
+            shutil.copytree(tokenizer, path / TOKENIZER)
 
 
 class KeepHeldout(Callback):

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crosscode.build.around import open_around, values_around, write_run_around
+from crosscode.build.around import checked_around, values_around, write_run_around
 from crosscode.build.finished import FinishedRun
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.resume import config_values
-from crosscode.build.schema import check_config
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models import ACTIVATIONS, BaseCrosscoder
@@ -45,11 +44,11 @@ def convert(run: FinishedRun, activation: str, out: Path) -> Conversion:
     converted = with_activation(model, activation, experiment)
     values = values_around(config_values(run.config), converted, out)
     values["name"] = run.config.name
-    open_around(values, converted)
+    config = checked_around(values)
     before = measure_reconstruction(
         model, experiment.heldout_activations(), experiment.split, experiment.output_names()
     )
-    after = write_run_around(check_config(values), converted, experiment, "convert")
+    after = write_run_around(config, converted, experiment, "convert")
     return Conversion(before, after, out)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,9 @@ class AnyExperiment(ABC):
     @abstractmethod
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         """Held-out sequences, each once."""
+
+    def keep_heldout_in(self, path: Path) -> None:  # noqa: B027
+        """What a run directory at `path` must hold to be looked at, where it is not in the config."""
 
     def rows(self) -> RowSource:
         """Rows to train on: finite, and within `data.max_norm_ratio`."""

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 import crosscode
+from crosscode.build.converting import convert
 from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.data.store.joined import JoinedStores
 from crosscode.errors import InputError
@@ -82,6 +83,13 @@ def test_a_concept_of_both_has_a_relative_norm_of_a_half(run):
     assert len(by_tag["shared"]) >= 6 and by_tag["shared"].sub(0.5).abs().median() < 0.05
     assert len(by_tag["large-specific"]) >= 1 and by_tag["large-specific"].min() > 0.8
     assert table["decoder_cosine"].isna().all()  # vectors of different width have no angle
+
+
+def test_a_run_on_own_activations_is_converted_with_what_it_holds_out(run, tmp_path):
+    converted = convert(run, "jumprelu", tmp_path / "jump")
+    again = crosscode.open(tmp_path / "jump")
+    assert again.model.widths == run.model.widths and again.evaluate().fvu == pytest.approx(converted.after.fvu)
+    assert converted.before.fvu == pytest.approx(run.evaluate().fvu)
 
 
 def test_what_would_need_one_width_is_refused(arrays, tmp_path):
