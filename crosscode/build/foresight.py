@@ -17,7 +17,7 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.language_models import LanguageModel, available_device
-from crosscode.data.harvest.loading import load_skeleton
+from crosscode.data.harvest.loading import adapter_of, load_skeleton
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -74,17 +74,24 @@ def check_weights(
     packed = config.quantization or getattr(skeleton.model.config, "quantization_config", None)
     per_weight = 0.5 if packed else _BYTES.get(dtype, 2)
     n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
+    with at_field(field, LanguageModelConfig.model_fields):
+        path = locate(config.path)
+        adapter = adapter_of(path, config.revision, config.gguf_file, config.adapter, config.adapter_revision)
     device = None if config.device_map is not None else available_device(config.device or default_device)
     there = _memory(device) if device is not None else _memory_of_all()
     on_device = weights.setdefault(device, {})
     on_device[f"{skeleton.name}@{skeleton.revision} {dtype} {config.quantization}"] = int(per_weight * n_weights)
+    n_own = per_weight * n_weights
+    if adapter is not None:
+        on_device[str(adapter.folder)] = adapter.n_bytes
+        n_own += adapter.n_bytes
     n_bytes = sum(on_device.values())
     if there is not None and n_bytes > there:
-        beside = f" ({n_bytes / 2**30:.1f} GiB with the models before it)" if len(on_device) > 1 else ""
-        form = " packed" if packed else f" in {dtype}"
+        beside = f" ({n_bytes / 2**30:.1f} GiB with the models before it)" if n_bytes > n_own else ""
+        form = (" packed" if packed else f" in {dtype}") + ("" if adapter is None else " and those of the adapter")
         raise InputError(
             f"{field}.path = {config.path!r}: {n_weights / 1e9:.3g} billion weights{form} take "
-            f"{per_weight * n_weights / 2**30:.1f} GiB{beside}, more than the {there / 2**30:.1f} GiB that are free on "
+            f"{n_own / 2**30:.1f} GiB{beside}, more than the {there / 2**30:.1f} GiB that are free on "
             f"{device or 'all devices'}; a smaller dtype, quantization, or device_map: auto over several GPUs may fit"
         )
 

@@ -50,6 +50,11 @@ class Adapter:
     def base_revision(self) -> str | None:
         return self.config.get("revision")
 
+    @property
+    def n_bytes(self) -> int:
+        """Of its weights, as they are stored."""
+        return next(file.stat().st_size for name in _WEIGHTS if (file := self.folder / name).is_file())
+
 
 def find_adapter(name: str, revision: str | None) -> Adapter | None:
     """The adapter in a folder, or in a hub repository (`OWNER/NAME`, `OWNER/NAME/SUBFOLDER`), None where there is none.

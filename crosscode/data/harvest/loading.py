@@ -61,7 +61,7 @@ def load_language_model(
     """
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    on_base = _find_adapter(name_or_path, revision, gguf_file, adapter, adapter_revision)
+    on_base = adapter_of(name_or_path, revision, gguf_file, adapter, adapter_revision)
     if on_base is None and adapter_scale != 1:
         raise InputError(f"adapter_scale = {adapter_scale}: {name_or_path!r} has no adapter")
     if on_base is not None and adapter is None:
@@ -126,7 +126,7 @@ def _quantization_config(fields: Mapping[str, Any]) -> Any:
         raise InputError(f"quantization = {dict(fields)}: {first_line(error)}") from error
 
 
-def _find_adapter(
+def adapter_of(
     path: str, revision: str | None, gguf_file: str | None, adapter: str | None, adapter_revision: str | None
 ) -> Adapter | None:
     """The adapter that is asked for, or that stands at `path` alone."""
@@ -192,7 +192,7 @@ def files_id(
     repository by its commit. Errors as `load_language_model` has them."""
     from transformers.utils.hub import cached_file
 
-    on_base = _find_adapter(name_or_path, revision, gguf_file, adapter, adapter_revision)
+    on_base = adapter_of(name_or_path, revision, gguf_file, adapter, adapter_revision)
     digest = hashlib.sha256()
     if on_base is not None:
         _add_files(digest, on_base.folder, None)
@@ -221,7 +221,7 @@ def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remot
 
     Enough to check hookpoints before anything expensive is loaded. Not for GGUF files.
     """
-    adapter = _find_adapter(name_or_path, revision, None, None, None)
+    adapter = adapter_of(name_or_path, revision, None, None, None)
     if adapter is not None:
         name_or_path, revision = _base_of(adapter), adapter.base_revision
     source, gguf_file = _find_source(name_or_path, None)

@@ -10,6 +10,7 @@ import yaml
 import crosscode
 from crosscode.build.data import build_rows
 from crosscode.build.experiment import open_experiment
+from crosscode.build.foresight import check_language_models
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config
@@ -91,6 +92,18 @@ def test_a_run_goes_on_with_its_adapter_alone(values, save_adapter, tmp_path):
     save_adapter(tmp_path / "lora", 1)
     with pytest.raises(InputError, match=r"language_models.1.path = .* has other weights than when the run began"):
         build_trainer(open_experiment(ResumePoint.find(run.path).config), resume=ResumePoint.find(run.path))
+
+
+def test_memory_and_missing_files_are_told_before_a_model_is_loaded(values, tiny_lms, monkeypatch):
+    n_bytes = sum(p.numel() * 4 for p in load_language_model(tiny_lms[0]).model.parameters())
+    monkeypatch.setattr("crosscode.build.foresight._memory", lambda device: n_bytes)
+    with pytest.raises(
+        InputError, match=r"language_models.1.path = .* in float32 and those of the adapter take .*free"
+    ):
+        check_language_models(check_config(values))
+    values["language_models"][1]["adapter"] += "x"
+    with pytest.raises(InputError, match=r"language_models.1.adapter = .*x': no folder or hub repository"):
+        check_language_models(check_config(values))
 
 
 def test_fields_of_an_adapter_that_say_nothing_are_refused(values):
