@@ -36,9 +36,11 @@ KINDS = {
     "resized": {},
     "resized_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
-CASES = [(family, kind) for family in TARGETS for kind in ("lora", "rslora", "dora", "resized")]
-CASES += [(family, "norms_to_save") for family in TARGETS]
-CASES += [("llama", kind) for kind in KINDS if ("llama", kind) not in CASES] + [("gpt2", "bias"), ("gpt_neox", "bias")]
+CASES = [(family, kind) for family in TARGETS for kind in KINDS]
+AT_EVERY_HOOKPOINT = [
+    pytest.param(kind, marks=[] if kind in ("lora", "rslora", "dora", "norms_to_save") else pytest.mark.soak)
+    for kind in KINDS
+]
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +123,7 @@ def test_activations_and_logits_are_those_of_peft_to_the_bit(family, kind, make_
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "norms_to_save"])
+@pytest.mark.parametrize("kind", AT_EVERY_HOOKPOINT)
 def test_every_kind_of_hookpoint_reads_what_a_hook_on_pefts_module_reads(family, kind, make_adapter):
     base, adapter = make_adapter(family, kind)
     model = load_language_model(base, adapter=adapter)
