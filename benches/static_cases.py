@@ -46,6 +46,7 @@ CASES = (
     Case("sae-65k-1M", 2048, 2304, (2304,), 1048576, 128),
     Case("ragged", 1000, 1001, (333, 668), 5003, 17),
 )
+N_PREFIXES = 5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -87,6 +88,13 @@ class Tensors:
     @property
     def entries(self) -> Entries:
         return Entries(self.row_ptr_B1, self.idx_N, self.value_N, *self.order)
+
+    def in_segments(self, entries: Entries) -> Entries:
+        """The same, each token as `N_PREFIXES` of them: its first entry in the second, the others in the last."""
+        k = self.idx_N.shape[0] // self.x_BI.shape[0]
+        ends_S = torch.tensor([0] + [1] * (N_PREFIXES - 2) + [k], dtype=torch.int32, device=entries.row_ptr_B1.device)
+        ends_BS = entries.row_ptr_B1[:-1, None] + ends_S
+        return entries._replace(row_ptr_B1=torch.cat([entries.row_ptr_B1[:1], ends_BS.flatten()]))
 
     @staticmethod
     def _zipf_indices(case: Case, device: str, generator: torch.Generator) -> Tensor:
@@ -133,6 +141,8 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "sparse_decode unbiased": call("sparse_decode", entries, t.W_enc_LI, None),
         "decode_recon": call("decode_recon", entries, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments),
         "decode_recon unbiased": call("decode_recon", entries, t.W_dec_LO, None, t.target_BO, t.segments),
+        "nested_decode": call("nested_decode", t.in_segments(entries), t.W_dec_LO, t.b_dec_O, N_PREFIXES),
+        "nested_decode unbiased": call("nested_decode", t.in_segments(entries), t.W_dec_LO, None, N_PREFIXES),
         "gather_dot": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),
         "encode_threshold": lambda: _threshold_select(case, t, None),

@@ -5,8 +5,8 @@ Axes: B tokens · S prefixes · O flattened output dims · L latents.
     y_bs = sum over the entries n of token b with l_n < size_s of a_n W_dec[l_n]  (+ b_dec)
 
 Shapes: Latents over L, W_dec_LO, b_dec_O (optional), ascending sizes -> y_BSO.
-Every entry is decoded once, into the segment between two sizes in which it lies; a prefix is the sum of its segments. So the cost
-is that of `sparse_decode` and of S outputs.
+Every entry is decoded once: the entries of a token are sorted by the segment between two sizes in which they lie, and what is
+summed up is stored at the end of each segment. So the cost is that of `sparse_decode` and of S outputs.
 Gradients: those of `sparse_decode`, each entry's from the sum of dy over the prefixes that hold it.
 Errors (ValueError): sizes that do not ascend within 1 to L; those of `sparse_decode`.
 """
@@ -14,14 +14,18 @@ Errors (ValueError): sizes that do not ascend within 1 to L; those of `sparse_de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from crosscode_kernels.backend import AnyBackend, backend_for
-from crosscode_kernels.nested_decode import reference, torch_impl
+from crosscode_kernels.encoder import autocast
+from crosscode_kernels.nested_decode import reference
+from crosscode_kernels.nested_decode.autograd import split_decode
+from crosscode_kernels.nested_decode.split import by_segment, split_tokens
 from crosscode_kernels.opset import door
 from crosscode_kernels.sparse import DenseLatents, Latents
-from crosscode_kernels.sparse_decode import check_decoder, sparse_decode
+from crosscode_kernels.sparse_decode import check_decoder
 
 
 @door
@@ -34,13 +38,12 @@ def nested_decode(
         raise ValueError(
             f"nested_decode: sizes are {list(sizes)}; must ascend from at least 1 to at most {latents.n_latents}, the latents"
         )
-    check_decoder("nested_decode", latents.n_latents, latents.value, W_dec_LO.to(latents.value.dtype), b_dec_O)
+    value, W_dec_LO, b_dec_O = autocast(backend, latents.value, W_dec_LO, b_dec_O)
+    check_decoder("nested_decode", latents.n_latents, value, W_dec_LO, b_dec_O)
     if backend.name == "reference":
         return reference.nested_decode(latents, W_dec_LO, b_dec_O, sizes)
     if isinstance(latents, DenseLatents):
-        y_BSO = torch_impl.by_segment(latents.value_BL, W_dec_LO, sizes)
-    else:
-        split = torch_impl.split_tokens(latents.with_int32(), sizes)
-        y_BSO = sparse_decode(split, W_dec_LO, backend=backend).view(latents.batch_size, len(sizes), W_dec_LO.shape[1])
-    y_BSO = y_BSO.cumsum(1)
-    return y_BSO if b_dec_O is None else y_BSO + b_dec_O
+        y_BSO = by_segment(value, W_dec_LO, sizes).cumsum(1)
+        return y_BSO if b_dec_O is None else y_BSO + b_dec_O
+    split = split_tokens(replace(latents.with_int32(), value_N=value), sizes)
+    return split_decode(split, W_dec_LO, b_dec_O, len(sizes), backend)

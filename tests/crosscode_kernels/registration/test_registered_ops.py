@@ -37,6 +37,12 @@ def sparse_batch():
         return resolve_backend(NAME, "cpu").encode_topk(x_BI, W_LI, None, K).with_transpose()
 
 
+def in_segments(entries):
+    """Two tokens for each: one entry, and the others."""
+    ends_BS = entries.row_ptr_B1[:-1, None] + torch.tensor([1, K], dtype=torch.int32)
+    return entries._replace(row_ptr_B1=torch.cat([entries.row_ptr_B1[:1], ends_BS.flatten()]))
+
+
 def op_calls():
     x_BI, W_LI, b_L, W_LO, b_O = tensors()
     h_BL = torch.randn(B, L, requires_grad=True)
@@ -59,6 +65,7 @@ def op_calls():
         "gather_dot": (*entries, plain_BO, plain_LO),
         "segment_rows": (*entries, plain_BO),
         "sparse_decode": (*values, W_LO, b_O),
+        "nested_decode": (*in_segments(values), W_LO, b_O, 2),
         "sparse_decode_backward": (*entries, plain_BO, plain_LO),
         "decode_recon": (*values, W_LO, b_O, torch.randn(B, O), [3, 5]),
         "decoder_norms": (W_LO, [3, 5], False),

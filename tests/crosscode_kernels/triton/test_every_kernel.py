@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 OPS = [
     "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk", "aux_topk unbiased",
     "sparse_decode",
-    "sparse_decode unbiased", "decode_recon", "decode_recon unbiased",
+    "sparse_decode unbiased", "nested_decode", "nested_decode unbiased", "decode_recon", "decode_recon unbiased",
     "gather_dot", "sparse_decode_backward", "segment_rows", "decoder_norms",
     "decoder_norms_backward sum", "decoder_norms_backward joint", "recon_loss", "recon_loss_backward", "jumprelu",
     "jumprelu_backward anthropic", "jumprelu_backward gdm", "pre_act", "pre_act_backward",
