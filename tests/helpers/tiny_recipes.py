@@ -78,7 +78,7 @@ def make_trainer(
     config = check_config(tiny(name, folder, backend, device))
     dims = (len(config.language_models), len(config.hookpoints), WIDTH)
     models: Any = [SimpleNamespace(fingerprint=lambda: "none", facts=dict) for _ in config.language_models]
-    harvester: Any = SimpleNamespace(dims=dims, models=models)
+    harvester: Any = SimpleNamespace(dims=dims, models=models, widths_MP=[[WIDTH] * dims[1]] * dims[0])
     documents: Any = None
     experiment = Experiment(
         config=config,
