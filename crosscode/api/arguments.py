@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def sorted_fields(fields: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, 
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = f"fields of train ({', '.join(TRAIN_FIELDS)}) and of a config ({', '.join(TOP_FIELDS)})"
             raise InputError(f"train: unknown argument {name!r}{hint or f'; there are {known}'}")
+        if value is None and TrainConfig.model_fields[name].is_required():
+            continue  # as the signature shows it
         if name in train:
             raise InputError(f"train: {name!r} is given twice: by itself and in `train`")
         train[name] = _plain(value)
@@ -62,4 +65,9 @@ def name_for(run_dir: str | Path | None) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
+    """As YAML has it: of a config its fields, of a path its text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, PathLike):
+        return fspath(value)
     return value.model_dump() if isinstance(value, BaseModel) else value

@@ -6,6 +6,7 @@ Axes: B tokens · M models · P hookpoints · D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from crosscode.config.experiment import DEFAULT_ARCHITECTURE, TrainConfig
 from crosscode.data.arrays.in_order import ParquetInput
 from crosscode.data.arrays.opening import open_input
 from crosscode.data.arrays.random_access import ArrayInput, FileInput, StoreInput, check_has_rows
+from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, BaseCrosscoder
 from crosscode.models.architecture import split_for
@@ -31,13 +33,23 @@ _TANH_WEIGHT_PER_NUMBER = 1 / 640
 
 def given_arrays(acts: Any, heldout: Any = None, tokens: Any = None, tokenizer: Any = None) -> GivenArrays:
     """Inputs from what a user has: one with all positions, or a list with one for each."""
-    if isinstance(tokenizer, str):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = _named_tokenizer(str(tokenizer))
     if tokens is not None:
         tokens = tokens.cpu() if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
     return GivenArrays(_inputs(acts), None if heldout is None else _inputs(heldout), tokens, tokenizer)
+
+
+def _named_tokenizer(name: str) -> Any:
+    try:
+        found = load_tokenizer(name, {"revision": None})
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tokenizer = {name!r}: cannot be loaded ({next(iter(str(error).splitlines()), '')})"
+        ) from error
+    if found is None:
+        raise InputError(f"tokenizer = {name!r}: there is no tokenizer")
+    return found
 
 
 def _inputs(acts: Any) -> list[ArrayInput]:
@@ -115,7 +127,7 @@ def usual_values(values: dict[str, Any], given: GivenArrays) -> dict[str, Any]:
     train = dict(values.get("train") or {})
     if n_rows is not None:
         batch_size = train.setdefault(
-            "batch_size", min(TrainConfig.model_fields["batch_size"].default, 1 << (n_rows.bit_length() - 1))
+            "batch_size", min(TrainConfig.model_fields["batch_size"].default, 1 << (max(n_rows, 1).bit_length() - 1))
         )
         if isinstance(batch_size, int):
             train.setdefault("n_tokens", max(n_rows, FEWEST_STEPS * batch_size))
@@ -126,6 +138,11 @@ def usual_values(values: dict[str, Any], given: GivenArrays) -> dict[str, Any]:
         )
     values["train"] = train
     data = dict(values.get("data") or {})
+    for name in ("source", "heldout", "stores", "join", "cache"):
+        if data.get(name):
+            raise InputError(
+                f"data.{name} = {data[name]!r}: is for runs that harvest; `acts` (and `heldout`) say all of it"
+            )
     if any(one.is_saved for one in given.inputs):
         data.setdefault("prefetch", _READ_AHEAD)
     values["data"] = data

@@ -276,6 +276,8 @@ def _opened(files: Sequence[ArrayFile], name: str) -> list[ArrayInput]:
 def _check_tokens(given: GivenArrays, arrays: Arrays) -> None:
     if given.tokenizer is not None and given.tokens is None:
         raise InputError("tokenizer: is for tokens; pass tokens= as well")
+    if given.tokenizer is not None and not hasattr(given.tokenizer, "save_pretrained"):
+        raise InputError(f"tokenizer: {type(given.tokenizer).__name__}: must be one of `transformers`, or its name")
     if given.tokens is None:
         return
     if given.tokens.ndim not in (1, 2) or given.tokens.is_floating_point() or given.tokens.numel() != arrays.n_rows:
@@ -283,6 +285,8 @@ def _check_tokens(given: GivenArrays, arrays: Arrays) -> None:
             f"tokens: {tuple(given.tokens.shape)} of {given.tokens.dtype}: must be a token id for each of the "
             f"{arrays.n_rows or 'unknown number of'} rows, (N,) or (H, S) with H * S = N"
         )
+    if (least := int(given.tokens.min())) < 0:
+        raise InputError(f"tokens: holds {least}: token ids are 0 or more")
 
 
 def _sequences(tokens_N: Tensor, given: Tensor, config: ExperimentConfig) -> Tensor:

@@ -39,6 +39,9 @@ class ActivationsDataloader:
 
     `iter()` starts from the beginning, or from the state that was loaded; `state_dict()` is the position of the
     latest iterator. Both are exact: the same batches follow as without the interruption.
+
+    Raises:
+        InputError: a number that is too small, or a buffer that is smaller than a batch.
     """
 
     def __init__(

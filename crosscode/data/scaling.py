@@ -13,8 +13,8 @@ from crosscode.errors import InputError
 
 
 def estimate_scaling(acts_BMPD_stream: Iterable[torch.Tensor], n_tokens: int) -> torch.Tensor:
-    """`scaling_MP = sqrt(D) / mean ||x||` over the first `n_tokens` activations of the stream
-    `acts_BMPD_stream`, batch by batch (float32, on the CPU).
+    """`scaling_MP = sqrt(D) / mean ||x||` over the first `n_tokens` activations of
+    `acts_BMPD_stream`, which gives `acts_BMPD` batch by batch (float32, on the CPU).
 
     Scaled activations then have a mean norm of sqrt(D). Source: Anthropic, "Sparse Crosscoders" (October 2024).
     Raises InputError where the stream is empty, not finite, or zero at some model and hookpoint.

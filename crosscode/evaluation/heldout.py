@@ -159,6 +159,9 @@ def measure_reconstruction(
         position_names: one name per flattened output position.
         max_rows: tokens passed to the model at once.
         groupings: ways to group tokens, of which the figures are given apart, too.
+
+    Raises:
+        InputError: `scaling_MP` for a folded model, or none for one that is not.
     """
     if model.is_folded == (scaling_MP is not None):
         raise InputError("evaluate: give scaling_MP for a model without folded scaling, and only for such a model")

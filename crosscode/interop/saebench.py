@@ -108,13 +108,14 @@ class SAEBenchCoder(nn.Module):
         return self.W_dec.dtype
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents `[..., L]` of raw activations `[..., D]`."""
+        """Latents `[..., L]` of raw activations `x [..., D]`."""
         flat_BL = self.model.encode(x.reshape(-1, x.shape[-1]).to(self.model.dtype))
         return (flat_BL * self.norm_L).reshape(*x.shape[:-1], -1).to(self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw activations `[..., D]`."""
+        """Raw activations `[..., D]` of `latents [..., L]`."""
         return latents.to(self.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction `[..., D]` of `x [..., D]`."""
         return self.decode(self.encode(x))

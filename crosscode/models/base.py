@@ -50,6 +50,9 @@ class BaseCrosscoder(CoderFiles):
         dtype: of the parameters; default: torch's own.
 
     Parameters start uninitialised: call `init_weights`, or `load`.
+
+    Raises:
+        InputError: sizes or options that do not go together.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -128,7 +131,8 @@ class BaseCrosscoder(CoderFiles):
     def decode(self, latents: Latents | Tensor, x_BXiDi: Tensor | None = None) -> Tensor:
         """`output_BXoDo` from latents (either form, or a dense `latents_BL`).
 
-        A model with a linear skip needs the input as well.
+        Raises:
+            InputError: another number of latents; a model with a linear skip, which needs the input as well.
         """
         y_BO = self.ops.sparse_decode(checked_latents(latents, self.n_latents), self.W_dec_LO, self._b_dec_O)
         if self.W_skip_XiDiXoDo is not None:
@@ -168,8 +172,8 @@ class BaseCrosscoder(CoderFiles):
         return self.ops.aux_topk(self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
 
     def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
-        """`output_BXoDo` of `dead_latents`, without bias or skip (for AuxK). The weights' gradients may be sparse over rows,
-        until they are added to those of the reconstruction."""
+        """`output_BXoDo` of `dead_latents` (at most k of each token), without bias or skip (for AuxK). The weights' gradients
+        may be sparse over rows, until they are added to those of the reconstruction."""
         encoder = (self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L)
         y_BO = self.ops.dead_decode(*encoder, dead_mask_L, k, self.W_dec_LO, sparse_grad=True)
         return y_BO.reshape(-1, *self.out_dims, self.d_out)
@@ -219,7 +223,11 @@ class BaseCrosscoder(CoderFiles):
     # ---- initialisation, folding, copies
 
     def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
-        """Fill all parameters; returns the model itself."""
+        """Fill all parameters; returns the model itself.
+
+        Raises:
+            InputError: the strategy cannot fill this model, or looks at activations and there are no `samples`.
+        """
         self.check_init(strategy)
         if strategy.needs_data and samples is None:
             raise InputError(f"init: {type(strategy).__name__} looks at activations: pass `samples`")

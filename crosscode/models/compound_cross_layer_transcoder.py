@@ -46,6 +46,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         n_latents: latents of all source layers together.
         activation_fn: a pattern; every source layer gets its own copy for its share of the latents.
         topk_scope: "layer": TopK and BatchTopK keep k latents in each source layer; "all_layers": k over all of them.
+
+    Raises:
+        InputError: as `BaseCrosscoder`.
     """
 
     class Config(ArchitectureConfig):

@@ -40,6 +40,9 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         partition: blocks of latents that belong to some models only, `{"models": [0], "n_latents": 64}` or with a
             `share` of all latents; `HoldPartition` keeps their weights at other models at 0 in training. What order that
             gives, and what goes together, stands in `crosscode.models.partition`.
+
+    Raises:
+        InputError: as `BaseCrosscoder`.
     """
 
     class Config(PreBiasConfig):

@@ -62,7 +62,11 @@ class Split:
                     )
 
     def activations(self, acts_BMPD: Tensor) -> tuple[Tensor, Tensor]:
-        """`(input_BXiDi, target_BXoDo)`: views of `acts_BMPD`, which may have any leading axes in place of B."""
+        """`(input_BXiDi, target_BXoDo)`: views of `acts_BMPD`, which may have any leading axes in place of B.
+
+        Raises:
+            InputError: fewer than three axes.
+        """
         if acts_BMPD.ndim < 3:
             raise InputError(f"activations: expected shape (..., M, P, D), got {tuple(acts_BMPD.shape)}")
         in_, out = self._indices(*acts_BMPD.shape[-3:-1])
@@ -71,7 +75,11 @@ class Split:
         return acts_BMPD[(..., *in_, slice(None))], acts_BMPD[(..., *out, slice(None))]
 
     def scaling(self, scaling_MP: Tensor) -> tuple[Tensor, Tensor]:
-        """`(scaling_in_Xi, scaling_out_Xo)`: what `fold_activation_scaling_into_weights_` takes."""
+        """`(scaling_in_Xi, scaling_out_Xo)`: what `fold_activation_scaling_into_weights_` takes.
+
+        Raises:
+            InputError: other axes than (M, P).
+        """
         if scaling_MP.ndim != 2:
             raise InputError(f"scaling: expected shape (M, P), got {tuple(scaling_MP.shape)}")
         in_, out = self._indices(*scaling_MP.shape)
@@ -99,7 +107,7 @@ class Split:
         return difference_BMPD.expand(acts_BMPD.shape)
 
     def beside(self, acts_BMPD: Tensor) -> Tensor | None:
-        """What must be added to the output for activations at `output_places`, of their shape; None: nothing."""
+        """What must be added to the output for activations at `output_places`, of their shape (..., Xo, Do); None: nothing."""
         return (
             acts_BMPD[(..., 0, *self._indices(*acts_BMPD.shape[-3:-1])[1][1:], slice(None))]
             if self.difference

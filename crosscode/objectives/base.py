@@ -76,8 +76,8 @@ class LossContext:
         return self._norms[0]
 
     def per_target_variance(self, loss: Tensor) -> Tensor:
-        """A squared error divided by the variance of the target: 1 for a model that always gives the mean. 0 where
-        there is no variance."""
+        """A squared error (`loss`, a scalar) divided by the variance of the target: 1 for a model that always gives the mean. 0
+        where there is no variance."""
         variance = self.whole.target_variance
         if variance is None:
             variance = batch_variance(self.target_BXoDo.flatten(1))
@@ -112,7 +112,7 @@ class LossTerm(Configured, ABC):
     # ---- for terms that steer by what they see
 
     def after_step(self, l0: Tensor) -> None:
-        """Called once per training step with the L0 of the whole batch, on the device."""
+        """Called once per training step with `l0`, that of the whole batch, a scalar on the device."""
 
     def figures(self) -> dict[str, float]:
         """Figures for the metrics, by name; may wait for the device."""
@@ -166,15 +166,15 @@ def _weighted(name: str, given: AnyTerm | tuple[AnyTerm, Coefficient]) -> tuple[
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is what is differentiated; `parts` are the unweighted terms, detached, and `weights` their coefficients:
-    `total = sum(weights[name] * parts[name])`."""
+    """`total`, a scalar, is what is differentiated; `parts`, scalars by name, are the unweighted terms, detached, and `weights`
+    their coefficients: `total = sum(weights[name] * parts[name])`."""
 
     total: Tensor
     parts: dict[str, Tensor]
     weights: dict[str, float]
 
     def weighted_parts(self) -> dict[str, Tensor]:
-        """The summands of `total`."""
+        """The summands of `total`, scalars."""
         return {name: self.weights[name] * value for name, value in self.parts.items()}
 
     def detached(self) -> Loss:
@@ -215,7 +215,7 @@ class Objective:
             term.check_model(model)
 
     def after_step(self, l0: Tensor) -> None:
-        """Let terms that steer know the L0 of the step, a scalar on the device."""
+        """Let terms that steer know `l0`, that of the step, a scalar on the device."""
         for term, _ in self.terms.values():
             term.after_step(l0)
 
@@ -244,11 +244,11 @@ class Objective:
         return self.weigh(self.values(context), step, n_steps)
 
     def values(self, context: LossContext) -> dict[str, Tensor]:
-        """The terms before their coefficients, differentiable."""
+        """The terms before their coefficients: differentiable scalars."""
         return {name: term(context) for name, (term, _) in self.terms.items()}
 
     def weigh(self, values: Mapping[str, Tensor], step: int, n_steps: int) -> Loss:
-        """The loss of a step from the values of its terms."""
+        """The loss of a step from the `values` of its terms, scalars."""
         parts, weights = {}, {}
         total: Tensor | None = None
         for name, (_, schedule) in self.terms.items():

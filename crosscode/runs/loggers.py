@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from crosscode.errors import InputError
 from crosscode.files import json_text, write_text
@@ -16,6 +16,7 @@ from crosscode.stored import Row, parse_json
 log = logging.getLogger("crosscode")
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes one row of metrics at a time. Made before the run directory is, and writes nothing before `open`."""
 

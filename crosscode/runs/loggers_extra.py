@@ -17,7 +17,11 @@ WANDB_FILE = "wandb.json"
 
 class WandbLogger:
     """A wandb run `name` of a `project`, with the `config` of the crosscode run in `run_path`. Needs the extra `wandb`.
-    A resumed run goes on in the same wandb run, whose id is kept in the run directory."""
+    A resumed run goes on in the same wandb run, whose id is kept in the run directory.
+
+    Raises:
+        InputError: wandb is not installed.
+    """
 
     def __init__(self, project: str, name: str, run_path: Path, config: dict[str, Any]):
         try:
@@ -68,7 +72,11 @@ class WandbLogger:
 
 class TensorboardLogger:
     """Event files of tensorboard in `folder`. Needs the extra `tensorboard`.
-    Steps that a resumed run repeats replace what was there."""
+    Steps that a resumed run repeats replace what was there.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
 
     def __init__(self, folder: Path):
         try:

@@ -20,14 +20,16 @@ class FiringTracker(nn.Module):
     tokens_since_fired_L: Tensor
     n_recent_L: Tensor
     n_recent_tokens: Tensor
+    """a scalar"""
     l0: Tensor
+    """of the last batch, a scalar"""
 
     def __init__(self, n_latents: int):
         super().__init__()
         self.register_buffer("tokens_since_fired_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_L", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("n_recent_tokens", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("l0", torch.zeros(()), persistent=False)  # of the last batch
+        self.register_buffer("l0", torch.zeros(()), persistent=False)
         self._longest: int | None = None
         self.register_load_state_dict_post_hook(lambda *_: self.look())
 
@@ -57,7 +59,7 @@ class FiringTracker(nn.Module):
         return self._longest
 
     def dead_fraction(self, dead_after_tokens: int) -> Tensor:
-        """Share of latents that were not active in the last `dead_after_tokens` tokens."""
+        """Share of latents that were not active in the last `dead_after_tokens` tokens, a scalar."""
         return (self.tokens_since_fired_L >= dead_after_tokens).float().mean()
 
     def take_density_L(self) -> Tensor:

@@ -186,7 +186,7 @@ class Trainer:
             self.objective.after_step(self.firing.l0)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
-            grad_norm = self._clip()
+            grad_norm = clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
             for constraint in self.constraints:
                 constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
@@ -206,12 +206,15 @@ class Trainer:
             self._evaluate_in_training()
         if self._is_due(self.config.checkpoint_every or self.n_steps, self.step):
             self.save_checkpoint(or_warn=self.step < self.n_steps)
+        if self.callbacks.failure is not None and self.step < self.n_steps:
+            self.save_and_close()
 
     def save_and_close(self) -> None:
         """Leave a run that can be resumed."""
         if self.saver.saved_step != self.step:
             self.save_checkpoint()
         self.metrics.close()
+        self.callbacks.raise_failure(self.step, self.run.path)
 
     def finish(self) -> EvaluationResult | None:
         """Fold the scaling in, write `final/`, evaluate, write `summary.json`."""
@@ -234,6 +237,7 @@ class Trainer:
         self.objective.warn_if_missed(figures["l0"])
         if evaluation is not None:
             evaluation.check_finite()
+        self.callbacks.raise_failure(self.step, self.run.path)
         return evaluation
 
     def _interrupted(self, stop: StopSignals) -> Interrupted:
@@ -241,10 +245,6 @@ class Trainer:
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.n_steps)
-
-    def _clip(self) -> Tensor:
-        """The gradient norm before clipping, on the device."""
-        return clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
 
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
         """Reads values from the device."""

@@ -118,7 +118,7 @@ class SparseLatents:
 
     @classmethod
     def none(cls, n_tokens: int, n_latents: int, like: Tensor) -> SparseLatents:
-        """A batch without entries, of the dtype of `like`."""
+        """A batch without entries, of the dtype and device of `like`, a tensor `[...]`."""
         indices_B1 = torch.zeros(n_tokens + 1, dtype=torch.int32, device=like.device)
         return cls(indices_B1, indices_B1[:0], like.new_empty(0), n_latents)
 
@@ -226,7 +226,11 @@ class SparseLatents:
     def slice_latents(self, start: int, stop: int) -> SparseLatents:
         """Latents `start <= l < stop`, numbered from 0: the share of a process that holds those rows.
 
-        Shapes do not depend on the data: entries of other latents stay stored, at index 0 with value 0."""
+        Shapes do not depend on the data: entries of other latents stay stored, at index 0 with value 0.
+
+        Raises:
+            ValueError: no such range.
+        """
         if not 0 <= start <= stop <= self.n_latents:
             raise ValueError(f"slice_latents: {start}:{stop} is not a range within the {self.n_latents} latents")
         if start == stop:

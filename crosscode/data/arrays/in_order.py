@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crosscode.data.arrays.random_access import ROWS_AT_ONCE, numpy_dtype
+from crosscode.data.arrays.random_access import DTYPES, ROWS_AT_ONCE, numpy_dtype
 from crosscode.errors import InputError
 
 
@@ -127,7 +127,8 @@ class BatchesInput:
             yield batch
 
     def _open(self) -> Iterator[torch.Tensor]:
-        return map(_one_tensor, self._iterator if self._iterator is not None else iter(self._batches))
+        batches = self._iterator if self._iterator is not None else iter(self._batches)
+        return (_one_tensor(batch, self.origin) for batch in batches)
 
 
 def chosen(names: list[str], key: str | None, where: str, what: str) -> str:
@@ -145,16 +146,16 @@ def _is_list(kind: Any) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
-def _one_tensor(batch: Any) -> torch.Tensor:
+def _one_tensor(batch: Any, origin: str) -> torch.Tensor:
     """A batch as a tensor on the CPU; a DataLoader over a TensorDataset gives each in a list."""
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     if isinstance(batch, np.ndarray):
         numpy_dtype(batch.dtype, "acts")
         batch = torch.from_numpy(np.ascontiguousarray(batch))
-    if not isinstance(batch, torch.Tensor) or not batch.is_floating_point() or batch.ndim < 2:
+    if not isinstance(batch, torch.Tensor) or batch.dtype not in DTYPES or batch.ndim < 2:
         what = f"{tuple(batch.shape)} of {batch.dtype}" if isinstance(batch, torch.Tensor) else type(batch).__name__
         raise InputError(
-            f"acts: a batch is {what}: must be a tensor of floating-point numbers, (B, D) or with more axes"
+            f"acts: {origin}: one is {what}: must be a tensor or array of floating-point numbers, (B, D) or with more axes"
         )
     return batch.detach().cpu()

@@ -21,6 +21,7 @@ from crosscode.errors import InputError
 
 ROWS_AT_ONCE = 2048
 _NUMPY = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}
+DTYPES = (*_NUMPY.values(), torch.bfloat16)
 _SAMPLED_ROWS = 64
 
 
@@ -88,9 +89,14 @@ class TensorInput(RandomAccess):
     """A tensor in memory, on any device."""
 
     def __init__(self, tensor: torch.Tensor):
-        if not tensor.is_floating_point():
-            raise InputError(f"acts: a tensor of {tensor.dtype}; activations are floating-point numbers")
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+            raise InputError(f"acts: a tensor of {tensor.dtype}: activations must be one of {names}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            what = "has no values" if tensor.is_meta else f"lies in {tensor.layout}; give it as `.to_dense()`"
+            raise InputError(f"acts: a tensor of shape {tuple(tensor.shape)} {what}")
         self.origin, self.tensor = f"a tensor in memory {tuple(tensor.shape)}", tensor.detach()
+        check_has_rows(self.origin, tensor.shape)
         self.n_rows, self.row_shape, self.dtype = tensor.shape[0], tuple(tensor.shape[1:]), tensor.dtype
 
     def read_into(self, index_R: np.ndarray, out_RE: np.ndarray) -> None:
@@ -105,6 +111,7 @@ class NumpyInput(RandomAccess):
         self.dtype = numpy_dtype(array.dtype, "acts")
         what = "a memory map" if isinstance(array, np.memmap) else "an array in memory"
         self.origin, self.array = f"{what} {array.shape}", array
+        check_has_rows(self.origin, array.shape)
         self.n_rows, self.row_shape = array.shape[0], array.shape[1:]
         # Pages of a private map may hold what is nowhere else.
         self._map = getattr(array, "_mmap", None) if getattr(array, "mode", "c") != "c" else None
@@ -117,10 +124,10 @@ class NumpyInput(RandomAccess):
 
 
 def check_has_rows(origin: str, shape: Sequence[int]) -> None:
-    """Raise `InputError` for a number, or numbers along one axis."""
-    if len(shape) < 2:
+    """Raise `InputError` where rows are no activations of M models at P hookpoints."""
+    if not 2 <= len(shape) <= 4:
         raise InputError(
-            f"acts: {origin}: shape {tuple(shape)}: rows of activations are wanted, (N, D) or (N, M, P, D)"
+            f"acts: {origin}: shape {tuple(shape)}: rows of activations are wanted: (N, D), (N, P, D) or (N, M, P, D)"
         )
 
 
@@ -178,5 +185,6 @@ class StoreInput(RandomAccess):
 
 def numpy_dtype(dtype: np.dtype, where: str) -> torch.dtype:
     if dtype.name not in _NUMPY or not dtype.isnative:
-        raise InputError(f"{where}: {dtype!r}: activations must be one of {', '.join(_NUMPY)}")
+        swapped = "" if dtype.isnative else ", in this machine's byte order"
+        raise InputError(f"{where}: {dtype!r}: activations must be one of {', '.join(_NUMPY)}{swapped}")
     return _NUMPY[dtype.name]

@@ -108,6 +108,9 @@ class ActivationCache:
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
+
+    Raises:
+        StoreError: no store there, or one of other content.
     """
 
     def __init__(self, path: str | Path, *, expected: Manifest | None = None) -> None:
@@ -185,9 +188,12 @@ class ActivationCache:
         return torch.empty_like(acts_BMPD).index_copy_(0, order_B, acts_BMPD)
 
     def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows:
-        """The rows `index_R` (int64, ascending) as they lie on disk, into `out` if it is given; errors as `read_rows`.
+        """The rows `index_R` (int64, ascending) as they lie on disk, into `out` if it is given.
 
         Consecutive rows take one read together.
+
+        Raises:
+            StoreError: as `read_rows`.
         """
         if index_R.size and (index_R[0] < 0 or index_R[-1] >= self.n_rows):
             asked = int(index_R[0] if index_R[0] < 0 else index_R[-1])

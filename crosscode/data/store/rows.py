@@ -33,6 +33,9 @@ class StoredRows:
     with random blocks of `read_block` consecutive rows (`store_window` says what that gives up; None: as many as
     32 KiB hold, at most 16). Longer blocks suit a disk; 1 makes any order of all rows possible, at the price of a read
     a row. Memory grows with the window alone; a position holds no rows.
+
+    Raises:
+        InputError: no store, an empty one, stores that do not go together, or a number that is too small.
     """
 
     def __init__(

@@ -113,7 +113,10 @@ def wrap_documents(data: Any, *, column: str | None = None, name: str = "in-memo
     fresh iterable.
 
     `data`: one of these; `name`: what messages call it. `column` names the field of each row; None takes the rows
-    themselves as documents. A plain iterator is refused: it could be read once only.
+    themselves as documents.
+
+    Raises:
+        InputError: several splits, no such column, or a plain iterator, which could be read once only.
     """
     import datasets
 

@@ -72,7 +72,7 @@ class ActivationFunction(Configured, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, preacts_BL: Tensor) -> Tensor:
-        """The definition: dense latents from dense pre-activations."""
+        """The definition: dense latents (B, L) from dense pre-activations."""
 
     # ---- in training
 
@@ -115,10 +115,10 @@ class ActivationFunction(Configured, nn.Module, ABC):
         return nullcontext()
 
     def settle_threshold_(self, threshold: Tensor) -> None:
-        """Set the one threshold that eval mode applies; for activations that select over the batch."""
+        """Set the one `threshold` (a scalar) that eval mode applies; for activations that select over the batch."""
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """What goes on changing over batches, and may stand elsewhere in a saved model."""
+        """Scalars that go on changing over batches, and may stand elsewhere in a saved model."""
         return ()
 
     # ---- thresholds
@@ -137,7 +137,7 @@ class ActivationFunction(Configured, nn.Module, ABC):
         raise NotImplementedError(f"{self.type_name()} has no learned thresholds")
 
     def tracked_threshold(self) -> Tensor | None:
-        """The one threshold that eval mode applies to what is ranked; None: it has none, or none yet."""
+        """The one threshold (a scalar) that eval mode applies to what is ranked; None: it has none, or none yet."""
         return None
 
     def cutoffs_L(self, n_L: Tensor | None = None) -> Tensor | None:
@@ -150,7 +150,7 @@ class ActivationFunction(Configured, nn.Module, ABC):
         return None
 
     def ranked_cutoff(self) -> Tensor | None:
-        """The one threshold above which eval mode keeps what it ranks; None: there is none."""
+        """The one threshold (a scalar) above which eval mode keeps what it ranks; None: there is none."""
         return None
 
     def set_cutoffs_(self, theta: Tensor) -> None:
@@ -159,7 +159,11 @@ class ActivationFunction(Configured, nn.Module, ABC):
         raise NotImplementedError(f"{self.type_name()} has no thresholds")
 
     def rescale_latents_(self, scale_L: Tensor) -> None:
-        """Called when pre-activations are multiplied by `scale_L`: adapt, so that the same latents are active."""
+        """Called when pre-activations are multiplied by `scale_L`: adapt, so that the same latents are active.
+
+        Raises:
+            InputError: which latents are kept depends on their scale.
+        """
         raise InputError(
             f"{self.section}.type = {self.type_name()!r}: which latents are kept depends on their scale, "
             "so decoder norms cannot be folded into the encoder"
@@ -171,8 +175,11 @@ class ActivationFunction(Configured, nn.Module, ABC):
         """What keeps, of the first `n_latents` alone, what this one keeps of them, in eval mode.
 
         Args:
-            threshold: for activations that keep k latents of each token or batch: from which rank on it keeps them; None: not
-                known.
+            threshold: a scalar, for activations that keep k latents of each token or batch: from which rank on it keeps them;
+                None: not known.
+
+        Raises:
+            InputError: what is kept depends on the other latents.
         """
         raise InputError(
             f"prefix: {self.type_name()!r} keeps latents by what the others are: no prefix of it stands alone"

@@ -81,8 +81,11 @@ class BatchTopkActivation(AnnealedK):
     usual_terms = ("recon", "auxk")
     selects_over_batch = True
     threshold: Tensor
+    """of eval mode, a scalar"""
     n_steps: Tensor
+    """steps over which it was tracked, a scalar"""
     mean_weight: Tensor
+    """what the steps so far weigh in it, a scalar"""
     _one: Tensor
 
     def setup(self) -> None:

@@ -24,7 +24,7 @@ class Constraint(Configured, ABC):
         """Raise `InputError` where this constraint cannot hold for the model."""
 
     def start(self, model: BaseCrosscoder) -> None:
-        """Make the constraint hold before the first step."""
+        """Make the constraint hold before the first step; `InputError` where it should and does not."""
         self.after_step(model)
 
     @abstractmethod

@@ -21,7 +21,11 @@ class OptimizerPlan(Configured, ABC):
 
     @abstractmethod
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
-        """The optimizer over the model's parameters, each group with its peak learning rate in `initial_lr`."""
+        """The optimizer over the model's parameters, each group with its peak learning rate in `initial_lr`.
+
+        Raises:
+            InputError: it cannot train this model.
+        """
 
     @abstractmethod
     def lr_factor(self, step: int, n_steps: int) -> float:

@@ -154,3 +154,112 @@ def test_help_of_what_a_config_names_has_its_fields(name):
     fields = getattr(found, "Config", found).model_fields
     for field, info in fields.items():
         assert field == "type" or f"{field}: {' '.join(info.description.split())}" in found.__doc__
+
+
+# ---- shapes, units, errors
+
+SHAPE = re.compile(r"_[A-Z][A-Za-z]*\b|[(\[][A-Z.][A-Za-z.]*(, [A-Z][a-z]?)*,?[)\]]|[Ss]calar")
+"""A name that ends in axes, axes in brackets, or a scalar."""
+SIZE = re.compile(r"_every$|_steps?$|_tokens?$|_size$|_length$|_workers$|_mb$|_gb$|^(seconds|sizes|k|capacity|window)$")
+UNIT = re.compile(r"token|step|byte|second|sequence|row|latent|activation|batch|thread|process|document|MB|GB|MiB|GiB")
+
+
+def is_tensor(annotation):
+    """A tensor, or several, but not latents, whose own type says what they hold."""
+    return re.search(r"\b(Tensor|ndarray)\b", str(annotation)) is not None
+
+
+def members(name):
+    """`label, function, all that help() says of it`, for each function, and for what a class has and inherits."""
+    found = getattr(crosscode, name)
+    if not inspect.isclass(found):
+        yield name, found, found.__doc__ or ""
+        return
+    said = {}
+    for base in found.__mro__:
+        if base.__module__.startswith("crosscode"):
+            for member, thing in vars(base).items():
+                made = getattr(thing, "__func__", getattr(thing, "fget", getattr(thing, "func", thing)))
+                if inspect.isfunction(made) and (member == "__call__" or not member.startswith("_")):
+                    first, docs = said.get(member, (made, ""))
+                    said[member] = (first, f"{docs}\n{made.__doc__ or ''}")
+    for promise in map(dict, ([(member, made) for member, made in of_ours(each)] for each in PROTOCOLS)):
+        if promise.keys() <= said.keys():
+            said |= {member: (said[member][0], f"{said[member][1]}\n{promise[member].__doc__}") for member in promise}
+    yield from ((f"{name}.{member}", made, docs) for member, (made, docs) in said.items())
+    if "__init__" in vars(found) and name not in PROTOCOLS and not issubclass(found, BaseException):
+        yield f"{name}.__init__", vars(found)["__init__"], described(found)
+
+
+def without_shapes(label, made, said):
+    """Tensors among the arguments and results of a function of which nothing says the shape."""
+    signature = inspect.signature(made)
+    for parameter in (one for one in signature.parameters.values() if not one.name.startswith("_")):
+        about = "\n".join(line for line in said.splitlines() if re.search(rf"\b{parameter.name}\b", line))
+        if is_tensor(parameter.annotation) and not (SHAPE.search(parameter.name) or SHAPE.search(about)):
+            yield f"{label}: {parameter.name}"
+    if is_tensor(signature.return_annotation) and not (SHAPE.search(label) or SHAPE.search(said)):
+        yield f"{label}: what it returns"
+
+
+CALLABLE = [name for name in NAMES if callable(getattr(crosscode, name))]
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_every_tensor_says_its_shape(name):
+    missing = {one for member in members(name) for one in without_shapes(*member)}
+    found = getattr(crosscode, name)
+    for base in found.__mro__ if inspect.isclass(found) else ():
+        if base.__module__.startswith("crosscode"):
+            docs = (base.__doc__ or "") + "".join(attribute_docs(base))
+            for field, annotation in vars(base).get("__annotations__", {}).items():
+                about = "\n".join(line for line in docs.splitlines() if re.search(rf"\b{field}\b", line))
+                if is_tensor(annotation) and not (field.startswith("_") or SHAPE.search(field) or SHAPE.search(about)):
+                    missing.add(f"{name}.{field}")
+    assert missing == set()
+
+
+def raised(made):
+    """Exceptions of ours or Python's own that stand in the function itself."""
+    is_written = not made.__code__.co_filename.startswith("<")  # a dataclass makes its own
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(made)) if is_written else "")):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            error = ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
+            if (
+                error.endswith(("Error", "NonFiniteLoss", "OutOfMemory", "Interrupted"))
+                and error != "NotImplementedError"
+            ):
+                yield error
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_every_error_is_announced(name):
+    found = getattr(crosscode, name)
+    of_class = described(found) if inspect.isclass(found) else ""
+    silent = {
+        f"{label}: {error}"
+        for label, made, said in members(name)
+        for error in raised(made)
+        if error not in said + of_class and not re.search(r"\bsetup$", label)
+    }
+    assert silent == set()
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_every_size_says_its_unit(name):
+    bare = set()
+    for label, made, said in members(name):
+        said += "".join(attribute_docs(TrainConfig)) if name == "train" else ""
+        for parameter in inspect.signature(made).parameters.values():
+            counts = re.search(r"\b(int|float|Count)\b", str(parameter.annotation)) and not is_tensor(
+                parameter.annotation
+            )
+            if counts and SIZE.search(parameter.name) and not UNIT.search(parameter.name):
+                about = [line for line in said.splitlines() if re.search(rf"\b{parameter.name}\b", line)]
+                if not any(UNIT.search(line) for line in about):
+                    bare.add(f"{label}: {parameter.name}")
+    fields = getattr(getattr(found := getattr(crosscode, name), "Config", found), "model_fields", {})
+    for field, info in fields.items():
+        if SIZE.search(field) and not UNIT.search(f"{field} {info.description}"):
+            bare.add(f"{name}: {field}")
+    assert bare == set()

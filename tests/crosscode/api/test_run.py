@@ -361,3 +361,9 @@ def test_what_closes_on_answers_is_said_where_there_are_chats(tiny_config, save_
     assert found.answers.kl != pytest.approx(found.kl)
     steered = run.compare_steered([{"role": "user", "content": "w1"}], {1: 0.0}, n_tokens=2)
     assert set(steered) == {"one", "two"}
+
+
+def test_a_run_starts_from_the_path_of_another(acts, train):
+    first = train(acts)
+    second = train(acts, name="second", finetune_from=first.path)
+    assert second.config.finetune_from == str(first.path) and second.summary["loss"] < first.summary["loss"]

@@ -1,6 +1,7 @@
 """What callbacks give is logged, shown and reported; what they are told of."""
 
 import pytest
+import torch
 
 from crosscode.analysis.report import write_report
 from crosscode.errors import InputError
@@ -76,8 +77,79 @@ class Gives(Callback):
 
 @pytest.mark.parametrize(
     ("figures", "message"),
-    [({"loss": 1.0}, "'loss' is a figure of the trainer's own"), ({"mine": "high"}, "Gives gave 'mine' = 'high'")],
+    [
+        ({"loss": 1.0}, "'loss' is a figure of the trainer's own"),
+        ({"mine": "high"}, "Gives gave 'mine' = 'high'"),
+        ({"mine": torch.ones(2)}, "must be a number"),
+        ({"mine": "3"}, "Gives gave 'mine' = '3': must be a number"),
+        ({3: 1.0}, "Gives gave a figure the name 3"),
+        (2.0, "Gives gave 2.0: must be figures by name"),
+    ],
 )
-def test_figures_that_cannot_be_logged_are_refused(figures, message, make_trainer):
+def test_figures_that_cannot_be_logged_are_refused_and_the_run_is_saved(figures, message, make_trainer, rows_of):
+    trainer = make_trainer(n_steps=9, callbacks=[Gives(figures)])
     with pytest.raises(InputError, match=message):
-        make_trainer(n_steps=2, callbacks=[Gives(figures)]).train()
+        trainer.train()
+    assert trainer.step == 1 and trainer.checkpoints.newest_whole() == 1
+    assert [row["step"] for row in rows_of(trainer)] == [1] and "mine" not in rows_of(trainer)[0]
+
+
+def test_two_callbacks_do_not_share_a_name(make_trainer):
+    with pytest.raises(InputError, match="Gives gave 'mine', as Gives did"):
+        make_trainer(n_steps=2, callbacks=[Gives({"mine": 1.0}), Gives({"mine": 2.0})]).train()
+
+
+def test_a_figure_with_the_name_of_a_held_out_one_is_found_at_the_first_evaluation(watched):
+    trainer = watched(Gives({"eval/l0": 3.0}))
+    with pytest.raises(InputError, match="'eval/l0' is a figure of the trainer's own"):
+        trainer.train()
+    assert trainer.step == 2 and trainer.checkpoints.newest_whole() == 2
+
+
+def test_a_figure_that_is_not_finite_is_null(make_trainer, rows_of):
+    trainer = make_trainer(n_steps=2, callbacks=[Gives({"mine": torch.tensor(float("inf"))})])
+    trainer.train()
+    assert [row["mine"] for row in rows_of(trainer)] == [None, None]
+
+
+class Fails(Callback):
+    """In one method, at one step."""
+
+    def __init__(self, method, step):
+        self.method, self.at = method, step
+
+    def _maybe(self, method, trainer):
+        if (method, trainer.step) == (self.method, self.at):
+            raise ZeroDivisionError("mine")
+
+    def on_step(self, trainer):
+        self._maybe("on_step", trainer)
+
+    def on_evaluate(self, trainer, evaluation):
+        self._maybe("on_evaluate", trainer)
+
+    def on_checkpoint(self, trainer, folder):
+        self._maybe("on_checkpoint", trainer)
+
+
+@pytest.mark.parametrize("method", ["on_step", "on_evaluate", "on_checkpoint"])
+def test_where_a_callback_raises_the_run_is_saved(method, watched):
+    broken = watched(Fails(method, 2), checkpoint_every=2, log_every=1)
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+        broken.train()
+    assert "the run is saved after step 2" in raised.value.__notes__[0] and broken.step == 2
+    assert broken.checkpoints.newest_whole() == 2 and broken.metrics.last["step"] == 2
+
+
+@pytest.mark.parametrize("method", ["on_evaluate", "on_checkpoint"])
+def test_a_callback_that_raises_at_the_end_costs_nothing(method, watched):
+    trainer = watched(Fails(method, 4))
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.run.is_finished() and trainer.run.read_summary()["step"] == 4
+
+
+@pytest.mark.parametrize("given", [Watch(), [Watch], [lambda trainer: None], "watch"])
+def test_what_is_no_callback_is_refused_at_once(given, make_trainer):
+    with pytest.raises(InputError, match=r"callbacks.*must be .*crosscode\.Callback"):
+        make_trainer(n_steps=2, callbacks=given)
