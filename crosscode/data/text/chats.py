@@ -15,6 +15,8 @@ _MARK = "\ue0f1{}\ue0f2"
 # The last planes are for private use, a character for each of a chat's.
 _FIRST_PRIVATE, _N_PRIVATE = 0xF0000, 0x110000 - 0xF0000
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_SPACE = re.compile(r"\s+")
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
@@ -35,8 +37,9 @@ def message_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tupl
     """As `render_chat`, with the number of the message beside each place."""
     text = chat_text(tokenizer, messages)
     found = _spans_by_marks(tokenizer, messages, text)
-    if found is None:
-        found = _spans_by_characters(tokenizer, messages, text)
+    for kept in (_SPACE, _LOOKED_FOR):
+        if found is None:
+            found = _spans_by_characters(tokenizer, messages, text, kept)
     if found is None:
         raise InputError(
             "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
@@ -93,7 +96,7 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
     None where a content is no text, or where the template does more with contents than trim them.
     """
     contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-    if len(contents) != len(messages):
+    if len(contents) != len(messages) or any(_reasoning(message) for message in messages):
         return None
     marks = [_MARK.format(i) for i in range(len(messages))]
     try:
@@ -118,13 +121,14 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
 
 
 def _spans_by_characters(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, kept: re.Pattern[str]
 ) -> list[tuple[Span, int]] | None:
     """Places for a template that cuts or reorders contents (drops earlier thinking, puts the system into a turn).
 
-    Each character of a content that is not white space, nor in what templates look for (tags, brackets), is replaced by
-    one for private use of its own; where these come out is where the content does. None where the text around them is
-    not that of the real contents, or where a content has no other character. A content that is changed, not cut, has no span.
+    Each character of a content that is not `kept` (white space alone, or also the tags and brackets that templates look for)
+    is replaced by one for private use of its own; where these come out is where the content does. None where the text around
+    them is not that of the real contents, or where a content has no other character. A content that is changed, not cut, has
+    no span; where tags are not kept, None: they may have been looked for.
     """
     originals: list[tuple[int, str, int]] = []  # by number: which text, the text, which character of it
     message_of: list[int] = []  # by text
@@ -133,17 +137,17 @@ def _spans_by_characters(
         n_texts = len(message_of)
         message_of.append(message)
         parts, at = [], 0
-        for kept in [*_LOOKED_FOR.finditer(content), None]:
-            end = len(content) if kept is None else kept.start()
+        for stays in [*kept.finditer(content), None]:
+            end = len(content) if stays is None else stays.start()
             parts += [chr(_FIRST_PRIVATE + len(originals) + i) for i in range(end - at)]
             originals.extend((n_texts, content, i) for i in range(at, end))
-            if kept is not None:
-                parts.append(kept[0])
-                at = kept.end()
+            if stays is not None:
+                parts.append(stays[0])
+                at = stays.end()
         return "".join(parts)
 
-    contents = [content for message in messages for content in _texts(message.get("content"))]
-    if sum(map(len, contents)) > _N_PRIVATE or not all(_LOOKED_FOR.sub("", content) for content in contents):
+    contents = [text for one in messages for text in [*_texts(one.get("content")), *_reasoning(one).values()]]
+    if sum(map(len, contents)) > _N_PRIVATE or not all(kept.sub("", content) for content in contents):
         return None
     twins = []
     for number, message in enumerate(messages):
@@ -155,7 +159,8 @@ def _spans_by_characters(
                 {**part, "text": tagged(part["text"], number)} if isinstance(part, Mapping) and _texts([part]) else part
                 for part in content
             ]
-        twins.append({**message, "content": content} if "content" in message else message)
+        reasoning = {name: tagged(text, number) for name, text in _reasoning(message).items()}
+        twins.append({**message, **({"content": content} if "content" in message else {}), **reasoning})
     try:
         frame = _apply(tokenizer, twins)
     except InputError:
@@ -184,9 +189,17 @@ def _spans_by_characters(
             owners.append(owner)
         last = (owner, i, place)
         end = content[i + 1 :].rstrip()
-        if end and not _LOOKED_FOR.sub("", end) and text.startswith(end, place + 1):
+        if end and not kept.sub("", end) and text.startswith(end, place + 1):
             spans[-1] = (spans[-1][0], place + 1 + len(end))
+    if changed and kept is _SPACE:
+        return None
     return [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
+
+
+def _reasoning(message: Mapping[str, Any]) -> dict[str, str]:
+    """What a message says beside its content, by field."""
+    found = {name: message.get(name) for name in _REASONING}
+    return {name: text for name, text in found.items() if isinstance(text, str) and text.strip()}
 
 
 def _texts(content: Any) -> list[str]:

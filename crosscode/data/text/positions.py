@@ -5,6 +5,7 @@ Places are characters of the rendered chat, [begin, end).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,13 +74,14 @@ def in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 def _thinking(text: str, found: Sequence[tuple[Span, int]], answers: Sequence[int]) -> list[tuple[Span, int]]:
     """Where the assistant thinks: within what it says, or where the template writes it, before that and after the message
     before."""
-    places = []
-    for match in _THINKING.finditer(text):
+    places, at = [], 0
+    while match := _THINKING.search(text, at):
+        at = match.start() + 1
         after = [(span, i) for span, i in sorted(found) if span[1] > match.start()]
-        if after and after[0][1] in answers:
-            i = after[0][1]
-            end = max(span[1] for span, of in found if of == i)
-            places.append(((match.start(), min(match.end(), end)), i))
+        if after and (i := after[0][1]) in answers:
+            own = itertools.takewhile(lambda one, i=i: one[1] == i, after)
+            at = min(match.end(), max(end for (_, end), _ in own))
+            places.append(((match.start(), at), i))
     return places
 
 

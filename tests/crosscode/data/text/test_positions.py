@@ -31,23 +31,6 @@ CHAT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_of():
-    """A tokenizer with a token for each character, and a chat template."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    def make(template):
-        vocab = {character: i for i, character in enumerate(["<unk>", *map(chr, range(10, 127))])}
-        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-        fast.chat_template = template
-        return fast
-
-    return make
-
-
 def used(tokenizer, documents, **rules):
     """The places that are used in the one sequence that the documents fill, and its characters."""
     loader = TokenSequenceLoader(
