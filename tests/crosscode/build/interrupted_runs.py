@@ -22,6 +22,7 @@ from crosscode.data import rows as rows_module
 from crosscode.data.rows import harvest_usable
 from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers import saver as saver_module
+from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.trainer import Trainer
 
 
@@ -43,7 +44,8 @@ def strike(scenario):
             Trainer, "train_step", before(Trainer.train_step, lambda self, acts: self.step == step)
         )
     if place == "update":  # gradients are there, the weights are not changed yet
-        return mock.patch.object(Trainer, "_clip", before(Trainer._clip, lambda self: self.step == step))
+        due = lambda self, at, *_: at == step  # noqa: E731
+        return mock.patch.object(FiniteGuard, "before_optimizer", before(FiniteGuard.before_optimizer, due))
     if place == "evaluation":  # of a training step, or of the trained model at the end
         due = lambda self, scaling_MP: self.step == step  # noqa: E731
         return mock.patch.object(Trainer, "_evaluate", before(Trainer._evaluate, due))
