@@ -5,7 +5,8 @@
 
 planted: `crosscode synthetic` as it ships, L0 8. demo: recipes as they ship, on 250k tokens, L0 32: `k` if there is one,
 else the target of the term that draws L0 (a controller where that is a penalty). dead: 2,048 planted features, 16,384 latents,
-L0 32, with and without `train.resample`. What is stored is not trained again.
+L0 32 (L1 and tanh: what their penalty gives), 300 steps of 256 tokens, with and without `train.resample`. What is stored is
+not trained again.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ STORED = Path(__file__).parent / "results" / "equal_l0.json"
 OF_DEMO = ("l0", "fvu", "loss_recovered", "dead_fraction")
 L0_OF_DEMO, N_TOKENS_OF_DEMO = 32, 250_000
 TARGETS = {"l0": "target", "l1": "target_l0", "tanh": "target_l0"}
-DEAD = {"n_latents": 16_384, "l0": 32, "n_steps": 1000, "batch_size": 512, "n_heldout_tokens": 65_536}
-RESAMPLE = ResampleConfig(every=100, from_start=True, until=0.7, dead_after_tokens=10_000)
+DEAD = {"n_latents": 16_384, "l0": 32, "n_steps": 300, "batch_size": 256, "n_heldout_tokens": 32_768}
+RESAMPLE = ResampleConfig(every=50, from_start=True, until=0.7, dead_after_tokens=10_000, encoder_scale=1.0)
 COLUMNS = {
     "l0": ("L0", "{:.1f}"), "fvu": ("FVU", "{:.3f}"), "loss_recovered": ("loss recovered", "{:.3f}"),
     "dead_fraction": ("dead", "{:.2%}"), "recovered": ("recovered", "{:.1%}"), "step_ms": ("ms a step", "{:.0f}"),
@@ -91,7 +92,7 @@ def planned(data: str) -> dict[str, Any]:
         return {name: lambda seed, name=name: synthetic(name, seed, l0=8, max_runs=3) for name in SCHEMES}
     return {
         name + ", resampled" * bool(resample): lambda seed, name=name, resample=resample: synthetic(
-            name, seed, n_features=2048, resample=resample, max_runs=2, **DEAD
+            name, seed, n_features=2048, resample=resample, **DEAD
         )
         for name in SCHEMES
         for resample in (None, RESAMPLE)

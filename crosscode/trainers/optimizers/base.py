@@ -32,10 +32,10 @@ class OptimizerPlan(Configured, ABC):
         """Factor on every group's `initial_lr` at a step."""
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int, n_steps: int) -> None:
-        """Before a step."""
+        """Before a step. What must be able to travel goes on to the end: the weights' last steps move L0 as well."""
         factor = self.lr_factor(step, n_steps)
         for group in optimizer.param_groups:
-            group["lr"] = max(group["initial_lr"], group.get("travel", 0.0) / n_steps) * factor
+            group["lr"] = max(group["initial_lr"] * factor, group.get("travel", 0.0) / n_steps)
 
     def forget_rows(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, rows_R: torch.Tensor) -> None:
         """What is kept of rows of a parameter that were set anew begins anew as well."""

@@ -90,13 +90,22 @@ def test_linear_thresholds_stay_positive(make_case):
 
 
 @pytest.mark.parametrize(
-    ("factor", "n_steps", "expected"), [(None, 100, 0.03), (None, 10_000, 0.01), (0.5, 100, 0.005)]
+    ("factor", "n_steps", "step", "expected"),
+    [
+        (None, 100, 50, 0.03),
+        (None, 100, 99, 0.03),
+        (None, 10_000, 5000, 0.01),
+        (0.5, 100, 50, 0.005),
+        (0.5, 100, 99, 0.00025),
+    ],
 )
-def test_linear_thresholds_can_travel_within_a_run(factor, n_steps, expected, make_case):
-    plan = OPTIMIZERS.build(Component(type="adam", lr=0.01, threshold_lr_factor=factor, schedule="constant"))
+def test_linear_thresholds_can_travel_within_a_run_and_to_its_end(factor, n_steps, step, expected, make_case):
+    """The trap: where their rate decays with the weights', L0 ends where the last steps of the weights leave it."""
+    plan = OPTIMIZERS.build(Component(type="adam", lr=0.01, threshold_lr_factor=factor))
     optimizer = plan.build(make_case("sae", "jumprelu_linear").model)
-    plan.set_learning_rate(optimizer, 0, n_steps)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, pytest.approx(expected)]
+    plan.set_learning_rate(optimizer, step, n_steps)
+    of_weights = 0.01 if step < 0.8 * n_steps else 0.01 / 20
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(of_weights), pytest.approx(expected)]
 
 
 SCHEMES = {
