@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from crosscode.build.schema import check_config
+from crosscode.commands.harvest import harvest_config, run_harvest
+from crosscode.data.store.joined import JoinedStores
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.text.labels import ROLES
 from crosscode.errors import InputError
@@ -49,28 +51,58 @@ def values(save_tiny_lm, tmp_path_factory):
             "prompts": {"type": "local", "path": str(root / "chats.jsonl"), "column": "messages"},
         },
         "positions": {"roles": ["assistant"], "at_most_per_document": 12},
+        "isolate_documents": True,
     }  # fmt: skip
     config["crosscoder"]["type"] = "model_hookpoint_acausal"
     return config
 
 
-def test_a_killed_run_on_rollouts_ends_like_one_that_was_not(values, tmp_path):
+def strike(values, folder, data_of):
+    """A run that is not struck, and one that is killed and goes on: they end alike."""
     scenarios = []
-    for name, strike in (("whole", {}), ("struck", {"signal": "SIGKILL", "step": 5, "place": "update"})):
-        file = tmp_path / f"{name}.yaml"
-        data = values["data"] | {"cache": {"path": str(tmp_path / f"{name}-store"), "shard_mb": 1}}
-        file.write_text(yaml.safe_dump(values | {"data": data, "run_dir": str(tmp_path / name)}))
-        scenarios.append({"config": str(file), **strike})
-    scenarios.append({"resume": str(tmp_path / "struck")})
-    assert _run_scenarios(scenarios, tmp_path) == [0, -9, 0]
-    assert later_rows(tmp_path / "struck") == later_rows(tmp_path / "whole")
-    assert_equal_models(tmp_path / "struck" / "final", tmp_path / "whole" / "final")
+    for name, more in (("whole", {}), ("struck", {"signal": "SIGKILL", "step": 5, "place": "update"})):
+        file = folder / f"{name}.yaml"
+        file.write_text(
+            yaml.safe_dump(values | {"data": values["data"] | data_of(name), "run_dir": str(folder / name)})
+        )
+        scenarios.append({"config": str(file), **more})
+    scenarios.append({"resume": str(folder / "struck")})
+    assert _run_scenarios(scenarios, folder) == [0, -9, 0]
+    assert later_rows(folder / "struck") == later_rows(folder / "whole")
+    assert_equal_models(folder / "struck" / "final", folder / "whole" / "final")
+
+
+def test_a_killed_run_on_rollouts_ends_like_one_that_was_not(values, tmp_path):
+    strike(values, tmp_path, lambda name: {"cache": {"path": str(tmp_path / f"{name}-store"), "shard_mb": 1}})
     whole, struck = (ActivationCache(tmp_path / f"{name}-store") for name in ("whole", "struck"))
     assert torch.equal(whole.read_rows(torch.arange(len(whole))), struck.read_rows(torch.arange(len(struck))))
     labels = whole.labels()
     assert {ROLES[role] for role in labels.role_T.tolist()} == {"assistant"}
     assert int(labels.document_T.unique(return_counts=True)[1].max()) <= 12
     assert torch.equal(labels.packed_R3(), struck.labels().packed_R3())
+
+
+@pytest.fixture(scope="module")
+def apart(values, tmp_path_factory):
+    """A store of each model alone, on what one of them says."""
+    paths = [str(tmp_path_factory.mktemp("apart") / f"model{m}") for m in range(2)]
+    for m, path in enumerate(paths):
+        run_harvest(harvest_config(values | {"data": values["data"] | {"cache": {"path": path}}}, [m]), progress=False)
+    return paths
+
+
+def test_models_apart_are_those_of_one_pass(values, apart, tmp_path):
+    cache = {"cache": {"path": str(tmp_path / "both")}}
+    both = run_harvest(harvest_config(values | {"data": values["data"] | cache}), progress=False)
+    joined, every_R = JoinedStores(apart), torch.arange(both.n_rows)
+    assert joined.n_rows == both.n_rows > 300
+    assert torch.equal(joined.read_rows(every_R), both.read_rows(every_R))
+    assert torch.equal(joined.labels().packed_R3(), both.labels().packed_R3())
+
+
+@pytest.mark.soak
+def test_a_killed_run_on_joined_stores_ends_like_one_that_was_not(values, apart, tmp_path):
+    strike(values, tmp_path, lambda name: {"join": apart})
 
 
 def test_odd_values_of_adapters_roles_and_rollouts_are_one_line(values, tmp_path):
