@@ -50,7 +50,7 @@ def _sentence(
     parts = [f"Latent {study.name_of(latent)} is strongest in “{text.strip()}”"]
     logits = records.logits.get(study.verdicts[0].tables[0].name_b)
     if logits is not None:
-        top = [show.text(int(token)) for token in logits.top_id_LE[latent][:N_TOKENS]]
+        top = [(logits.display or show).text(int(token)) for token in logits.top_id_LE[latent][:N_TOKENS]]
         parts.append(f"writes {', '.join(f'“{token}”' for token in top)}")
     if steered is not None:
         parts.append(steered(latent))

@@ -6,8 +6,9 @@ N active entries · K neighbours · V vocabulary · E ends of a list of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from crosscode.analysis.encoded import EncodedBatch, HeldoutBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
+from crosscode.analysis.tokens import TokenDisplay
 from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
@@ -122,6 +124,8 @@ class LogitEnds:
     bottom_LE: Tensor
     writes_L: Tensor
     """whether the latent has a decoder vector there"""
+    display: TokenDisplay | None = field(default=None, kw_only=True)
+    """of tokens that are not the text's: the language model has a tokenizer of its own"""
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,14 @@ def study_records(
     n_neighbours: int = 8,
     n_logits: int = 10,
     groupings: Groupings | None = None,
+    displays: Mapping[int, TokenDisplay] = MappingProxyType({}),
 ) -> tuple[LatentsPass, LatentRecords]:
     """`study_latents` and the records of every latent, in one pass. Memory: some KB for each latent, and the tokens.
 
     Args:
         unembed: from vectors at an output position to logits; without it there are no logits.
         groupings: as of `study_latents`.
+        displays: of output positions whose language model has a tokenizer of its own.
     """
     histograms, texts, together = Histograms(model.n_latents), Texts(), CoFiring(model.n_latents)
     more = (histograms, texts, together)
@@ -158,7 +164,7 @@ def study_records(
     logits: dict[str, LogitEnds] = {}
     if unembed is not None:
         for x in logit_positions(model, position_names):
-            logits[position_names[x]] = logit_ends(model, x, unembed, n_logits)
+            logits[position_names[x]] = replace(logit_ends(model, x, unembed, n_logits), display=displays.get(x))
     by_decoder, by_firing = nearest_by_decoder(model, n_neighbours), together.nearest(n_neighbours)
     return study, LatentRecords(histograms, texts.sequences, by_decoder, by_firing, logits)
 

@@ -21,6 +21,7 @@ from crosscode.analysis.latents_pass import LatentsPass, with_own_text
 from crosscode.analysis.records import LatentRecords, Unembed, study_records
 from crosscode.analysis.run_record import RunRecord, read_run
 from crosscode.analysis.site_data import scripts
+from crosscode.analysis.tokens import TokenDisplay
 from crosscode.analysis.training_curves import training_figures
 from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
@@ -38,6 +39,8 @@ class HeldoutText:
     position_names: Sequence[str]
     unembed: Unembed | None = None
     """without it latents have no logits"""
+    displays: Mapping[int, TokenDisplay] = field(default_factory=dict)
+    """of output positions whose language model has a tokenizer of its own"""
     groupings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """ways to group tokens, with the names of the groups"""
     steered: Steered | None = None
@@ -97,9 +100,8 @@ def write_report(
         if heldout is not None:
             text = heldout()
             tokenizer = text.tokenizer
-            study, records = study_records(
-                model, text.batches, text.split, text.position_names, text.unembed, groupings=text.groupings
-            )
+            more = {"groupings": text.groupings, "displays": text.displays}
+            study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed, **more)
             study = with_own_text(study, model, text.own_text, text.split)
             looks = first_looks(study, records, tokenizer, text.steered)
             for line in [*looks, *(verdict.headline() for verdict in study.verdicts)]:

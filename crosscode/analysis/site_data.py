@@ -104,7 +104,7 @@ def _histogram(records: LatentRecords, latent: int) -> tuple[list[int], float | 
 def _ends(ends: LogitEnds, vocabulary: _Vocabulary, latent: int, *, top: bool) -> list[list[Any]]:
     ids, values = (ends.top_id_LE, ends.top_LE) if top else (ends.bottom_id_LE, ends.bottom_LE)
     pairs = zip(ids[latent].tolist(), values[latent].tolist(), strict=True)
-    return [[vocabulary.text(token), _short(value, 3)] for token, value in pairs]
+    return [[(ends.display or vocabulary).text(token), _short(value, 3)] for token, value in pairs]
 
 
 def _searched(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary, latent: int) -> str:
@@ -112,7 +112,8 @@ def _searched(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabular
     found = [vocabulary.text(one.tokens[one.peak]) for one in study.top.examples(latent)[:_N_SEARCHED]]
     for ends in records.logits.values():
         if bool(ends.writes_L[latent]):
-            found += [vocabulary.text(token) for token in ends.top_id_LE[latent, :_N_SEARCHED].tolist()]
+            text = (ends.display or vocabulary).text
+            found += [text(token) for token in ends.top_id_LE[latent, :_N_SEARCHED].tolist()]
     return " ".join(dict.fromkeys(text.strip() for text in found))
 
 

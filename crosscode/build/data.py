@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,7 @@ from crosscode.build.stores import Stores
 from crosscode.config.data import DataConfig, HarvestConfig
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Rollouts
 from crosscode.data.harvest.harvester import ActivationHarvester
-from crosscode.data.harvest.language_models import LanguageModel, available_device
+from crosscode.data.harvest.language_models import LanguageModel, available_device, by_tokenizer
 from crosscode.data.rows import HarvestedRows, RowSource
 from crosscode.data.store.harvest import HarvestThroughStore
 from crosscode.data.text.documents import DocumentSource
@@ -26,6 +27,8 @@ from crosscode.errors import InputError, at_field, in_section
 
 _ENOUGH_FOR_VALIDATION = 20
 """Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
+
+log = logging.getLogger("crosscode")
 
 # ---- texts
 
@@ -115,9 +118,9 @@ def open_activations(
     if models is None:
         models = load_models(config.language_models, str(device))
     if to_train:
-        check_usable(config, documents, models[0].tokenizer, field="data.source", least=batch_size)
+        check_usable(config, documents, models, field="data.source", least=batch_size)
         if heldout is not None:
-            check_usable(config, heldout_documents, models[0].tokenizer, field="data.heldout", heldout=True)
+            check_usable(config, heldout_documents, models, field="data.heldout", heldout=True)
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {
         "documents": documents, "heldout_documents": heldout_documents, "harvester": harvester, "stores": stores,
@@ -154,20 +157,26 @@ def check_documents(config: HarvestConfig, documents: DocumentSource) -> None:
 def check_usable(
     config: HarvestConfig,
     documents: DocumentSource,
-    tokenizer: Any,
+    models: Sequence[LanguageModel],
     *,
     field: str,
     heldout: bool = False,
     least: int = 1,
 ) -> None:
     """Raise InputError where the beginning of a text cannot be made into tokens, or where the whole of it has fewer
-    usable tokens than `least`."""
+    usable tokens than `least`. Where tokenizers differ, say how many positions have no partner."""
+    others = by_tokenizer(models)[1]
     with at_field(field):
-        loader = TokenSequenceLoader(documents, tokenizer, config.token_policy(heldout=heldout), epochs=1, n_workers=0)
-        n_usable = 0
+        policy = config.token_policy(heldout=heldout)
+        loader = TokenSequenceLoader(documents, models[0].tokenizer, policy, others=others, epochs=1, n_workers=0)
+        n_usable = n_apart = 0
         for batch in loader:
             n_usable += int(batch.mask_HS.sum())
+            n_apart += batch.n_apart
             if n_usable >= least:
+                if others:
+                    share = n_apart / (n_usable + n_apart)
+                    log.info("different tokenizers: %.1f %% of positions have no partner and are left out", 100 * share)
                 return
         raise InputError(
             f"{documents.name!r} has {n_usable} usable tokens, less than one batch; give more text, or set "
@@ -178,7 +187,8 @@ def check_usable(
 def build_token_loader(activations: Activations, *, heldout: bool) -> TokenSequenceLoader:
     documents = activations.heldout_documents if heldout else activations.documents
     with in_section("data", DataConfig.model_fields):
-        return TokenSequenceLoader(documents, activations.tokenizer, activations.config.token_policy(heldout=heldout))
+        policy, others = activations.config.token_policy(heldout=heldout), activations.harvester.other_tokenizers
+        return TokenSequenceLoader(documents, activations.tokenizer, policy, others=others)
 
 
 def build_rows(activations: Activations) -> RowSource:

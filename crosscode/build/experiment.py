@@ -125,7 +125,7 @@ class Experiment(Activations, AnyExperiment):
 
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         for batch in build_token_loader(self, heldout=True):
-            acts_HSMPD = self.harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+            acts_HSMPD = self.harvester.harvest(*batch.inputs).float()
             group_HSG = None if batch.labels is None else batch.labels.groups_T2()
             yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG)
 

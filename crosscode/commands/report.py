@@ -78,7 +78,7 @@ def report_run(
     from crosscode.build.finished import FinishedRun
     from crosscode.build.own_text import own_texts
     from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
-    from crosscode.commands.parts.reading import unembed_of
+    from crosscode.commands.parts.reading import displays_of, unembed_of
     from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
@@ -94,7 +94,8 @@ def report_run(
         unembed, groupings = unembed_of(experiment), experiment.groupings()
         steered = None if steer_prompt is None else partial(_steered, run, steer_prompt)
         own = {} if n_own_tokens is None else own_texts(experiment, n_own_tokens)
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, unembed, groupings, steered, own)
+        shows = unembed, displays_of(experiment)
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, *shows, groupings, steered, own)
 
     also = None
     if features is not None:

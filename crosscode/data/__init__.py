@@ -4,7 +4,6 @@ from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.data.harvest.harvester import ActivationHarvester, check_hookpoints
 from crosscode.data.harvest.language_models import (
     LanguageModel,
-    check_common_tokenizer,
     wrap_language_model,
 )
 from crosscode.data.harvest.loading import load_language_model, load_skeleton
@@ -32,7 +31,6 @@ __all__ = [
     "StoredRows",
     "TokenBatch",
     "TokenSequenceLoader",
-    "check_common_tokenizer",
     "check_hookpoints",
     "harvest_to_store",
     "load_documents",

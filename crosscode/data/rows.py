@@ -143,5 +143,5 @@ class _HarvestStream:
 
 def harvest_usable(harvester: ActivationHarvester, batch: TokenBatch) -> torch.Tensor:
     """Activations `acts_RMPD` of the usable positions of a token batch, in reading order."""
-    acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS)
+    acts_HSMPD = harvester.harvest(*batch.inputs)
     return acts_HSMPD[batch.mask_HS.to(acts_HSMPD.device)]

@@ -94,6 +94,8 @@ def measure_closes(
     hookpoints = [p for m, p in places if m == model_b]
     if model_a == model_b or not x_BP or len(x_AP) != (0 if split.difference else len(x_BP)):
         raise InputError("closes: needs a crosscoder that writes to two language models")
+    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
+        raise InputError("closes: models of different tokenizers predict no common tokens")
     if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
         raise InputError("closes: vectors of one model cannot be added to another of a different width")
     latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)

@@ -77,6 +77,10 @@ def mean_differences(
     M, P, D = harvester.dims
     if model_a == model_b or not {model_a, model_b} <= set(range(M)):
         raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
+    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
+        raise InputError(
+            "language_models: models of different tokenizers do not read the same positions: no difference is taken"
+        )
     if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
         widths = harvester.widths_MP[model_a], harvester.widths_MP[model_b]
         raise InputError(

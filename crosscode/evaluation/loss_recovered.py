@@ -9,7 +9,8 @@ Of a difference between two models, 0 and reconstruction are added to the first 
 into the second: 0 puts the first model's activations in the place of the second's.
 
 Only usable positions are replaced: the crosscoder never sees the others (position 0, padding, masked tokens).
-Cross-entropy and KL are means over the predictions that are made at a usable position of a usable token.
+Cross-entropy and KL are means over the predictions that are made at a usable position of a usable token; of a model with a
+tokenizer of its own these are its own tokens.
 A hookpoint that is a module's input replaces what this module reads; where the residual stream passes beside the
 module (`hook_resid_mid`), that stream stays clean. A model that is harvested in TransformerBridge is spliced in it.
 
@@ -88,9 +89,11 @@ def measure_loss_recovered(
             recon_HSXD = reconstruct(raw_model, part.acts_HSMPD, part.mask_HS)
             beside = split.beside(part.acts_HSMPD)
             zero_HSXD = torch.zeros_like(recon_HSXD) if beside is None else beside.reshape(recon_HSXD.shape)
-            for splicer, places in zip(splicers, places_M, strict=True):
+            for splicer, places, reads in zip(splicers, places_M, harvester.reads_M, strict=True):
                 if splicer is not None:
-                    _add_part(sums, splicer, places, part, recon_HSXD + zero_HSXD, zero_HSXD)
+                    spliced = [recon_HSXD + zero_HSXD, zero_HSXD]
+                    spliced = [part.others[reads - 1].moved(one) for one in spliced] if reads else spliced
+                    _add_part(sums, splicer, places, part.read_by(reads), *spliced)
     return {name: found.result() for name, found in sums.items() if found.n_predictions}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.data.text.tokens import TokenBatch
 
 MAX_LOGITS = 2**26
@@ -30,6 +31,22 @@ class TextPart:
     """of which tokens the predictions count, where they are usable"""
     group_HSG: Tensor | None = None
     """numbers of each token's groups, where they are known"""
+    others: tuple[OtherTokens, ...] = ()
+    """the same sequences in tokens of other tokenizers"""
+    predicted_HS: Tensor | None = None
+    """tokens of which predictions count; None: the usable ones"""
+
+    def read_by(self, reads: int) -> TextPart:
+        """The part in the tokens of one of the tokenizers (see `ActivationHarvester.reads_M`), without activations there. Usable
+        are partners; they predict the tokens behind them, which need have none, and belong to the partners' groups."""
+        if not reads:
+            return self
+        other = self.others[reads - 1]
+        mask_HT, acts_HTMP0 = other.moved(self.mask_HS), other.moved(self.acts_HSMPD[..., :0])
+        group_HTG = None if self.group_HSG is None else other.moved(self.group_HSG).roll(1, dims=1)
+        counted_HT = torch.ones_like(mask_HT)
+        shown = (other.tokens_HT, mask_HT, other.segments_HT, acts_HTMP0, counted_HT, group_HTG)
+        return TextPart(*shown, predicted_HS=other.usable_HT)
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
@@ -60,7 +77,8 @@ class TextPart:
         return sums_H.index_add(0, sequence_N.cpu(), values_N.double().cpu())
 
     def _predicted_HS(self) -> Tensor:
-        return self.mask_HS[:, :-1] & self.mask_HS[:, 1:] & self.counted_HS[:, 1:]
+        of_HS = self.mask_HS if self.predicted_HS is None else self.predicted_HS
+        return self.mask_HS[:, :-1] & of_HS[:, 1:] & self.counted_HS[:, 1:]
 
 
 @torch.no_grad()
@@ -79,15 +97,17 @@ def text_parts(
     """
     rows_counted = None if counted is None else _Rows(counted)
     for batch in batches:
-        acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS).float()
+        acts_HSMPD = harvester.harvest(*batch.inputs).float()
         mask_HS = batch.mask_HS if limit is None else limit.narrowed(batch.mask_HS, acts_HSMPD)
         counted_HS = torch.ones_like(mask_HS) if rows_counted is None else rows_counted.masks_of(batch.tokens_HS)
-        rows = max(1, MAX_LOGITS // (batch.tokens_HS.shape[1] * max(lm.vocab_size for lm in harvester.models)))
+        length = max(one.shape[1] for one in (batch.tokens_HS, *(other.tokens_HT for other in batch.others)))
+        rows = max(1, MAX_LOGITS // (length * max(lm.vocab_size for lm in harvester.models)))
         for start in range(0, batch.tokens_HS.shape[0], rows):
             own = slice(start, start + rows)
             segments_HS = None if batch.segments_HS is None else batch.segments_HS[own]
             group_HSG = None if batch.labels is None else batch.labels[own].groups_T2()
-            yield TextPart(batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own], counted_HS[own], group_HSG)
+            shown = (batch.tokens_HS[own], mask_HS[own], segments_HS, acts_HSMPD[own], counted_HS[own], group_HSG)
+            yield TextPart(*shown, tuple(other[own] for other in batch.others))
         n_tokens -= int((mask_HS & counted_HS).sum())
         if n_tokens <= 0:
             return

@@ -16,10 +16,10 @@ from crosscode.analysis.encoded import encode_heldout
 from crosscode.analysis.examples import Example
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
-from crosscode.analysis.records import LatentRecords, study_records
+from crosscode.analysis.records import LatentRecords, LogitEnds, study_records
 from crosscode.analysis.tokens import TokenDisplay
 from crosscode.build.finished import FinishedRun
-from crosscode.commands.parts.reading import text_experiment, unembed_of
+from crosscode.commands.parts.reading import displays_of, text_experiment, unembed_of
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, new_folder
@@ -39,7 +39,8 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
         return _delphi(run, out, n_tokens)
     write = None if to == "dataset" else circuit_tracer_writer(run, out, layer)
     batches = experiment.heldout_batches(n_tokens)
-    study, records = study_records(model, batches, experiment.split, experiment.output_names(), unembed_of(experiment))
+    names, shows = experiment.output_names(), displays_of(experiment)
+    study, records = study_records(model, batches, experiment.split, names, unembed_of(experiment), displays=shows)
     if write is not None:
         return write(study, records)
     rows = list(dataset_rows(study, records, experiment.tokenizer))
@@ -110,6 +111,7 @@ def feature_records(
 
     for latent in latents:
         ends = next((one for one in reversed(records.logits.values()) if bool(one.writes_L[latent])), None)
+        of_logit = text if ends is None or ends.display is None else ends.display.text
         counts_N = records.histograms.counts_LN[latent]
         upper = float(records.histograms.upper_L[latent])
         within_N = counts_N.cumsum() / max(int(counts_N.sum()), 1)
@@ -122,8 +124,8 @@ def feature_records(
                 for title, some in study.examples(latent).items()
                 if some
             ],
-            "top_logits": [] if ends is None else [text(token) for token in ends.top_id_LE[latent].tolist()],
-            "bottom_logits": [] if ends is None else [text(token) for token in ends.bottom_id_LE[latent].tolist()],
+            "top_logits": [] if ends is None else [of_logit(token) for token in ends.top_id_LE[latent].tolist()],
+            "bottom_logits": [] if ends is None else [of_logit(token) for token in ends.bottom_id_LE[latent].tolist()],
             "act_min": 0.0,
             "act_max": float(study.firing.max_L[latent]),
             "quantile_values": quantiles,
@@ -136,9 +138,10 @@ def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> 
     """A row for each latent: those of `Run.table()`, then lists of examples, logits and neighbours."""
     text = TokenDisplay(tokenizer).text
 
-    def ends(token_LE: torch.Tensor, value_LE: torch.Tensor, latent: int) -> list[dict[str, Any]]:
+    def ends(of: LogitEnds, token_LE: torch.Tensor, value_LE: torch.Tensor, latent: int) -> list[dict[str, Any]]:
         pairs = zip(token_LE[latent].tolist(), value_LE[latent].tolist(), strict=True)
-        return [{"token": text(token), "logit": value} for token, value in pairs]
+        own = text if of.display is None else of.display.text
+        return [{"token": own(token), "logit": value} for token, value in pairs]
 
     for latent, row in enumerate(latents_frame(study).to_dict("records")):
         yield {
@@ -159,8 +162,8 @@ def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> 
             "logits": [
                 {
                     "position": name,
-                    "top": ends(one.top_id_LE, one.top_LE, latent),
-                    "bottom": ends(one.bottom_id_LE, one.bottom_LE, latent),
+                    "top": ends(one, one.top_id_LE, one.top_LE, latent),
+                    "bottom": ends(one, one.bottom_id_LE, one.bottom_LE, latent),
                 }
                 for name, one in records.logits.items()
                 if bool(one.writes_L[latent])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,12 @@ from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
 from crosscode.build.heldout import AnyExperiment
+from crosscode.config.data import TokenPolicy
 from crosscode.data.harvest.unembedding import unembed
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.data.text.prompts import Prompt, prompt_ids
+from crosscode.data.text.sources import wrap_documents
+from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 
@@ -114,22 +118,38 @@ def latents_of_text(run: FinishedRun, text: Prompt) -> TextLatents:
     experiment = text_experiment(run, "latents(text)")
     harvester = experiment.harvester
     ids = ids_of_prompt(run, text)
-    acts_SMPD = harvester.harvest(torch.tensor([ids]))[0].float().to(run.model.device)
+    others = _in_other_tokens(experiment, text, ids)
+    acts_SMPD = harvester.harvest(torch.tensor([ids]), others=others)[0].float().to(run.model.device)
     with torch.no_grad():
         entries = active_entries(run.model.encode_latents(experiment.split.activations(acts_SMPD)[0]))
     index_2N = torch.stack([entries.token_N, entries.latent_N]).cpu()
-    size = (len(ids), entries.n_latents)
-    values_SL = torch.sparse_coo_tensor(index_2N, entries.value_N.float().cpu(), size, check_invariants=True)
+    value_N, size = entries.value_N.float().cpu(), (len(ids), entries.n_latents)
+    for other in others:  # where one of the models reads no such token there are no latents
+        kept_N = other.place_HS[0][index_2N[0]] >= 0
+        index_2N, value_N = index_2N[:, kept_N], value_N[kept_N]
+    values_SL = torch.sparse_coo_tensor(index_2N, value_N, size, check_invariants=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return TextLatents(token_texts(experiment.tokenizer, ids), ids, values_SL.to_sparse_csr())
 
 
-def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False) -> list[int]:
-    """Token ids, with BOS where training had it; `to_answer`: a chat ends where the answer begins."""
+def _in_other_tokens(experiment: Experiment, prompt: Prompt, ids: Sequence[int]) -> tuple[OtherTokens, ...]:
+    """A prompt for the models whose tokenizers are not the first one's."""
+    others = experiment.harvester.other_tokenizers
+    if not others:
+        return ()
+    bos = "none" if experiment.config.data.bos == "none" else "document"
+    policy = TokenPolicy(sequence_length=len(ids), pack=False, bos=bos, epochs=1, mask_special_tokens=False)
+    loader = TokenSequenceLoader(wrap_documents([prompt]), experiment.tokenizer, policy, others=others)
+    return next(iter(loader)).others
+
+
+def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False, model: int = 0) -> list[int]:
+    """Token ids of a language model, with BOS where training had it; `to_answer`: a chat ends where the answer begins."""
     experiment = text_experiment(run, "text")
     bos, limit = run.config.data.bos != "none", experiment.harvester.max_sequence_length
-    return prompt_ids(experiment.tokenizer, prompt, bos=bos, to_answer=to_answer, max_length=limit)
+    tokenizer = experiment.harvester.tokenizer_of(model)
+    return prompt_ids(tokenizer, prompt, bos=bos, to_answer=to_answer, max_length=limit)
 
 
 def unembed_of(experiment: AnyExperiment) -> Callable[[int, Tensor], Tensor] | None:
@@ -148,6 +168,15 @@ def unembed_of(experiment: AnyExperiment) -> Callable[[int, Tensor], Tensor] | N
     return lambda x, vectors_ND: unembed(model_of[x], vectors_ND)
 
 
+def displays_of(experiment: AnyExperiment) -> dict[int, TokenDisplay]:
+    """Of output positions whose language model has a tokenizer of its own."""
+    if not isinstance(experiment, Experiment):
+        return {}
+    harvester = experiment.harvester
+    places = enumerate(experiment.split.output_places(*harvester.dims[:2]))
+    return {x: TokenDisplay(harvester.tokenizer_of(m)) for x, (m, _) in places if harvester.reads_M[m]}
+
+
 def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:
     """See `Run.logits`."""
     experiment = text_experiment(run, "logits(latent)")
@@ -158,5 +187,5 @@ def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:
     for name, (m, _), vector_D in zip(experiment.output_names(), places, vectors_XD, strict=True):
         if bool(vector_D.any()):
             logits_V = unembed(harvester.models[m], vector_D[None])[0].cpu()
-            found[name] = LatentLogits(logits_V, experiment.tokenizer)
+            found[name] = LatentLogits(logits_V, harvester.tokenizer_of(m))
     return found

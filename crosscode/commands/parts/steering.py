@@ -154,11 +154,12 @@ def compare_steered(
     for latent in latents:
         check_latent(run, latent)
     interventions, chosen = interventions_of(run), chosen_models(run, models)
-    ids = ids_of_prompt(run, prompt, to_answer=True)
+    ids_M = {m: ids_of_prompt(run, prompt, to_answer=True, model=m) for m in chosen}
     limit = interventions.harvester.max_sequence_length
-    room = n_tokens if limit is None else min(n_tokens, limit - len(ids))
+    longest = max(map(len, ids_M.values()))
+    room = n_tokens if limit is None else min(n_tokens, limit - longest)
     if room < 1:
-        raise InputError(f"prompt: {len(ids)} tokens leave no room for an answer; the models take {limit}")
+        raise InputError(f"prompt: {longest} tokens leave no room for an answer; the models take {limit}")
     how = {"samples": samples, "temperature": temperature, "seed": seed, "n_tokens": room}
     random_NXD = interventions.random_vectors_NXD(latents or [*amounts], seed)
 
@@ -168,8 +169,8 @@ def compare_steered(
         return interventions.steer(amounts, [m], positions, vectors_NXD)
 
     found: dict[str, Steered] = {}
-    for m in chosen:
-        lm, tokenizer = interventions.harvester.models[m], text_experiment(run, "steer").tokenizer
+    for m, ids in ids_M.items():
+        lm, tokenizer = interventions.harvester.models[m], interventions.harvester.tokenizer_of(m)
         plain, before_V = _continue(lm, tokenizer, ids, nullcontext(), **how)
         of_kind = []
         for vectors_NXD in (None, random_NXD):

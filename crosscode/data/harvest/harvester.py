@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from crosscode.data.harvest.language_models import DTYPES, LanguageModel, check_common_tokenizer
+from crosscode.data.harvest.language_models import DTYPES, LanguageModel, by_tokenizer
 from crosscode.data.harvest.model_runs import BridgeRun, HarvestPath, make_run
 from crosscode.data.harvest.probe import check_names, probe_widths
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
 from crosscode.stopping import interruptible
 
@@ -27,9 +28,10 @@ class ActivationHarvester:
     (`path="modules"` or `"bridge"` insists on one of them). `dtype` and `device` are those of the returned tensor;
     each model runs in its own dtype, on its own device.
 
-    Vectors of different width (`widths_MP`) are padded with zeros to the widest.
+    Vectors of different width (`widths_MP`) are padded with zeros to the widest. Models whose tokenizer is not the first one's
+    (`reads_M`: 0 for that, else which of `other_tokenizers`, from 1) read tokens of their own.
 
-    Raises InputError for an unknown or repeated hookpoint, or different tokenizers.
+    Raises InputError for an unknown or repeated hookpoint.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class ActivationHarvester:
             raise InputError(f"hookpoints: {repeated[0]!r} is named twice")
         if dtype not in DTYPES:
             raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-        check_common_tokenizer(models)
         self.models = list(models)
+        self.reads_M, self.other_tokenizers = by_tokenizer(models)
         self.hookpoints = list(hookpoints)
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device) if device is not None else models[0].device
@@ -65,6 +67,10 @@ class ActivationHarvester:
         """(M, P, D), D of the widest."""
         return len(self.models), len(self.hookpoints), max(max(widths_P) for widths_P in self.widths_MP)
 
+    def tokenizer_of(self, m: int) -> Any:
+        """Of the tokens that model m reads."""
+        return self.other_tokenizers[self.reads_M[m] - 1][0] if self.reads_M[m] else self.models[0].tokenizer
+
     @property
     def paths(self) -> list[str]:
         """How each model is read: "modules" or "bridge"."""
@@ -77,40 +83,68 @@ class ActivationHarvester:
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Positions that all of its models take; None: without a limit."""
-        limits = [model.max_sequence_length for model in self.models]
+        """Positions that all models of the first one's tokenizer take; None: without a limit."""
+        limits = [model.max_sequence_length for model in self._of_first()]
         return min((limit for limit in limits if limit), default=None)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that all of its models know."""
-        return min(model.vocab_size for model in self.models)
+        """Token ids that all models of the first one's tokenizer know."""
+        return min(model.vocab_size for model in self._of_first())
 
-    def harvest(self, tokens_HS: torch.Tensor, segments_HS: torch.Tensor | None = None) -> torch.Tensor:
+    def _of_first(self) -> list[LanguageModel]:
+        return [model for model, reads in zip(self.models, self.reads_M, strict=True) if not reads]
+
+    def harvest(
+        self,
+        tokens_HS: torch.Tensor,
+        segments_HS: torch.Tensor | None = None,
+        others: Sequence[OtherTokens] = (),
+    ) -> torch.Tensor:
         """Activations `acts_HSMPD` of `tokens_HS` (int64), in `dtype` on `device`.
 
         `segments_HS` (int64): number of the document that each position belongs to, growing along the sequence; then
         attention stays within a document and positions count from its start. Sequences are padded on the right, so
-        that padding cannot reach earlier positions.
+        that padding cannot reach earlier positions. `others`: the same text for each of `other_tokenizers`; a model that
+        reads it has its activations at the positions of `tokens_HS` that have a partner there, zeros elsewhere.
         """
         if tokens_HS.ndim != 2 or tokens_HS.shape[1] == 0:
             raise InputError(f"tokens_HS: shape {tuple(tokens_HS.shape)} should be (sequences, positions)")
         H, S = tokens_HS.shape
         self._check_tokens(tokens_HS)
-        positions_HS = None if segments_HS is None else positions_within_segments(segments_HS)
+        if len(others) < len(self.other_tokenizers):
+            raise InputError(
+                f"language_models: {', '.join(repr(model.name) for model in self.models)} have different tokenizers: token ids "
+                "of the first are not enough; harvest the batches of a token loader"
+            )
         n_widths = len({width for widths_P in self.widths_MP for width in widths_P})
         allocate = torch.empty if n_widths == 1 else torch.zeros
         out_HSMPD = allocate((H, S, *self.dims), dtype=self.dtype, device=self.device)
         for m, run in enumerate(self.runs):
-            n_at_once = _sequences_at_once(run.model, H, S)
+            other = others[self.reads_M[m] - 1] if self.reads_M[m] else None
+            own_HS, own_segments_HS = (
+                (tokens_HS, segments_HS) if other is None else (other.tokens_HT, other.segments_HT)
+            )
+            positions_HS = None if own_segments_HS is None else positions_within_segments(own_segments_HS)
+            n_at_once = _sequences_at_once(run.model, *own_HS.shape)
             for first in range(0, H, n_at_once):
                 part = slice(first, first + n_at_once)
+                partners = None if other is None else other[part]
 
-                def keep(p: int, act: torch.Tensor, out_HSMPD: torch.Tensor = out_HSMPD[part], m: int = m) -> None:
-                    out_HSMPD[:, :, m, p, : self.widths_MP[m][p]] = act.reshape(*out_HSMPD.shape[:2], -1)
+                def keep(
+                    p: int,
+                    act: torch.Tensor,
+                    m: int = m,
+                    shape: torch.Size = own_HS[part].shape,
+                    partners: OtherTokens | None = partners,
+                    out_HSPD: torch.Tensor = out_HSMPD[part, :, m],
+                ) -> None:
+                    act = act.reshape(*shape, -1)
+                    act = act if partners is None else partners.fetched(act)
+                    out_HSPD[:, :, p, : self.widths_MP[m][p]] = act
 
                 with interruptible():
-                    run(tokens_HS[part], None if positions_HS is None else positions_HS[part], keep)
+                    run(own_HS[part], None if positions_HS is None else positions_HS[part], keep)
         return out_HSMPD
 
     def _check_tokens(self, tokens_HS: torch.Tensor) -> None:

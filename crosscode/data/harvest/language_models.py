@@ -154,17 +154,29 @@ def wrap_language_model(hf_model: Any, tokenizer: Any, name: str = "in-memory") 
     return freeze(hf_model, tokenizer, name, None)
 
 
-def check_common_tokenizer(models: Sequence[LanguageModel]) -> None:
-    """Raise InputError unless every model has the first one's vocabulary and cuts text in the same way.
+def by_tokenizer(models: Sequence[LanguageModel]) -> tuple[list[int], list[tuple[Any, int | None]]]:
+    """For each model 0 where it cuts text as the first one does, into the same ids, else the number, from 1, of the tokenizer
+    among those that are listed: each once, with the positions that all of its models take (None: any).
 
     Which token ends a sequence may differ (a chat model often ends with another token than its base): ids and
     their meaning may not.
     """
-    first = models[0]
-    for other in models[1:]:
-        difference = tokenizer_difference(first.tokenizer, other.tokenizer)
-        if difference:
-            raise InputError(f"models {first.name!r} and {other.name!r} have different tokenizers: {difference}")
+    distinct, limits, reads_M = [models[0].tokenizer], [list[int | None]()], list[int]()
+    for model in models:
+        same = (i for i, one in enumerate(distinct) if tokenizer_difference(one, model.tokenizer) is None)
+        number = next(same, len(distinct))
+        if number == len(distinct):
+            if model.tokenizer is None or models[0].tokenizer is None:
+                difference = tokenizer_difference(models[0].tokenizer, model.tokenizer)
+                raise InputError(
+                    f"models {models[0].name!r} and {model.name!r} have different tokenizers: {difference}"
+                )
+            distinct.append(model.tokenizer)
+            limits.append([])
+        reads_M.append(number)
+        limits[number].append(model.max_sequence_length)
+    least = [min((limit for limit in of_one if limit), default=None) for of_one in limits]
+    return reads_M, list(zip(distinct, least, strict=True))[1:]
 
 
 def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **adapter: Any) -> LanguageModel:

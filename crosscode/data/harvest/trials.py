@@ -9,6 +9,7 @@ import torch
 
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.probe import in_words, random_tokens, same
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
 
 
@@ -27,8 +28,8 @@ def check_isolation(harvester: ActivationHarvester) -> None:
     segments_HS = (torch.arange(limit) >= n_first).long().expand(2, limit)
     words = "isolate_documents: positions of their own for each document cannot be given to the models"
     with in_words(f"{words}; set pack: false, or isolate_documents: false"):
-        isolated_HSMPD = harvester.harvest(tokens_HS, segments_HS)[:, n_first:]
-    alone_SMPD = harvester.harvest(tokens_HS[:1, n_first:])[0].double()
+        isolated_HSMPD = _harvest(harvester, tokens_HS, segments_HS)[:, n_first:]
+    alone_SMPD = _harvest(harvester, tokens_HS[:1, n_first:])[0].double()
     for m, model in enumerate(harvester.models):
         one, two = isolated_HSMPD[:, :, m].flatten(2)
         alone = alone_SMPD[:, m].flatten(1)
@@ -40,6 +41,13 @@ def check_isolation(harvester: ActivationHarvester) -> None:
                 f"isolate_documents: {model.name!r} ({type(model.model).__name__}) cannot keep attention inside a "
                 "document; set pack: false, or isolate_documents: false"
             )
+
+
+def _harvest(harvester: ActivationHarvester, tokens_HS: torch.Tensor, segments_HS: torch.Tensor | None = None):
+    """The same ids for all models, whatever they mean."""
+    place_HS = torch.arange(tokens_HS.shape[1]).expand(tokens_HS.shape)
+    same_ids = OtherTokens(tokens_HS, place_HS >= 0, segments_HS, place_HS)
+    return harvester.harvest(tokens_HS, segments_HS, [same_ids] * len(harvester.other_tokenizers))
 
 
 def check_length(harvester: ActivationHarvester, length: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from crosscode.config.data import TemplateTokens
 from crosscode.config.positions import PositionRules
+from crosscode.data.text.aligned import NO_CHARACTERS
 from crosscode.data.text.chats import chat_text, message_spans
 from crosscode.data.text.documents import Document
 from crosscode.data.text.labels import TEMPLATE, TEXT, UNKNOWN
@@ -24,17 +25,19 @@ PADDING = 4
 ROLE_SHIFT = 3
 """A flag byte has the number of the token's role above these."""
 
-Rendered = tuple[torch.Tensor, torch.Tensor]
+Rendered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""`(tokens_T, flags_T, chars_T3)`: of each token, int32, how many characters of its document the tokens before it end, where
+it ends itself (-1: it ends no character), and whether it is its document's last; zeros where nobody asked."""
 
 
 class DocumentRenderer:
-    """Turns texts, token lists and chats into `(tokens_T, flags_T)`, one for each document, without tokens for one that has none.
+    """Turns texts, token lists and chats into `Rendered`, one for each document, without tokens for one that has none.
 
     `bos_id` starts every document that does not start with it already, `separator_id` ends every one that does not
     end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
     Where one token is BOS and separator, a document's own BOS goes: what stands before the document is one.
     `template_tokens="mask"` masks what a chat template adds around the messages, "answers" all that the assistant does not
-    say, plain text included. `positions` chooses among what is left.
+    say, plain text included. `positions` chooses among what is left. `with_chars`: say which characters tokens stand for.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class DocumentRenderer:
         separator_id: int | None,
         template_tokens: TemplateTokens,
         positions: PositionRules | None = None,
+        with_chars: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._bos_id = bos_id
@@ -54,24 +58,34 @@ class DocumentRenderer:
         self._separator_id = separator_id
         self._template_tokens = template_tokens
         self._positions = PositionRules() if positions is None else positions
+        self._with_chars = with_chars
         self._only_chats = template_tokens == "answers" or self._positions.of_chats
 
     def __call__(self, documents: Sequence[Document], *, pad_to: int | None, pad_id: int) -> list[Rendered]:
         """`pad_to`: the length of the sequences of which each document fills its own (None: documents share them)."""
         texts = [document for document in documents if isinstance(document, str)]
-        ids_of_texts = iter(self._tokenize(texts))
+        of_texts = iter(self._ids_and_ends(texts))
         rendered = []
         for document in documents:
             if not isinstance(document, str) and len(document) and isinstance(document[0], dict):
-                ids, flags, frame = *self._render_chat(document), TEMPLATE << ROLE_SHIFT
+                ids, flags, ends = self._render_chat(document)
+                frame = TEMPLATE << ROLE_SHIFT
             else:
-                ids = next(ids_of_texts) if isinstance(document, str) else self._check_ids(document)
+                ids, ends = next(of_texts) if isinstance(document, str) else (self._check_ids(document), None)
                 frame = TEXT << ROLE_SHIFT
                 flags = [frame | (MASKED if self._only_chats else 0)] * len(ids)
             if self._own_bos_goes and len(ids) and ids[0] == self._separator_id:
-                ids, flags = ids[1:], flags[1:]
-            rendered.append(self._finish(ids, flags, frame, pad_to, pad_id))
+                ids, flags, ends = ids[1:], flags[1:], ends and ends[1:]
+            rendered.append(self._finish(ids, flags, ends, frame, pad_to, pad_id))
         return rendered
+
+    def _ids_and_ends(self, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
+        """Token ids of texts, and where each token ends (None: nobody asked)."""
+        if not self._with_chars or not texts:
+            return [(ids, None) for ids in self._tokenize(texts)]
+        encoded = self._tokenize(texts, return_offsets_mapping=True)
+        ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+        return list(zip(encoded["input_ids"], ends, strict=True))
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         if not texts:
@@ -98,8 +112,8 @@ class DocumentRenderer:
             raise InputError(f"dataset: a document holds {wrong} where a token id is needed")
         return ids
 
-    def _render_chat(self, messages: Any) -> tuple[list[int], list[int]]:
-        """Token ids and their flags."""
+    def _render_chat(self, messages: Any) -> tuple[list[int], list[int], list[int] | None]:
+        """Token ids, their flags, and where they end (None: not known, nor asked for)."""
         rules = self._positions
         takes_all = self._template_tokens == "keep" and not rules.of_chats and rules.thinking == "keep"
         is_fast = getattr(self._tokenizer, "is_fast", False)
@@ -111,7 +125,7 @@ class DocumentRenderer:
                 found = message_spans(self._tokenizer, messages)[1]
             except InputError:  # nobody has asked who says what
                 ids = self._tokenize([text])[0]
-                return ids, [UNKNOWN << ROLE_SHIFT] * len(ids)
+                return ids, [UNKNOWN << ROLE_SHIFT] * len(ids), None
         elif not is_fast:
             asked, off = f"template_tokens: {self._template_tokens}", "template_tokens: keep"
             if self._template_tokens == "keep":
@@ -135,21 +149,30 @@ class DocumentRenderer:
             role << ROLE_SHIFT | (MASKED if mask or not use else 0)
             for role, use, mask in zip(roles_of(messages, said, text, offsets), chosen, masked, strict=True)
         ]
-        return encoded["input_ids"][0], flags
+        return encoded["input_ids"][0], flags, [end for _, end in offsets]
 
-    def _finish(self, ids: list[int], flags: list[int], frame: int, pad_to: int | None, pad_id: int) -> Rendered:
+    def _finish(
+        self, ids: list[int], flags: list[int], ends: list[int] | None, frame: int, pad_to: int | None, pad_id: int
+    ) -> Rendered:
         """`frame`: the flags of what goes around."""
         tokens_T = torch.tensor(ids, dtype=torch.long)
         flags_T = torch.tensor(flags, dtype=torch.uint8)
+        chars_T3 = torch.zeros((len(ids), 3), dtype=torch.int32)
         if not len(ids):
-            return tokens_T, flags_T
+            return tokens_T, flags_T, chars_T3
+        if self._with_chars:
+            chars_T3 = _characters(ends or [NO_CHARACTERS] * len(ids))
         flag = frame | (MASKED if self._only_chats else 0)
         if self._bos_id is not None and ids[0] != self._bos_id:
             tokens_T = torch.cat([torch.tensor([self._bos_id]), tokens_T])
             flags_T = torch.nn.functional.pad(flags_T, (1, 0), value=flag)
+            chars_T3 = torch.cat([torch.tensor([[0, NO_CHARACTERS, 0]], dtype=torch.int32), chars_T3])
         if self._separator_id is not None and ids[-1] != self._separator_id:
             tokens_T = torch.cat([tokens_T, torch.tensor([self._separator_id])])
             flags_T = torch.nn.functional.pad(flags_T, (0, 1), value=flag)
+            own_T3 = torch.tensor([[int(chars_T3[:, 1].max()), NO_CHARACTERS, 0]], dtype=torch.int32)
+            chars_T3 = torch.cat([chars_T3, own_T3])
+        chars_T3[-1, 2] = 1
         limit = self._positions.at_most_per_document
         usable_U = (flags_T & MASKED == 0).nonzero()[:, 0]
         if limit is not None and len(usable_U) > limit:
@@ -160,7 +183,16 @@ class DocumentRenderer:
             n_missing = row_ends(tokens_T, pad_to, self._row_bos_id)[-1] - tokens_T.numel()
             tokens_T = torch.nn.functional.pad(tokens_T, (0, n_missing), value=pad_id)
             flags_T = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING)
-        return tokens_T, flags_T
+            chars_T3 = torch.nn.functional.pad(chars_T3, (0, 0, 0, n_missing))
+        return tokens_T, flags_T, chars_T3
+
+
+def _characters(ends: list[int]) -> torch.Tensor:
+    """`chars_T3` of tokens that end there. Of several that end at one character, its bytes, the last one ends it."""
+    ends_T = torch.tensor(ends, dtype=torch.int32)
+    ends_T[:-1][ends_T[:-1] == ends_T[1:]] = NO_CHARACTERS
+    ended_T = torch.nn.functional.pad(ends_T.clamp(min=0).cummax(0).values[:-1], (1, 0))
+    return torch.stack([ended_T, ends_T, torch.zeros_like(ends_T)], dim=1)
 
 
 def row_ends(tokens_T: torch.Tensor, length: int, bos_id: int | None, at_most: int | None = None) -> list[int]:

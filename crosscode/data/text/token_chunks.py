@@ -47,22 +47,25 @@ class Read:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A run of tokens: their ids, flag bytes, and the part of the mixture and the document that each comes from."""
+    """A run of tokens: their ids, flag bytes, the part of the mixture and the document that each comes from, and its characters
+    there (see `Rendered`)."""
 
     ids_T: torch.Tensor
     flags_T: torch.Tensor
     source_T: torch.Tensor
     document_T: torch.Tensor
+    chars_T3: torch.Tensor
 
     @classmethod
     def full(cls, shape: tuple[int, ...], token: int, flags: int) -> Tokens:
         """One token in all places, of no document."""
         ids_T, document_T = torch.full(shape, token), torch.zeros(shape, dtype=torch.long)
         flags_T = torch.full(shape, flags, dtype=torch.uint8)
-        return cls(ids_T, flags_T, torch.zeros(shape, dtype=torch.int16), document_T)
+        chars_T3 = torch.zeros((*shape, 3), dtype=torch.int32)
+        return cls(ids_T, flags_T, torch.zeros(shape, dtype=torch.int16), document_T, chars_T3)
 
     def all(self) -> tuple[torch.Tensor, ...]:
-        return self.ids_T, self.flags_T, self.source_T, self.document_T
+        return self.ids_T, self.flags_T, self.source_T, self.document_T, self.chars_T3
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -87,11 +90,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`n_read` counts the documents up to the end of the chunk, those that were not selected included."""
+    """`n_read` counts the documents up to the end of the chunk, those that were not selected included. `documents`: by the
+    numbers that tokens bear."""
 
     start: Start
     tokens: Tokens
     n_read: int
+    documents: dict[int, Document]
 
 
 class ChunkReader:
@@ -142,14 +147,15 @@ class ChunkReader:
     def render(self, read: Read) -> Chunk:
         rendered = self._render(read.documents)
         numbers = [document_number(document) >> 1 for document in read.documents]
-        lengths = torch.tensor([len(tokens_T) for tokens_T, _ in rendered], dtype=torch.long)
+        lengths = torch.tensor([len(tokens_T) for tokens_T, *_ in rendered], dtype=torch.long)
         tokens = Tokens(
-            torch.cat([torch.empty(0, dtype=torch.long), *(tokens_T for tokens_T, _ in rendered)]),
-            torch.cat([torch.empty(0, dtype=torch.uint8), *(flags_T for _, flags_T in rendered)]),
+            torch.cat([torch.empty(0, dtype=torch.long), *(tokens_T for tokens_T, *_ in rendered)]),
+            torch.cat([torch.empty(0, dtype=torch.uint8), *(flags_T for _, flags_T, _ in rendered)]),
             torch.tensor(read.parts, dtype=torch.int16).repeat_interleave(lengths),
             torch.tensor(numbers, dtype=torch.long).repeat_interleave(lengths),
+            torch.cat([torch.empty((0, 3), dtype=torch.int32), *(chars_T3 for *_, chars_T3 in rendered)]),
         )
-        return Chunk(read.start, tokens, read.n_read)
+        return Chunk(read.start, tokens, read.n_read, dict(zip(numbers, read.documents, strict=True)))
 
 
 def _length(document: Document) -> int:

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 
 from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
-from crosscode.data.text.documents import DocumentSource
+from crosscode.data.text.aligned import NO_CHARACTERS, Aligner, OtherTokens, Piece
+from crosscode.data.text.documents import Document, DocumentSource
 from crosscode.data.text.labels import TEMPLATE, TEXT, Labels
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, ROLE_SHIFT, DocumentRenderer, row_ends
@@ -48,6 +49,15 @@ class TokenBatch:
     segments_HS: torch.Tensor | None
     epoch: int
     labels: Labels | None = None
+    others: tuple[OtherTokens, ...] = ()
+    """the same sequences in tokens of the loader's `others`; positions without a partner in each are masked"""
+    n_apart: int = 0
+    """positions that are masked for that alone"""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What a harvester takes."""
+        return self.tokens_HS, self.segments_HS, *([self.others] if self.others else [])
 
 
 class TokenSequenceLoader:
@@ -55,7 +65,8 @@ class TokenSequenceLoader:
 
     `policy` says how (`TokenPolicy`: `sequence_length` and all that has a default); its fields may be given as keywords
     instead, or beside it to change it. Sources without random access keep their order with `shuffle`.
-    `mask_special_tokens` adds the tokenizer's special ids to `mask_token_ids`.
+    `mask_special_tokens` adds the tokenizer's special ids to `mask_token_ids`. `others`: tokenizers of models that read the same
+    text in tokens of their own, each with the number of positions that they take (None: any); see `data.text.aligned`.
 
     `iter()` starts from the beginning, or from the state that was loaded; `state_dict()` is the position of the
     latest iterator. Tokens that do not fill the last sequence of an epoch are padded; sequences without one usable
@@ -63,7 +74,13 @@ class TokenSequenceLoader:
     """
 
     def __init__(
-        self, source: DocumentSource, tokenizer: Any, policy: TokenPolicy | None = None, **fields: Any
+        self,
+        source: DocumentSource,
+        tokenizer: Any,
+        policy: TokenPolicy | None = None,
+        *,
+        others: Sequence[tuple[Any, int | None]] = (),
+        **fields: Any,
     ) -> None:
         if policy is None or fields:
             policy = checked(TokenPolicy, {**(policy.model_dump() if policy else {}), **fields})
@@ -86,7 +103,10 @@ class TokenSequenceLoader:
             separator_id=self.separator_id,
             template_tokens=policy.template_tokens,
             positions=policy.positions,
+            with_chars=bool(others),
         )
+        self.others = tuple(others)
+        self.aligners = [Aligner(tokenizer, other, policy, limit) for other, limit in others]
         pad_id = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
         self._start: dict[str, Any] | None = None
@@ -102,7 +122,7 @@ class TokenSequenceLoader:
 
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
         """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""
-        return TokenSequenceLoader(self.source, self.tokenizer, self.policy, **changes)
+        return TokenSequenceLoader(self.source, self.tokenizer, self.policy, others=self.others, **changes)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         start, self._start = self._start, None
@@ -134,6 +154,8 @@ class TokenSequenceLoader:
             "dataset": self.source.fingerprint,
             "tokenizer": tokenizer_rules(self.tokenizer),
         }
+        if self.others:
+            settings["other_tokenizers"] = [tokenizer_rules(tokenizer) for tokenizer, _ in self.others]
         return json.dumps(settings, sort_keys=True)
 
 
@@ -155,6 +177,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         self._chunks: Iterator[Chunk] | None = None
         self._reader: ChunkReader | None = None
         self._starts: deque[tuple[Start, int]] = deque()
+        self._documents: deque[dict[int, Document]] = deque()
         self._next_start, self._n_skipped = start, n_used
         self._n_read, self._at_end = start.n_read, False
 
@@ -210,6 +233,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
                 own_HS[h, :at] = own_T[0]
             if at:
                 tokens_HS[h, 0] = loader.row_bos_id or 0
+                whole.chars_T3[h, :at, 1:] = torch.tensor([NO_CHARACTERS, 0], dtype=torch.int32)
                 flags_HS[h, 0] = (
                     DOCUMENT_START | (TEMPLATE if int(flags_HS[h, 0]) >> ROLE_SHIFT else TEXT) << ROLE_SHIFT
                 )
@@ -227,12 +251,44 @@ class _SequenceIterator(Iterator[TokenBatch]):
                 mask_HS &= ~starts_HS
         elif not policy.keeps_first():
             mask_HS[:, 0] = False
+        pieces = self._pieces(whole) if loader.aligners else []
+        others = [align(pieces, policy.sequence_length) for align in loader.aligners]
+        n_usable = int(mask_HS.sum()) if others else 0
+        for other in others:
+            mask_HS &= other.place_HS >= 0
+        n_apart = n_usable - int(mask_HS.sum()) if others else 0
         usable_H = mask_HS.any(dim=1)
         if not usable_H.any():
             return None
         segments_HS = None if segments_HS is None else segments_HS[usable_H]
         labels = whole.labels()[usable_H]
-        return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch, labels)
+        kept = tuple(other[usable_H] for other in others)
+        return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch, labels, kept, n_apart)
+
+    def _pieces(self, whole: Tokens) -> list[list[Piece]]:
+        """Of each sequence the pieces of documents that it shows."""
+        is_first_HS = (whole.flags_T & DOCUMENT_START) != 0
+        n_H = ((whole.flags_T & PADDING) == 0).sum(1).tolist()
+        least = 1 if self._loader.row_bos_id is None else 2  # behind a sequence's own BOS a document is no second one
+        found: list[list[Piece]] = []
+        for h, n in enumerate(n_H):
+            edges = [0, *(s for s in is_first_HS[h, :n].nonzero()[:, 0].tolist() if s >= least), n]
+            found.append([])
+            for first, end in itertools.pairwise(edges):
+                begin, ends_E = int(whole.chars_T3[h, first, 0]), whole.chars_T3[h, first:end, 1]
+                number = int(whole.document_T[h, end - 1])
+                found[-1].append(
+                    Piece(
+                        document=next(some[number] for some in self._documents if number in some),
+                        first_S=first,
+                        ends_E=ends_E,
+                        begin=begin,
+                        end=max(begin, int(ends_E.max())),
+                        is_first=begin == 0 and bool(is_first_HS[h, first]),
+                        is_last=bool(whole.chars_T3[h, end - 1, 2]),
+                    )
+                )
+        return found
 
     def _next_epoch(self) -> None:
         if self._n_sequences == 0:
@@ -263,6 +319,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
             return
         self._n_read = chunk.n_read
         self._starts.append((chunk.start, len(chunk.tokens)))
+        self._documents.append(chunk.documents if self._loader.others else {})
         skipped, self._n_skipped = self._n_skipped, 0
         self._tokens = self._tokens + chunk.tokens[skipped:]
 
@@ -271,6 +328,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
         n_left = len(self._tokens)
         while len(self._starts) > 1 and sum(n for _, n in itertools.islice(self._starts, 1, None)) >= n_left:
             self._starts.popleft()
+            self._documents.popleft()
 
     def _open_chunks(self) -> Iterator[Chunk]:
         loader, policy = self._loader, self._policy

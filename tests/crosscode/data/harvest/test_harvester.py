@@ -165,10 +165,17 @@ def test_bad_hookpoints_are_refused(names, message, model_pair):
         ActivationHarvester(model_pair, names)
 
 
-def test_different_tokenizers_are_refused(model_pair, build_model, build_tokenizer):
-    other = wrap_language_model(build_model("llama"), build_tokenizer([*"abc"]), "other")
-    with pytest.raises(InputError, match=r"'tiny-0' and 'other' have different tokenizers: token 'w0' is 6 .* absent"):
-        ActivationHarvester([model_pair[0], other], ["blocks.1.hook_resid_post"])
+def test_models_of_different_tokenizers_are_told_apart(model_pair, build_model, build_tokenizer):
+    others = [wrap_language_model(build_model("llama"), build_tokenizer([*"abc"]), name) for name in ("one", "two")]
+    harvester = ActivationHarvester([model_pair[0], others[0], model_pair[1], others[1]], ["blocks.1.hook_resid_post"])
+    assert harvester.reads_M == [0, 1, 0, 1]
+    assert harvester.other_tokenizers == [(others[0].tokenizer, 64)]
+    with pytest.raises(InputError, match="'tiny-0', 'one', 'tiny-1', 'two' have different tokenizers: token ids"):
+        harvester.harvest(TOKENS_HS)
+    with pytest.raises(InputError, match=r"'tiny-0' and 'ids' have different tokenizers: one of them has none"):
+        ActivationHarvester(
+            [model_pair[0], wrap_language_model(build_model("llama"), None, "ids")], harvester.hookpoints
+        )
 
 
 def test_bad_tokens_are_refused(model_pair):

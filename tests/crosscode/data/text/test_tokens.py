@@ -209,9 +209,9 @@ def test_a_policy_and_keywords_say_the_same(tokenizer, documents):
 
 def test_help_shows_the_fields_of_the_policy():
     shown = inspect.signature(TokenSequenceLoader).parameters
-    assert list(shown)[:4] == ["source", "tokenizer", "policy", "shuffle"]
+    assert list(shown)[:5] == ["source", "tokenizer", "policy", "others", "shuffle"]
     assert (shown["sequence_length"].default, shown["batch_size"].default) == (inspect.Parameter.empty, 8)
-    assert list(shown)[3:] == list(TokenPolicy.model_fields)
+    assert list(shown)[4:] == list(TokenPolicy.model_fields)
 
 
 def test_stores_and_positions_record_the_fields_that_they_always_did(tokenizer):

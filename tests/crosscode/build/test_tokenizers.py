@@ -1,0 +1,97 @@
+"""Models of different tokenizer in one crosscoder, end to end."""
+
+import pytest
+import torch
+import yaml
+
+import crosscode
+from crosscode.build.data import build_token_loader
+from crosscode.build.experiment import open_experiment
+from crosscode.build.schema import check_config
+from crosscode.errors import InputError
+
+N_WORDS = 60
+
+
+@pytest.fixture(scope="module")
+def letters_lm(save_tiny_lm, tmp_path_factory):
+    """A wider model that reads character by character, from the end of each word on a new token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = str(save_tiny_lm(str(tmp_path_factory.mktemp("letters") / "letters"), seed=7, width=24))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "w", *map(str, range(10)), " "])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def values(tiny_config, tiny_lms, letters_lm):
+    return {**tiny_config, "language_models": [{"path": tiny_lms[0]}, {"path": letters_lm}]}
+
+
+def test_activations_are_those_of_each_model_on_its_own_tokens(values):
+    experiment = open_experiment(check_config(values))
+    harvester = experiment.harvester
+    assert harvester.reads_M == [0, 1] and harvester.dims == (2, 1, 24)
+    batch = next(iter(build_token_loader(experiment, heldout=False)))
+    acts_HSMPD = harvester.harvest(batch.tokens_HS, batch.segments_HS, batch.others)
+    (other,) = batch.others
+    layer = int(values["hookpoints"][0].split(".")[1]) + 1
+    of_each = []
+    for lm, tokens in zip(harvester.models, (batch.tokens_HS, other.tokens_HT), strict=True):
+        with torch.no_grad():
+            of_each.append(lm.model(tokens, output_hidden_states=True).hidden_states[layer])
+    assert int(batch.mask_HS.sum()) > 20
+    for h, s in batch.mask_HS.nonzero().tolist():
+        t = int(other.place_HS[h, s])
+        word = experiment.tokenizer.convert_ids_to_tokens(int(batch.tokens_HS[h, s]))
+        spelt = harvester.models[1].tokenizer.convert_ids_to_tokens(
+            other.tokens_HT[h, t - len(word) + 1 : t + 1].tolist()
+        )
+        assert "".join(spelt) == word
+        torch.testing.assert_close(acts_HSMPD[h, s, 0, 0, :16], of_each[0][h, s], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(acts_HSMPD[h, s, 1, 0], of_each[1][h, t], atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="have different tokenizers"):
+        harvester.harvest(batch.tokens_HS)
+
+
+def ce_on_own_tokens(run):
+    """Of what the second model says behind each partner."""
+    losses, lm, left = [], run.language_models[1], run.config.evaluation.loss_recovered_n_tokens
+    for batch in build_token_loader(run.experiment, heldout=True):
+        (other,) = batch.others
+        with torch.no_grad():
+            log_prob_HTV = lm.model(other.tokens_HT).logits.log_softmax(-1)
+        for h, s in batch.mask_HS.nonzero().tolist():
+            t = int(other.place_HS[h, s])
+            if t + 1 < other.tokens_HT.shape[1] and bool(other.usable_HT[h, t + 1]):
+                losses.append(-log_prob_HTV[h, t, other.tokens_HT[h, t + 1]])
+        left -= int(batch.mask_HS.sum())
+        if left <= 0:
+            break
+    return float(torch.stack(losses).mean())
+
+
+def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    run = crosscode.train(path, progress=False)
+    recovered = run.evaluate().loss_recovered
+    assert len(recovered) == 2
+    assert recovered[run.model.position_names[1]].ce_clean == pytest.approx(ce_on_own_tokens(run), rel=1e-5)
+    assert run.report().is_file()
+    latents = run.latents("w1 w22 w3 w4")
+    assert latents.tokens[-4:] == [" w1", " w22", " w3", " w4"]
+    assert bool(latents.values_SL.to_dense()[-4:].any(1).all())
+    texts = {name: logits.top(1)[0][0] for name, logits in run.logits(0).items()}
+    assert len(texts) == 2 and len(list(texts.values())[1].strip()) <= 6
+    steered = run.compare_steered("w1 w2", {0: 1.0}, n_tokens=2)
+    assert len(steered) == 2
+    with pytest.raises(InputError, match="different tokenizers"):
+        run.closes([0])
+    with pytest.raises(InputError, match="different tokenizers"), run.ablate([0]):
+        run.language_models[0].model(torch.arange(4, 12)[None])
