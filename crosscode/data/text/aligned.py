@@ -10,6 +10,7 @@ H sequences · S positions of the first tokenizer · T positions of the other ·
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.chats import Span, message_spans
 from crosscode.data.text.documents import Document
+from crosscode.data.text.render import DOCUMENT_START, NO_CHARACTERS, PADDING
+from crosscode.data.text.token_chunks import Tokens
 from crosscode.errors import InputError
 
-NO_CHARACTERS = -1
 _MESSAGE_SHIFT = 32
 
 
@@ -71,6 +73,33 @@ class Piece:
     """whether it ends here"""
 
 
+def pieces_of(whole: Tokens, documents: Sequence[Mapping[int, Document]], has_own_bos: bool) -> list[list[Piece]]:
+    """The pieces of documents that each of the sequences `whole` shows. `documents`: by the numbers that tokens bear;
+    `has_own_bos`: sequences begin with a BOS, behind which a document is no second piece."""
+    is_first_HS = (whole.flags_T & DOCUMENT_START) != 0
+    n_H = ((whole.flags_T & PADDING) == 0).sum(1).tolist()
+    least = 1 + has_own_bos
+    found: list[list[Piece]] = []
+    for h, n in enumerate(n_H):
+        edges = [0, *(s for s in is_first_HS[h, :n].nonzero()[:, 0].tolist() if s >= least), n]
+        found.append([])
+        for first, end in itertools.pairwise(edges):
+            begin, ends_E = int(whole.chars_T3[h, first, 0]), whole.chars_T3[h, first:end, 1]
+            number = int(whole.document_T[h, end - 1])
+            found[-1].append(
+                Piece(
+                    document=next(some[number] for some in documents if number in some),
+                    first_S=first,
+                    ends_E=ends_E,
+                    begin=begin,
+                    end=max(begin, int(ends_E.max())),
+                    is_first=begin == 0 and bool(is_first_HS[h, first]),
+                    is_last=bool(whole.chars_T3[h, end - 1, 2]),
+                )
+            )
+    return found
+
+
 @dataclass
 class Aligner:
     """Makes `OtherTokens` of the pieces of sequences.
@@ -84,7 +113,6 @@ class Aligner:
     policy: TokenPolicy
     max_length: int | None = None
     """positions that the other model takes; what is beyond has no partner"""
-    masked_ids: Sequence[int] = ()
     _known: dict[int, tuple[str, str, list[tuple[Span, Span]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

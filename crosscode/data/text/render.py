@@ -12,7 +12,6 @@ import torch
 
 from crosscode.config.data import TemplateTokens
 from crosscode.config.positions import PositionRules
-from crosscode.data.text.aligned import NO_CHARACTERS
 from crosscode.data.text.chats import chat_text, message_spans
 from crosscode.data.text.documents import Document
 from crosscode.data.text.labels import TEMPLATE, TEXT, UNKNOWN
@@ -22,6 +21,8 @@ from crosscode.errors import InputError
 MASKED = 1
 DOCUMENT_START = 2
 PADDING = 4
+NO_CHARACTERS = -1
+"""Where a token ends that ends no character."""
 ROLE_SHIFT = 3
 """A flag byte has the number of the token's role above these."""
 

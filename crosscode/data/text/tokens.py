@@ -24,11 +24,19 @@ import torch
 
 from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
-from crosscode.data.text.aligned import NO_CHARACTERS, Aligner, OtherTokens, Piece
+from crosscode.data.text.aligned import Aligner, OtherTokens, pieces_of
 from crosscode.data.text.documents import Document, DocumentSource
 from crosscode.data.text.labels import TEMPLATE, TEXT, Labels
 from crosscode.data.text.mixture import parts_of
-from crosscode.data.text.render import DOCUMENT_START, MASKED, PADDING, ROLE_SHIFT, DocumentRenderer, row_ends
+from crosscode.data.text.render import (
+    DOCUMENT_START,
+    MASKED,
+    NO_CHARACTERS,
+    PADDING,
+    ROLE_SHIFT,
+    DocumentRenderer,
+    row_ends,
+)
 from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, Tokens, WorkerChunks
 from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError, check_settings
@@ -251,7 +259,7 @@ class _SequenceIterator(Iterator[TokenBatch]):
                 mask_HS &= ~starts_HS
         elif not policy.keeps_first():
             mask_HS[:, 0] = False
-        pieces = self._pieces(whole) if loader.aligners else []
+        pieces = pieces_of(whole, self._documents, loader.row_bos_id is not None) if loader.aligners else []
         others = [align(pieces, policy.sequence_length) for align in loader.aligners]
         n_usable = int(mask_HS.sum()) if others else 0
         for other in others:
@@ -264,31 +272,6 @@ class _SequenceIterator(Iterator[TokenBatch]):
         labels = whole.labels()[usable_H]
         kept = tuple(other[usable_H] for other in others)
         return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch, labels, kept, n_apart)
-
-    def _pieces(self, whole: Tokens) -> list[list[Piece]]:
-        """Of each sequence the pieces of documents that it shows."""
-        is_first_HS = (whole.flags_T & DOCUMENT_START) != 0
-        n_H = ((whole.flags_T & PADDING) == 0).sum(1).tolist()
-        least = 1 if self._loader.row_bos_id is None else 2  # behind a sequence's own BOS a document is no second one
-        found: list[list[Piece]] = []
-        for h, n in enumerate(n_H):
-            edges = [0, *(s for s in is_first_HS[h, :n].nonzero()[:, 0].tolist() if s >= least), n]
-            found.append([])
-            for first, end in itertools.pairwise(edges):
-                begin, ends_E = int(whole.chars_T3[h, first, 0]), whole.chars_T3[h, first:end, 1]
-                number = int(whole.document_T[h, end - 1])
-                found[-1].append(
-                    Piece(
-                        document=next(some[number] for some in self._documents if number in some),
-                        first_S=first,
-                        ends_E=ends_E,
-                        begin=begin,
-                        end=max(begin, int(ends_E.max())),
-                        is_first=begin == 0 and bool(is_first_HS[h, first]),
-                        is_last=bool(whole.chars_T3[h, end - 1, 2]),
-                    )
-                )
-        return found
 
     def _next_epoch(self) -> None:
         if self._n_sequences == 0:
