@@ -42,6 +42,8 @@ _SAES = {
 }
 _NORMS = {"sum": (1, "CROSSCODER"), "joint": (2, "SAE"), None: (4, "NONE")}
 """`code_normalization_id`, by which norm a BatchTopK ranks"""
+_EPSILON = 1e-8
+"""which it adds to the scaling of a crosscoder's position before it divides the output by it"""
 
 
 @FORMATS.register
@@ -218,12 +220,15 @@ def _write_crosscoder(coder: PlainCoder, folder: Path) -> None:
     part, n_positions = coder.part, coder.b_dec_XoDo[..., 0].numel()
     is_ranked = part.activation.get("rank_by") == "decoder_norm_weighted"
     norm_id, norm = _NORMS[coder.decoder_norm if is_ranked or part.kind == "relu" else None]
-    W_enc_LXD, W_dec_LXD = part.W_enc_LXiDi.flatten(1, -2), part.W_dec_LXoDo.flatten(1, -2)
+    W_enc_LXD, W_dec_LXD, theta = part.W_enc_LXiDi.flatten(1, -2), part.W_dec_LXoDo.flatten(1, -2), part.theta_ranked
     b_dec_XD, s_X = coder.b_dec_XoDo.flatten(0, -2), torch.ones(n_positions)
     off_XD, mean_XD = torch.full((n_positions, coder.d_in), torch.nan), torch.full((n_positions, coder.d_in), torch.nan)
     if is_ranked and coder.scaling_Xo is not None and bool((coder.scaling_Xo != 1).any()):
-        # It ranks by the norms that it sees: they must be those of training, so that the scaling stays outside.
+        # It ranks by the norms that it sees: they must be those of training, so that the scaling stays outside. What is
+        # compared is homogeneous in the scaling: all of it times one number, so that _EPSILON is nothing beside the least.
         s_X = coder.scaling_Xo.flatten()
+        factor = torch.exp2((1 / s_X.min()).log2().ceil().clamp(min=0))
+        s_X, theta = s_X * factor, None if theta is None else theta * factor
         W_enc_LXD, W_dec_LXD, b_dec_XD = W_enc_LXD / s_X[:, None], W_dec_LXD * s_X[:, None], b_dec_XD * s_X[:, None]
         off_XD, mean_XD = torch.ones_like(off_XD), torch.zeros_like(mean_XD)
     tensors = {
@@ -245,9 +250,9 @@ def _write_crosscoder(coder: PlainCoder, folder: Path) -> None:
         "code_normalization": norm,
     }
     if part.kind != "relu":
-        assert part.theta_ranked is not None
+        assert theta is not None
         config["k"] = part.activation["k"]
-        tensors |= {"k": torch.tensor(config["k"], dtype=torch.int32), "threshold": part.theta_ranked}
+        tensors |= {"k": torch.tensor(config["k"], dtype=torch.int32), "threshold": theta}
     write_tensors(folder / CROSSCODER_WEIGHTS, tensors)
     write_json(folder / CONFIG, config)
 
@@ -263,9 +268,9 @@ def _read_crosscoder(name: str, tensors: Tensors, config: dict[str, Any], file: 
     b_enc_L, b_dec_XD, s_X = tensors["encoder.bias"], tensors["decoder.bias"], None
     mean_XD, std_XD = tensors.get("activation_mean"), tensors.get("activation_std")
     if mean_XD is not None and std_XD is not None and not bool((mean_XD.isnan() | std_XD.isnan()).any()):
-        s_X = tensors["activation_global_scale"]
-        W_enc_LXD = W_enc_LXD * s_X[:, None]
+        W_enc_LXD = W_enc_LXD * tensors["activation_global_scale"][:, None]
         b_enc_L = b_enc_L - torch.einsum("lxd,xd->l", W_enc_LXD, mean_XD)
+        s_X = tensors["activation_global_scale"] + _EPSILON
         W_dec_LXD, b_dec_XD = W_dec_LXD / s_X[:, None], b_dec_XD / s_X[:, None] + mean_XD
         s_X = s_X[:, None]
     activation: dict[str, Any] = {"type": "relu"}

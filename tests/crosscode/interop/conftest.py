@@ -102,7 +102,7 @@ class Exported:
 @pytest.fixture
 def awkward(randomise):
     """`awkward(architecture, activation, hookpoints=..., scaled=..., seed=...)`: zero decoder vectors, dead latents,
-    thresholds far below 1, scaling that differs by position."""
+    thresholds far below 1, scaling that differs by position; `scaled` a number: from that on down to a thousandth of it."""
 
     @torch.no_grad()
     def make(architecture, activation, *, hookpoints=None, scaled=True, seed=0, n_layers=None):
@@ -125,6 +125,8 @@ def awkward(randomise):
         s_in, s_out = torch.ones(model.in_dims), torch.ones(model.out_dims)
         if scaled:
             s_in = torch.rand(model.in_dims, generator=generator) * 3 + 0.2
+            if scaled is not True:
+                s_in = scaled * 10 ** -torch.linspace(0, 3, s_in.numel()).reshape(s_in.shape)
             same = model.in_dims == model.out_dims
             s_out = s_in if same else torch.rand(model.out_dims, generator=generator) * 3 + 0.2
         model.fold_activation_scaling_into_weights_(s_in, s_out)

@@ -67,6 +67,23 @@ def _dims(kind, case):
     return dims[-1:] if kind == "crosscoder_1x1" else dims
 
 
+@pytest.mark.parametrize("scaled", [1e-3, 1e3])
+@pytest.mark.parametrize("active", ["relu", "batch_topk_by_norm"])
+@pytest.mark.parametrize("kind", ["crosscoder_2x1", "crosscoder_2x3"])
+def test_scaling_far_from_1_is_held_at_every_position(kind, active, scaled, awkward, tmp_path):
+    case = awkward(kind, active, scaled=scaled)
+    folder = case.model.export("dictionary-learning", tmp_path / "out")
+    latents_BL, y_BXoDo = case.expected()
+    a_BL, y_BXD = foreign.dictionary_learning(folder, case.raw_BXiDi.double())
+    back = BaseCrosscoder.load(folder, backend="torch")
+    back_BXD = back(case.raw_BXiDi).reshape(y_BXD.shape)
+    assert_same(a_BL, latents_BL, 1e-5)
+    assert_same(back.encode(case.raw_BXiDi), latents_BL, 1e-6)
+    for x, expected_BD in enumerate(y_BXoDo.flatten(1, -2).unbind(1)):  # whose sizes differ by thousands
+        assert_same(y_BXD[:, x], expected_BD, 1e-5)
+        assert_same(back_BXD[:, x], expected_BD, 1e-6)
+
+
 @pytest.mark.parametrize(("to", "kind", "active"), HOLDS)
 def test_what_goes_out_comes_back(to, kind, active, awkward, tmp_path):
     case = awkward(kind, active)
