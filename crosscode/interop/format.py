@@ -16,7 +16,7 @@ from torch import Tensor
 from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError, first_line
 from crosscode.files import save_tensors, write_json
-from crosscode.interop.plain import PlainCoder
+from crosscode.interop.plain import CROSSCODER, PlainCoder
 from crosscode.stored import parse_json
 
 Tensors = dict[str, Tensor]
@@ -72,7 +72,7 @@ FORMATS: Registry[Any] = Registry("format", "crosscode.interop.formats")
 # ---- refusals that several formats share
 
 
-def several_parts(coder: PlainCoder, works: str) -> str | None:
+def several_parts(coder: PlainCoder) -> str | None:
     """For formats of one encoder and one decoder vector for each latent."""
     names = [f"{name!r}" for name in coder.metadata.get("output_positions") or []]
     which = f" (one of {', '.join(names)})" if names else ""
@@ -80,7 +80,8 @@ def several_parts(coder: PlainCoder, works: str) -> str | None:
     if len(coder.parts) > 1:
         return "a compound cross-layer transcoder has an encoder for each layer; take circuit-tracer"
     if any(size != 1 for axis in dims for size in axis):
-        return f"the model has several positions {dims[0]} -> {dims[1]}: name one{which} with --position, or {works}"
+        other = ", or take dictionary-learning, which has crosscoders" if coder.kind == CROSSCODER else ""
+        return f"the model has several positions {dims[0]} -> {dims[1]}: name one{which} with --position{other}"
     return None
 
 

@@ -98,7 +98,8 @@ def feature_records(
     study: LatentsPass, records: LatentRecords, tokenizer: Any, layer: int, name: str, latents: range
 ) -> Iterator[dict[str, Any]]:
     """circuit-tracer's record of each of a layer's latents, in order. Logits are of the last output position that a latent
-    writes to."""
+    writes to. `quantile_values` are the 100 percentiles of what is above 0; bins of the `histogram` end at `act_max`, as its
+    page draws them."""
     text = TokenDisplay(tokenizer).text
 
     def shown(example: Example) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def feature_records(
         counts_N = records.histograms.counts_LN[latent]
         upper = float(records.histograms.upper_L[latent])
         within_N = counts_N.cumsum() / max(int(counts_N.sum()), 1)
-        quantiles = [float(np.searchsorted(within_N, q) + 1) * upper / len(counts_N) for q in (0.25, 0.5, 0.75)]
+        percentiles = (np.searchsorted(within_N, np.arange(1, 101) / 100) + 1) * upper / len(counts_N)
         yield {
             "transcoder_id": name,
             "index": cantor(layer, latent - latents.start),
@@ -128,8 +129,8 @@ def feature_records(
             "bottom_logits": [] if ends is None else [of_logit(token) for token in ends.bottom_id_LE[latent].tolist()],
             "act_min": 0.0,
             "act_max": float(study.firing.max_L[latent]),
-            "quantile_values": quantiles,
-            "histogram": counts_N.tolist(),
+            "quantile_values": percentiles.tolist(),
+            "histogram": np.trim_zeros(counts_N, "b").tolist(),
             "activation_frequency": float(study.firing.density_L[latent]),
         }
 

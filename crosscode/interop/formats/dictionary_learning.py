@@ -61,11 +61,11 @@ class DictionaryLearning(Format):
         kind = coder.parts[0].kind
         if coder.kind == CROSSCODER:
             return _crosscoder_problem(coder)
-        several = several_parts(coder, "take it as a crosscoder")
-        if several:
-            return several
         if coder.has_skip or coder.is_transcoder or coder.d_in != coder.d_out:
             return "it has SAEs and crosscoders, no transcoder and no skip; take saelens, sparsify or circuit-tracer"
+        several = several_parts(coder)
+        if several:
+            return several
         if kind not in _SAES:
             return f"it has no {kind}; sparsify holds it"
         return None

@@ -55,7 +55,7 @@ class SAELens(Format):
 
     def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
-        several = several_parts(coder, "take dictionary-learning, which has crosscoders")
+        several = several_parts(coder)
         if several:
             return several
         kind = coder.part.kind

@@ -42,7 +42,7 @@ class Sparsify(Format):
 
     def refusal(self, coders: Sequence[PlainCoder], *, complete: bool = True) -> str | None:
         (coder,) = coders
-        several = several_parts(coder, "take dictionary-learning, which has crosscoders")
+        several = several_parts(coder)
         if several:
             return several
         if coder.part.kind not in ("topk", "groupmax"):

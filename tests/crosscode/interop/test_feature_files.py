@@ -87,6 +87,10 @@ def test_every_layer_of_a_set_has_its_features(set_run, tmp_path, capsys):
             assert record["index"] == cantor(layer, i)
             assert record["act_max"] == pytest.approx(table["max_activation"][latent], rel=1e-5)
             assert len(record["top_logits"]) > 0, "of the layer that it writes to"
+            assert sum(record["histogram"]) == table["firings"][latent] and record["histogram"][-1:] != [0]
+            values = record["quantile_values"]  # which the page reads as percentiles
+            assert len(values) == 100 and values == sorted(values)
+            assert record["act_max"] <= values[-1] * 1.001 and values[-1] <= record["act_max"] * (1 + 2 / 32)
     shared = tmp_path / "shared"
     assert main(["report", str(set_run), "--features", str(shared)]) == 0
     assert {p.name: p.read_bytes() for p in (shared / "features").iterdir()} == {
