@@ -21,6 +21,7 @@ from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.formats import today
+from crosscode.interop.hub import local
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.runs.directory import open_run
@@ -32,15 +33,15 @@ log = logging.getLogger("crosscode")
 
 
 class FinishedRun:
-    """What a run directory holds, each part loaded when it is first asked for. `trust_remote_code`: as of
-    `load_own_config`.
+    """What a run directory holds, or a repository USER/NAME on the hub, each part loaded when it is first asked for.
+    `trust_remote_code`: as of `load_own_config`.
 
     Raises:
         InputError: no run there; later, where it holds no model yet.
     """
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
-        self.directory, self._trust_remote_code = open_run(path), trust_remote_code
+        self.directory, self._trust_remote_code = open_run(local(path)), trust_remote_code
         self.path, self._seen = self.directory.path, self.directory.seen()
 
     @cached_property

@@ -17,7 +17,7 @@ what has thresholds keeps them. DIR becomes a run; FVU and L0 before and after a
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     activation: str = "jumprelu"
     """jumprelu or batch_topk"""
     out: Path | None = Field(default=None, title="DIR")
@@ -30,9 +30,11 @@ def run(options: Options) -> None:
     quiet_libraries()
     from crosscode.build.converting import convert
     from crosscode.build.finished import FinishedRun
+    from crosscode.interop.hub import is_repo
 
     run = FinishedRun(options.run_dir, options.trust_remote_code)
-    out = options.out or run.path.with_name(f"{run.path.name}-{options.activation}")
+    near = Path(Path(options.run_dir).name) if is_repo(options.run_dir) else run.path
+    out = options.out or near.with_name(f"{near.name}-{options.activation}")
     done = convert(run, options.activation, out)
     print(f"run         {done.path}")
     print(f"FVU         {done.before.fvu:.4f} -> {done.after.fvu:.4f}")

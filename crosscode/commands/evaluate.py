@@ -15,7 +15,7 @@ from crosscode.files import json_text
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config, and the figures are kept in the run"""
     closes: bool = False

@@ -15,7 +15,7 @@ from crosscode.config.registry import ConfigModel
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     to: Literal["circuit-tracer", "delphi", "dataset"] = Field(title="FORMAT")
     """circuit-tracer, delphi, or dataset: a parquet file with a row for each latent"""
     out: Path = Field(title="DIR")

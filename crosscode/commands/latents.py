@@ -11,7 +11,7 @@ from crosscode.config.registry import ConfigModel
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     text: str = Field(title="TEXT")
     """what the language models read"""
     chat: bool = False

@@ -24,7 +24,7 @@ STEERED = 2.0
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
     csv: Path | None = Field(default=None, title="FILE")

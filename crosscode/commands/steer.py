@@ -13,7 +13,7 @@ from crosscode.config.registry import ConfigModel
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory"""
+    """run directory, or USER/NAME on the hub"""
     latent: list[NonNegativeInt] = Field(min_length=1, title="LATENT")
     """which latent; several times for several latents"""
     strength: float = 1.0

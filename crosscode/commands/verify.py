@@ -14,17 +14,19 @@ from crosscode.errors import CrosscodeError, InputError
 
 class Options(ConfigModel):
     path: Path = Field(title="RUN|STORE")
-    """a run, a sweep, a saved model, or a store"""
+    """a run, a sweep, a saved model, or a store; or a repository USER/NAME"""
 
 
 def run(options: Options) -> None:
-    if not options.path.is_dir():
-        raise InputError(f"verify: {str(options.path)!r}: no such folder")
-    from crosscode.build.verify import verify
-
     quiet_libraries()
+    from crosscode.build.verify import verify
+    from crosscode.interop.hub import local
+
+    path = local(options.path)
+    if not path.is_dir():
+        raise InputError(f"verify: {str(options.path)!r}: no such folder")
     n_all = n_bad = 0
-    for name, problem in verify(options.path):
+    for name, problem in verify(path):
         print(
             f"{'whole' if problem is None else 'damaged':8}{name}{'' if problem is None else f': {problem}'}",
             flush=True,

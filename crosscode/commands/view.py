@@ -11,7 +11,7 @@ from crosscode.config.registry import ConfigModel
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory, with what `crosscode report RUN` writes"""
+    """run directory, with what `crosscode report RUN` writes; or USER/NAME on the hub"""
     port: int = Field(default=8000, ge=0, le=65535, title="N")
     """where it listens on 127.0.0.1; 0: a free one"""
     trust_remote_code: bool = False

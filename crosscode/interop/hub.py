@@ -19,13 +19,13 @@ from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
 from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
+from crosscode.runs.run_files import CONFIG_FILE as RUN_CONFIG
 from crosscode.runs.run_files import write_marker
 from crosscode.stored import Evaluation, Summary, read_json
 
 log = logging.getLogger("crosscode")
 
 CARD = "README.md"
-RUN_CONFIG = "config.yaml"
 _OF_RUN = (RUN_CONFIG, "summary.json", "evaluation.json", "report.html")
 _PULLED = (*MODEL_FILES, CHECKSUMS_FILE, CARD, *_OF_RUN)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,7 +64,10 @@ def pull(name: str, out: Path, revision: str | None = None) -> Path:
     check_is_no_link(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
-    found = fetch(name, revision)
+    return _copied(fetch(name, revision), out)
+
+
+def _copied(found: Path, out: Path) -> Path:
     check_undamaged(found)
     is_run = (found / RUN_CONFIG).is_file()
     with new_folder(out, RUN_CONFIG if is_run else CONFIG_FILE) as folder:
@@ -76,6 +79,19 @@ def pull(name: str, out: Path, revision: str | None = None) -> Path:
                 inner = "final" if is_run and file in (*MODEL_FILES, CHECKSUMS_FILE) else ""
                 shutil.copyfile(found / file, folder / inner / file)
     return out
+
+
+def local(source: str | Path) -> Path:
+    """The path itself, or of a repository USER/NAME what `pull` makes of it: beside the hub's own cache, once for each
+    commit."""
+    if not is_repo(str(source)):
+        return Path(source)
+    found = fetch(str(source))
+    from huggingface_hub import constants
+
+    out = Path(constants.HF_HOME) / "crosscode" / source / found.name
+    log.info("%s lies in %s", source, out)
+    return out if out.is_dir() else _copied(found, out)
 
 
 def contents(
@@ -98,12 +114,13 @@ def contents(
         check_is_no_link(run / file)
         if (run / file).is_file():
             found[file] = run / file
-    if run is not None and RUN_CONFIG in found:
-        found[RUN_CONFIG] = _for_others(run / RUN_CONFIG)
+    config = _for_others(run / RUN_CONFIG) if run is not None and RUN_CONFIG in found else None
+    if config is not None:
+        found[RUN_CONFIG] = config
     for file in [] if features is None else sorted((features / "features").iterdir()):
         check_is_no_link(file)
         found[f"features/{file.name}"] = file
-    return {**found, CARD: card(model_folder, run, name, licence)}
+    return {**found, CARD: card(model_folder, run, name, licence, config)}
 
 
 def _for_others(file: Path) -> str:
@@ -180,10 +197,10 @@ class _hub:
 # ---- the card
 
 
-def card(model_folder: Path, run: Path | None, name: str, licence: str | None = None) -> str:
-    """The text of README.md: what the model is, its figures, and how to load it."""
-    config = read_config(model_folder)
-    spec, metadata = config["model"], config["metadata"]
+def card(model_folder: Path, run: Path | None, name: str, licence: str | None = None, config: str | None = None) -> str:
+    """The text of README.md: what the model is, its figures, how to load it, and the text of the run's config."""
+    saved = read_config(model_folder)
+    spec, metadata = saved["model"], saved["metadata"]
     models = [model for model in metadata.get("language_models") or [] if model.get("path")]
     architecture = str(metadata.get("architecture") or spec["kind"])
     source = ((metadata.get("config") or {}).get("data") or {}).get("source") or {}
@@ -221,6 +238,8 @@ def card(model_folder: Path, run: Path | None, name: str, licence: str | None = 
         "",
     ]
     lines += ["It takes raw activations of its hookpoints: the scaling of training is folded into the weights.", ""]
+    if config is not None:
+        lines += [f"`{RUN_CONFIG}`, with which it was trained:", "", "```yaml", config.rstrip(), "```", ""]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
 
 

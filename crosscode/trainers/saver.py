@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Saver:
         scaling: what the model's activations are multiplied with.
         recent: the last activations, by which saved thresholds are set.
         parts: all but these and the model that has a `state_dict`, by its name in checkpoints.
+        evaluated: within it the model has the weights that are kept (`OptimizerPlan.evaluated`).
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class Saver:
         scaling: Callable[[], Scaling],
         recent: RecentActivations,
         parts: Mapping[str, Any],
+        evaluated: Callable[[], AbstractContextManager[None]],
     ):
         self.checkpoints, self.model, self.metadata, self.scaling = checkpoints, model, metadata, scaling
         self.recent, self.parts = recent, {**parts, "recent": recent}
-        self.saved_step = -1
+        self.saved_step, self.evaluated = -1, evaluated
 
     def save(self, counts: Mapping[str, float], *, or_warn: bool = False) -> None:
         """`checkpoints/step_N/`: the unfolded model, the state of all parts, and `counts`, of which one is `step`.
@@ -52,7 +55,7 @@ class Saver:
 
         def write(folder: Path) -> None:
             write_state(folder, state)
-            with self.recent.settled():
+            with self.evaluated(), self.recent.settled():
                 write_model(self.model, folder, self.metadata, self.scaling())
 
         try:

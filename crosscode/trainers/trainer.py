@@ -30,7 +30,7 @@ from crosscode.stopping import Stopped, StopSignals, interruptible
 from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
-from crosscode.trainers.constraints import Constraint, constraints_for
+from crosscode.trainers.constraints import Constraint, constrain, constraints_for
 from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures, training_metrics
 from crosscode.trainers.firing import FiringTracker
@@ -109,8 +109,9 @@ class Trainer:
         parts |= {"data": data, "random": RandomState(), **({"objective": objective} if objective.state_dict() else {})}
         self.recent = RecentActivations(model, config.grad_accumulation)
         self.saver = Saver(
-            self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts
-        )
+            self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts,
+            lambda: self.optimizer_plan.evaluated(self.optimizer, lambda: constrain(self.constraints, model)),
+        )  # fmt: skip
 
     # ---- the loop
 
@@ -191,8 +192,7 @@ class Trainer:
                 constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
             self.optimizer.step()
-            for constraint in self.constraints:
-                constraint.after_step(self.model)
+            constrain(self.constraints, self.model)
             self.optimizer.zero_grad(set_to_none=True)
             self.step, self.tokens = self.step + 1, self.tokens + acts_BMPD.shape[0]
             resample_if_due(self, input_BXiDi, target_BXoDo)
@@ -219,8 +219,7 @@ class Trainer:
     def finish(self) -> EvaluationResult | None:
         """Fold the scaling in, write `final/`, evaluate, write `summary.json`."""
         self.optimizer_plan.start_evaluation(self.optimizer)
-        for constraint in self.constraints:
-            constraint.after_step(self.model)
+        constrain(self.constraints, self.model)
         self.recent.settle_()
         self.model.eval()
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))

@@ -21,3 +21,9 @@ def constraints_for(model: BaseCrosscoder, configured: Sequence[Constraint] = ()
     for constraint in constraints:
         constraint.check_model(model)
     return constraints
+
+
+def constrain(constraints: Sequence[Constraint], model: BaseCrosscoder) -> None:
+    """Make all of them hold, in their order."""
+    for constraint in constraints:
+        constraint.after_step(model)

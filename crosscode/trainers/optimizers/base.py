@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +50,13 @@ class OptimizerPlan(Configured, ABC):
 
     def start_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights in place that are evaluated and kept (an average, for schedule-free optimizers)."""
+
+    def evaluated(
+        self, optimizer: torch.optim.Optimizer, constrain: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """Within the block those weights are in place, constrained; afterwards those of before, to the bit. Where they are
+        others, the optimizer's state holds those of before."""
+        return nullcontext()
 
 
 def lr_groups(model: BaseCrosscoder, lr: float, threshold_lr_factor: float | None = None) -> list[dict[str, object]]:

@@ -7,8 +7,9 @@ the gradient in place of the gradient (as EleutherAI's sparsify trains).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -18,8 +19,27 @@ from crosscode.config.registry import ConfigModel
 from crosscode.models.base import BaseCrosscoder
 from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_groups, warmup_and_decay
 
+_WEIGHT = "training_weight"
+"""in a saved state: the weight at which gradients are taken, where the saved model has the average"""
+
 
 class _SignSGD(SGDScheduleFree):
+    def _params(self) -> list[torch.nn.Parameter]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        weights = {i: {_WEIGHT: param.detach()} for i, param in enumerate(self._params())}
+        return {**found, "state": {i: {**found["state"].get(i, {}), **weight} for i, weight in weights.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for param in self._params():  # a state of before has none: its model has these weights
+            weight = self.state[param].pop(_WEIGHT, None)
+            if weight is not None:
+                param.copy_(weight)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         for group in self.param_groups:
@@ -66,3 +86,18 @@ class SignSGDScheduleFree(OptimizerPlan):
     def start_evaluation(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, _SignSGD)
         optimizer.eval()
+
+    @contextmanager
+    def evaluated(self, optimizer: torch.optim.Optimizer, constrain: Callable[[], None]) -> Iterator[None]:
+        assert isinstance(optimizer, _SignSGD)
+        params = optimizer._params()
+        before = [param.detach().clone() for param in params]
+        self.start_evaluation(optimizer)
+        try:
+            constrain()
+            yield
+        finally:
+            self.start_training(optimizer)
+            with torch.no_grad():
+                for param, weight in zip(params, before, strict=True):
+                    param.copy_(weight)

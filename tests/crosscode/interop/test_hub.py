@@ -140,9 +140,13 @@ def test_a_model_goes_up_and_comes_down(hub, run_dir, tmp_path):
         pull,
         ["pull", "somebody/nothing", "--out", str(tmp_path / "none")],
         ["export", "somebody/diff", "--to", "dictionary-learning", "--out", str(tmp_path / "out")],
+        ["verify", "somebody/diff"],
+        ["evaluate", "somebody/diff"],
         then_load=True,
     )
-    assert codes == [0, 0, 2, 2, 0], said
+    assert codes == [0, 0, 2, 2, 0, 1, 2], said  # the figures and the config are made up
+    assert said.count("whole ") >= 3, "a repository is verified as the run that it is pulled as"
+    assert f"hf/crosscode/somebody/diff/{COMMIT}" in said, "where evaluate looked"
     assert said.splitlines()[-1] == "24" or "24" in said.splitlines()
     assert "is there already" in said and "hub 'somebody/nothing': " in said and "Traceback" not in said
     assert "private" in (hub.made[0].get("visibility"), *hub.made[0])
@@ -153,7 +157,7 @@ def test_a_model_goes_up_and_comes_down(hub, run_dir, tmp_path):
     front = yaml.safe_load(front)
     assert front["library_name"] == "crosscode" and front["license"] == "mit"
     assert front["base_model"] == ["somebody/base", "somebody/tuned"]
-    assert "| FVU | 0.1235 |" in text and 'from_pretrained("somebody/diff")' in text
+    assert "| FVU | 0.1235 |" in text and 'from_pretrained("somebody/diff")' in text and "```yaml\nname: run" in text
     assert read_marker(tmp_path / "pulled")["kind"] == "run", "one with a config is a run again"
     pulled = BaseCrosscoder.load(tmp_path / "pulled" / "final", backend="torch")
     assert torch.equal(pulled(case.raw_BXiDi), case.model(case.raw_BXiDi))

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from crosscode.errors import InputError
+from crosscode.models import BaseCrosscoder
+from crosscode.models.checkpoint import load_model
 from crosscode.trainers.optimizers import OPTIMIZERS
 
 
@@ -65,3 +67,35 @@ def test_the_default_rate_falls_with_the_root_of_the_number_of_latents(make_case
 def test_momentum_must_lie_between_0_and_1():
     with pytest.raises(InputError, match=r"optimizer.momentum = 1.0"):
         OPTIMIZERS["sign_sgd_schedule_free"](momentum=1.0)
+
+
+def test_a_checkpoint_has_the_weights_that_are_evaluated(make_trainer, planted):
+    options = {"optimizer": {"type": "sign_sgd_schedule_free", "lr": 0.01}, "checkpoint_every": 5, "keep_last": 9}
+    trainer = make_trainer("run", data=planted(dims=(2, 1, 6)), **options)
+    trainer.start()
+    batches = iter(trainer.data)
+    for _ in range(5):
+        trainer.train_step(next(batches))
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    saved = load_model(
+        BaseCrosscoder, trainer.run.checkpoint(5), backend="torch", device=torch.device("cpu"), fold=False
+    ).state_dict()
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
+    trainer.optimizer_plan.start_evaluation(trainer.optimizer)
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(saved[name], weight) and not torch.equal(saved[name], before[name]), name
+
+
+def test_a_state_of_before_goes_on_from_the_weights_of_its_model(plan, make_case):
+    model = make_case("acausal_2x1").model
+    optimizer = plan.build(model)
+    set_gradients(model, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        own.pop("training_weight")
+    again = plan.build(model)
+    before = [param.detach().clone() for param in model.parameters()]
+    again.load_state_dict(state)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(set(again.state[param]) == {"z"} for param in model.parameters())
