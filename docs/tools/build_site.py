@@ -1,8 +1,9 @@
 """Build the site in `build/site`: `make docs`.
 
 Its sources are the pages that a git host shows as well: README.md, CONTRIBUTING.md, docs/*.md, the notebooks in examples/.
-They are copied side by side into `build/pages`, with their links following. Written here, at each build: every field of a config
-and every public name. A link that leads nowhere, a page that is in no menu, or a public name without a docstring ends the build.
+They are copied side by side into `build/pages`, with their links following and formulas as MathML. Written here, at each
+build: every field of a config and every public name. A link that leads nowhere, a page that is in no menu, or a public name
+without a docstring ends the build.
 
     python docs/tools/build_site.py [--no-outputs]      notebooks without their outputs, which saves running them
 """
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import generated
 import notebooks
+from latex2mathml.converter import convert as mathml
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "build" / "pages"
 SITE = ROOT / "build" / "site"
 CONFIG = ROOT / "zensical.toml"
 FENCED = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(r"\$([^$\n]+)\$")
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 
 
@@ -61,6 +64,12 @@ def with_links(text: str, source: Path, page: str, pages: dict[Path, str]) -> st
     return "".join(part if FENCED.fullmatch(part) else LINK.sub(moved, part) for part in parts)
 
 
+def with_formulas(text: str) -> str:
+    """`$LaTeX$`, which git hosts show as formulas, as MathML, which browsers do without a script."""
+    parts = FENCED.split(text)
+    return "".join(part if FENCED.fullmatch(part) else FORMULA.sub(lambda one: mathml(one[1]), part) for part in parts)
+
+
 def collect(with_outputs: bool) -> None:
     """Write all pages into `build/pages`."""
     shutil.rmtree(PAGES, ignore_errors=True)
@@ -71,8 +80,9 @@ def collect(with_outputs: bool) -> None:
             links = partial(with_links, source=source, page=page, pages=pages)
             written[page] = notebooks.as_markdown(source, with_outputs, PAGES / "examples", links)
         elif source.is_file():
-            written[page] = with_links(source.read_text(encoding="utf-8"), source, page, pages)
+            written[page] = with_formulas(with_links(source.read_text(encoding="utf-8"), source, page, pages))
     written["examples/index.md"] = notebooks.overview(sorted((ROOT / "examples").glob("*.ipynb")))
+    (PAGES / "site.css").write_bytes(Path(__file__).with_name("site.css").read_bytes())
     for page, text in written.items():
         (PAGES / page).parent.mkdir(parents=True, exist_ok=True)
         (PAGES / page).write_text(text, encoding="utf-8")

@@ -2,9 +2,10 @@
 
     python docs/tools/outputs.py [PAGE.md ...]       what differs; without pages: all of docs/
 
-A block of the kind `console` holds commands (`$ ...`) and their output. All blocks of all pages run in one folder, in the order
-of the pages; `runs/demo` in it is what `crosscode demo` makes, `runs/tuned` what `crosscode train demo_tuned` makes. Numbers may
-differ, as machines round differently, and so may lines for which `...` stands. A comment before a block says more:
+A block of the kind `console` holds commands (`$ ...`) and their output; a block below `<!-- file: NAME -->` is such a file. All
+blocks of all pages run in one folder, in the order of the pages; `runs/demo` in it is what `crosscode demo` makes, `runs/tuned`
+what `crosscode train demo_tuned` makes. Numbers may differ, as machines round differently, and so may lines for which `...`
+stands. A comment before a block says more:
 
     <!-- texts vary -->       only lines that begin like a heading (`==`, `--`) are compared
     <!-- not run: why -->     it is left alone
@@ -25,6 +26,7 @@ from pathlib import Path
 import notebooks
 
 ROOT = Path(__file__).parents[2]
+FILE = re.compile(r"<!-- file: ([\w.]+) -->\n+```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n+)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d_,]*(\.\d+)?(e[-+]?\d+)?")
 
@@ -76,9 +78,12 @@ def made_run(name: str, command: str) -> Path:
     return kept
 
 
-def copy_runs(folder: Path) -> None:
-    """The runs that some page looks at, into `folder/runs`."""
+def prepare(folder: Path) -> None:
+    """The files that pages show, into `folder`, and the runs that they look at, into `folder/runs`."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for name, text in FILE.findall(page.read_text(encoding="utf-8")):
+            (folder / name).write_text(text, encoding="utf-8")
     commands = " ".join(shown.command for page in pages for shown in shown_in(page) if shown.is_run)
     for name, command in RUNS.items():
         if f"runs/{name}" in commands:
@@ -112,7 +117,7 @@ def _masked(line: str) -> str:
 
 def main() -> int:
     folder = Path(tempfile.mkdtemp())
-    copy_runs(folder)
+    prepare(folder)
     pages = [Path(word).resolve() for word in sys.argv[1:]] or sorted((ROOT / "docs").glob("*.md"))
     wrong = 0
     for shown in [shown for page in pages for shown in shown_in(page) if shown.is_run]:

@@ -38,8 +38,22 @@ def sparse_npy(path, gb, width):
     return path
 
 
-def measured(folder, gb, width, n_latents):
-    path = sparse_npy(folder / "acts.npy", gb, width)
+def sparse_safetensors(path, gb, width):
+    n_rows = int(gb * 1e9) // (4 * width)
+    size = n_rows * width * 4
+    header = json.dumps({"acts": {"dtype": "F32", "shape": [n_rows, width], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with open(path, "r+b") as file:
+        file.truncate(8 + len(header) + size)
+    assert path.stat().st_blocks * 512 < 1e6 < path.stat().st_size
+    return path
+
+
+MAKERS = {"npy": sparse_npy, "safetensors": sparse_safetensors}
+
+
+def measured(folder, gb, width, n_latents, suffix="npy"):
+    path = MAKERS[suffix](folder / f"acts.{suffix}", gb, width)
     command = [sys.executable, "-c", MEASURE, str(path), str(folder / "run"), str(width), str(n_latents)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
@@ -59,7 +73,8 @@ def test_a_file_of_some_gb_takes_no_more_than_its_buffer(tmp_path):
 
 
 @pytest.mark.soak
-def test_a_file_of_100_gb_takes_no_more_than_its_buffer(tmp_path):
-    found = measured(tmp_path, gb=100, width=1024, n_latents=4096)
-    print(found)
+@pytest.mark.parametrize("suffix", MAKERS)
+def test_a_file_of_100_gb_takes_no_more_than_its_buffer(suffix, tmp_path):
+    found = measured(tmp_path, gb=100, width=1024, n_latents=4096, suffix=suffix)
+    print(suffix, found)
     check(found, 1024)
