@@ -115,6 +115,8 @@ def read_tensors(file: Path, *needed: str) -> Tensors:
     Raises:
         InputError: no such file, damaged, something else than tensors in it, or one of the `needed` is not there.
     """
+    if not file.is_file():
+        raise InputError(f"{file}: missing")
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
@@ -123,15 +125,13 @@ def read_tensors(file: Path, *needed: str) -> Tensors:
             found = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: missing") from error
     except OSError:
         raise
     except Exception as error:  # whatever numpy, torch and safetensors raise at what is no such file
         why = first_line(error) if isinstance(error, SafetensorError) else "it is damaged, or holds more than tensors"
         raise InputError(f"{file}: cannot be read ({why})") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise InputError(f"{file}: holds something else than tensors by name")
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) and not x.is_complex() for x in found.values()):
+        raise InputError(f"{file}: holds something else than real tensors by name")
     missing = [name for name in needed if name not in found]
     if missing:
         raise InputError(f"{file}: lacks {', '.join(missing)}; it holds {', '.join(sorted(found))}")

@@ -233,6 +233,8 @@ def _fill_(name: str, parameter: Tensor | None, value: Tensor) -> None:
     assert parameter is not None
     if parameter.shape != value.shape:
         raise InputError(f"{name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+    if not bool(value.isfinite().all()):
+        raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training went wrong")
     parameter.copy_(value)
 
 
@@ -269,6 +271,8 @@ def to_model(coder: PlainCoder) -> BaseCrosscoder:
         if theta is not None:
             if theta.ndim and theta.shape != (plain.n_latents,):
                 raise InputError(f"threshold has shape {tuple(theta.shape)}, expected ({plain.n_latents},)")
+            if bool(theta.isnan().any()):
+                raise InputError("threshold holds NaN: the file is damaged, or its training went wrong")
             part.activation_fn.set_cutoffs_(theta)
     _fill_("b_dec", model.b_dec_XoDo, coder.b_dec_XoDo)
     for part in {model, *model.parts}:

@@ -37,9 +37,14 @@ def read(path: Path, made: Format) -> BaseCrosscoder:
     """The model there, in eval mode, on the CPU; of the transcoders of several layers their set."""
     if not path.exists():
         raise InputError(f"import {str(path)!r}: no such file or folder")
-    with fitting(f"import {str(path)!r}: what is there"):
+    where = f"import {str(path)!r}"
+    with fitting(f"{where}: what is there"):
         coders = _with_own_metadata(path, made.read(path))
-        return to_model(coders[0] if len(coders) == 1 else as_set(coders, f"import {str(path)!r}"))
+        coder = coders[0] if len(coders) == 1 else as_set(coders, where)
+        try:
+            return to_model(coder)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
 def _with_own_metadata(path: Path, coders: Sequence[PlainCoder]) -> list[PlainCoder]:

@@ -69,6 +69,7 @@ ARCHITECTURES = {
     "crosscoder_2x1_shared": Architecture(_crosscoder(2, 1, n_shared_latents=6), ACAUSAL, RESID, 2),
     "crosscoder_2x3": Architecture(_crosscoder(2, 3, decoder_norm="joint"), ACAUSAL, LAYERS[3:], 2, 3),
     "crosscoder_skip": Architecture(_crosscoder(2, 1, linear_skip=True), ACAUSAL, RESID, 2),
+    "crosscoder_widths": Architecture(_crosscoder(2, 1, widths=[[D], [3]]), ACAUSAL, RESID, 2),
     "clt_to_one": Architecture(_clt(1, linear_skip=True), CLT, IN_OUT),
     "clt": Architecture(_clt(3), CLT, [LAYERS[0], *LAYERS[3:]], 1, 3),
     "compound": Architecture(_compound(), COMPOUND, LAYERS, 1, 3),

@@ -172,6 +172,30 @@ class Evil:
         return (print, ("code of theirs ran",))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("W_dec", torch.nan, "W_dec holds NaN or infinity"),
+        ("b_enc", torch.inf, "b_enc holds NaN or infinity"),
+        ("threshold", torch.nan, "threshold holds NaN"),
+        ("W_enc", 1j, "something else than real tensors"),
+    ],
+)
+def test_numbers_that_no_weight_has_are_refused_with_the_path(name, value, message, tensors, tmp_path):
+    t = tensors(W_enc=(D, L), W_dec=(L, D), b_enc=(L,), b_dec=(D,), threshold=(L,))
+    t[name] = t[name] * value
+    np.savez(tmp_path / "params.npz", **{key: tensor.numpy() for key, tensor in t.items()})
+    with pytest.raises(InputError, match=message) as error:
+        BaseCrosscoder.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_in_place_of_a_file_is_said(tmp_path):
+    (tmp_path / "layer_0.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"layer_0\.safetensors: missing"):
+        BaseCrosscoder.load(tmp_path)
+
+
 def test_no_code_of_a_file_runs(tmp_path, capsys):
     dictionary(tmp_path, "AutoEncoder", {"encoder.weight": Evil()})
     with pytest.raises(InputError, match="damaged, or holds more than tensors"):
