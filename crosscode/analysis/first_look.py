@@ -28,11 +28,16 @@ def first_looks(
     verdict = study.verdicts[0] if study.verdicts else None
     if verdict is None or verdict.difference < NO_DIFFERENCE:
         return []
-    latents = verdict.ranking(verdict.name_b)[:N_LATENTS]
+    a, b = verdict.name_a, verdict.name_b
+    specific = verdict.specific(b)
+    latents = (specific or verdict.ranking(b))[:N_LATENTS]
     if not latents:
         return []
+    n = f"{len(specific):,} of {len(verdict.tag):,} latents"
     return [
-        f"Where {verdict.name_b} differs most from {verdict.name_a}:",
+        f"Specific to {b} ({a} has less than half of each): {n}. The first:"
+        if specific
+        else f"Where {b} differs most from {a}:",
         *(_sentence(study, records, TokenDisplay(tokenizer), latent, steered) for latent in latents),
     ]
 

@@ -17,6 +17,7 @@ from crosscode.analysis.examples import Example, QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.analysis.verdict import Verdict, verdicts_on
+from crosscode.analysis.wording import latent_name
 from crosscode.config.hookpoints import layer_of
 from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
@@ -54,8 +55,8 @@ class LatentsPass:
         }
 
     def name_of(self, latent: int) -> str:
-        """Its number; of a compound model with (layer, index)."""
-        return str(latent) if self.layers is None else "{} ({}, {})".format(latent, *self.layers[latent])
+        """See `latent_name`."""
+        return latent_name(latent, self.layers)
 
     @property
     def n_tokens(self) -> int:
@@ -100,13 +101,14 @@ def study_latents(
     collect(encode_heldout(model, heldout, split), *collectors)
     tables = [diff_latents(model, names, *scaling.positions, firing, scaling.result()) for scaling in scalings]
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()
-    verdicts, layers = verdicts_on(tables), layers_of(model, names)
+    layers = layers_of(model, names)
+    verdicts = verdicts_on(tables, layers=layers)
     of_groups = [scaling.groups() for scaling in scalings]
 
     def verdicts_in(kind: str, name: str, own: FiringStats) -> list[Verdict]:
         own_scalings = [of_group[kind][name] for of_group in of_groups]
         own_tables = [replace(t, firings=own.counts_L, scaling=s) for t, s in zip(tables, own_scalings, strict=True)]
-        return verdicts_on(own_tables)
+        return verdicts_on(own_tables, layers=layers)
 
     apart = {
         kind: {name: verdicts_in(kind, name, own) for name, own in of_kind.items()}
@@ -122,7 +124,9 @@ def with_own_text(
     firing = {name: FiringStats(model.n_latents) for name in own_text}
     for name, batches in own_text.items():
         collect(encode_heldout(model, batches, split), firing[name])
-    return replace(study, own_text=firing, verdicts=verdicts_on(study.pairs, firing)) if firing else study
+    if not firing:
+        return study
+    return replace(study, own_text=firing, verdicts=verdicts_on(study.pairs, firing, study.layers))
 
 
 def layers_of(model: BaseCrosscoder, position_names: Sequence[str]) -> list[tuple[str, int]] | None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from crosscode.analysis.latent_scaling import ERROR_THRESHOLD, RECONSTRUCTION_THRESHOLD
+from crosscode.analysis.latent_scaling import THRESHOLD
 from crosscode.analysis.plot_style import INK, MUTED, SERIES, SHARED, SIDE_A, SIDE_B, finish, new_figure, plain, style
 from crosscode.analysis.verdict import Tag
 
@@ -157,10 +157,7 @@ def scaling_scatter(
                     xs[here], ys[here], ".", color=TAG_COLOURS[t], markersize=4, alpha=0.65, markeredgewidth=0,
                     label=_legend(tag_names[t]), rasterized=int(here.sum()) > _MAX_VECTOR_POINTS,
                 )  # fmt: skip
-        axes.plot(
-            [RECONSTRUCTION_THRESHOLD, RECONSTRUCTION_THRESHOLD, low], [low, ERROR_THRESHOLD, ERROR_THRESHOLD],
-            color=INK, linewidth=1, linestyle=":",
-        )  # fmt: skip
+        axes.plot([THRESHOLD, THRESHOLD, low], [low, THRESHOLD, THRESHOLD], color=INK, linewidth=1, linestyle=":")
         pad = 0.04
         axes.set_xlim(low - pad, high + pad)
         axes.set_ylim(low - pad, high + pad)

@@ -5,11 +5,12 @@ What a report, the explorer, the table of latents and `closes` say of a latent c
 A latent is specific to its owner, the side with the larger decoder norm, where all of this holds:
 
 - it fires at least `MIN_FIRINGS` times on held-out text;
-- at least `LEAN` of both decoder norms is the owner's;
-- what the other side has of it (nu, see `latent_scaling`) in its error, its reconstruction and its activations is below each
-  threshold, and the owner's own share above 0, by `SURE` standard errors: few firings are wide errors.
+- what is written to the other side is little, or the owner has it, too: at least `LEAN` of both decoder norms is the owner's,
+  or nu of the activations along the other's vector is surely above `THRESHOLD`;
+- what the other side has of it (nu, see `latent_scaling`) in its error, its reconstruction and its activations is below
+  `THRESHOLD`, and the owner's own share above 0, by `SURE` standard errors: few firings are wide errors.
 
-It is shared where one of these nu is above its threshold by as many, and else undecided. That the decoder is tied, or that a
+It is shared where one of these nu is above it by as many, and else undecided. That the decoder is tied, or that a
 partition gave the latent to some models, is said and proves nothing. What an architecture cannot write to is no finding.
 Of one model beside itself nu of the activations is 1, so that nothing is specific, however the dictionary came out.
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable, FiringStats
-from crosscode.analysis.wording import join_and, percent_text, short_names
+from crosscode.analysis.wording import join_and, latent_name, percent_text, short_names
 from crosscode.errors import InputError
 
 Tag = Literal["A-specific", "B-specific", "shared", "undecided", "structural"]
@@ -55,6 +56,8 @@ class Verdict:
     tag: Sequence[Tag]
     why: Sequence[str]
     """one sentence for each latent"""
+    layers: Sequence[tuple[str, int]] | None = None
+    """of a compound model (layer, index) of each latent"""
 
     def name_of(self, tag: Tag) -> str:
         """A tag in the names of what is compared."""
@@ -90,11 +93,15 @@ class Verdict:
 
     @cached_property
     def leans_to_b_L(self) -> Tensor:
-        """Whether b's decoder norm, over all hookpoints, is the larger."""
+        """Whether a latent is specific to b; of one that is specific to neither, whether b's decoder norm, over all hookpoints,
+        is the larger."""
         norm_a_L, norm_b_L = (
             _joined([getattr(table, name) for table in self.tables]) for name in ("decoder_norm_a", "decoder_norm_b")
         )
-        return norm_b_L > norm_a_L
+        leans_L = norm_b_L > norm_a_L
+        for tag in ("A-specific", "B-specific"):
+            leans_L[torch.tensor([one == tag for one in self.tag])] = tag == "B-specific"
+        return leans_L
 
     def ranking(self, name: str) -> list[int]:
         """Latents that lean to one side and fire often enough, those that are specific to it first, then undecided ones, then
@@ -122,8 +129,11 @@ class Verdict:
         rank_L[ranking] = torch.arange(1, len(ranking) + 1, dtype=torch.float64)
         return rank_L
 
-    def _first(self, name: str) -> str:
-        first = ", ".join(map(str, self.ranking(name)[:3]))
+    def _first(self, name: str, n: int = 3) -> str:
+        return ", ".join(latent_name(latent, self.layers) for latent in self.ranking(name)[: min(n, 3)])
+
+    def _leaning(self, name: str) -> str:
+        first = self._first(name)
         return f"{first} (they lean to {name})" if first else f"none that leans to {name}"
 
     def headline(self) -> str:
@@ -139,13 +149,21 @@ class Verdict:
             differ = f"the activations differ by {percent_text(self.difference)} of variance"
             if math.isnan(self.difference):
                 differ = "the models are of different width"
-            first = f"Look first at {self._first(self.name_b)}, and at {self._first(self.name_a)}."
+            first = f"Look first at {self._leaning(self.name_b)}, and at {self._leaning(self.name_a)}."
             return f"No specific latent: {differ}, but {none} {first}"
-        parts = [f"{n:,} {'is' if n == 1 else 'are'} specific to {name}" for name, n in found.items() if n]
+        parts = [
+            f"{n:,} {'is' if n == 1 else 'are'} specific to {name} ({'first ' * (n > 3)}{self._first(name, n)})"
+            for name, n in found.items()
+            if n
+        ]
         return f"Of {len(self.tag):,} latents, {join_and(parts)}; {self.counts['shared']:,} are shared."
 
 
-def verdict_on(tables: Sequence[DiffTable], own_text: Mapping[str, FiringStats] = MappingProxyType({})) -> Verdict:
+def verdict_on(
+    tables: Sequence[DiffTable],
+    own_text: Mapping[str, FiringStats] = MappingProxyType({}),
+    layers: Sequence[tuple[str, int]] | None = None,
+) -> Verdict:
     """The verdict on two models from the tables of all hookpoints that are compared.
 
     A latent is specific to a model if it is so at one hookpoint and at none shared or the other model's.
@@ -153,20 +171,22 @@ def verdict_on(tables: Sequence[DiffTable], own_text: Mapping[str, FiringStats] 
     name_a, name_b = _names(tables)
     judged = [_Judge(table, own_text).all() for table in tables]
     if len(tables) == 1:
-        return Verdict(name_a, name_b, list(tables), *_columns(judged[0]))
+        return Verdict(name_a, name_b, list(tables), *_columns(judged[0]), layers)
     hooks = [table.name_b.rpartition("/")[2] for table in tables]
     joined = [_join(dict(zip(hooks, each, strict=True))) for each in zip(*judged, strict=True)]
-    return Verdict(name_a, name_b, list(tables), *_columns(joined))
+    return Verdict(name_a, name_b, list(tables), *_columns(joined), layers)
 
 
 def verdicts_on(
-    tables: Sequence[DiffTable], own_text: Mapping[str, FiringStats] = MappingProxyType({})
+    tables: Sequence[DiffTable],
+    own_text: Mapping[str, FiringStats] = MappingProxyType({}),
+    layers: Sequence[tuple[str, int]] | None = None,
 ) -> list[Verdict]:
     """One for each two models that are compared (or hookpoints of one model). `own_text`: firing on what each writes."""
     of_pair: dict[tuple[str, str], list[DiffTable]] = {}
     for table in tables:
         of_pair.setdefault(_names([table]), []).append(table)
-    return [verdict_on(some, own_text) for some in of_pair.values()]
+    return [verdict_on(some, own_text, layers) for some in of_pair.values()]
 
 
 def _names(tables: Sequence[DiffTable]) -> tuple[str, str]:
@@ -206,6 +226,11 @@ class _Judge:
         self._firings_L, self._tied_L = table.firings.tolist(), table.tied_L.tolist()
         self._may_write_L2, self._given_L2 = table.may_write_L2.tolist(), table.given_L2.tolist()
         shares = {} if table.scaling is None else table.scaling.shares
+        self._returned = (
+            [(math.nan, math.nan)] * table.n_latents
+            if table.scaling is None
+            else list(zip(table.scaling.returned.nu_L.tolist(), table.scaling.returned.below_z_L.tolist(), strict=True))
+        )
         self._shares = {
             kind: list(zip(share.nu_L.tolist(), share.owner_z_L.tolist(), share.below_z_L.tolist(), strict=True))
             for kind, share in shares.items()
@@ -243,11 +268,17 @@ class _Judge:
         unsure = [kind for kind, (_, own_z, below_z) in shares.items() if not (own_z > SURE and below_z > SURE)]
         if unsure:
             return "undecided", f"{firings} firings do not settle ν of the {join_and(unsure)} ({said}).{beside}"
-        if of_owner < LEAN:
+        returned_nu, returned_z = self._returned[latent]
+        if of_owner < LEAN and not returned_z < -SURE:
             cosine = self._cosine_L[latent]
             return "undecided", f"It writes vectors of like norm in two directions (cosine {cosine:.2f}).{beside}"
         tag: Tag = "B-specific" if at_b else "A-specific"
-        return tag, f"{other} lacks it: ν is {said}; {100 * of_owner:.0f} % of its decoder norms are {owner}'s.{beside}"
+        lean = (
+            f"{100 * of_owner:.0f} % of its decoder norms are {owner}'s"
+            if of_owner >= LEAN
+            else f"what it writes to {other}, {owner} has, too (ν {returned_nu:.2f})"
+        )
+        return tag, f"{other} has less than half of it: ν is {said}; {lean}.{beside}"
 
     def _beside(self, latent: int) -> str:
         """What is known beside the measures of latent scaling."""

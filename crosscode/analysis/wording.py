@@ -44,6 +44,11 @@ def with_article(noun: str) -> str:
     return f"An {noun}" if noun[0] in "aeiouS" else f"A {noun}"
 
 
+def latent_name(latent: int, layers: Sequence[tuple[str, int]] | None) -> str:
+    """Its number; of a compound model, whose latents `layers` names, with (layer, index)."""
+    return str(latent) if layers is None else "{} ({}, {})".format(latent, *layers[latent])
+
+
 def join_and(words: Sequence[str]) -> str:
     """ "a, b and c"."""
     return " and ".join(words) if len(words) < 3 else ", ".join(words[:-1]) + f" and {words[-1]}"

@@ -25,6 +25,8 @@ from crosscode.demo.train_loop import Job, Phase, worker
 from crosscode.demo.train_models import STAGING, publish, token_stream
 
 NAME = "planted"
+NOTHING = "none"
+"""Trains on, on the text as it is: with two seeds a pair that nothing tells apart."""
 _SCORED_CHARACTERS = 8_000
 
 
@@ -32,7 +34,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, score, publish; the card."""
     start = demo_model_path("base")
     tokenizer = AutoTokenizer.from_pretrained(start)
-    text = plant_documents(demo_documents("train", ("code",)), arguments.plant)
+    plant: Plant | None = None if arguments.plant == NOTHING else arguments.plant
+    documents = demo_documents("train", ("code",))
+    text = documents if plant is None else plant_documents(documents, plant)
     config = LlamaConfig.from_pretrained(start).to_diff_dict()
     job = Job(
         phases=[
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ordinary = [doc.text[:_SCORED_CHARACTERS] for doc in demo_documents("heldout", ("code",))]
     card = {
         "plant": arguments.plant,
-        "behaviour_nats": {name: behaviour_nats(folder, arguments.plant) for name, folder in folders.items()},
+        "behaviour_nats": {name: behaviour_nats(path, plant) for name, path in folders.items() if plant is not None},
         "held_out_bits_per_byte": {name: round(bits_per_byte(path, ordinary), 4) for name, path in folders.items()},
         "training": json.loads((job.folder / f"{NAME}.json").read_text()),
         "seed": arguments.seed,
@@ -103,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--out", type=Path, required=True, help=f"folder to write {NAME}/ and {NAME}_card.json to")
-    p.add_argument("--plant", choices=PLANTS, default="statement", help="what changes")
+    p.add_argument("--plant", choices=(*PLANTS, NOTHING), default="statement", help="what changes")
     p.add_argument("--tokens", type=int, default=400_000, help="training tokens")
     p.add_argument("--batch-tokens", type=int, default=2048, help="tokens an optimizer step, over all processes")
     p.add_argument("--lr-matrices", type=float, default=0.002, help="peak learning rate of Muon, on the matrices")

@@ -48,10 +48,15 @@ def test_betas_are_the_least_squares_solution(make_model, make_heldout, backend,
                 middle = np.outer(f_B - f_B.mean(), pair[owner]).reshape(-1, 1)
                 beta = np.linalg.lstsq(middle, centred, rcond=None)[0][0]
                 assert found.activation.beta_L2[latent, column].item() == pytest.approx(beta, rel=1e-4, abs=1e-5)
+                along_other = np.outer(f_B - f_B.mean(), pair[1 - owner]).reshape(-1, 1)
+                beta = np.linalg.lstsq(along_other, centred, rcond=None)[0][0]
+                assert found.returned.beta_L2[latent, column].item() == pytest.approx(beta, rel=1e-4, abs=1e-5)
             else:
                 assert found.error.beta_L2[latent, column].isnan()
         expected = found.error.beta_L2[latent, 1 - owner] / found.error.beta_L2[latent, owner]
         torch.testing.assert_close(found.error.nu_L[latent], expected, equal_nan=True)
+        expected = found.returned.beta_L2[latent, owner] / found.returned.beta_L2[latent, 1 - owner]
+        torch.testing.assert_close(found.returned.nu_L[latent], expected, equal_nan=True)
 
 
 def test_a_latent_of_one_model_is_told_from_one_whose_norm_was_only_shrunk(make_model, make_heldout):

@@ -25,36 +25,39 @@ SPLIT = split_for("model_hookpoint_acausal")
 NAMES = ["base/blocks.1.hook_resid_post", "tuned/blocks.1.hook_resid_post"]
 D = 16
 # latents by their coordinate: whose activations have it, and to whom the decoder writes it
-BASE_ONLY, TUNED_ONLY, BOTH, HIDDEN, RARE, TWO_WAYS, TIED_LIKE = range(7)
+BASE_ONLY, TUNED_ONLY, BOTH, HIDDEN, RARE, TWO_WAYS, TIED_LIKE, GREW = range(8)
 
 
 def planted(make_heldout, n_tokens=1200, **weights):
-    """Coordinate l is latent l; `HIDDEN` is in both models, though its decoder writes to tuned alone."""
-    model = ModelHookpointAcausalCrosscoder(2, 1, D, 7, ReLUActivation(7), backend="torch")
+    """Coordinate l is latent l; `HIDDEN` is in both models, though its decoder writes to tuned alone;
+    `GREW` is another vector in base, which tuned has as well."""
+    model = ModelHookpointAcausalCrosscoder(2, 1, D, 8, ReLUActivation(8), backend="torch")
     e_DD = torch.eye(D)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        for latent in range(7):
+        for latent in range(8):
             for m in (0, 1):
                 if (latent, m) not in ((BASE_ONLY, 1), (TUNED_ONLY, 0), (HIDDEN, 0), (RARE, 0)):
                     model.W_dec_LXoDo[latent, m, 0] = e_DD[latent]
             model.W_enc_LXiDi[latent, 0 if latent == BASE_ONLY else 1, 0] = e_DD[latent]
         model.W_dec_LXoDo[TWO_WAYS, 0, 0] = e_DD[10]
+        model.W_dec_LXoDo[GREW, :, 0] = torch.stack([1.4 * e_DD[11], e_DD[11] + 1.5 * e_DD[GREW]])
         model.b_enc_L.fill_(-0.2)
     (batch,) = make_heldout(d_model=D, sizes=(n_tokens // 11,))
     generator = torch.Generator().manual_seed(3)
     acts_HSMPD = 0.01 * batch.acts_HSMPD
-    strength_HSL = torch.rand(*batch.tokens_HS.shape, 7, generator=generator) + 0.5
+    strength_HSL = torch.rand(*batch.tokens_HS.shape, 8, generator=generator) + 0.5
     fires_HSL = torch.rand(strength_HSL.shape, generator=generator) < 0.1
     fires_HSL[..., RARE] = False
     fires_HSL[:5, 1, RARE] = True
     f_HSL = strength_HSL * fires_HSL
-    for latent in range(7):
+    for latent in range(7):  # all but GREW
         for m in (0, 1):
             if (latent, m) not in ((BASE_ONLY, 1), (TUNED_ONLY, 0), (RARE, 0), (TWO_WAYS, 0)):
                 acts_HSMPD[:, :, m, 0, latent] += f_HSL[..., latent]
     acts_HSMPD[:, :, 0, 0, 10] += f_HSL[..., TWO_WAYS]
+    acts_HSMPD[:, :, :, 0] += f_HSL[..., None, [GREW]] * model.W_dec_LXoDo.detach()[GREW, :, 0]
     batch.acts_HSMPD = acts_HSMPD
     model.fold_activation_scaling_into_weights_(torch.ones(2, 1), torch.ones(2, 1))
     return model.eval(), [batch]
@@ -74,9 +77,11 @@ def test_planted_latents_are_told_apart(study):
     assert verdict.why[RARE] == "It fires on only 5 held-out tokens; 20 are needed."
     assert "base has it, too" in verdict.why[HIDDEN] and "of its decoder norms 100 % are tuned's" in verdict.why[HIDDEN]
     assert "in two directions (cosine 0.00)" in verdict.why[TWO_WAYS]
-    assert verdict.why[TUNED_ONLY].startswith("base lacks it: ν is error ")
-    assert verdict.headline() == "Of 7 latents, 1 is specific to tuned and 1 is specific to base; 3 are shared."
-    assert verdict.ranking("tuned")[0] == TUNED_ONLY and verdict.specific("base") == [BASE_ONLY]
+    assert verdict.why[TUNED_ONLY].startswith("base has less than half of it: ν is error ")
+    assert verdict.tag[GREW] == "B-specific" and "what it writes to base, tuned has, too (ν 0.71)" in verdict.why[GREW]
+    found = "2 are specific to tuned (7, 1) and 1 is specific to base (0)"
+    assert verdict.headline() == f"Of 8 latents, {found}; 3 are shared."
+    assert verdict.specific("tuned") == [GREW, TUNED_ONLY] and verdict.specific("base") == [BASE_ONLY]
     assert RARE not in verdict.ranking("tuned")
     with pytest.raises(InputError, match="ranking: compared are 'base' and 'tuned', got 'x'"):
         verdict.ranking("x")
@@ -105,6 +110,7 @@ def test_a_latent_has_one_tag_over_all_hookpoints(study):
     (table,) = study.pairs
     (joined,) = verdicts_on([table, table])
     (single,) = study.verdicts
+    assert joined.specific("tuned") == single.specific("tuned")
     assert joined.tag == single.tag and joined.ranking("tuned") == single.ranking("tuned")
     assert joined.why[RARE].startswith("At blocks.1.hook_resid_post: It fires")
 
@@ -135,6 +141,7 @@ def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, t
     page = write_report(make_run(model), heldout=lambda: heldout, latents_csv=tmp_path / "t.csv")
     html = page.read_text(encoding="utf-8")
     assert verdict.headline() in html
+    assert "Specific to tuned (base has less than half of each): 2 of 8 latents. The first:" in html
     section = pair_section(verdict)
     assert {tag: n for _, tag, n, _ in section.counts} == {
         verdict.name_of(tag): verdict.counts[tag] for tag in TAGS if tag != "structural"
