@@ -65,9 +65,15 @@ def with_links(text: str, source: Path, page: str, pages: dict[Path, str]) -> st
 
 
 def with_formulas(text: str) -> str:
-    """`$LaTeX$`, which git hosts show as formulas, as MathML, which browsers do without a script."""
-    parts = FENCED.split(text)
-    return "".join(part if FENCED.fullmatch(part) else FORMULA.sub(lambda one: mathml(one[1]), part) for part in parts)
+    """`$LaTeX$`, which git hosts show as formulas, as MathML, which browsers do without a script.
+
+    Each in a span: Markdown takes an element of mathematics at the beginning of a line for a paragraph of its own.
+    """
+
+    def spanned(match: re.Match[str]) -> str:
+        return f"<span>{mathml(match[1])}</span>"
+
+    return "".join(part if FENCED.fullmatch(part) else FORMULA.sub(spanned, part) for part in FENCED.split(text))
 
 
 def collect(with_outputs: bool) -> None:
