@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import crosscode
-from crosscode.build.data import build_rows
+from crosscode.build.data import build_rows, build_token_loader
 from crosscode.build.experiment import open_experiment
 from crosscode.build.foresight import check_language_models
 from crosscode.build.resume import ResumePoint
@@ -65,6 +66,45 @@ def test_a_run_on_an_adapter(values, tmp_path):
         assert not torch.equal(adapted.model(tokens_HS).logits, adapted_HSV)
         assert torch.equal(base.model(tokens_HS).logits, plain_HSV)
     assert torch.equal(adapted.model(tokens_HS).logits, adapted_HSV)
+
+
+def test_the_readmes_config_of_gemma_harvests_in_bfloat16(tiny_lms, tiny_corpus, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lms[0])
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    config = Gemma2Config(vocab_size=len(tokenizer), num_hidden_layers=15, max_position_embeddings=2048, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    model.save_pretrained(tmp_path / "gemma")
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "lora")
+    text_file = tmp_path / "text.jsonl"
+    text_file.write_text(Path(tiny_corpus).read_text() * 3)
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    text = readme.partition("## A config, whole\n\n```yaml\n")[2].partition("```")[0]
+    named = text.replace("google/gemma-2-2b", str(tmp_path / "gemma")).replace("OWNER/LORA", str(tmp_path / "lora"))
+    values = yaml.safe_load(named)
+    values["data"] |= {"source": {"type": "local", "path": str(text_file)}, "sequence_length": 32}
+    experiment = open_experiment(check_config(values | {"run_dir": str(tmp_path / "run"), "device": "cpu"}))
+    assert [model.dtype for model in experiment.harvester.models] == [torch.bfloat16] * 2
+    batch = next(iter(build_token_loader(experiment, heldout=False)))
+    acts_HSMPD = experiment.harvester.harvest(batch.tokens_HS[:2])
+    assert acts_HSMPD.dtype == torch.float32
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma", dtype="auto").eval()
+    for m in range(2):
+        if m:
+            whole = peft.PeftModel.from_pretrained(whole, str(tmp_path / "lora")).eval()
+        with torch.no_grad():
+            states = whole(input_ids=batch.tokens_HS[:2], output_hidden_states=True).hidden_states
+        assert states[14].dtype == torch.bfloat16 and torch.equal(acts_HSMPD[:, :, m, 0], states[14].float())
 
 
 def test_a_store_of_one_adapter_is_not_that_of_another(values, save_adapter, tmp_path):
