@@ -3,7 +3,7 @@
 A random model of SmolLM2-135M's shape (fewer layers), adapters of random weights on all its linear modules. CPU time of all
 threads, as medians of pairs that take turns.
 
-    python benches/adapters.py [rounds [layers [HxS [RANK]]]]
+    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE]]]]]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from crosscode.data import ActivationHarvester, load_language_model, wrap_langua
 from crosscode.data.harvest.language_models import LanguageModel
 
 
-def main(rounds: int, n_layers: int, shape: str, rank: int) -> None:
+def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str) -> None:
     H, S = map(int, shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = (Path(folder) / name for name in ("base", "one", "two"))
-        save(base, adapters, n_layers, rank)
+        save(base, adapters, n_layers, rank, dtype)
         loaded: dict[object, LanguageModel] = {}
         plain, *adapted = (
             load_language_model(str(base), adapter=adapter and str(adapter), loaded=loaded)
@@ -59,10 +59,12 @@ def main(rounds: int, n_layers: int, shape: str, rank: int) -> None:
             }
             for label, time in times.items()
         ]
-        report("adapters", rows, layers=n_layers, shape=shape, rank=rank, rounds=rounds, relative_error=error)
+        report(
+            "adapters", rows, layers=n_layers, shape=shape, rank=rank, dtype=dtype, rounds=rounds, relative_error=error
+        )
 
 
-def save(base: Path, adapters: list[Path], n_layers: int, rank: int) -> None:
+def save(base: Path, adapters: list[Path], n_layers: int, rank: int, dtype: str) -> None:
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=576,
@@ -73,7 +75,7 @@ def save(base: Path, adapters: list[Path], n_layers: int, rank: int) -> None:
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(base)
     for seed, folder in enumerate(adapters):
         torch.manual_seed(seed)
         lora = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -87,6 +89,6 @@ def bytes_of(models: list[LanguageModel]) -> int:
 
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], *("11", "6", "8x256", "8")[len(sys.argv) - 1 :]]
+    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32")[len(sys.argv) - 1 :]]
     torch.set_num_threads(1)
-    main(int(given[0]), int(given[1]), given[2], int(given[3]))
+    main(int(given[0]), int(given[1]), given[2], int(given[3]), given[4])

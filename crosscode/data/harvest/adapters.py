@@ -156,15 +156,16 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> 
 
 
 def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """As `peft` computes it, to the bit, but with one tensor of the size of the output beside it rather than three; without
-    gradients, and where there is nothing but plain LoRA."""
+    """As `peft` computes it, to the bit (in the dtype of LoRA, which it keeps in float32), but with one tensor of the size of the
+    output beside it rather than three; without gradients, and where there is nothing but plain LoRA."""
     plain = not (torch.is_grad_enabled() or layer.training or layer.disable_adapters or layer.merged or args or kwargs)
     if plain and layer.active_adapters == ["default"] and "default" in layer.lora_A and not layer.lora_variant:
         lora_A, lora_B, scaling = (own["default"] for own in (layer.lora_A, layer.lora_B, layer.scaling))
-        if x.dtype == lora_A.weight.dtype == layer.base_layer.weight.dtype:
+        if layer.base_layer.weight.is_floating_point():
             out = layer.base_layer(x)
-            added = lora_B(lora_A(x))
-            return out.add_(added if scaling == 1 else added.mul_(scaling))
+            added = lora_B(lora_A(x.to(lora_A.weight.dtype)))
+            added = added if scaling == 1 else added.mul_(scaling)
+            return out.add_(added) if out.dtype == added.dtype else out.copy_(added.add_(out))
     return type(layer).forward(layer, x, *args, **kwargs)
 
 
