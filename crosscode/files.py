@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,6 +77,40 @@ def write_text(path: Path, text: str) -> None:
     """As `write_parts`, in UTF-8; folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_parts(path, [text.encode()])
+
+
+def check_output(path: Path, field: str) -> None:
+    """Raise `InputError` for a file that `write_output` could not write; nothing is written."""
+    if not path.name or "\0" in str(path) or os.path.isdir(path):
+        raise InputError(f"{field} = {str(path)!r}: names no file")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"{field} = {str(path)!r}: no such folder: {str(path.parent)!r}")
+    if not os.path.exists(path):
+        check_can_be_made(path, field)
+    elif not os.access(path.resolve().parent if path.is_file() else path, os.W_OK):
+        raise InputError(f"{field} = {str(path)!r}: may not be written")
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """What a user wants at a place of their own: a new file, whole or not at all. A pipe or a device, such as /dev/stdout,
+    takes it and stays what it is; a link is followed.
+
+    Raises:
+        OSError: the system refuses; also where nobody reads a pipe.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it is closed, or no file of the system's
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                stream.flush()  # a second place in the same file would be written over
+                _write_all(stream.fileno(), [memoryview(content)])
+                return
+    if path.exists() and not path.is_file():
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "wb", buffering=0):
+            os.set_blocking(handle, True)
+            _write_all(handle, [memoryview(content)])
+    else:
+        write_parts(path.resolve(), [content])
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:

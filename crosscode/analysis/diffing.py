@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from crosscode.analysis.encoded import EncodedBatch
 from crosscode.analysis.geometry import decoder_vectors_LXD, encoder_vectors_LXD, given_LX, norms_and_cosine
 from crosscode.analysis.latent_scaling import LatentScalingResult
 from crosscode.errors import InputError
-from crosscode.files import write_text
 from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
@@ -103,15 +101,6 @@ class DiffTable:
     def effect_L(self) -> Tensor:
         """See `LatentScalingResult`."""
         return torch.full_like(self.relative_norm, math.nan) if self.scaling is None else self.scaling.effect_L
-
-
-def write_out(path: Path, text: str) -> None:
-    """A new file whole or not at all; a pipe or a device, such as /dev/stdout, takes the text and stays what it is."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        with path.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-    else:
-        write_text(path, text)
 
 
 def as_cell(value: Any) -> Any:

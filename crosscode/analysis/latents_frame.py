@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from crosscode.analysis.diffing import DiffTable, as_cell, write_out
+from crosscode.analysis.diffing import DiffTable, as_cell
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.verdict import Verdict
 from crosscode.analysis.wording import distinct_labels
-from crosscode.files import write_parts
+from crosscode.files import write_output
 
 if TYPE_CHECKING:
     import pandas
@@ -104,11 +104,11 @@ def _nu_columns(pair: DiffTable, labels: dict[str, str], *, several: bool, end: 
 
 def write_csv(frame: pandas.DataFrame, path: Path) -> None:
     """A header and a row for each latent, six digits; undefined values are empty. `path` may be a pipe."""
-    write_out(path, frame.to_csv(float_format="%.6g", lineterminator="\n"))
+    write_output(path, frame.to_csv(float_format="%.6g", lineterminator="\n").encode())
 
 
 def write_parquet(frame: pandas.DataFrame, path: Path) -> None:
     """All digits; `latent` is a column."""
     buffer = io.BytesIO()
     frame.reset_index().to_parquet(buffer, index=False)
-    write_parts(path, [buffer.getvalue()])
+    write_output(path, buffer.getvalue())

@@ -18,6 +18,7 @@ from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.language_models import LanguageModel, available_device
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
+from crosscode.data.harvest.loading_options import check_options
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -46,6 +47,8 @@ def check_language_models(config: HarvestConfig) -> int | None:
             )
         widths.append(skeleton.d_model)
         check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
+        with at_field(f"language_models.{i}", LanguageModelConfig.model_fields):
+            check_options(lm.device_map, lm.attn_implementation, lm.quantization, lm.trust_remote_code, skeleton)
     return max(widths, default=None)
 
 

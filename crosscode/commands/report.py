@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
-from crosscode.errors import InputError
+from crosscode.files import check_output
 
 if TYPE_CHECKING:
     from crosscode.build.finished import FinishedRun
@@ -82,8 +82,8 @@ def report_run(
     from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{name}: {str(path)!r}: its folder does not exist")
+        if path is not None:
+            check_output(path, name)
     run = run_dir if isinstance(run_dir, FinishedRun) else FinishedRun(run_dir, trust_remote_code)
     _ = run.config  # a bad one, or one that asks for trust, is said before anything is loaded
 

@@ -11,8 +11,7 @@ from pydantic import BaseModel, Field
 from crosscode.commands.parts.command import Command
 from crosscode.config.checked import checked
 from crosscode.config.registry import ConfigModel
-from crosscode.errors import InputError
-from crosscode.files import json_text
+from crosscode.files import check_output, json_text, write_output
 from crosscode.synthetic.config import SyntheticConfig
 from crosscode.synthetic.schemes import SCHEMES
 
@@ -37,15 +36,16 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     schemes = {"schemes": options.schemes} if options.schemes else {}
     config = checked(SyntheticConfig, fields(SyntheticConfig) | schemes)
     file = options.json_file
-    if file is not None and not file.resolve().parent.is_dir():
-        raise InputError(f"--json = {str(file)!r}: no such folder: {str(file.resolve().parent)!r}")
+    if file is not None:
+        check_output(file, "--json")
     from crosscode.synthetic.runs import markdown_table, run_synthetic
 
     results: list[SyntheticResult] = []
     for result in run_synthetic(config, progress=True):
         results.append(result)
-        if file is not None:
-            file.write_text(json_text(as_json(config, results)) + "\n", encoding="utf-8")
+        is_last = len(results) == len(config.schemes)  # a pipe, a device or a link to one takes it once
+        if file is not None and (is_last or (not file.is_symlink() and (file.is_file() or not file.exists()))):
+            write_output(file, (json_text(as_json(config, results)) + "\n").encode())
     print(markdown_table(results))
 
 

@@ -73,8 +73,8 @@ class LanguageModel:
 
         A table with a row for padding counts positions from the row after it (RoBERTa), or from its `offset` (OPT).
         """
-        limit = getattr(self.config, "max_position_embeddings", None)
-        limits = [int(limit)] if limit else []
+        limit = getattr(self.config, "max_position_embeddings", None) or 0
+        limits = [int(limit)] if limit > 0 else []  # -1: none (XLNet)
         for path, module in self.model.named_modules():
             if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(path):
                 after_padding = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from crosscode.data.harvest.adapters import Adapter, apply_adapter, find_adapter
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze
+from crosscode.data.harvest.loading_options import check_options, quantization_config
 from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError, first_line
@@ -61,6 +62,7 @@ def load_language_model(
     """
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    check_options(device_map, attn_implementation, quantization, trust_remote_code)
     on_base = adapter_of(name_or_path, revision, gguf_file, adapter, adapter_revision)
     if on_base is None and adapter_scale != 1:
         raise InputError(f"adapter_scale = {adapter_scale}: {name_or_path!r} has no adapter")
@@ -104,7 +106,7 @@ def _load(
     if "gguf_file" in given:
         given |= _dense_gguf_options()
     if quantization is not None:
-        given["quantization_config"] = _quantization_config(quantization)
+        given["quantization_config"] = quantization_config(quantization)
         given.setdefault("device_map", {"": str(place)})  # packed weights cannot be moved afterwards
     found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **given)
     model, info = found
@@ -115,15 +117,6 @@ def _load(
     if n_off:
         raise InputError(f"device_map = {given['device_map']!r}: {n_off} weights found no place on a device")
     return model, tokenizer
-
-
-def _quantization_config(fields: Mapping[str, Any]) -> Any:
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    try:
-        return AutoQuantizationConfig.from_dict(dict(fields))
-    except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"quantization = {dict(fields)}: {first_line(error)}") from error
 
 
 def adapter_of(

@@ -6,15 +6,16 @@ H harvest batch (sequences) · S sequence · P hookpoints.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from crosscode.data.harvest.hookpoints import Tap, find_taps, resolve_taps, unknown_hookpoint
+from crosscode.data.harvest.hookpoints import Tap, blocks_path, find_taps, resolve_taps, unknown_hookpoint
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.errors import InputError, first_line
+from crosscode.stopping import check_not_stopped
 
 HarvestPath = Literal["auto", "modules", "bridge"]
 Keep = Callable[[int, torch.Tensor], None]
@@ -43,6 +44,8 @@ class ModuleRun:
         self.model = model
         self.taps_P = list(taps_P)
         self._all_must_run = all_must_run
+        path = blocks_path(model)
+        self._blocks = cast(Iterable[torch.nn.Module], model.model.get_submodule(path)) if path else ()
 
     def read(self, names: Sequence[str], tokens_HS: torch.Tensor) -> dict[str, torch.Tensor]:
         """The activations of those of `names` that this run knows and that come by."""
@@ -65,7 +68,7 @@ class ModuleRun:
             if not missing:
                 raise _EnoughComputed
 
-        with self.model.lock, torch.no_grad(), self._hooks(seen):
+        with self.model.lock, torch.no_grad(), self._hooks(seen), _stopped_within(self._blocks):
             try:
                 self.model.model(**kwargs)
             except _EnoughComputed:
@@ -93,6 +96,16 @@ class ModuleRun:
                 )
                 stack.callback(handle.remove)
             yield
+
+
+@contextmanager
+def _stopped_within(blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within the block, in a thread that hears no signals, a model's run is left before the next of its blocks once one came."""
+    with ExitStack() as stack:
+        if threading.current_thread() is not threading.main_thread():
+            for block in blocks:
+                stack.callback(block.register_forward_pre_hook(lambda _module, _args: check_not_stopped()).remove)
+        yield
 
 
 def _first_tensor(values: Sequence[Any]) -> torch.Tensor:
@@ -130,7 +143,7 @@ class BridgeRun:
     def _cache(self, names: Sequence[str], tokens_HS: torch.Tensor) -> Any:
         layers = [_layer_of(name) for name in names]
         stop = {} if None in layers else {"stop_at_layer": max(layer for layer in layers if layer is not None) + 1}
-        with self.model.lock, torch.no_grad():
+        with self.model.lock, torch.no_grad(), _stopped_within(getattr(self.bridge, "blocks", ())):
             _, cache = self.bridge.run_with_cache(
                 tokens_HS.to(self.model.device), names_filter=list(names), return_type=None, **stop
             )

@@ -52,22 +52,21 @@ print("torch" in sys.modules)
     assert message in said and torch_is_there == "False"
 
 
-def test_the_rest_is_refused_soon_after():
+def test_the_rest_is_refused_before_anything_slow_is_imported():
     code = """
-import sys, time, torch, transformers, datasets, crosscode
-started = time.perf_counter()
+import sys, torch, crosscode
 for section in ({"type": "sae"}, {"type": "nope"}, {"type": "sae", "n_latents": 8, "activation": {"type": "topk", "kk": 3}}):
     try:
         crosscode.train(torch.zeros(100, 4), section)
     except crosscode.InputError as error:
         print(error)
-print(time.perf_counter() - started)
+print(sorted({"transformers", "datasets", "pandas", "matplotlib", "transformer_lens", "torch._inductor"} & {*sys.modules}))
 """
-    *said, seconds = fresh(code)
+    said = fresh(code)
     assert (
         "crosscoder.activation: required" in said[0] and "'nope'" in said[1] and "crosscoder.activation.kk" in said[2]
     )
-    assert float(seconds) < 20  # a second on a machine that is not shared: measured by benches, not by tests
+    assert said[3] == "[]"
 
 
 @pytest.mark.parametrize("name", NAMES)

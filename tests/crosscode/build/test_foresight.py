@@ -123,6 +123,25 @@ def test_language_models_that_cannot_fit_are_refused_with_the_numbers(refusal, t
     assert "billion weights packed take" in refusal(language_models=[{**m, **packed} for m in models(tiny_config)])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attn_implementation": "nothing"}, "attn_implementation = 'nothing': Specified"),
+        (
+            {"attn_implementation": "someone/kernel"},
+            "attn_implementation = 'someone/kernel': would run code from the hub",
+        ),
+        ({"quantization": {"quant_method": "none"}}, "quantization = {'quant_method': 'none'}: Unknown"),
+        ({"quantization": {"quant_method": "fp8"}}, "quantization = {'quant_method': 'fp8'}: "),
+        ({"device_map": "somewhere"}, "device_map = 'somewhere': "),
+        ({"device_map": {"model": "cpu", "lm_head": 99}}, "device_map = {'model': 'cpu', 'lm_head': 99}: "),
+    ],
+)
+def test_options_of_transformers_are_judged_before_a_model_is_loaded(options, said, refusal, tiny_config):
+    first, second = models(tiny_config)
+    assert refusal(language_models=[first, {**second, **options}]).startswith(f"language_models.1.{said}")
+
+
 def test_a_base_that_two_models_share_is_counted_once(tiny_config, monkeypatch):
     from crosscode.build import foresight
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from crosscode.analysis.diffing import as_cell
 from crosscode.build.schema import check_config
 from crosscode.commands.cli import main
 from crosscode.errors import InputError
+from crosscode.files import check_output, write_output
 
 RUN = Path(__file__).parents[2] / "fixtures" / "v1" / "run"
 
@@ -56,14 +58,32 @@ def test_names_have_no_control_characters(tiny_config):
         check_config(tiny_config)
 
 
-def test_a_table_can_be_streamed_and_the_device_stays(tmp_path):
+def test_what_a_user_wants_elsewhere_can_be_streamed_and_the_device_stays(tmp_path):
     code = (
-        "from pathlib import Path; from crosscode.analysis.diffing import write_out; "
-        "write_out(Path('/dev/stdout'), 'a,b\\n'); write_out(Path('/dev/null'), 'x')"
+        "from pathlib import Path; from crosscode.files import write_output; print('before')\n"
+        "write_output(Path('/dev/stdout'), b'a,b\\n'); write_output(Path('/dev/null'), b'x'); print('after')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "a,b\n"
+    assert done.stdout == "before\na,b\nafter\n"
+    with (tmp_path / "file").open("w") as stream:
+        subprocess.run([sys.executable, "-c", code], stdout=stream, check=True)
+    assert (tmp_path / "file").read_text() == done.stdout
     assert Path("/dev/null").is_char_device() and Path("/dev/stdout").is_symlink()
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):
+        write_output(tmp_path / "pipe", b"a")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "nowhere/t.csv", "."])
+def test_a_place_for_a_table_is_judged_before_the_work(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^csv = "):
+        check_output(Path(name), "csv")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_policy_of_the_page_names_its_script_alone(tmp_path):

@@ -1,5 +1,8 @@
 """The harvester returns what the models compute, whichever way it reads them."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from crosscode.data import ActivationHarvester, wrap_language_model
 from crosscode.data.harvest.harvester import _RESIDUAL_NUMBERS_PER_THREAD, _sequences_at_once
 from crosscode.data.harvest.hookpoints import find_taps
 from crosscode.errors import InputError
+from crosscode.stopping import Stopped, StopSignals
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
 TOKENS_HS = torch.randint(6, 46, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -217,3 +221,28 @@ def test_attention_patterns_are_no_activations(model_pair):
     """(sequences, heads, positions, positions): not one vector a position, however many heads there are."""
     with pytest.raises(InputError, match=r"'blocks.1.attn.hook_pattern' of 'tiny-0' .* \(2, 11, width\) is needed"):
         ActivationHarvester(model_pair, ["blocks.1.attn.hook_pattern"])
+
+
+@pytest.mark.parametrize("path", ["modules", "bridge"])
+def test_a_thread_leaves_a_models_run_within_a_block_of_a_signal(path, build_model, tokenizer):
+    model = wrap_language_model(build_model("llama"), tokenizer, "tiny")
+    harvester = ActivationHarvester([model], ["blocks.2.hook_resid_post"], path=path)
+    run: Any = harvester.runs[0]
+    blocks = run.bridge.blocks if path == "bridge" else model.model.model.layers
+    ran, found = [], []
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    blocks[0].register_forward_hook(lambda *_: setattr(stop, "_received", "SIGTERM"))
+
+    def work():
+        try:
+            harvester.harvest(TOKENS_HS)
+        except Stopped as error:
+            found.append(type(error))
+
+    with StopSignals() as stop:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        stop._received = None
+    assert (found, ran) == ([Stopped], [0])

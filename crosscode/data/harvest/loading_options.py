@@ -1,0 +1,78 @@
+"""What `transformers` is told beside a model's place, judged before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from crosscode.data.harvest.language_models import LanguageModel, available_device
+from crosscode.errors import InputError, at_field, first_line
+
+_PLACED_BY_TRANSFORMERS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def check_options(
+    device_map: str | Mapping[str, Any] | None,
+    attn_implementation: str | None,
+    quantization: Mapping[str, Any] | None,
+    trust_remote_code: bool,
+    skeleton: LanguageModel | None = None,
+) -> None:
+    """Raise `InputError` for what no model could be loaded with here: devices that are not there, packages that are not
+    installed; for attention that is code from the hub, unless that is trusted; and for one that the model of a `skeleton`
+    does not have."""
+    if attn_implementation is not None and "/" in attn_implementation and not trust_remote_code:
+        raise InputError(
+            f"attn_implementation = {attn_implementation!r}: would run code from the hub; name one that `transformers` "
+            "has (sdpa, eager, ...), or set trust_remote_code if you trust it"
+        )
+    if attn_implementation is not None and skeleton is not None:
+        _check_attention(skeleton, attn_implementation, trust_remote_code)
+    if device_map is not None:
+        _check_device_map(device_map)
+    if quantization is not None:
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        config = quantization_config(quantization)
+        try:
+            quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+            quantizer.validate_environment(device_map=device_map, weights_only=True)
+        except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise InputError(f"quantization = {dict(quantization)}: {first_line(error)}") from error
+
+
+def _check_attention(skeleton: LanguageModel, name: str, trust_remote_code: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                skeleton.model.config, attn_implementation=name, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"attn_implementation = {name!r}: {first_line(error)}") from error
+
+
+def _check_device_map(device_map: str | Mapping[str, Any]) -> None:
+    if find_spec("accelerate") is None:
+        raise InputError(f"device_map = {device_map!r}: needs the package accelerate (pip install accelerate)")
+    if isinstance(device_map, str) and device_map in _PLACED_BY_TRANSFORMERS:
+        return
+    with at_field(f"device_map = {device_map!r}"):
+        for place in [device_map] if isinstance(device_map, str) else device_map.values():
+            if place == "disk":
+                raise InputError("weights that stay on disk are not read; name devices")
+            available_device(f"cuda:{place}" if str(place).isdigit() else str(place))
+
+
+def quantization_config(fields: Mapping[str, Any]) -> Any:
+    """`transformers`' own, from its fields."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(dict(fields))
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"quantization = {dict(fields)}: {first_line(error)}") from error
