@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +33,25 @@ def test_every_scheme_of_the_demo_pair_is_told_its_l0(equal_l0, monkeypatch):
     assert told["l1_crosscoder"]["objective"] == {"l1": {"target_l0": 32}}
     assert told["wanted_l0_crosscoder"]["objective"] == {"l0": {"target": 32}}
     assert len(told) >= 9 and "matryoshka_crosscoder" in names and "sae_topk" not in names
+
+
+def test_a_row_of_the_demo_has_the_loss_recovered_of_both_models(equal_l0, monkeypatch):
+    def train(name, *, run_dir, **given):
+        summary = {"l0": 32.0, "fvu": 0.1, "dead_fraction": 0.0, "loss_recovered": {"base": 0.9, "tuned": 0.8}}
+        (Path(run_dir) / "summary.json").write_text(json.dumps(summary))
+        rows = [{"time/step_ms": 3.0}, {"time/step_ms": 9.0}, {"time/step_ms": 4.0}, {"eval/fvu": 0.1}]
+        (Path(run_dir) / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return SimpleNamespace(path=run_dir)
+
+    monkeypatch.setattr(equal_l0.crosscode, "train", train)
+    found = equal_l0.demo("l1_crosscoder", 0)
+    assert found == {
+        "l0": 32.0,
+        "fvu": 0.1,
+        "dead_fraction": 0.0,
+        "loss_recovered": pytest.approx(0.85),
+        "step_ms": 4.0,
+    }
 
 
 def test_rows_are_stored_once_and_shown_with_their_spread(equal_l0, monkeypatch):
