@@ -15,6 +15,9 @@ from crosscode.interop.export import check_holds, planned, writing_format
 from crosscode.models import BaseCrosscoder
 from crosscode.models.architecture import split_for
 
+_SOME_WIDTH = 4096
+"""where the language models are not here to ask"""
+
 
 def check_export(configs: Sequence[str], to: str, position: str | None = None) -> str:
     """A line that says that the models of these configs could be exported, and what is still wanted for it.
@@ -38,7 +41,7 @@ def planned_model(config: ExperimentConfig) -> BaseCrosscoder:
     split.check(*config.n_positions())
     width = check_language_models(config) if config.language_models else None
     with torch.device("meta"):
-        model = build_model(config, width or 1)
+        model = build_model(config, width or _SOME_WIDTH)
     model.metadata = {
         "language_models": [_facts(lm, i) for i, lm in enumerate(config.language_models)],
         "hookpoints": config.hookpoints,

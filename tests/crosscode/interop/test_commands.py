@@ -138,6 +138,14 @@ def test_the_transcoder_of_one_layer_is_told_which_are_missing(written, tiny_con
     assert "still to train are 0, 2" in capsys.readouterr().out
 
 
+def test_a_config_whose_language_model_is_not_here_is_answered(written, capsys):
+    section = {"type": "sae", "expansion_factor": 4, "activation": {"type": "batch_topk", "k": 32}}
+    section["init"] = {"type": "anthropic_transpose"}
+    models = [{"path": "package:no_such_package/model.gguf", "name": "elsewhere"}]
+    config = written(hookpoints=["blocks.1.hook_resid_post"], crosscoder=section, language_models=models)
+    assert main(["export", "--check", config, "--to", "saelens"]) == 0, capsys.readouterr().err
+
+
 def test_our_recipe_of_later_layers_alone_is_refused(capsys):
     assert main(["export", "--check", "compound_clt", "--to", "circuit-tracer"]) == 2
     assert "it wants every layer from 0" in capsys.readouterr().err

@@ -6,6 +6,7 @@ Axes: B tokens · X positions · D width · L latents.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,39 @@ HELD = {
 CASES = [(to, architecture, activation) for to in HELD for architecture in ALL for activation in ACTIVATION_NAMES]
 HOLDS = [case for case in CASES if case[2] in HELD[case[0]].get(case[1], ())]
 REFUSES = [case for case in CASES if case not in HOLDS]
+
+
+NAMES = {"relu": "ReLU", "jumprelu": "JumpReLU", "topk": "TopK", "batch_topk": "BatchTopK", "groupmax": "GroupMax"}
+ROWS = {
+    "SAE": SAES[:3],
+    "transcoder, also with skip": TRANSCODERS[:3],
+    "crosscoder": CROSSCODERS[:1],
+    "cross-layer transcoder": ("clt",),
+    "compound cross-layer transcoder": ("compound",),
+    "set of transcoders (`later_layers: false`)": SETS,
+}
+
+
+def test_the_table_in_the_docs_is_what_is_tested_here(awkward, tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "interop.md").read_text()
+    table = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|") and "---" not in line]
+    formats, cells = [cell.strip() for cell in table[0][1:]], {row[0].strip(): row[1:] for row in table[1:]}
+    assert {*formats} == HELD.keys() and cells.keys() == ROWS.keys()
+    for row, kinds in ROWS.items():
+        for to, cell in zip(formats, cells[row], strict=True):
+            said = set(re.findall(r"\b(?:Batch|Jump)?(?:ReLU|TopK)\b|GroupMax", cell))
+            for kind in kinds:
+                assert said == {NAMES[a] for a in HELD[to].get(kind, ()) if a in NAMES}, (row, to)
+            if row.startswith("transcoder") and said:
+                assert ("one width" in cell) == ("wide_skip_transcoder" not in HELD[to])
+            if row in ("SAE", "transcoder, also with skip") or said:
+                continue
+            model = awkward(kinds[0], "topk" if to == "sparsify" else "relu", n_layers=1).model
+            try:
+                held = model.export(to, tmp_path / f"{row} {to}".replace("/", " "), position="0") is not None
+            except InputError:
+                held = False
+            assert held == cell.strip().startswith("one"), (row, to)
 
 
 def assert_same(got, expected, share):
