@@ -18,8 +18,11 @@ from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, LogitEnds, study_records
 from crosscode.analysis.tokens import TokenDisplay
+from crosscode.build.arrays import NumberTokenizer
 from crosscode.build.finished import FinishedRun
+from crosscode.build.heldout import AnyExperiment
 from crosscode.commands.parts.reading import displays_of, text_experiment, unembed_of
+from crosscode.config.arrays import ArraysSource
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, new_folder
@@ -31,10 +34,9 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     """Write them into a new folder; the file or folder to hand to the tool.
 
     Raises:
-        InputError: no language models, latents of several layers for circuit-tracer, or an unknown layer.
+        InputError: no text, latents of several layers for circuit-tracer, or an unknown layer.
     """
-    experiment = text_experiment(run, "features")
-    model = run.model
+    experiment, model = _experiment_with_text(run), run.model
     if to == "delphi":
         return _delphi(run, out, n_tokens)
     write = None if to == "dataset" else circuit_tracer_writer(run, out, layer)
@@ -47,6 +49,15 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     with new_folder(out, TABLE) as folder:
         write_dataset(folder, rows, run.config.name, hub_names(model.path for model in run.config.language_models))
     return out / TABLE
+
+
+def _experiment_with_text(run: FinishedRun) -> AnyExperiment:
+    """On language models, or on activations that came with tokens and a tokenizer (then there are no logits)."""
+    if isinstance(run.experiment.tokenizer, NumberTokenizer):
+        raise InputError(
+            "features: this run has no text: give crosscode.train tokens= and tokenizer= beside the activations"
+        )
+    return run.experiment
 
 
 def check_out(out: Path, field: str) -> None:
@@ -62,9 +73,9 @@ def circuit_tracer_writer(
     """What writes circuit-tracer's files of a pass over the held-out text.
 
     Raises:
-        InputError: no language models, or no or another layer; before anything is read.
+        InputError: no text, or no or another layer; before anything is read.
     """
-    tokenizer, layers = text_experiment(run, "features").tokenizer, _layers(run, layer)
+    tokenizer, layers = _experiment_with_text(run).tokenizer, _layers(run, layer)
 
     def write(study: LatentsPass, records: LatentRecords) -> Path:
         with new_folder(out / "features", INDEX) as folder:
@@ -84,7 +95,9 @@ def _layers(run: FinishedRun, layer: int | None) -> list[int]:
     n_parts = len(run.model.parts)
     if layer is not None and n_parts > 1:
         raise InputError(f"layer = {layer}: this model has latents of {n_parts} layers, which its hookpoints name")
-    return [_layer_of(hookpoint) for hookpoint in run.config.hookpoints[:n_parts]] if layer is None else [layer]
+    source = run.config.data.source
+    hookpoints = source.names[0] if isinstance(source, ArraysSource) else run.config.hookpoints
+    return [_layer_of(hookpoint.rpartition("/")[2]) for hookpoint in hookpoints[:n_parts]] if layer is None else [layer]
 
 
 def _layer_of(hookpoint: str) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -81,7 +82,13 @@ def test_tokens_give_examples(flat, acts, train, tiny_lms):
     peak = run.top(int(run.table()["firings"].idxmax()))[0]
     assert f"w{(peak.example.sequence * (10 if not flat else 60) + peak.example.position + 540) % 50}»" in peak.text
     assert "w" in run.report().read_text()
+    for format, more in (("circuit-tracer", ["--layer", "3"]), ("dataset", [])):
+        out = run.path.parent / format
+        assert main(["features", str(run.path), "--to", format, "--out", str(out), *more]) == 0
+    rows = pq.read_table(out / "latents.parquet").to_pylist()
+    assert any("w" in token for row in rows for one in row["examples"] for token in one["tokens"])
     plain = train(acts, name="plain", tokens=tokens)
+    assert main(["features", str(plain.path), "--to", "dataset", "--out", str(plain.path.parent / "none")]) == 2
     assert (
         plain.top(int(plain.table()["firings"].idxmax()))[0].text.replace("«", "").replace("»", "").split()[0].isdigit()
     )
