@@ -14,6 +14,10 @@ class Interrupted(CrosscodeError):
     """Training was asked to stop; the run is saved and can be resumed."""
 
 
+class RankLost(CrosscodeError):
+    """One of several processes that train together ended, or does not answer."""
+
+
 class NotFinite(CrosscodeError):
     """Activations, or figures of them, are NaN or infinite: which, and what would help."""
 

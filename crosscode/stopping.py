@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from crosscode.errors import Interrupted
 
@@ -29,6 +29,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received: str | None = None
+        self._pending: str | None = None
         self._before: dict[signal.Signals, Any] = {}
         self.may_raise = False
 
@@ -61,18 +62,39 @@ class StopSignals:
             signal.raise_signal(signal.Signals[self._received])
 
     def _first(self, number: int, frame: FrameType | None) -> None:
-        name = self._received = signal.Signals(number).name
+        name = self._pending = signal.Signals(number).name
+        if not _agreed_on:
+            self._received = name
         for each in self._before:
             signal.signal(each, _leave_at_once)
         # Not through a logger or a stream: the signal may have come while one of these was at work.
         text = f"crosscode: {name}: finishing the step and saving; a second signal ends at once\n"
         with suppress(OSError):
             os.write(2, text.encode())
-        if self.may_raise:
+        if self.may_raise and not _agreed_on:
             raise Stopped
 
 
 _active: StopSignals | None = None
+_agreed_on = False
+
+
+def stop_by_agreement() -> None:
+    """From now on a signal is only `pending` until `stop_all`: for processes that must stop at one place."""
+    global _agreed_on
+    _agreed_on = True
+
+
+def pending() -> str | None:
+    """Name of a signal that waits for agreement."""
+    return _active._pending if _active else None
+
+
+def stop_all(name: str) -> NoReturn:
+    """What a signal `name` would have done here, where it came to another process or was agreed on."""
+    if _active is not None:
+        _active._received = name
+    raise Stopped
 
 
 @contextmanager

@@ -119,11 +119,13 @@ def _run(
     from crosscode.build.replacing import check_may_begin
     from crosscode.build.run import build_trainer
     from crosscode.commands.parts.libraries import quiet_libraries
+    from crosscode.parallel.refusals import for_ranks
     from crosscode.runs.loggers import Logger
     from crosscode.trainers.callbacks import Callback, check_each
 
     check_each("callbacks", callbacks, Callback)
     check_each("loggers", loggers, Logger)
+    config = for_ranks(config)
     check_may_begin(config, typed_overwrite)
     quiet_libraries()
     build_trainer(

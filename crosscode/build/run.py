@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from crosscode.data.dataloader import ActivationsDataloader
 from crosscode.errors import InputError, in_section
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.checkpoint import read_config
+from crosscode.parallel import joined
+from crosscode.parallel.training import SharedSource, follow, shard_
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
@@ -66,6 +69,7 @@ def build_trainer(
         typed_overwrite: the user typed that the run may be replaced, though it is not over.
         made_by, run_id: the command, and what it knows the run by; noted in the run directory.
     """
+    group = joined()
     facts = {"made_by": made_by} | ({} if run_id is None else {"id": run_id})
     if resume is None:
         check_new_run(experiment.config, typed_overwrite)
@@ -77,6 +81,8 @@ def build_trainer(
     data = data or build_dataloader(experiment)
     if resume is None and isinstance(data, ActivationsDataloader):
         check_models_differ(experiment, data.rows)
+    if group is not None:
+        data = SharedSource(group, data, available_device(config.device))
     given, width = model, experiment.dims[2]
     model = given or build_model(config, width, experiment.widths_MP).to(available_device(config.device))
     check_threshold_in_time(config, model)
@@ -89,6 +95,9 @@ def build_trainer(
         initialise(experiment, model, constraints, data)
     else:
         check_same_language_models(run.checkpoint(step), metadata["language_models"])
+    if group is not None:
+        shard_(model, group)
+        progress = progress and group.is_first
     trainer = Trainer(
         model,
         data,
@@ -105,8 +114,9 @@ def build_trainer(
         progress=progress,
         callbacks=[*experiment.callbacks(), *callbacks],
     )
-    if resume is not None:
-        trainer.restore(step)
+    with nullcontext() if group is None else follow(trainer, group):
+        if resume is not None:
+            trainer.restore(step)
     return trainer
 
 

@@ -17,19 +17,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosscode.errors import CrosscodeError, InputError, Interrupted
+from crosscode.errors import CrosscodeError, InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
     from crosscode.commands.parts.command import Command
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_RANK_LOST = 74
 EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
 EXIT_CLOSED_PIPE = 141
 DESCRIPTION = """Train crosscoders, transcoders and SAEs on language model activations.
 `crosscode COMMAND --help` says more of each."""
 EXIT_CODES = f"""exit codes: 0 done; {EXIT_FAILED} failed; {EXIT_BAD_INPUT} bad input, nothing written;
+{EXIT_RANK_LOST} another of the processes that train together has ended;
 {EXIT_INTERRUPTED} stopped by Ctrl-C or SIGTERM with everything saved, `crosscode train --resume RUN` goes on (a
 second signal ends at once, by that signal; what is lost then is what came after the last checkpoint);
 {EXIT_CTRL_C} stopped by Ctrl-C outside of training (143 by SIGTERM, 129 by SIGHUP); {EXIT_CLOSED_PIPE} nobody reads
@@ -70,6 +72,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
+        if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"{name}: runs in one process; under torchrun there is `crosscode train` alone")
         from crosscode.commands.parts.start import start
 
         start(load_command(name), name, rest)
@@ -91,6 +95,8 @@ def _guarded(command: Callable[[], None]) -> int:
         return _say(f"stopped by {error.signal.name}", 128 + error.signal)
     except Interrupted as error:
         return _say(error, EXIT_INTERRUPTED)
+    except RankLost as error:
+        return _say(error, EXIT_RANK_LOST)
     except KeyboardInterrupt:
         return _say("stopped by Ctrl-C", EXIT_CTRL_C)
     except InputError as error:

@@ -58,7 +58,9 @@ def run_training(config: ExperimentConfig, *, typed_overwrite: bool = False, mad
     from crosscode.build.experiment import open_experiment
     from crosscode.build.replacing import check_may_begin
     from crosscode.build.run import build_trainer
+    from crosscode.parallel.refusals import for_ranks
 
+    config = for_ranks(config)
     check_may_begin(config, typed_overwrite)
     quiet_libraries()
     _run_to_the_end(build_trainer(open_experiment(config), typed_overwrite=typed_overwrite, made_by=made_by))
@@ -69,10 +71,12 @@ def resume_training(run_dir: Path, trust_remote_code: bool = False) -> None:
     from crosscode.build.experiment import open_experiment
     from crosscode.build.resume import ResumePoint
     from crosscode.build.run import build_trainer
+    from crosscode.parallel.refusals import for_ranks
 
     point = ResumePoint.find(run_dir, trust_remote_code)
+    config = for_ranks(point.config)
     quiet_libraries()
-    _run_to_the_end(build_trainer(open_experiment(point.config), resume=point))
+    _run_to_the_end(build_trainer(open_experiment(config), resume=point))
 
 
 def _run_to_the_end(trainer: Trainer) -> None:

@@ -7,7 +7,7 @@ output · L latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -65,6 +65,8 @@ class CoderWeights(nn.Module, Coder):
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
         self.backend = Backend.parse(backend)
+        self.op_set_of: Callable[..., OpSet] = resolve_backend
+        """makes the op set: of the backend, the device and the dtype"""
         self._ops: tuple[Any, OpSet] | None = None
         self.register_buffer("prefix_thresholds_S", None)
         self.register_buffer("folded_scaling_in_Xi", None)
@@ -140,7 +142,7 @@ class CoderWeights(nn.Module, Coder):
         """The ops of the chosen backend, for where the parameters are now."""
         key = (self.backend, self.device, self.dtype)
         if self._ops is None or self._ops[0] != key:
-            self._ops = (key, resolve_backend(*key))
+            self._ops = (key, self.op_set_of(*key))
         return self._ops[1]
 
     def __getstate__(self) -> dict[str, Any]:

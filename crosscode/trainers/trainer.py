@@ -187,7 +187,8 @@ class Trainer:
             self.objective.after_step(self.firing.l0)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
-            grad_norm = clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, self.optimizer)
+            clip = (self.config.clip_grad_norm, self.optimizer, self.model.ops.total_norm)
+            grad_norm = clip_grad_norm_(self.model.parameters(), *clip)
             for constraint in self.constraints:
                 constraint.before_step(self.model)
             self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)

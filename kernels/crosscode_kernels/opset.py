@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from crosscode_kernels.backend import AnyBackend, Backend, resolve
 
@@ -49,6 +50,10 @@ class OpSet:
     @property
     def name(self) -> str:
         return self.backend.name
+
+    def total_norm(self, norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all gradients from `norms_P`, those of the parameters `params`."""
+        return torch.linalg.vector_norm(norms_P)
 
     if TYPE_CHECKING:
 

@@ -10,7 +10,7 @@ it would not be the same optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -137,24 +137,37 @@ def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict
     state["last_step_R"].index_fill_(0, rows_Q, step)
 
 
+TotalNorm = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+def _two_norm(norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(norms_P)
+
+
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float | None, optimizer: torch.optim.Optimizer | None = None
+    parameters: Iterable[Tensor],
+    max_norm: float | None,
+    optimizer: torch.optim.Optimizer | None = None,
+    total_norm: TotalNorm = _two_norm,
 ) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_` (2-norm; returns the norm before clipping), for dense and row-sparse gradients.
     A `max_norm` of None clips nothing.
 
     On the CPU gradients that are already short enough are not written; elsewhere the scale stays on the device. A fused
     Adam given as `optimizer` scales the gradients itself in its next step, which saves a pass over them: until then
-    `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all."""
+    `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all.
+
+    `total_norm` makes one norm of those of the parameters that have a gradient (see `OpSet.total_norm`)."""
+    parameters = list(parameters)
     if max_norm is None:
-        return grad_norm(parameters, optimizer)
+        return grad_norm(parameters, optimizer, total_norm)
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; must be positive")
     values = _grad_values(parameters, optimizer)
     if not values:
         return torch.zeros(())
-    norm = _norm(values)
+    norm = _norm(values, parameters, total_norm)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # The fused optimizer reads its scale as float32, which is not enough for float64 gradients.
     if optimizer is not None and optimizer.defaults.get("fused") and norm.dtype == torch.float32:
@@ -165,9 +178,14 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+def grad_norm(
+    parameters: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    total_norm: TotalNorm = _two_norm,
+) -> Tensor:
     """The 2-norm of all gradients, dense and row-sparse. An `optimizer` that takes dense ones only will find none other."""
-    return _norm(_grad_values(parameters, optimizer))
+    parameters = list(parameters)
+    return _norm(_grad_values(parameters, optimizer), parameters, total_norm)
 
 
 def _grad_values(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
@@ -186,7 +204,7 @@ def _grad_values(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer 
     return values
 
 
-def _norm(values: list[Tensor]) -> Tensor:
+def _norm(values: list[Tensor], parameters: Sequence[Tensor], total_norm: TotalNorm) -> Tensor:
     if not values:
         return torch.zeros(())
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
@@ -198,4 +216,5 @@ def _norm(values: list[Tensor]) -> Tensor:
         for value in values
     ]
     norms = torch._foreach_norm(parts, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack([norm.to(values[0].device) for norm in norms]))
+    norms_P = torch.stack([norm.to(values[0].device) for norm in norms])
+    return total_norm(norms_P, [param for param in parameters if param.grad is not None])

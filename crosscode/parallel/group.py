@@ -1,0 +1,171 @@
+"""The processes that `torchrun` started, what they tell each other, and how a gradient passes through it.
+
+Axes: R rows · L latents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crosscode.errors import RankLost
+
+
+def n_ranks() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Group:
+    """All ranks. `bytes_sent` counts what this one has sent, where collectives go round a ring."""
+
+    def __init__(self) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.size, self.bytes_sent = dist.get_rank(), dist.get_world_size(), 0
+        self.folders: list[Any] = []
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def bounds(self, n_rows: int, rank: int | None = None) -> tuple[int, int]:
+        """The rows that a rank holds, `start` and `stop`: as many as the others, or one less."""
+        rank = self.rank if rank is None else rank
+        return rank * n_rows // self.size, (rank + 1) * n_rows // self.size
+
+    def most_rows(self, n_rows: int) -> int:
+        return -(-n_rows // self.size)
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        with _said_in_one_line():
+            dist.all_reduce(tensor, op)
+        self.bytes_sent += 2 * tensor.nbytes * (self.size - 1) // self.size
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """That of each rank; all have one shape."""
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _said_in_one_line():
+            dist.all_gather(parts, tensor)
+        self.bytes_sent += tensor.nbytes * (self.size - 1)
+        return parts
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """That of rank 0."""
+        with _said_in_one_line():
+            dist.broadcast(tensor, 0)
+        self.bytes_sent += tensor.nbytes * self.is_first
+        return tensor
+
+    def barrier(self) -> None:
+        self.all_reduce_(torch.zeros(1))
+
+    def whole_R(self, rows_R: Tensor, n_rows: int) -> Tensor:
+        """On rank 0 the rows of all ranks, on the CPU; elsewhere none."""
+        rows_R = rows_R.detach().cpu().contiguous()
+        with _said_in_one_line():
+            if not self.is_first:
+                dist.send(rows_R, 0)
+                self.bytes_sent += rows_R.nbytes
+                return rows_R[:0]
+            whole_R = rows_R.new_empty(n_rows, *rows_R.shape[1:])
+            whole_R[slice(*self.bounds(n_rows))] = rows_R
+            for rank in range(1, self.size):
+                dist.recv(whole_R[slice(*self.bounds(n_rows, rank))], rank)
+        return whole_R
+
+
+_group: Group | None = None
+
+
+def joined() -> Group | None:
+    """The group of this process, which waits for the others; None where it is alone."""
+    global _group
+    if _group is None and n_ranks() > 1:
+        _group = Group()
+    return _group
+
+
+@contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(
+            "another rank has ended or does not answer: training stops here; go on from the last checkpoint with "
+            f"crosscode train --resume RUN ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+# ---- what a gradient passes through
+
+
+class _Summed(torch.autograd.Function):
+    """Forward the sum over ranks. The sum is the same everywhere, and so is its gradient: that of each summand."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        group, tensor = arguments
+        return group.all_reduce_(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0]
+
+
+class _Gathered(torch.autograd.Function):
+    """Forward the rows of all ranks; backward the own rows of a gradient that is the same everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        group, rows_R, n_rows = arguments
+        ctx.own = slice(*group.bounds(n_rows))
+        padded_R = rows_R.new_zeros(group.most_rows(n_rows), *rows_R.shape[1:])
+        padded_R[: rows_R.shape[0]] = rows_R
+        sizes = [stop - start for start, stop in (group.bounds(n_rows, rank) for rank in range(group.size))]
+        return torch.cat([part[:size] for part, size in zip(group.all_gather(padded_R), sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0][ctx.own], None
+
+
+class _Shared(torch.autograd.Function):
+    """Forward tensors that are the same everywhere; backward the sum of what each rank does with them. One node for all of
+    them, so that ranks sum up in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.group, *tensors = arguments
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.needs_input_grad[1:], grads, strict=True)
+        return None, *(ctx.group.all_reduce_(grad.contiguous().clone()) if needs else None for needs, grad in pairs)
+
+
+def summed(group: Group, tensor: Tensor) -> Tensor:
+    return _Summed.apply(group, tensor)
+
+
+def gathered(group: Group, rows_R: Tensor, n_rows: int) -> Tensor:
+    """The rows of all ranks in their order, `n_rows` of them."""
+    return _Gathered.apply(group, rows_R, n_rows)
+
+
+def shared(group: Group, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each tensor, of which this rank uses a part; None stays."""
+    there = iter(_Shared.apply(group, *(tensor for tensor in tensors if tensor is not None)))
+    return [None if tensor is None else next(there) for tensor in tensors]

@@ -1,0 +1,56 @@
+"""What several processes cannot train: refused by name before anything is loaded, here alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.errors import InputError
+
+
+def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
+    """The config as the processes that `torchrun` started train it: nothing is left to what each of them would measure. In one
+    process, itself.
+
+    Raises:
+        InputError: which field asks for what several processes cannot do.
+    """
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks == 1:
+        return config
+    for problem in _problems(config, n_ranks):
+        raise InputError(f"{problem} (torchrun started {n_ranks} processes)")
+    optimizer: Any = config.train.optimizer
+    if getattr(optimizer, "row_sparse", None) == "auto":
+        optimizer = optimizer.model_copy(update={"row_sparse": False})
+    train = config.train.model_copy(update={"optimizer": optimizer})
+    backend = "torch" if config.backend == "auto" else config.backend
+    return config.model_copy(update={"backend": backend, "train": train})
+
+
+def _problems(config: ExperimentConfig, n_ranks: int) -> Iterator[str]:
+    train, coder = config.train, config.crosscoder
+    get = lambda part, name: getattr(part, name, None)  # noqa: E731
+    if config.backend in ("triton", "torch:screened"):
+        yield f"backend = {config.backend!r}: must be 'torch' or 'reference' in several processes"
+    if train.compile:
+        yield "train.compile = True: is for one process"
+    if train.precision != "float32":
+        yield f"train.precision = {train.precision!r}: must be 'float32' in several processes"
+    if get(train.optimizer, "row_sparse") is True:
+        yield "train.optimizer.row_sparse = True: is for one process"
+    if get(train, "resample") is not None:
+        yield "train.resample: is for one process"
+    for name in ("partition", "n_shared_latents"):
+        if get(coder, name):
+            yield f"crosscoder.{name}: its latents would lie on several processes; is for one"
+    n_latents: Any = get(coder, "n_latents")
+    if n_latents and n_latents < n_ranks:
+        yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"
+    activation: Any = get(coder, "activation")
+    if get(activation, "type") == "groupmax":
+        for name, value in (("activation.k", activation.k), ("n_latents", n_latents)):
+            if value is not None and value % n_ranks:
+                yield f"crosscoder.{name} = {value}: GroupMax needs a number that the processes divide"

@@ -1,0 +1,71 @@
+"""Several processes do what one does; all recipes and more processes: tests/check/test_ranks.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosscode.build.schema import check_config, read_yaml
+from crosscode.commands.cli import main
+from crosscode.errors import InputError
+from crosscode.parallel.opset import _largest
+from crosscode.parallel.refusals import for_ranks
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+
+from ranks import assert_as_one, train_on
+
+# 25 latents do not divide by 2; 7: k is larger than a shard.
+RECIPES = ("sae_topk@torch@25", "sae_batch_topk@reference@25", "sae_jumprelu@torch@24", "topk_crosscoder@torch@7")
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    one, two = (train_on(n, tmp_path, "float64", RECIPES) for n in (1, 2))
+    for recipe in RECIPES:
+        assert_as_one(one[0][recipe], two[0][recipe], 1e-10)
+        assert torch.equal(two[0][recipe]["losses"], two[1][recipe])  # both ranks know the same
+
+
+def test_the_largest_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rank_BC = torch.randint(0, 4, (6, 40), generator=generator).to(dtype)
+        index_BC = torch.stack([torch.randperm(40, generator=generator) for _ in range(6)])
+        for k in (1, 7, 40):
+            found = index_BC.gather(1, _largest(rank_BC, index_BC, k))
+            for values, index, kept in zip(rank_BC.tolist(), index_BC.tolist(), found.tolist(), strict=True):
+                order = sorted(zip(values, index, strict=True), key=lambda pair: (-pair[0], pair[1]))
+                assert {i for _, i in order[:k]} == set(kept)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "said"),
+    [
+        ("sae_topk", {"backend": "triton"}, "backend = 'triton'"),
+        ("sae_topk", {"train": {"compile": True}}, "train.compile = True"),
+        ("sae_topk", {"train": {"precision": "bfloat16"}}, "train.precision = 'bfloat16'"),
+        ("sae_topk", {"crosscoder": {"n_latents": 3}}, "crosscoder.n_latents = 3"),
+        ("sae_l1_resampled", {}, "train.resample"),
+        ("dedicated_feature_crosscoder", {}, "crosscoder.partition"),
+        ("feb_update_diffing_topk", {}, "crosscoder.n_shared_latents"),
+        ("sae_groupmax", {"crosscoder": {"activation": {"type": "groupmax", "k": 2}}}, "crosscoder.activation.k = 2"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_by_name(recipe, change, said, monkeypatch):
+    values = read_yaml(recipe)
+    for section, fields in change.items():
+        values[section] = values[section] | fields if isinstance(fields, dict) else fields
+    if values["crosscoder"]["n_latents"] == 3:
+        values["crosscoder"]["activation"] = {"type": "topk", "k": 2}
+    config = check_config(values)
+    assert for_ranks(config) is config  # one process: the very same
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=said):
+        for_ranks(config)
+
+
+def test_other_commands_say_that_they_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", "somewhere"]) == 2
+    assert "one process" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Several gloo processes on one machine: `spawn` runs this file in each; `main` trains tiny recipes and keeps what they did."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+N_STEPS = 20
+
+
+def spawn(n_ranks: int, *arguments: str, words: list[str] | None = None) -> list[subprocess.Popen]:
+    """A process for each rank; `words`: another command than this file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    words = words or [sys.executable, __file__, *arguments]
+    return [
+        subprocess.Popen(
+            words, env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(n_ranks)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[str]:
+    """What each has said, once all have ended well."""
+    said = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(said), "\n".join(said)
+    return said
+
+
+def train_on(n_ranks: int, folder: Path, dtype: str, recipes: Sequence[str]) -> list[Any]:
+    """What rank 0 kept of each recipe, and the losses that the others saw."""
+    import torch
+
+    own = folder / f"{n_ranks}-{len(list(folder.iterdir()))}"
+    own.mkdir()
+    finish(spawn(n_ranks, str(own), dtype, *recipes), timeout=3000)
+    return [torch.load(own / name) for name in ("kept.pt", *(f"losses{rank}.pt" for rank in range(1, n_ranks)))]
+
+
+def assert_as_one(one: dict[str, Any], several: dict[str, Any], tolerance: float) -> None:
+    """The same latents at the same weights; losses, gradient norms and the whole state within rounding."""
+    import torch
+
+    assert torch.equal(one["active"], several["active"])
+    torch.testing.assert_close(several["losses"], one["losses"], rtol=tolerance, atol=tolerance)
+    for name, weight in one["model"].items():
+        assert several["model"][name].shape == weight.shape
+    for index, state in one["optimizer"].items():
+        for key, value in state.items():
+            assert torch.as_tensor(several["optimizer"][index][key]).shape == torch.as_tensor(value).shape
+
+
+def check_ties() -> None:
+    """Integers, so that nearly all values are tied: what is selected over ranks is what one process selects."""
+    import torch
+    from crosscode_kernels import OpSet
+    from crosscode_kernels.backend import Backend
+
+    from crosscode.parallel import joined
+    from crosscode.parallel.opset import ShardedOps
+
+    group = joined()
+    if group is None:
+        return
+    generator, L = torch.Generator().manual_seed(0), 4 * group.size + 3
+    x_BI, W_LI = (torch.randint(-1, 2, (n, 3), generator=generator) for n in (5, L))
+    scale_L, dead_L = torch.randint(1, 3, (L,), generator=generator), torch.rand(L, generator=generator) < 0.3
+    dead_L[: L // group.size] = False  # rank 0 has none
+    own = slice(*group.bounds(L))
+    for name in ("torch", "reference"):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            one, ours = OpSet(Backend(name)), ShardedOps(group, L, Backend(name), torch.device("cpu"), dtype)
+            x, W, b = x_BI.to(dtype), W_LI.to(dtype), torch.ones(L, dtype=dtype)
+            for op, *rest in (
+                ("encode_topk", 1), ("encode_topk", 6), ("encode_topk", L), ("encode_batch_topk", 2),
+                ("encode_batch_topk", 7, scale_L.to(dtype)), ("encode_threshold", torch.tensor(2.0)),
+                ("aux_topk", dead_L, 3), ("aux_topk", dead_L, L), ("aux_topk", dead_L & False, 3), ("encode_relu",),
+            ):  # fmt: skip
+                expected, found = getattr(one, op)(x, W, b, *rest), getattr(ours, op)(x, W[own], b, *rest)
+                assert torch.equal(expected.to_dense(), found.to_dense()), (op, rest, name, dtype)
+
+
+def main(folder: str, dtype_name: str, *recipes: str) -> None:
+    """Each of `recipes` is spelled `NAME@BACKEND@N_LATENTS`."""
+    import tiny_recipes
+    import torch
+
+    torch.set_num_threads(1)
+    check_ties()
+    kept, dtype = {}, getattr(torch, dtype_name)
+    for spelled in recipes:
+        recipe, backend, n_latents = spelled.split("@")
+        tiny_recipes.N_LATENTS = int(n_latents)
+        trainer = tiny_recipes.make_trainer(recipe, Path(folder) / f"run-{spelled}", backend, "cpu", dtype)
+        batches = iter(trainer.data)
+        losses: list[float] = []
+        note = trainer.guard.before_optimizer
+
+        def noted(step, parts, grad_norm, *rest, note=note, losses=losses):
+            losses.extend([*(float(value) for value in parts.values()), float(grad_norm)])
+            note(step, parts, grad_norm, *rest)
+
+        trainer.guard.before_optimizer = noted
+        trainer.start()
+        first_BXiDi = trainer.split.activations(trainer.data.acts_SBMPD[0])[0]
+        with torch.no_grad():
+            latents_BL = trainer.model.encode(first_BXiDi)
+        for _ in range(N_STEPS):
+            trainer.train_step(next(batches))
+        kept[spelled] = {
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "active": latents_BL > 0,
+            "latents": latents_BL,
+            "counts": trainer.firing.n_recent_L.clone(),
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict()["state"],
+        }
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(kept, Path(folder) / "kept.pt")
+    else:
+        torch.save({name: of["losses"] for name, of in kept.items()}, Path(folder) / f"losses{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    sys.path[:] = [path for path in sys.path if path != os.getcwd()]
+    main(*sys.argv[1:])
