@@ -21,6 +21,7 @@ from crosscode.data.harvest.loading import adapter_of, load_skeleton
 from crosscode.data.harvest.loading_options import check_options
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
+from crosscode.parallel.group import n_ranks
 from crosscode.trainers.optimizers import OPTIMIZERS
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -111,7 +112,9 @@ def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device:
     Args:
         model: the model of the config, on any device (the meta device will do).
     """
-    copies = 2 + OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    copies: float = 2 + OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    if (ranks := n_ranks()) > 1:  # each has the whole weights before it keeps its share
+        copies = max(1 + 1 / ranks, copies / ranks)
     n_bytes = copies * sum(param.numel() * param.element_size() for param in model.parameters())
     size = "n_latents" if config.crosscoder.n_latents else "expansion_factor"
     what = "weights, gradients and optimizer state"

@@ -94,7 +94,8 @@ def _guarded(command: Callable[[], None]) -> int:
     except _Terminated as error:
         return _say(f"stopped by {error.signal.name}", 128 + error.signal)
     except Interrupted as error:
-        return _say(error, EXIT_INTERRUPTED)
+        # Of several processes the first speaks; the run of the others is none that could be resumed.
+        return EXIT_INTERRUPTED if os.environ.get("RANK", "0") != "0" else _say(error, EXIT_INTERRUPTED)
     except RankLost as error:
         return _say(error, EXIT_RANK_LOST)
     except KeyboardInterrupt:

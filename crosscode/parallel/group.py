@@ -26,6 +26,8 @@ class Group:
     """All ranks. `bytes_sent` counts what this one has sent, where collectives go round a ring."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.size, self.bytes_sent = dist.get_rank(), dist.get_world_size(), 0

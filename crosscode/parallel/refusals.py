@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
+from crosscode.parallel.group import n_ranks
 
 
 def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
@@ -17,11 +17,11 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     Raises:
         InputError: which field asks for what several processes cannot do.
     """
-    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_ranks == 1:
+    ranks = n_ranks()
+    if ranks == 1:
         return config
-    for problem in _problems(config, n_ranks):
-        raise InputError(f"{problem} (torchrun started {n_ranks} processes)")
+    for problem in _problems(config, ranks):
+        raise InputError(f"{problem} (torchrun started {ranks} processes)")
     optimizer: Any = config.train.optimizer
     if getattr(optimizer, "row_sparse", None) == "auto":
         optimizer = optimizer.model_copy(update={"row_sparse": False})
@@ -30,7 +30,7 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"backend": backend, "train": train})
 
 
-def _problems(config: ExperimentConfig, n_ranks: int) -> Iterator[str]:
+def _problems(config: ExperimentConfig, ranks: int) -> Iterator[str]:
     train, coder = config.train, config.crosscoder
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
     if config.backend in ("triton", "torch:screened"):
@@ -43,14 +43,14 @@ def _problems(config: ExperimentConfig, n_ranks: int) -> Iterator[str]:
         yield "train.optimizer.row_sparse = True: is for one process"
     if get(train, "resample") is not None:
         yield "train.resample: is for one process"
-    for name in ("partition", "n_shared_latents"):
+    for name in ("partition", "n_shared_latents", "shared_fraction"):
         if get(coder, name):
             yield f"crosscoder.{name}: its latents would lie on several processes; is for one"
     n_latents: Any = get(coder, "n_latents")
-    if n_latents and n_latents < n_ranks:
+    if n_latents and n_latents < ranks:
         yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"
     activation: Any = get(coder, "activation")
     if get(activation, "type") == "groupmax":
         for name, value in (("activation.k", activation.k), ("n_latents", n_latents)):
-            if value is not None and value % n_ranks:
+            if value is not None and value % ranks:
                 yield f"crosscoder.{name} = {value}: GroupMax needs a number that the processes divide"

@@ -48,7 +48,7 @@ def test_the_largest_are_those_of_a_stable_sort():
         ("sae_topk", {"crosscoder": {"n_latents": 3}}, "crosscoder.n_latents = 3"),
         ("sae_l1_resampled", {}, "train.resample"),
         ("dedicated_feature_crosscoder", {}, "crosscoder.partition"),
-        ("feb_update_diffing_topk", {}, "crosscoder.n_shared_latents"),
+        ("feb_update_diffing_topk", {}, "crosscoder.shared_fraction"),
         ("sae_groupmax", {"crosscoder": {"activation": {"type": "groupmax", "k": 2}}}, "crosscoder.activation.k = 2"),
     ],
 )
