@@ -84,6 +84,8 @@ def follow(trainer: Any, group: Group) -> Iterator[None]:
     _shard_optimizer(trainer.optimizer, group, n_latents_of)
     yield
     stop_by_agreement()
+    # A checkpoint that the disk refuses ends the run: half way in it the others wait for rank 0, and would not know.
+    trainer.saver.save = lambda counts, or_warn=False, save=trainer.saver.save: save(counts)
     if not group.is_first:
         folder = tempfile.TemporaryDirectory(prefix="crosscode-rank-")
         trainer.run = trainer.checkpoints.run = RunDirectory(f"{folder.name}/run")

@@ -1,24 +1,29 @@
-"""Every recipe that several processes train, on two and four of them, in both precisions; and on two twice."""
+"""Every recipe on two and four processes, in both precisions, on two twice; and ranks that end."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from crosscode.recipes import __file__ as recipes_file
+from crosscode.recipes import recipe_names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from ranks import assert_as_one, train_on
+from ranks import assert_as_one, finish, spawn, train_on
 
 REFUSED = ("dedicated_feature", "feb_update", "sae_l1_resampled")
-NAMES = sorted(path.stem for path in Path(recipes_file).parent.glob("*.yaml") if not path.stem.startswith(REFUSED))
+NAMES = [name for name in recipe_names() if not name.startswith(REFUSED)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
-    recipes = [f"{name}@{backend}@24" for name in NAMES for backend in ("torch", "reference")]
+    recipes = [f"{name}@torch@24" for name in NAMES]
+    recipes += [
+        f"{name}@reference@24" for name in ("sae_topk", "batch_topk_crosscoder", "jan_update_crosscoder", "sae_l1")
+    ]
     recipes += ["sae_topk@torch@9", "batch_topk_crosscoder@torch@9"]  # at 4: shards of 2, 2, 2 and 3, fewer than k
     one = train_on(1, tmp_path, dtype, recipes)[0]
     two, again, four = (train_on(n, tmp_path, dtype, recipes) for n in (2, 2, 4))
@@ -27,3 +32,40 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
         assert_as_one(one[recipe], four[0][recipe], tolerance)
         assert all(torch.equal(two[0][recipe]["model"][k], v) for k, v in again[0][recipe]["model"].items())
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
+
+
+CONFIG = """
+name: ranks
+run_dir: RUN
+backend: torch
+device: cpu
+language_models: [{path: "demo:base", dtype: float32}]
+hookpoints: [blocks.2.hook_resid_post]
+data: {source: {type: demo, split: train}, heldout: {type: demo, split: heldout}, sequence_length: 64, harvest_batch_size: 8,
+  shuffle_buffer_size: 1024, n_tokens_for_norm_estimate: 512}
+crosscoder: {type: sae, n_latents: 63, activation: {type: batch_topk, k: 4, threshold_ema_decay: 0.9},
+  init: {type: anthropic_transpose, dec_init_norm: 0.1}}
+objective: {recon: {}, auxk: {k_aux: 8, dead_after_tokens: 256}}
+train: {n_tokens: 2560, batch_size: 64, optimizer: {type: adam, lr: 0.002}, checkpoint_every: 3, log_every: 1}
+evaluation: {n_tokens: 500, loss_recovered: never}
+"""
+
+
+@pytest.mark.parametrize(("rank", "number", "codes"), [(0, 9, [-9, 74]), (1, 9, [74, -9]), (0, 15, [75, 75])])
+def test_a_run_goes_on_to_the_bit_where_a_rank_was_ended(tmp_path, rank, number, codes):
+    crosscode = str(Path(sys.executable).with_name("crosscode"))
+    config, run, whole = tmp_path / "c.yaml", tmp_path / "run", tmp_path / "whole"
+    config.write_text(CONFIG.replace("RUN", str(run)))
+    processes = spawn(2, words=[crosscode, "train", str(config)])
+    rows = run / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") > 7):
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.05)
+    processes[rank].send_signal(number)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == codes, said
+    assert not any("Traceback" in text for text in said), said
+    finish(spawn(2, words=[crosscode, "train", "--resume", str(run)]))
+    finish(spawn(2, words=[crosscode, "train", str(config), "--run_dir", str(whole)]))
+    one, other = (load_file(path / "final" / "model.safetensors") for path in (run, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
