@@ -115,7 +115,7 @@ def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device:
     copies: float = 2 + OPTIMIZERS.build(config.train.optimizer).states_per_weight
     if (ranks := n_ranks()) > 1:  # each has the whole weights before it keeps its share
         copies = max(1 + 1 / ranks, copies / ranks)
-    n_bytes = copies * sum(param.numel() * param.element_size() for param in model.parameters())
+    n_bytes = int(copies * sum(param.numel() * param.element_size() for param in model.parameters()))
     size = "n_latents" if config.crosscoder.n_latents else "expansion_factor"
     what = "weights, gradients and optimizer state"
     _check_fits(f"crosscoder.{size}", getattr(config.crosscoder, size), n_bytes, device, what)
