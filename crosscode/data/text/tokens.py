@@ -285,6 +285,9 @@ class _SequenceIterator(Iterator[TokenBatch]):
         policy, name = self._policy, self._loader.source.name
         if self._n_read == 0:
             return f"dataset {name!r} is empty"
+        if policy.positions is not None and policy.positions.of_chats:
+            rules = policy.positions.model_dump(exclude_defaults=True)
+            return f"dataset {name!r}: its {self._n_read} documents hold no position that positions = {rules} leaves"
         if policy.split != "all":
             return (
                 f"dataset {name!r}: its {self._n_read} documents leave nothing in the {policy.split} split "

@@ -141,6 +141,13 @@ def test_plain_text_has_no_role(tokenizer_of):
     assert used(tokenizer, ["ab<think>c"], thinking="drop") == [*range(10)]
 
 
+def test_rules_that_leave_nothing_are_named(tokenizer_of):
+    with pytest.raises(
+        InputError, match=r"1 documents hold no position that positions = \{'roles': \['asistant'\].* leaves"
+    ):
+        used(tokenizer_of(TEMPLATES["chatml"]), [CHAT], roles=["asistant"])
+
+
 def test_a_template_that_rewrites_what_is_said_is_refused(tokenizer_of):
     tokenizer = tokenizer_of("{% for m in messages %}{{ m['content']|tojson }}{% endfor %}")
     with pytest.raises(InputError, match="rewrites a chat so that what its messages wrote cannot be told"):
