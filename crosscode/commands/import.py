@@ -18,7 +18,7 @@ take, too: language models, hookpoints and text are those of the config."""
 
 class Options(ConfigModel):
     path: Path = Field(title="PATH")
-    """folder or file"""
+    """folder or file; or USER/NAME on the hub, whose files lie at the top of the repository"""
     source_format: str | None = Field(default=None, alias="from", title="FORMAT")
     """one of those names; null: as its files look"""
     out: Path = Field(title="DIR")
@@ -30,8 +30,9 @@ class Options(ConfigModel):
 def run(options: Options) -> None:
     quiet_libraries()
     from crosscode.build.importing import import_model
+    from crosscode.interop.hub import foreign
 
-    for line in import_model(options.path, options.source_format, options.out, options.config):
+    for line in import_model(foreign(options.path), options.source_format, options.out, options.config):
         print(line)
 
 

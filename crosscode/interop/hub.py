@@ -18,6 +18,7 @@ from crosscode.config.reading import load_yaml
 from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
+from crosscode.interop.format import ABOUT, FORMATS
 from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
 from crosscode.runs.run_files import CONFIG_FILE as RUN_CONFIG
 from crosscode.runs.run_files import write_marker
@@ -92,6 +93,27 @@ def local(source: str | Path) -> Path:
     out = Path(constants.HF_HOME) / "crosscode" / source / found.name
     log.info("%s lies in %s", source, out)
     return out if out.is_dir() else _copied(found, out)
+
+
+def foreign(source: Path) -> Path:
+    """The path itself, or of a repository USER/NAME the files of other libraries that lie at its top, in the hub's own cache.
+
+    Raises:
+        InputError: none lie there.
+    """
+    if not is_repo(str(source)):
+        return source
+    from huggingface_hub import HfApi, snapshot_download
+
+    name = str(source)
+    known = "|".join([r"params\.(npz|safetensors)", re.escape(ABOUT), *(FORMATS[each].files for each in FORMATS)])
+    with _hub(name):
+        files = [file for file in HfApi().list_repo_files(name) if re.fullmatch(known, file)]
+        if not files:
+            raise InputError(
+                f"hub {name!r}: no files of those libraries at its top; `hf download` the folder that you want"
+            )
+        return Path(snapshot_download(name, allow_patterns=files))
 
 
 def contents(

@@ -164,6 +164,23 @@ def test_a_model_goes_up_and_comes_down(hub, run_dir, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "none").exists()
 
 
+def test_files_of_another_library_are_imported_from_a_repository(hub, awkward, tmp_path):
+    case = awkward("set", "jumprelu")
+    folder = case.model.export("circuit-tracer", tmp_path / "out")
+    hub.repos["them/set"] = {file.name: file.read_bytes() for file in folder.iterdir()} | {
+        "evil.py": b"",
+        "a/b.bin": b"",
+    }
+    hub.repos["them/none"] = {"sub/params.npz": b""}
+    codes, said = commands(
+        ["import", "them/set", "--out", str(tmp_path / "model")],
+        ["import", "them/none", "--out", str(tmp_path / "none")],
+    )
+    assert codes == [0, 2] and "no files of those libraries at its top" in said, said
+    back = BaseCrosscoder.load(tmp_path / "model", backend="torch")
+    torch.testing.assert_close(back(case.raw_BXiDi), case.model(case.raw_BXiDi))
+
+
 def test_feature_files_go_up_beside_the_model_and_a_data_set_by_itself(hub, run_dir, tmp_path, capsys):
     path, _ = run_dir
     (tmp_path / "a" / "features").mkdir(parents=True)
