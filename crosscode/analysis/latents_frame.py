@@ -31,7 +31,8 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in the sum of
     both norms (0: only in the first, 1: only in the second), cosines and latent scaling; for each two models the verdict:
     `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`. NAME is the model where the models
-    differ, else the hookpoint. Of a compound model `layer` and `index` name a latent. NaN: not defined.
+    differ, else the hookpoint; where more than two models are compared, both names of a pair end its columns. Of a compound
+    model `layer` and `index` name a latent. NaN: not defined.
     """
     import pandas
 
@@ -54,7 +55,7 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     for verdict in study.verdicts:
         columns |= _verdict_columns(verdict, several=len(study.verdicts) > 1)
     for pair in study.pairs:
-        columns |= _pair_columns(pair, labels, several=len(study.pairs) > 1)
+        columns |= _pair_columns(pair, labels, several=len(study.pairs) > 1, several_models=len(study.verdicts) > 1)
     for kind, name, _ in groups:
         end = f"_{group_label(study, kind, name)}"
         for verdict in study.apart[kind][name]:
@@ -83,16 +84,17 @@ def _verdict_columns(verdict: Verdict, *, several: bool, end: str = "") -> dict[
     return columns | {f"effect{both}": verdict.effect_L, f"why{both}": [as_cell(reason) for reason in verdict.why]}
 
 
-def _pair_columns(pair: DiffTable, labels: dict[str, str], *, several: bool) -> dict[str, Any]:
+def _pair_columns(pair: DiffTable, labels: dict[str, str], *, several: bool, several_models: bool) -> dict[str, Any]:
     a, b = labels[pair.name_a], labels[pair.name_b]
     both = f"_{a}_{b}" if several else ""
-    columns: dict[str, Any] = {f"relative_norm_{b}": pair.relative_norm}
+    of_two = both if several_models else ""  # a position stands in several pairs
+    columns: dict[str, Any] = {f"relative_norm_{b}{of_two}": pair.relative_norm}
     columns |= {f"{name}{both}": getattr(pair, name) for name in ("decoder_cosine", "encoder_cosine")}
     columns |= _nu_columns(pair, labels, several=several)
     shares = {} if pair.scaling is None else pair.scaling.shares
     for side, label in enumerate((a, b)):
         columns[f"encoder_norm_{label}"] = (pair.encoder_norm_a, pair.encoder_norm_b)[side]
-        columns |= {f"beta_{kind}_{label}": share.beta_L2[:, side] for kind, share in shares.items()}
+        columns |= {f"beta_{kind}_{label}{of_two}": share.beta_L2[:, side] for kind, share in shares.items()}
     return columns
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -64,17 +65,18 @@ class LatentsPass:
 
 
 def pairs_to_compare(position_names: Sequence[str]) -> list[tuple[int, int]]:
-    """Which output positions a report compares: the models at each hookpoint; of one model its first and last one.
+    """Which output positions a report compares: each two models at each hookpoint, those with the first model first, at most
+    `MAX_PAIRS`; of one model its first and last hookpoint.
 
     Names are "<model>/<hookpoint>".
     """
     models: dict[str, list[int]] = {}
     for i, name in enumerate(position_names):
         models.setdefault(name.rpartition("/")[0], []).append(i)
-    first, *others = models.values()
-    if others:
-        return [pair for other in others for pair in zip(first, other, strict=True)][:MAX_PAIRS]
-    return [(first[0], first[-1])] if len(first) > 1 else []
+    if len(models) > 1:
+        return [pair for two in combinations(models.values(), 2) for pair in zip(*two, strict=True)][:MAX_PAIRS]
+    (only,) = models.values()
+    return [(only[0], only[-1])] if len(only) > 1 else []
 
 
 def study_latents(

@@ -78,6 +78,15 @@ def test_several_pairs_have_columns_of_their_own(study_of):
         np.testing.assert_allclose(frame[f"decoder_cosine_a/{hook}_b/{hook}"], pair.decoder_cosine)
 
 
+def test_of_three_models_each_two_have_columns_of_their_own(study_of):
+    study = study_of("model_hookpoint_acausal", (3, 1), ["a/h", "b/h", "c/h"])
+    frame = latents_frame(study)
+    for pair, (one, other) in zip(study.pairs, ("ab", "ac", "bc"), strict=True):
+        end = f"{other}_{one}_{other}"
+        np.testing.assert_allclose(frame[f"relative_norm_{end}"], pair.relative_norm)
+        np.testing.assert_allclose(frame[f"beta_error_{end}"], pair.scaling.error.beta_L2[:, 1])
+
+
 def test_no_name_runs_as_a_formula_of_a_spreadsheet(study_of):
     frame = latents_frame(study_of("model_hookpoint_acausal"))
     assert not any(name.startswith(("=", "+", "-", "@")) for name in frame.columns)

@@ -346,7 +346,8 @@ def test_the_page_and_the_table_can_go_elsewhere(make_run, heldout_text, tmp_pat
         (["a/g", "a/h", "b/g", "b/h"], [(0, 2), (1, 3)]),
         (["a/f", "a/g", "a/h"], [(0, 2)]),
         (["a/h"], []),
-        (["a/h", "b/h", "c/h"], [(0, 1), (0, 2)]),
+        (["a/h", "b/h", "c/h"], [(0, 1), (0, 2), (1, 2)]),
+        (["a/h", "b/h", "c/h", "d/h"], [(0, 1), (0, 2), (0, 3), (1, 2)]),
     ],
 )
 def test_which_positions_are_compared(names, pairs):

@@ -115,6 +115,11 @@ def test_a_latent_has_one_tag_over_all_hookpoints(study):
     assert joined.why[RARE].startswith("At blocks.1.hook_resid_post: It fires")
 
 
+def test_latents_of_a_compound_model_are_named_by_layer_and_number(study):
+    (verdict,) = verdicts_on(study.pairs, layers=[(str(latent // 4), latent % 4) for latent in range(8)])
+    assert "2 are specific to tuned (7 (1, 3), 1 (0, 1))" in verdict.headline()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_of_one_model_beside_itself_nothing_is_specific(make_model, make_heldout, seed):
     """Whatever the dictionary: random weights, half of the latents written to one side only."""
