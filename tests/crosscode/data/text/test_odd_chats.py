@@ -83,7 +83,7 @@ def test_a_character_is_its_whose_change_changes_it(name, tokenizer_of):
     for chat in chats(name, 12):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         try:
-            ((_, flags_T),) = renderer([chat], pad_to=None, pad_id=0)
+            ((_, flags_T, *_),) = renderer([chat], pad_to=None, pad_id=0)
         except InputError:
             continue
         n_told += 1
@@ -106,7 +106,7 @@ def test_thinking_that_does_not_end_ends_with_its_message(tokenizer_of):
         tokenizer, bos_id=None, row_bos_id=None, separator_id=None, template_tokens="keep",
         positions=PositionRules(thinking="only"),
     )  # fmt: skip
-    ((_, flags_T),) = renderer([chat], pad_to=None, pad_id=0)
+    ((_, flags_T, *_),) = renderer([chat], pad_to=None, pad_id=0)
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     assert (
         "".join(c for c, flag in zip(text, flags_T.tolist(), strict=True) if not flag & 1) == "<think>b<think>d</think>"
