@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -131,12 +132,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(tensors: dict[str, Any], file: Path) -> None:
-    """As safetensors. What the disk refuses is an OSError, as everywhere."""
+    """As safetensors. What the disk refuses is an OSError, as everywhere; its mode is what the umask leaves."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
     try:
-        save_file(tensors, file)
+        save_file(tensors, file)  # some versions rename a file that nobody else may read
+        file.chmod(mode)
     except SafetensorError as error:
         raise OSError(first_line(error)) from error
 

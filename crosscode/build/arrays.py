@@ -176,7 +176,7 @@ class ArrayExperiment(AnyExperiment):
             return NumberTokenizer("" if "tokens" in read_header(self._file) else "row ")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def callbacks(self) -> list[Callback]:
         return [KeepHeldout(self)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from crosscode.build.around import open_around, values_around, write_run_around
 from crosscode.build.heldout import AnyExperiment
 from crosscode.build.run import compare_language_models, model_metadata
 from crosscode.build.schema import check_config
-from crosscode.config.reading import read_yaml
+from crosscode.config.reading import read_trusted
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, check_may_be_filled
 from crosscode.interop.format import FORMATS
@@ -20,7 +21,9 @@ from crosscode.models import BaseCrosscoder
 log = logging.getLogger("crosscode")
 
 
-def import_model(path: Path, name: str | None, out: Path, config: str | None = None) -> Iterator[str]:
+def import_model(
+    path: Path, name: str | None, out: Path, config: str | None = None, trust_remote_code: bool = False
+) -> Iterator[str]:
     """Write what is at `path` into the new folder `out`; lines that say what.
 
     Raises:
@@ -31,6 +34,7 @@ def import_model(path: Path, name: str | None, out: Path, config: str | None = N
     check_is_no_link(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
+    values = None if config is None else read_trusted(config, trust_remote_code)
     found = recognise(path) if name is None else FORMATS.build({"type": name})
     if found is None:
         raise InputError(
@@ -39,15 +43,15 @@ def import_model(path: Path, name: str | None, out: Path, config: str | None = N
             else f"import {str(path)!r}: no such file or folder"
         )
     model = read(path, found)
-    if config is not None:
-        yield from _as_run(model, config, out)
+    if values is not None:
+        yield from _as_run(model, values, out)
         return
     model.save(out)
     yield f"model       {out}  {model!r}"
 
 
-def _as_run(model: BaseCrosscoder, config: str, out: Path) -> Iterator[str]:
-    values = values_around(read_yaml(config), model, out)
+def _as_run(model: BaseCrosscoder, config: Mapping[str, Any], out: Path) -> Iterator[str]:
+    values = values_around(config, model, out)
     experiment = open_around(values, model)
     _check_is_of(model, experiment)
     result = write_run_around(check_config(values), model, experiment, "import")

@@ -9,8 +9,9 @@ import torch
 
 from crosscode.build.experiment import build_model
 from crosscode.build.foresight import check_language_models, skeleton_of
-from crosscode.build.schema import load_config
+from crosscode.build.schema import check_config
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.reading import read_trusted
 from crosscode.interop.export import check_holds, planned, writing_format
 from crosscode.models import BaseCrosscoder
 from crosscode.models.architecture import split_for
@@ -19,17 +20,19 @@ _SOME_WIDTH = 4096
 """where the language models are not here to ask"""
 
 
-def check_export(configs: Sequence[str], to: str, position: str | None = None) -> str:
+def check_export(configs: Sequence[str], to: str, position: str | None = None, trust_remote_code: bool = False) -> str:
     """A line that says that the models of these configs could be exported, and what is still wanted for it.
 
     Args:
         configs: files, run directories or recipes.
+        trust_remote_code: as of `read_trusted`.
 
     Raises:
         InputError: why they could not, and what would work.
     """
     made = writing_format(to)
-    coders = [coder for config in configs for coder in planned(planned_model(load_config(config)), position)]
+    read = [check_config(read_trusted(config, trust_remote_code)) for config in configs]
+    coders = [coder for config in read for coder in planned(planned_model(config), position)]
     check_holds(made, coders, complete=False)
     return "; ".join([f"{', '.join(configs)}: can be exported to {to}", *made.notes(coders)])
 

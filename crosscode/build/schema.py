@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field, create_model
 
 from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
-from crosscode.config.reading import read_yaml
+from crosscode.config.reading import read_trusted, read_yaml
 from crosscode.config.registry import FIELDS, ConfigModel, Registry
-from crosscode.errors import InputError
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.trainers.constraints import CONSTRAINTS
@@ -95,24 +94,8 @@ def load_config(config: str | Path) -> ExperimentConfig:
 
 
 def load_own_config(run: str | Path, trust_remote_code: bool) -> ExperimentConfig:
-    """The config of a run that is there, whoever made it.
-
-    Args:
-        trust_remote_code: that language models may run code of their own was said now, not only in that config.
-
-    Raises:
-        InputError: the config asks for it, and it was not.
-    """
-    config = load_config(run)
-    models = {f"language_models.{i}": model for i, model in enumerate(config.language_models)}
-    models |= {f"{field}.model": one.model for field, one in config.rollouts() if not isinstance(one.model, str)}
-    for field, model in models.items():
-        if model.trust_remote_code and not trust_remote_code:
-            raise InputError(
-                f"{field}.trust_remote_code = True in {str(run)!r}: would run code that comes with "
-                f"{model.path!r}; if you trust it, add --trust-remote-code to the command"
-            )
-    return config
+    """The config of a run that is there, whoever made it; as `read_trusted`."""
+    return check_config(read_trusted(run, trust_remote_code, is_of_run=True))
 
 
 def check_config(values: Mapping[str, Any]) -> ExperimentConfig:

@@ -30,6 +30,8 @@ class Options(ConfigModel):
     """replace an earlier export of this format"""
     check: bool = False
     """write nothing: say whether what these configs train could be exported"""
+    trust_remote_code: bool = False
+    """with --check: let a run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -37,7 +39,7 @@ def run(options: Options) -> None:
     if options.check:
         from crosscode.build.planned import check_export
 
-        print(check_export(options.runs, options.to, options.position))
+        print(check_export(options.runs, options.to, options.position, options.trust_remote_code))
         return
     if options.out is None:
         raise InputError("export: no --out DIR given: the folder to write")

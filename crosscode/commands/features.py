@@ -24,6 +24,8 @@ class Options(ConfigModel):
     """layer under which circuit-tracer finds the features; null: that of the run's first hookpoint"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -32,7 +34,7 @@ def run(options: Options) -> None:
 
     check_out(options.out, "out")
     quiet_libraries()
-    run = FinishedRun(options.run_dir)
+    run = FinishedRun(options.run_dir, options.trust_remote_code)
     try:
         print(write_features(run, options.to, options.out, options.layer, options.n_tokens))
     except BaseException:

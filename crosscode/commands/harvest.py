@@ -12,7 +12,7 @@ from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import merged
 from crosscode.commands.parts.text_config import text_config
 from crosscode.config.data import HarvestConfig
-from crosscode.config.reading import read_yaml
+from crosscode.config.reading import read_trusted
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError, Interrupted, at_field
 
@@ -36,12 +36,16 @@ class Options(ConfigModel):
     models: list[NonNegativeInt] | None = Field(default=None, title="NUMBER")
     """harvest these of the config's language models alone, counted from 0 (--models 0 --models 1); a run reads stores that
     were harvested apart with --data.join DIR,DIR"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
     store = {} if options.store is None else {"data": {"cache": {"path": options.store}}}
     typed = merged(fields(HarvestConfig), store)
-    config = harvest_config(merged(read_yaml(options.config) if options.config else {}, typed), options.models)
+    config = harvest_config(
+        merged(read_trusted(options.config, options.trust_remote_code) if options.config else {}, typed), options.models
+    )
     quiet_libraries()
     cache = run_harvest(config, options.n_tokens)
     M, P, D = cache.dims

@@ -25,6 +25,8 @@ class Options(ConfigModel):
     """a new folder"""
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """make a run on the language models, hookpoints and text of this config (a file, a run, or a recipe's name)"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -32,7 +34,9 @@ def run(options: Options) -> None:
     from crosscode.build.importing import import_model
     from crosscode.interop.hub import foreign
 
-    for line in import_model(foreign(options.path), options.source_format, options.out, options.config):
+    for line in import_model(
+        foreign(options.path), options.source_format, options.out, options.config, options.trust_remote_code
+    ):
         print(line)
 
 

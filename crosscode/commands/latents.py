@@ -18,6 +18,8 @@ class Options(ConfigModel):
     """the text is what a user says: it passes through the tokenizer's chat template"""
     n: PositiveInt = 5
     """latents shown for each token, the largest first"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -26,7 +28,7 @@ def run(options: Options) -> None:
 
     quiet_libraries()
     text = [{"role": "user", "content": options.text}] if options.chat else options.text
-    run = FinishedRun(options.run_dir)
+    run = FinishedRun(options.run_dir, options.trust_remote_code)
     found = latents_of_text(run, text)
     width = max(map(len, found.tokens))
     for position, token in enumerate(found.tokens):

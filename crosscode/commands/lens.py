@@ -12,7 +12,7 @@ from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import merged
 from crosscode.commands.parts.text_config import text_config
 from crosscode.config.data import HarvestConfig
-from crosscode.config.reading import read_yaml
+from crosscode.config.reading import read_trusted
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 
@@ -37,6 +37,8 @@ class Options(ConfigModel):
     """positions at the start of a text that are shown one by one"""
     n: PositiveInt = 8
     """tokens shown for each"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
@@ -44,7 +46,9 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     from crosscode.data.norms import NormLimit
     from crosscode.evaluation.difference_lens import mean_differences
 
-    values = merged(read_yaml(options.config) if options.config else {}, fields(HarvestConfig))
+    values = merged(
+        read_trusted(options.config, options.trust_remote_code) if options.config else {}, fields(HarvestConfig)
+    )
     config = text_config(merged(values, {"data": {"cache": None}}))
     names = [lm.short_name() for lm in config.language_models]
     if len(names) < 2:

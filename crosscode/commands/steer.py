@@ -36,6 +36,8 @@ class Options(ConfigModel):
     """of the draws"""
     seed: NonNegativeInt = 0
     """of the draws and of the random direction"""
+    trust_remote_code: bool = False
+    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -44,7 +46,7 @@ def run(options: Options) -> None:
 
     quiet_libraries()
     found = compare_steered(
-        FinishedRun(options.run_dir),
+        FinishedRun(options.run_dir, options.trust_remote_code),
         [{"role": "user", "content": options.prompt}] if options.chat else options.prompt,
         {} if options.ablate else dict.fromkeys(options.latent, options.strength),
         options.latent if options.ablate else (),

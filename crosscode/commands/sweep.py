@@ -42,7 +42,8 @@ def run(options: Options) -> None:
         if options.config is None:
             raise InputError("sweep: name a config file or a recipe, or --resume FOLDER")
         typed = {"run_dir": options.run_dir, "overwrite": options.overwrite or None}
-        values = experiment_values(options.config, {name: value for name, value in typed.items() if value is not None})
+        given = {name: value for name, value in typed.items() if value is not None}
+        values = experiment_values(options.config, given, options.trust_remote_code)
         grid = parse_grid(options.grid)
         from crosscode.commands.parts.sweep_runs import run_sweep
         from crosscode.files import check_may_be_filled

@@ -44,12 +44,13 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
         return
     if options.config is None:
         raise InputError("train: no config given; usage: crosscode train CONFIG.yaml [--section.field VALUE ...]")
-    experiment_values(options.config, quick)  # what is wrong in it is said before torch is imported
-    from crosscode.build.schema import check_config, experiment_class, load_own_config
+    experiment_values(
+        options.config, quick, options.trust_remote_code
+    )  # what is wrong in it is said before torch is imported
+    from crosscode.build.schema import check_config, experiment_class
 
-    if Path(options.config).is_dir():
-        load_own_config(options.config, options.trust_remote_code)
-    config = check_config(experiment_values(options.config, fields(experiment_class())))
+    values = experiment_values(options.config, fields(experiment_class()), options.trust_remote_code)
+    config = check_config(values)
     run_training(config, typed_overwrite="overwrite" in quick)
 
 

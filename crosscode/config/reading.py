@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,37 @@ def load_yaml(text: str, name: str) -> Any:
         raise InputError(f"{name}{line}: {' '.join(problem.split())}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_trusted(config: str | Path, trust_remote_code: bool, *, is_of_run: bool = False) -> dict[str, Any]:
+    """As `read_yaml`. A config that lies in a run, which somebody else may have made, cannot ask for code to be run.
+
+    Args:
+        trust_remote_code: that language models may run code of their own was said now, not only in that config.
+        is_of_run: it does lie in one; False: it is looked at.
+
+    Raises:
+        InputError: it asks for it, and it was not.
+    """
+    values, path = read_yaml(config), Path(config)
+    beside = (".crosscode", "final", "checkpoints")
+    is_of_run |= path.is_dir() or any((path.parent / name).exists() for name in beside if path.name == "config.yaml")
+    if is_of_run and not trust_remote_code and recipe_path(str(config)) is None:
+        for field, model in _asking(values, ()):
+            raise InputError(
+                f"{field}.trust_remote_code = True in {str(config)!r}: would run code that comes with "
+                f"{model.get('path')!r}; if you trust it, add --trust-remote-code to the command"
+            )
+    return values
+
+
+def _asking(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The mappings that ask for trust, each with its place."""
+    if isinstance(value, dict) and value.get("trust_remote_code") not in (None, False):
+        yield ".".join(path), value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _asking(inner, (*path, str(key)))
 
 
 def read_yaml(config: str | Path) -> dict[str, Any]:

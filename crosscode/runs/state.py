@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from crosscode.errors import InputError
-from crosscode.files import write_json
+from crosscode.files import save_tensors, write_json
 from crosscode.formats import STATE, STATE_TENSORS
 from crosscode.stored import TrainerState, check, read_json
 
@@ -41,7 +41,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
         return value
 
     stripped = strip({**STATE.stamp(), **state}, "")
-    save_file(tensors, folder / STATE_TENSORS)
+    save_tensors(tensors, folder / STATE_TENSORS)
     write_json(folder / STATE_JSON, stripped)
 
 

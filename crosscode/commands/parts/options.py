@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from crosscode.config.checked import checked, field_paths
 from crosscode.config.counts import members_of
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.reading import load_yaml, read_yaml
+from crosscode.config.reading import load_yaml, read_trusted
 from crosscode.errors import InputError
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -166,12 +166,14 @@ def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def experiment_values(config: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def experiment_values(
+    config: str, overrides: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """The values of a config file or recipe with some replaced, checked as far as that goes without torch.
 
     Raises:
         InputError: no or a bad config file; a field that is unknown or has a bad value, but for those of components.
     """
-    values = merged(read_yaml(config), overrides or {})
+    values = merged(read_trusted(config, trust_remote_code), overrides or {})
     checked(ExperimentConfig, values)
     return values

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from crosscode.analysis.diffing import as_cell
 from crosscode.build.schema import check_config
 from crosscode.commands.cli import main
 from crosscode.errors import InputError
-from crosscode.files import check_output, write_output
+from crosscode.files import check_output, save_tensors, write_output
 
 RUN = Path(__file__).parents[2] / "fixtures" / "v1" / "run"
 
@@ -34,14 +35,39 @@ def strange_run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["train", "--resume"], ["train"]])
-def test_code_of_a_model_runs_only_if_that_was_typed(strange_run, command, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["evaluate"], ["report"], ["train", "--resume"], ["train"], ["harvest", "--store", "s"], ["lens"]),
+        *(["sweep", "--grid", "seed=1,2"], ["features", "--to", "dataset", "--out", "f"], ["latents", "--text", "w1"]),
+        *(["steer", "--latent", "1", "--prompt", "w1"], ["convert", "--out", "c"]),
+        ["export", "--check", "--to", "saelens"],
+        ["import", str(RUN / "final"), "--from", "saelens", "--out", "i", "--config"],
+    ],
+)
+def test_code_of_a_model_runs_only_if_that_was_typed(strange_run, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     before = {file: file.read_bytes() for file in strange_run.rglob("*") if file.is_file()}
     assert main([*command, str(strange_run)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "language_models.0.trust_remote_code = True" in message and "--trust-remote-code" in message
     after = {file: file.read_bytes() for file in strange_run.rglob("*") if file.is_file() and file.name != "lock"}
     assert after == {file: content for file, content in before.items() if file.name != "lock"}
+
+
+def test_what_lies_in_a_run_is_a_strangers_by_whatever_name(strange_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(strange_run / "config.yaml"), "--run-dir", "new"]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
+def test_tensors_have_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_cells_that_a_spreadsheet_would_run_are_text():
