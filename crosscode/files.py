@@ -273,6 +273,8 @@ def check_may_be_filled(folder: str | Path, field: str) -> None:
             f"{field} = {str(folder)!r}: is {'no name' if str(folder).strip() else 'empty'}; name a folder"
         )
     real = Path(folder).expanduser().resolve()
+    if len(os.fsencode(real)) >= os.pathconf("/", "PC_PATH_MAX"):
+        raise InputError(f"{field} = {str(folder)[:200]!r}: is a longer path than the system takes")
     for what, taken in (("the working folder", Path.cwd()), ("the home folder", Path("~").expanduser())):
         taken = taken.resolve()
         if real == taken or real in taken.parents:

@@ -46,6 +46,12 @@ def check_language_models(config: HarvestConfig) -> int | None:
                 f"data.sequence_length = {config.data.sequence_length}: language_models.{i} ({lm.short_name()}) takes "
                 f"at most {limit} positions"
             )
+        for token in config.data.mask_token_ids:
+            if token >= skeleton.vocab_size:
+                raise InputError(
+                    f"data.mask_token_ids: {token} is no token of language_models.{i} ({lm.short_name()}): ids are below "
+                    f"{skeleton.vocab_size}"
+                )
         widths.append(skeleton.d_model)
         check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
         with at_field(f"language_models.{i}", LanguageModelConfig.model_fields):

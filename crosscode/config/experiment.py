@@ -163,7 +163,7 @@ class ExperimentConfig(HarvestConfig):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """name of the run"""
-    run_dir: str = "runs/{name}"
+    run_dir: Printable = "runs/{name}"
     """folder of the run"""
     overwrite: bool = False
     """replace a finished run; one that is not over is replaced only by `--overwrite` on the command

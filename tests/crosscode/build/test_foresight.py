@@ -12,6 +12,7 @@ from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import check_config
 from crosscode.data import load_language_model
 from crosscode.errors import InputError
+from crosscode.files import check_may_be_filled
 from crosscode.seeds import derived_seed
 
 
@@ -121,6 +122,16 @@ def test_language_models_that_cannot_fit_are_refused_with_the_numbers(refusal, t
     packed = {"quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes // 8 - 1)
     assert "billion weights packed take" in refusal(language_models=[{**m, **packed} for m in models(tiny_config)])
+
+
+def test_ids_to_mask_are_tokens(refusal):
+    assert refusal(data__mask_token_ids=[1, 999_999]).startswith("data.mask_token_ids: 999999 is no token of")
+
+
+def test_run_directories_have_names_that_can_be_printed_and_made(refusal):
+    assert refusal(run_dir="a\nb").startswith("run_dir = ")
+    with pytest.raises(InputError, match=r"^run_dir = .* is a longer path"):
+        check_may_be_filled("/".join(["a" * 200] * 30), "run_dir")
 
 
 @pytest.mark.parametrize(
