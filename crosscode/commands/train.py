@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,23 @@ def run_training(config: ExperimentConfig, *, typed_overwrite: bool = False, mad
     from crosscode.parallel.refusals import for_ranks
 
     config = for_ranks(config)
+    if _was_restarted(config):
+        resume_training(config.run_path())
+        return
     check_may_begin(config, typed_overwrite)
     quiet_libraries()
     _run_to_the_end(build_trainer(open_experiment(config), typed_overwrite=typed_overwrite, made_by=made_by))
+
+
+def _was_restarted(config: ExperimentConfig) -> bool:
+    """Whether `torchrun` started these processes anew after others of the same run ended (`--max-restarts`)."""
+    from crosscode.build.schema import dump_config
+    from crosscode.runs.directory import RunDirectory
+
+    run = RunDirectory(config.run_path())
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or run.is_finished():
+        return False
+    return run.config_file.is_file() and run.config_file.read_text(encoding="utf-8") == dump_config(config)
 
 
 def resume_training(run_dir: Path, trust_remote_code: bool = False) -> None:

@@ -89,6 +89,36 @@ def check_ties() -> None:
                 assert torch.equal(expected.to_dense(), found.to_dense()), (op, rest, name, dtype)
 
 
+def check_traffic() -> None:
+    """Bytes that a rank sends in a step, counted, are those of docs/scale.md."""
+    import torch
+    from crosscode_kernels.backend import Backend
+
+    from crosscode.parallel import joined
+    from crosscode.parallel.opset import ShardedOps
+
+    group = joined()
+    if group is None:
+        return
+    n, B, d_in, d_out, L, k = group.size, 6, 3, 8, 4 * group.size + 1, 5
+    ops, own = ShardedOps(group, L, Backend("torch"), torch.device("cpu"), torch.float32), slice(*group.bounds(L))
+    x, W, D, b = torch.randn(B, d_in), torch.randn(L, d_in)[own], torch.randn(L, d_out)[own], torch.zeros(L)
+    for weight in (W, D, b):
+        weight.requires_grad_()
+    rows = -(-L // n)
+    for encode, extra in (("encode_topk", 0), ("encode_batch_topk", 0), ("encode_relu", (n - 1) * 4 * B * rows)):
+        before = group.bytes_sent
+        latents = getattr(ops, encode)(x, W, b, *(() if extra else (k,)))
+        ops.decode_recon_loss(latents, D, None, torch.zeros(B, d_out), [d_out]).loss.backward()
+        selected = extra or (n - 1) * B * min(k, rows) * 12
+        assert group.bytes_sent - before == selected + sum(
+            2 * (n - 1) * size // n for size in (4 * B * d_out, 4 * L)
+        ), encode
+    before = group.bytes_sent
+    ops.decoder_norms(D, [4, 4], "sum")
+    assert group.bytes_sent - before == (n - 1) * rows * 4 * 3
+
+
 def main(folder: str, dtype_name: str, *recipes: str) -> None:
     """Each of `recipes` is spelled `NAME@BACKEND@N_LATENTS`."""
     import tiny_recipes
@@ -96,6 +126,7 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
 
     torch.set_num_threads(1)
     check_ties()
+    check_traffic()
     kept, dtype = {}, getattr(torch, dtype_name)
     for spelled in recipes:
         recipe, backend, n_latents = spelled.split("@")
