@@ -29,7 +29,8 @@ class Group:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            with _said_in_one_line():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.size, self.bytes_sent = dist.get_rank(), dist.get_world_size(), 0
         self.folders: list[Any] = []
 
