@@ -171,7 +171,6 @@ class DataConfig(TokenRules, TextConfig):
     max_norm_ratio: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     """leave tokens out of training and of figures where an activation is longer than this times the median norm at its
     place (attention sinks may be 300 times as long), or not finite; null: none, and what is not finite is an error"""
-
     equal_models: Literal["stop", "train"] = "stop"
     """what is done where all language models have equal activations: say so and stop, or train all the same"""
 

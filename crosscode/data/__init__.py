@@ -16,7 +16,8 @@ from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.mixture import MixedDocuments
 from crosscode.data.text.sources import load_documents, wrap_documents
-from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
+from crosscode.data.text.token_batch import TokenBatch
+from crosscode.data.text.tokens import TokenSequenceLoader
 
 __all__ = [
     "ActivationCache",

@@ -15,7 +15,8 @@ import torch
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.trials import check_isolation, check_length
 from crosscode.data.text.labels import Labels
-from crosscode.data.text.tokens import TokenBatch, TokenSequenceLoader
+from crosscode.data.text.token_batch import TokenBatch
+from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester, positions_within_segments
 from crosscode.data.harvest.unembedding import unembed
 from crosscode.data.norms import NormLimit
-from crosscode.data.text.tokens import TokenBatch
+from crosscode.data.text.token_batch import TokenBatch
 from crosscode.errors import InputError
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.text_parts import text_parts

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
-from crosscode.data.text.tokens import TokenBatch
+from crosscode.data.text.token_batch import TokenBatch
 from crosscode.evaluation.bootstrap import interval_95, resampled_means
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.raw_model import RawModel

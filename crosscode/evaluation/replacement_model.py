@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
-from crosscode.data.text.tokens import TokenBatch
+from crosscode.data.text.token_batch import TokenBatch
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.splicing import Change, Splicer, replacement
 from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts

@@ -14,7 +14,7 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.norms import NormLimit
 from crosscode.data.text.aligned import OtherTokens
-from crosscode.data.text.tokens import TokenBatch
+from crosscode.data.text.token_batch import TokenBatch
 
 MAX_LOGITS = 2**26
 

@@ -16,7 +16,6 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,9 +23,9 @@ import torch
 
 from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
-from crosscode.data.text.aligned import Aligner, OtherTokens, pieces_of
+from crosscode.data.text.aligned import Aligner, pieces_of
 from crosscode.data.text.documents import Document, DocumentSource
-from crosscode.data.text.labels import TEMPLATE, TEXT, Labels
+from crosscode.data.text.labels import TEMPLATE, TEXT
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.render import (
     DOCUMENT_START,
@@ -37,35 +36,11 @@ from crosscode.data.text.render import (
     DocumentRenderer,
     row_ends,
 )
+from crosscode.data.text.token_batch import TokenBatch
 from crosscode.data.text.token_chunks import Chunk, ChunkReader, Start, Tokens, WorkerChunks
 from crosscode.data.text.tokenizers import tokenizer_rules
 from crosscode.errors import InputError, check_settings
 from crosscode.seeds import derived_seed
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """H sequences of S tokens.
-
-    `mask_HS` is True where the activation may be used. `segments_HS`, only with document isolation, numbers the
-    documents along each sequence. `epoch` counts from 0; a batch never crosses the end of an epoch. `labels` (H x S) say
-    where each position comes from; None where nobody knows.
-    """
-
-    tokens_HS: torch.Tensor
-    mask_HS: torch.Tensor
-    segments_HS: torch.Tensor | None
-    epoch: int
-    labels: Labels | None = None
-    others: tuple[OtherTokens, ...] = ()
-    """the same sequences in tokens of the loader's `others`; positions without a partner in each are masked"""
-    n_apart: int = 0
-    """positions that are masked for that alone"""
-
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        """What a harvester takes."""
-        return self.tokens_HS, self.segments_HS, *([self.others] if self.others else [])
 
 
 class TokenSequenceLoader:
@@ -92,9 +67,7 @@ class TokenSequenceLoader:
     ) -> None:
         if policy is None or fields:
             policy = checked(TokenPolicy, {**(policy.model_dump() if policy else {}), **fields})
-        self.source = source
-        self.tokenizer = tokenizer
-        self.policy = policy
+        self.source, self.tokenizer, self.policy = source, tokenizer, policy
         special = getattr(tokenizer, "all_special_ids", None) or []
         self.masked_ids = sorted({*policy.mask_token_ids, *(special if policy.mask_special_tokens else ())})
         eos_id = getattr(tokenizer, "eos_token_id", None)
@@ -242,9 +215,8 @@ class _SequenceIterator(Iterator[TokenBatch]):
             if at:
                 tokens_HS[h, 0] = loader.row_bos_id or 0
                 whole.chars_T3[h, :at, 1:] = torch.tensor([NO_CHARACTERS, 0], dtype=torch.int32)
-                flags_HS[h, 0] = (
-                    DOCUMENT_START | (TEMPLATE if int(flags_HS[h, 0]) >> ROLE_SHIFT else TEXT) << ROLE_SHIFT
-                )
+                frame = TEMPLATE if int(flags_HS[h, 0]) >> ROLE_SHIFT else TEXT
+                flags_HS[h, 0] = DOCUMENT_START | frame << ROLE_SHIFT
         mask_HS = (flags_HS & (PADDING | MASKED)) == 0
         if loader.masked_ids:
             mask_HS &= ~torch.isin(tokens_HS, torch.tensor(loader.masked_ids))
@@ -261,16 +233,15 @@ class _SequenceIterator(Iterator[TokenBatch]):
             mask_HS[:, 0] = False
         pieces = pieces_of(whole, self._documents, loader.row_bos_id is not None) if loader.aligners else []
         others = [align(pieces, policy.sequence_length) for align in loader.aligners]
-        n_usable = int(mask_HS.sum()) if others else 0
+        n_usable = int(mask_HS.sum())
         for other in others:
             mask_HS &= other.place_HS >= 0
-        n_apart = n_usable - int(mask_HS.sum()) if others else 0
+        n_apart = n_usable - int(mask_HS.sum())
         usable_H = mask_HS.any(dim=1)
         if not usable_H.any():
             return None
         segments_HS = None if segments_HS is None else segments_HS[usable_H]
-        labels = whole.labels()[usable_H]
-        kept = tuple(other[usable_H] for other in others)
+        labels, kept = whole.labels()[usable_H], tuple(other[usable_H] for other in others)
         return TokenBatch(tokens_HS[usable_H], mask_HS[usable_H], segments_HS, self._epoch, labels, kept, n_apart)
 
     def _next_epoch(self) -> None:
