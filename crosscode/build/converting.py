@@ -5,7 +5,7 @@ Axes: B tokens · M models · P hookpoints · D width · Xi/Xo input/output cros
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from crosscode.build.resume import config_values
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.models import ACTIVATIONS, BaseCrosscoder
+from crosscode.trainers.progress import Progress
 from crosscode.trainers.warm_start import threshold_for
 
 
@@ -45,11 +46,16 @@ def convert(run: FinishedRun, activation: str, out: Path) -> Conversion:
     values = values_around(config_values(run.config), converted, out)
     values["name"] = run.config.name
     config = checked_around(values)
-    before = measure_reconstruction(
-        model, experiment.heldout_activations(), experiment.split, experiment.output_names()
-    )
+    before = measure_reconstruction(model, _heldout(experiment, "before"), experiment.split, experiment.output_names())
     after = write_run_around(config, converted, experiment, "convert")
     return Conversion(before, after, out)
+
+
+def _heldout(experiment: AnyExperiment, what: str) -> Iterator[Tensor]:
+    """Held-out activations, counted where they are used."""
+    with Progress(experiment.config.evaluation.n_tokens, what=what, unit="token") as shown:
+        for batch in shown.through(experiment.heldout_batches()):
+            yield batch.usable()
 
 
 @torch.no_grad()
@@ -66,7 +72,7 @@ def with_activation(model: BaseCrosscoder, name: str, experiment: AnyExperiment)
         converted.topk_scope = "layer"  # pyright: ignore[reportArgumentType]
 
     def samples():
-        batches = experiment.heldout_activations()
+        batches = _heldout(experiment, "thresholds")
         return ((input_.to(model.device), target) for input_, target in map(experiment.split.activations, batches))
 
     for index, (part, new) in enumerate(zip(model.parts, converted.parts, strict=True)):

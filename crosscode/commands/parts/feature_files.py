@@ -28,6 +28,7 @@ from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled, new_folder
 from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
 from crosscode.interop.hub import hub_names
+from crosscode.trainers.progress import Progress
 
 
 def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_tokens: int | None) -> Path:
@@ -40,7 +41,7 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     if to == "delphi":
         return _delphi(run, out, n_tokens)
     write = None if to == "dataset" else circuit_tracer_writer(run, out, layer)
-    batches = experiment.heldout_batches(n_tokens)
+    batches = _heldout(run, n_tokens)
     names, shows = experiment.output_names(), displays_of(experiment)
     study, records = study_records(model, batches, experiment.split, names, unembed_of(experiment), displays=shows)
     if write is not None:
@@ -49,6 +50,12 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     with new_folder(out, TABLE) as folder:
         write_dataset(folder, rows, run.config.name, hub_names(model.path for model in run.config.language_models))
     return out / TABLE
+
+
+def _heldout(run: FinishedRun, n_tokens: int | None) -> Iterator[Any]:
+    """Batches of held-out text, counted where they are used."""
+    with Progress(n_tokens or run.config.evaluation.n_tokens, what="features", unit="token") as shown:
+        yield from shown.through(run.experiment.heldout_batches(n_tokens))
 
 
 def _experiment_with_text(run: FinishedRun) -> AnyExperiment:
@@ -192,7 +199,7 @@ def _delphi(run: FinishedRun, out: Path, n_tokens: int | None) -> Path:
     experiment, model = text_experiment(run, "features"), run.model
     parts, hooks = model.parts, run.config.hookpoints
     tokens, locations, values = [], [], []
-    for batch in encode_heldout(model, experiment.heldout_batches(n_tokens), experiment.split):
+    for batch in encode_heldout(model, _heldout(run, n_tokens), experiment.split):
         entries, length = batch.entries, batch.tokens_HS.shape[1]
         place_N = batch.position_B.to(entries.token_N.device)[entries.token_N]
         sequence_N = place_N // length + batch.first_sequence
