@@ -13,7 +13,7 @@ from crosscode.build.run import compare_language_models, model_metadata
 from crosscode.build.schema import check_config
 from crosscode.config.reading import read_trusted
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, check_may_be_filled
+from crosscode.files import check_can_be_made, check_is_no_link, check_may_be_filled
 from crosscode.interop.format import FORMATS
 from crosscode.interop.reading import read, recognise
 from crosscode.models import BaseCrosscoder
@@ -31,8 +31,9 @@ def import_model(
             activations are of other dimensions.
     """
     check_may_be_filled(out, "out")
+    check_can_be_made(out, "out")
     check_is_no_link(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
     values = None if config is None else read_trusted(config, trust_remote_code)
     found = recognise(path) if name is None else FORMATS.build({"type": name})

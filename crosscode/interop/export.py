@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, check_may_be_filled, new_folder
+from crosscode.files import check_can_be_made, check_is_no_link, check_may_be_filled, new_folder
 from crosscode.interop.format import ABOUT, FORMATS, Format, write_about
 from crosscode.interop.plain import CLT, COMPOUND, CROSSCODER, SINGLE, PlainCoder, from_model, metadata_of_one
 from crosscode.interop.sets import is_set, of_set
@@ -83,9 +83,10 @@ def check_holds(made: Format, coders: Sequence[PlainCoder], *, complete: bool = 
 def check_target(path: Path, made: Format, *, overwrite: bool) -> None:
     """Raise `InputError` for a folder that is not to be written into: only an earlier export may be replaced."""
     check_may_be_filled(path, "out")
+    check_can_be_made(path, "out")
     check_is_no_link(path)
-    if path.is_file():
-        raise InputError(f"out = {str(path)!r}: is a file; name a new folder")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out = {str(path)!r}: is no folder; name a new one")
     there = sorted(path.iterdir()) if path.is_dir() else []
     if there and not overwrite:
         raise InputError(f"out = {str(path)!r}: is there already; name a new folder, or add --overwrite")

@@ -25,7 +25,7 @@ from crosscode.commands.parts.reading import displays_of, text_experiment, unemb
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
-from crosscode.files import check_may_be_filled, new_folder
+from crosscode.files import check_can_be_made, check_may_be_filled, new_folder
 from crosscode.interop.feature_files import INDEX, TABLE, cantor, write_dataset, write_delphi, write_index, write_layer
 from crosscode.interop.hub import hub_names
 from crosscode.trainers.progress import Progress
@@ -69,9 +69,10 @@ def _experiment_with_text(run: FinishedRun) -> AnyExperiment:
 
 def check_out(out: Path, field: str) -> None:
     """Raise `InputError` unless a new folder can be made there."""
+    check_may_be_filled(out, field)
+    check_can_be_made(out, field)
     if out.exists():
         raise InputError(f"{field}: {str(out)!r} is there already; name a new folder")
-    check_may_be_filled(out, field)
 
 
 def circuit_tracer_writer(

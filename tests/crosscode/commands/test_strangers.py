@@ -120,3 +120,13 @@ def test_the_policy_of_the_page_names_its_script_alone(tmp_path):
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     assert re.findall(r"sha256-([A-Za-z0-9+/=]+)", page) == digests
     assert "default-src 'none'" in html.unescape(page)
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "file/x"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    export = ["export", str(RUN), "--to", "saelens"]
+    for command in (["import", str(RUN / "final")], ["features", str(RUN), "--to", "dataset"], export):
+        assert main([*command, "--out", folder]) == 2
+        assert "out = " in capsys.readouterr().err
