@@ -144,10 +144,11 @@ def write_explorer(
         write_text(data / f"{name}.js", text)
     for name in ("tabulator.min.js", "tabulator.LICENSE"):
         write_text(folder / name, (_EXPLORER / name).read_text(encoding="utf-8"))
-    css, own_css, script = (
-        (_EXPLORER / name).read_text(encoding="utf-8") for name in ("tabulator_simple.min.css", "app.css", "app.js")
+    css, script = (
+        "\n".join((_EXPLORER / name).read_text(encoding="utf-8") for name in names)
+        for names in (("tabulator_simple.min.css", "app.css"), ("order.js", "app.js"))
     )
-    explorer = Explorer(f"{css}\n{own_css}", script)
+    explorer = Explorer(css, script)
     write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer, looks=looks))
 
 

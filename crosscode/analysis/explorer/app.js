@@ -21,8 +21,9 @@
 
   // ---- the table: sorted and searched here, shown by Tabulator page by page
 
-  const PAGE = 100;
+  const PAGE = 50;
   const state = { q: "", sort: "latent", dir: "asc", page: 1 };
+  const FIRST = /^(latent|layer|index|tokens|firings|max_activation|tag|rank_.*|effect|relative_norm.*|nu_activations|why)$/;
   let columns, search, table, order = [], orderKey, quiet = false;
 
   async function readTable() {
@@ -54,14 +55,8 @@
     if (key === orderKey) return;
     orderKey = key;
     const terms = state.q.toLowerCase().split(/\s+/).filter(Boolean).map(matcher);
-    order = [];
-    for (let i = 0; i < search.length; i++) if (terms.every(test => test(i))) order.push(i);
-    const values = (column(state.sort) ?? columns[0]).values, sign = state.dir === "desc" ? -1 : 1;
-    order.sort((i, j) => {
-      const a = values[i], b = values[j];
-      if (a === null || b === null) return a === b ? i - j : a === null ? 1 : -1;
-      return a < b ? -sign : a > b ? sign : i - j;
-    });
+    const all = crosscodeOrder(column(state.sort) ?? columns[0], state.dir === "desc");
+    order = terms.length ? all.filter(i => terms.every(test => test(i))) : all;
   }
 
   const tableHash = () => "#/latents?" + new URLSearchParams(
@@ -98,22 +93,31 @@
         sortMode: "remote", height: "68vh", index: "c0", nestedFieldSeparator: false, headerSortTristate: false,
         initialSort: [{ column: `c${columns.indexOf(column(state.sort))}`, dir: state.dir }],
         placeholder: "No latent is like that.", layout: "fitData",
-        columns: columns.map((one, c) => ({
-          field: `c${c}`, title: String(c), frozen: c === 0, hozAlign: typeof one.values[0] === "string" ? "left" : "right",
-          titleFormatter: () => make("span", { textContent: one.name.replaceAll("_", " ") }),
-          formatter: cell => c === 0 ? latentLink(cell.getValue()) : make("span", { textContent: digits(cell.getValue()) }),
-          ...(one.name === "tokens" || one.name.startsWith("why") ? { width: 220 } : {}),
-        })),
+        columns: shownColumns(),
       });
+      byId("all").addEventListener("change", () => { table.setColumns(shownColumns()); resort(); });
       table.on("rowClick", (event, row) => { location.hash = `#/latent/${row.getData().c0}`; });
     } else await resort(page);
   }
 
+  // Those that one looks at first and the one that sorts, or all.
+  const shownColumns = () => columns.map((one, c) => ({
+    field: `c${c}`, title: String(c), frozen: c === 0, hozAlign: typeof one.values[0] === "string" ? "left" : "right",
+    titleFormatter: () => make("span", { textContent: one.name.replaceAll("_", " ") }),
+    formatter: cell => c === 0 ? latentLink(cell.getValue()) : document.createTextNode(digits(cell.getValue())),
+    ...(one.name === "tokens" || one.name.startsWith("why") ? { width: 220 } : {}),
+  })).filter((_, c) => byId("all").checked || columns[c].name === state.sort || FIRST.test(columns[c].name));
+
   async function resort(page = 1) {
     quiet = true;
-    table.setSort(`c${columns.indexOf(column(state.sort))}`, state.dir);
+    const field = `c${columns.indexOf(column(state.sort))}`;
+    if (!table.getColumn(field)) {
+      table.clearData(); // or the rows that go would be drawn anew
+      table.setColumns(shownColumns());
+    }
+    table.setSort(field, state.dir);
     quiet = false;
-    await table.setPage(page);
+    if (table.getPage() !== page) await table.setPage(page);
   }
 
   byId("search").addEventListener("input", () => { state.q = byId("search").value; table?.setPage(1); });

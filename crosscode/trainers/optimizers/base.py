@@ -40,7 +40,12 @@ class OptimizerPlan(Configured, ABC):
             group["lr"] = max(group["initial_lr"] * factor, group.get("travel", 0.0) / n_steps)
 
     def forget_rows(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, rows_R: torch.Tensor) -> None:
-        """What is kept of rows of a parameter that were set anew begins anew as well."""
+        """What is kept of rows of a parameter that were set anew begins anew as well.
+
+        Args:
+            param: any parameter, (L, I) or of other axes behind L.
+            rows_R: numbers of these rows, int64.
+        """
         for kept in optimizer.state.get(param, {}).values():
             if isinstance(kept, torch.Tensor) and kept.shape == param.shape:
                 kept[rows_R] = 0

@@ -397,9 +397,11 @@ def test_a_folder_beside_or_below_the_working_one_may_be_filled(tmp_path, monkey
 def tiny_demo(tiny_config, write, monkeypatch):
     """`crosscode demo` on the tiny models; the arguments of the command."""
     write()
-    read_yaml = options.read_yaml
+    read_trusted = options.read_trusted
     copy = lambda: json.loads(json.dumps(tiny_config | {"name": "demo"}))  # noqa: E731
-    monkeypatch.setattr(options, "read_yaml", lambda name: copy() if name == "demo" else read_yaml(name))
+    monkeypatch.setattr(
+        options, "read_trusted", lambda name, *trust: copy() if name == "demo" else read_trusted(name, *trust)
+    )
     return ["demo", "--run-dir", tiny_config["run_dir"], "--backend", "torch"]
 
 

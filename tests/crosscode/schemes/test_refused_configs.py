@@ -145,7 +145,6 @@ def refused(values, folder, capfd):
 @pytest.mark.parametrize(
     ("architecture", "hookpoints", "expected"),
     [
-        ("model_hookpoint_acausal", ["blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"], ["mlp.hook_post", "16"]),
         ("cross_layer_transcoder", ["blocks.0.mlp.hook_in", "blocks.0.mlp.hook_pre"], ["mlp.hook_pre", "16"]),
         ("sae", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"], ["exactly one hookpoint", "2"]),
         ("transcoder", ["blocks.0.mlp.hook_in"], ["exactly two hookpoints", "1"]),
