@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
 from crosscode.analysis.first_look import Steered, first_looks
+from crosscode.analysis.jinja import environment
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
 from crosscode.analysis.latents_pass import LatentsPass, with_own_text
 from crosscode.analysis.records import LatentRecords, Unembed, study_records
@@ -162,14 +160,6 @@ def render(
     looks: Sequence[str] = (),
 ) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("crosscode.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["raw"] = Markup
     problems = list(record.problems)
     if study is None:
         problems.append(f"Latents were not looked at: {no_latents_reason or 'no held-out text'}.")
@@ -190,7 +180,7 @@ def render(
         "explorer": explorer,
         "table": None if study is None else cards.latent_table(study),
     }
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     script = template.render(context, content_security_policy="").rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # What the page's own script adds may run: of a page from disk no other word for "beside it" is heard by all browsers.

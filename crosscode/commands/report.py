@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
 from crosscode.files import check_output
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ STEERED = 2.0
 
 class Options(ConfigModel):
     run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+    """run directory, USER/NAME on the hub, or a sweep, whose page compares its runs"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
     csv: Path | None = Field(default=None, title="FILE")
@@ -44,6 +45,14 @@ class Options(ConfigModel):
 
 def run(options: Options) -> None:
     quiet_libraries()
+    from crosscode.commands.parts.sweep_report import is_sweep, report_sweep
+
+    if is_sweep(options.run_dir):
+        for name in ("n_tokens", "csv", "parquet", "features", "steer_prompt", "own_text"):
+            if getattr(options, name) is not None:
+                raise InputError(f"{name}: is for one run, and {options.run_dir!r} holds a sweep; name one of its runs")
+        print(report_sweep(Path(options.run_dir)))
+        return
     given = (options.n_tokens, options.csv, options.trust_remote_code, options.parquet, options.features)
     print(report_run(options.run_dir, *given, steer_prompt=options.steer_prompt, n_own_tokens=options.own_text))
 
