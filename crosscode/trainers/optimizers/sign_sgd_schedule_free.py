@@ -27,8 +27,11 @@ class _SignSGD(SGDScheduleFree):
     def _params(self) -> list[torch.nn.Parameter]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def state_dict(self) -> dict[str, Any]:
-        found = super().state_dict()
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register_state_dict_post_hook(lambda _, found: self._with_weights(found))  # before what ranks do to it
+
+    def _with_weights(self, found: dict[str, Any]) -> dict[str, Any]:
         weights = {i: {_WEIGHT: param.detach()} for i, param in enumerate(self._params())}
         return {**found, "state": {i: {**found["state"].get(i, {}), **weight} for i, weight in weights.items()}}
 
