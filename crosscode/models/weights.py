@@ -179,8 +179,13 @@ class CoderWeights(nn.Module, Coder):
         )
 
     def __repr__(self) -> str:
-        positions = f", positions: {', '.join(self.position_names)}" if self.position_names else ""
-        return f"{type(self).__name__}({self.extra_repr()}{positions})"
+        hookpoints, shown = self.metadata.get("hookpoints") or (), ""
+        written = {name.rpartition("/")[2] for name in self.position_names}
+        if reads := [name for name in hookpoints if name not in written]:
+            shown += f", reads {', '.join(reads)}"
+        if self.position_names:
+            shown += f", positions: {', '.join(self.position_names)}"
+        return f"{type(self).__name__}({self.extra_repr()}{shown})"
 
     # ---- decoder norms
 

@@ -132,4 +132,6 @@ def test_a_model_says_what_it_is(tmp_path):
         assert part in text
     model.save(tmp_path / "saved", {"output_positions": ["base/mid"]})
     assert "positions: base/mid" in repr(SAEOrTranscoder.load(tmp_path / "saved"))
+    model.save(tmp_path / "both", metadata={"output_positions": ["base/mid"], "hookpoints": ["pre", "mid"]})
+    assert ", reads pre, positions: base/mid)" in repr(SAEOrTranscoder.load(tmp_path / "both"))
     assert "\n" not in text
