@@ -253,8 +253,9 @@ def check_can_be_made(folder: Path, field: str) -> None:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        trial.mkdir(exist_ok=True)  # a process that was killed may have left it
-        with suppress(FileNotFoundError):  # another that tries the same took it away
+        with suppress(FileExistsError):  # of a process that was killed, or that tries the same
+            trial.mkdir()
+        with suppress(FileNotFoundError):  # that one took it away
             trial.rmdir()
     except OSError as error:
         raise InputError(
