@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from ranks import assert_as_one, finish, spawn, train_on
 
+pytestmark = pytest.mark.soak  # minutes of several processes, which a busy machine may cut short
+
 REFUSED = ("dedicated_feature", "feb_update", "sae_l1_resampled")
 NAMES = [name for name in recipe_names() if not name.startswith(REFUSED)]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float64", 1e-10), pytest.param("float32", 1e-4, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
     recipes = [f"{name}@torch@24" for name in NAMES]
     recipes += [
