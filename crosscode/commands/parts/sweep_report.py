@@ -52,5 +52,5 @@ def _recovered(run: Path) -> float | None:
         found = read_json(run / "evaluation.json", dict[str, Any]).get("loss_recovered") or {}
     except (InputError, OSError):
         return None
-    values = [one.get("loss_recovered") for one in found.values() if isinstance(one, dict)]
-    return fmean([value for value in values if value is not None]) if any(v is not None for v in values) else None
+    values = [one["loss_recovered"] for one in found.values() if one.get("loss_recovered") is not None]
+    return fmean(values) if values else None

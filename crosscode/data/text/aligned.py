@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.chats import Span, message_spans
 from crosscode.data.text.documents import Document
-from crosscode.data.text.render import DOCUMENT_START, NO_CHARACTERS, PADDING
+from crosscode.data.text.render import DOCUMENT_START, NO_CHARACTERS, PADDING, Frame
 from crosscode.data.text.token_chunks import Tokens
 from crosscode.errors import InputError
 
@@ -124,11 +124,7 @@ class Aligner:
                 )
         special = set(self.other.all_special_ids) if self.policy.mask_special_tokens else set()
         self._masked = torch.tensor(sorted(special), dtype=torch.long)
-        self._bos = None if self.policy.bos == "none" else self.other.bos_token_id
-        ends = self.policy.separator == "eos" and self.policy.pack
-        self._separator = self.other.eos_token_id if ends else None
-        pad = (self.other.pad_token_id, self.other.eos_token_id)
-        self._pad = next((token for token in pad if token is not None), 0)
+        self._frame = Frame.of(self.other, self.policy)
 
     def __call__(self, rows: Sequence[Sequence[Piece]], length: int) -> OtherTokens:
         """`rows`: the pieces of each sequence of `length` positions."""
@@ -136,7 +132,7 @@ class Aligner:
         place_HS = torch.full((len(rows), length), -1)
         made = [self._row(pieces, place_HS[h]) for h, pieces in enumerate(rows)]
         longest = max((len(ids) for ids, _ in made), default=0)
-        tokens_HT = torch.full((len(rows), longest), self._pad)
+        tokens_HT = torch.full((len(rows), longest), self._frame.pad_id)
         segments_HT = torch.zeros((len(rows), longest), dtype=torch.long)
         usable_HT = torch.zeros((len(rows), longest), dtype=torch.bool)
         for h, (ids, segments) in enumerate(made):
@@ -166,13 +162,12 @@ class Aligner:
                 list(encoded["input_ids"]),
                 torch.tensor([stop for _, stop in encoded["offset_mapping"]]) + begin,
             )
-            starts_with_bos = (self.policy.bos == "document" and piece.is_first) or (
-                self.policy.bos == "sequence" and not number
-            )
-            if starts_with_bos and self._bos is not None and own[:1] != [self._bos]:
-                own, ends_U = [self._bos, *own], torch.cat([torch.tensor([NO_CHARACTERS]), ends_U])
-            if piece.is_last and self._separator is not None and own[-1:] != [self._separator]:
-                own.append(self._separator)
+            bos_id = self._frame.row_bos_id if number == 0 else None
+            bos_id = self._frame.bos_id if bos_id is None and piece.is_first else bos_id
+            if bos_id is not None and own[:1] != [bos_id]:
+                own, ends_U = [bos_id, *own], torch.cat([torch.tensor([NO_CHARACTERS]), ends_U])
+            if piece.is_last and self._frame.separator_id is not None and own[-1:] != [self._frame.separator_id]:
+                own.append(self._frame.separator_id)
             in_first = _keys(piece.ends_E, [span for span, _ in spans], piece.begin)
             in_other = _keys(ends_U, [span for _, span in spans], begin)
             for key, s in in_first.items():

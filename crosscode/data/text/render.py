@@ -6,11 +6,12 @@ T the tokens of one document.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from crosscode.config.data import TemplateTokens
+from crosscode.config.data import TemplateTokens, TokenPolicy
 from crosscode.config.positions import PositionRules
 from crosscode.data.text.chats import chat_text, message_spans
 from crosscode.data.text.documents import Document
@@ -29,6 +30,32 @@ ROLE_SHIFT = 3
 Rendered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """`(tokens_T, flags_T, chars_T3)`: of each token, int32, how many characters of its document the tokens before it end, where
 it ends itself (-1: it ends no character), and whether it is its document's last; zeros where nobody asked."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a policy puts around texts, in the ids of one tokenizer; None: nothing."""
+
+    bos_id: int | None
+    """before each document"""
+    row_bos_id: int | None
+    """before each sequence"""
+    separator_id: int | None
+    """behind each document"""
+    pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, policy: TokenPolicy) -> Frame:
+        bos_id, eos_id, pad_id = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+        document_bos_id = bos_id if policy.bos == "document" else None
+        # Where they are one token, the next document's BOS separates.
+        is_separated = policy.separator == "eos" and policy.pack and (eos_id is None or eos_id != document_bos_id)
+        return cls(
+            document_bos_id,
+            bos_id if policy.bos == "sequence" else None,
+            eos_id if is_separated else None,
+            next((token for token in (pad_id, eos_id) if token is not None), 0),
+        )
 
 
 class DocumentRenderer:

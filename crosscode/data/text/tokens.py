@@ -34,6 +34,7 @@ from crosscode.data.text.render import (
     PADDING,
     ROLE_SHIFT,
     DocumentRenderer,
+    Frame,
     row_ends,
 )
 from crosscode.data.text.token_batch import TokenBatch
@@ -70,26 +71,20 @@ class TokenSequenceLoader:
         self.source, self.tokenizer, self.policy = source, tokenizer, policy
         special = getattr(tokenizer, "all_special_ids", None) or []
         self.masked_ids = sorted({*policy.mask_token_ids, *(special if policy.mask_special_tokens else ())})
-        eos_id = getattr(tokenizer, "eos_token_id", None)
-        self.bos_id: int | None = None if policy.bos == "none" else getattr(tokenizer, "bos_token_id", None)
-        self.row_bos_id = self.bos_id if policy.bos == "sequence" else None
-        document_bos_id = self.bos_id if policy.bos == "document" else None
-        # Where they are one token, the next document's BOS separates.
-        is_separated = policy.separator == "eos" and policy.pack and (eos_id is None or eos_id != document_bos_id)
-        self.separator_id = eos_id if is_separated else None
+        frame = Frame.of(tokenizer, policy)
+        self.row_bos_id, self.separator_id, self.pad_id = frame.row_bos_id, frame.separator_id, frame.pad_id
+        self.bos_id = frame.bos_id if frame.row_bos_id is None else frame.row_bos_id
         self.render = DocumentRenderer(
             tokenizer,
-            bos_id=document_bos_id,
-            row_bos_id=self.row_bos_id,
-            separator_id=self.separator_id,
+            bos_id=frame.bos_id,
+            row_bos_id=frame.row_bos_id,
+            separator_id=frame.separator_id,
             template_tokens=policy.template_tokens,
             positions=policy.positions,
             with_chars=bool(others),
         )
         self.others = tuple(others)
         self.aligners = [Aligner(tokenizer, other, policy, limit) for other, limit in others]
-        pad_id = getattr(tokenizer, "pad_token_id", None)
-        self.pad_id = next((token for token in (pad_id, eos_id) if token is not None), 0)
         self._start: dict[str, Any] | None = None
         self._iterator: _SequenceIterator | None = None
 

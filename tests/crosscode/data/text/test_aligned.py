@@ -131,6 +131,19 @@ def normal(text):
     return unicodedata.normalize("NFKC", text).lower().removeprefix("##").strip()
 
 
+@pytest.mark.parametrize("bos", ["sequence", "document"])
+def test_one_token_that_begins_and_ends_documents_stands_once_between_them(pair, bos):
+    """As a loader of the other tokenizer alone has it."""
+    first, other = pair[0], lowercase_words()
+    other.bos_token = other.eos_token
+    texts = ["line with caps", "ok", "class import"]
+    options = {"sequence_length": 60, "bos": bos, "epochs": 1, "shuffle": False, "batch_size": 1}
+    (batch,) = TokenSequenceLoader(wrap_documents(texts), first, others=[(other, None)], **options)
+    (alone,) = TokenSequenceLoader(wrap_documents(texts), other, **options)
+    n = batch.others[0].tokens_HT.shape[1]
+    assert batch.others[0].tokens_HT[0].tolist() == alone.tokens_HS[0, :n].tolist()
+
+
 def test_a_position_is_saved_and_found_again(pair):
     first, other = pair
     make = lambda: TokenSequenceLoader(  # noqa: E731
