@@ -118,9 +118,10 @@ def open_activations(
     if models is None:
         models = load_models(config.language_models, str(device))
     if to_train:
-        check_usable(config, documents, models, field="data.source", least=batch_size)
+        tokenizer, others = models[0].tokenizer, by_tokenizer(models)[1]
+        check_usable(config, documents, tokenizer, others, field="data.source", least=batch_size)
         if heldout is not None:
-            check_usable(config, heldout_documents, models, field="data.heldout", heldout=True)
+            check_usable(config, heldout_documents, tokenizer, others, field="data.heldout", heldout=True)
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {
         "documents": documents, "heldout_documents": heldout_documents, "harvester": harvester, "stores": stores,
@@ -157,7 +158,8 @@ def check_documents(config: HarvestConfig, documents: DocumentSource) -> None:
 def check_usable(
     config: HarvestConfig,
     documents: DocumentSource,
-    models: Sequence[LanguageModel],
+    tokenizer: Any,
+    others: Sequence[tuple[Any, int | None]] = (),
     *,
     field: str,
     heldout: bool = False,
@@ -165,10 +167,9 @@ def check_usable(
 ) -> None:
     """Raise InputError where the beginning of a text cannot be made into tokens, or where the whole of it has fewer
     usable tokens than `least`. Where tokenizers differ, say how many positions have no partner."""
-    others = by_tokenizer(models)[1]
     with at_field(field):
         policy = config.token_policy(heldout=heldout)
-        loader = TokenSequenceLoader(documents, models[0].tokenizer, policy, others=others, epochs=1, n_workers=0)
+        loader = TokenSequenceLoader(documents, tokenizer, policy, others=others, epochs=1, n_workers=0)
         n_usable = n_apart = 0
         for batch in loader:
             n_usable += int(batch.mask_HS.sum())
