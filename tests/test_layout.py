@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -160,3 +161,9 @@ def test_source_files_stay_small():
     files = [*ROOT.glob("crosscode/**/*.py"), *ROOT.glob("kernels/**/*.py")]
     lengths = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert {name: n for name, n in lengths.items() if n > 330} == {}
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig):
+    patterns = pytestconfig.getini("norecursedirs")
+    parts = {part for file in (ROOT / "tests").rglob("test_*.py") for part in file.relative_to(ROOT).parts[:-1]}
+    assert not [part for part in parts if any(fnmatch(part, pattern) for pattern in patterns)]
