@@ -17,7 +17,7 @@ N_LATENTS, N_TOKENS = 3, 4
 _BEFORE, _AFTER = 8, 4
 
 Steered = Callable[[int], str]
-"""What adding a latent does to the second model, as the end of a sentence."""
+"""What adding a latent does to the second model, as a sentence."""
 
 
 def first_looks(
@@ -35,7 +35,7 @@ def first_looks(
         return []
     n = f"{len(specific):,} of {len(verdict.tag):,} latents"
     return [
-        f"Specific to {b} ({a} has less than half of each): {n}. The first:"
+        f"{n} are specific to {b}: {a} has less than half of each. The first:"
         if specific
         else f"Where {b} differs most from {a}:",
         *(_sentence(study, records, TokenDisplay(tokenizer), latent, steered) for latent in latents),
@@ -52,11 +52,11 @@ def _sentence(
         f"«{token.text}»" if token.is_peak else token.text
         for token in shown[max(0, peak - _BEFORE) : peak + _AFTER + 1]
     )
-    parts = [f"Latent {study.name_of(latent)} is strongest in “{text.strip()}”"]
+    parts = [f"Latent {study.name_of(latent)} fires most on “{text.strip()}”."]
     logits = records.logits.get(study.verdicts[0].tables[0].name_b)
     if logits is not None:
         top = [(logits.display or show).text(int(token)) for token in logits.top_id_LE[latent][:N_TOKENS]]
-        parts.append(f"writes {', '.join(f'“{token}”' for token in top)}")
+        parts.append(f"It promotes the next tokens {', '.join(f'“{token}”' for token in top)}.")
     if steered is not None:
         parts.append(steered(latent))
-    return "; ".join(parts) + "."
+    return " ".join(parts)

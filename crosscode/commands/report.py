@@ -130,7 +130,9 @@ def _steered(run: FinishedRun, prompt: str, latent: int) -> str:
         )
     )
     after = " ".join(prompt.split())
-    return f"added to {name} after “{after}”, it takes the next token {effect} (a random vector as long: {random})"
+    return (
+        f"Added to {name} after “{after}”, it takes {effect}; the most that a random vector as long does is {random}."
+    )
 
 
 COMMAND = Command("write RUN/report.html and an explorer of all latents", run, Options, positional="run_dir")

@@ -103,7 +103,7 @@ def test_the_page_names_first_where_the_models_differ_most(make_run, make_model,
     text = dataclasses.replace(
         heldout_text(sizes=(30,)),
         unembed=lambda x, vectors_ND: torch.arange(300.0).expand(len(vectors_ND), 300),
-        steered=lambda latent: asked.append(latent) or f"added, {EVIL} happens",
+        steered=lambda latent: asked.append(latent) or f"Added, {EVIL} happens.",
     )
     run = make_run(make_model())
     page = page_of(run, heldout=text, say=said.append)
@@ -114,10 +114,10 @@ def test_the_page_names_first_where_the_models_differ_most(make_run, make_model,
     for latent, look in zip(asked, looks, strict=True):
         peak = study.top.examples(latent)[0]
         shown = TokenDisplay(text.tokenizer)([int(peak.tokens[peak.peak])], [1.0])[0].text
-        assert look.startswith(f"Latent {latent} is strongest in “")
+        assert look.startswith(f"Latent {latent} fires most on “")
         if len(shown) == 1 and shown.isascii():
             assert f"«{shown}»" in look
-        assert "writes “" in look and look.endswith(f"added, {EVIL} happens.")
+        assert "promotes the next tokens “" in look and look.endswith(f" Added, {EVIL} happens.")
     assert set(looks) <= set(page.text_of["li"]) and not page.has("img")
 
 

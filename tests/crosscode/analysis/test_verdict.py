@@ -146,7 +146,7 @@ def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, t
     page = write_report(make_run(model), heldout=lambda: heldout, latents_csv=tmp_path / "t.csv")
     html = page.read_text(encoding="utf-8")
     assert verdict.headline() in html
-    assert "Specific to tuned (base has less than half of each): 2 of 8 latents. The first:" in html
+    assert "2 of 8 latents are specific to tuned: base has less than half of each. The first:" in html
     section = pair_section(verdict)
     assert {tag: n for _, tag, n, _ in section.counts} == {
         verdict.name_of(tag): verdict.counts[tag] for tag in TAGS if tag != "structural"
