@@ -5,8 +5,9 @@
 
 Goes on where it was stopped. Pairs, all of the embedded base:
 
-- `continued`: trained on, on the text as it is (60,000 tokens, learning rates of the plants), in two orders of that text;
-- `noise`: as it is, and each weight times 1 + 0.02 g with a standard normal g;
+- `continued`: trained on, on the text as it is (60,000 tokens, learning rates of the plants), in two orders of that text, which
+  are others for each seed;
+- `noise`: as it is, and each weight times 1 + 0.02 g with a standard normal g, another one for each seed;
 - `bfloat16`: in float32 and in bfloat16;
 - `itself`: twice the same.
 
@@ -20,6 +21,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +63,26 @@ def schemes() -> list[str]:
 # ---- pairs
 
 
-def language_models(pair: str, work: Path) -> list[dict[str, Any]]:
+def language_models(pair: str, seed: int, work: Path) -> list[dict[str, Any]]:
     """The two of a pair, trained or written if they are not there."""
     if pair == "continued":
-        for seed in (0, 1):
-            if not (work / f"{pair}_{seed}" / "planted_card.json").is_file():
-                command = [sys.executable, "-m", "crosscode.demo.train_plant", "--plant", "none", "--seed", str(seed)]
+        orders = (2 * seed, 2 * seed + 1)
+        for order in orders:
+            if not (work / f"{pair}_{order}" / "planted_card.json").is_file():
+                command = [sys.executable, "-m", "crosscode.demo.train_plant", "--plant", "none", "--seed", str(order)]
                 command += ["--tokens", "60000", "--batch-tokens", "1024", "--processes", "1"]
-                subprocess.run([*command, "--out", str(work / f"{pair}_{seed}")], check=True)
-        paths = [str(work / f"{pair}_{seed}" / "planted") for seed in (0, 1)]
+                subprocess.run([*command, "--out", str(work / f"{pair}_{order}")], check=True)
+        paths = [str(work / f"{pair}_{order}" / "planted") for order in orders]
     else:
-        paths = ["demo:base", str(noisy(work / pair)) if pair == "noise" else "demo:base"]
+        paths = ["demo:base", str(noisy(work / f"{pair}_{seed}", seed)) if pair == "noise" else "demo:base"]
     dtypes = ["float32", "bfloat16" if pair == "bfloat16" else "float32"]
     return [{"name": name, "path": path, "dtype": dtype} for name, path, dtype in zip("ab", paths, dtypes, strict=True)]
 
 
 @torch.no_grad()
-def noisy(folder: Path) -> Path:
+def noisy(folder: Path, seed: int) -> Path:
     """The base with noise on its weights."""
-    start, generator = demo_model_path("base"), torch.Generator().manual_seed(0)
+    start, generator = demo_model_path("base"), torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     for weight in model.parameters():
         weight *= 1 + NOISE * torch.randn(weight.shape, generator=generator)
@@ -205,20 +208,15 @@ def main() -> None:
     if options.what == "table":
         print(table())
         return
-    for pair in options.pairs:
-        todo = [
-            (method, seed)
-            for method in options.methods
-            for seed in options.seeds
-            if f"{pair}/{method}/{seed}" not in stored()["rows"]
-        ]
+    for pair, seed in product(options.pairs, options.seeds):
+        todo = [method for method in options.methods if f"{pair}/{method}/{seed}" not in stored()["rows"]]
         if not todo:
             continue
-        models = language_models(pair, options.work)
+        models = language_models(pair, seed, options.work)
         acts_BMPD = torch.cat(list(open_pair(models, "train").heldout_activations(N_TOKENS)))
         heldout = open_pair(models, "heldout")
         batches, names = list(heldout.heldout_batches(N_HELDOUT)), heldout.output_names()
-        for method, seed in todo:
+        for method in todo:
             name, start = f"{pair}/{method}/{seed}", time.monotonic()
             folder = options.work / name
             keep(name, row(verdict_of(acts_BMPD, batches, names, method, run_dir=folder, seed=seed)))

@@ -101,14 +101,15 @@ def card_groups(study: LatentsPass, tokenizer: Any) -> list[CardGroup]:
         cards = [_card(study, show, latent, None) for latent in latents]
         intro = f"Evenly spaced from most to least frequent, of those active on at least {MIN_FIRINGS} held-out tokens."
         return [CardGroup("Latents from frequent to rare", intro, cards)]
-    verdict = study.verdicts[0]
+    several = len(study.verdicts) > 1
     groups = []
-    for name in (verdict.name_b, verdict.name_a):
-        latents = verdict.specific(name)[:N_PER_SIDE] or verdict.ranking(name)[:N_PER_SIDE]
-        cards = [_card(study, show, latent, verdict) for latent in latents]
-        specific = bool(verdict.specific(name))
-        heading = f"Most specific to {name}" if specific or not cards else f"Leaning most to {name}"
-        groups.append(CardGroup(heading, _intro(name, specific, bool(cards)), cards))
+    for verdict in study.verdicts:
+        for name, other in ((verdict.name_b, verdict.name_a), (verdict.name_a, verdict.name_b)):
+            specific = verdict.specific(name)
+            latents = (specific or verdict.ranking(name))[:N_PER_SIDE]
+            heading = f"{'Most specific' if specific else 'Leaning most'} to {name}{several * f', against {other}'}"
+            cards = [_card(study, show, latent, verdict) for latent in latents]
+            groups.append(CardGroup(heading, _intro(name, bool(specific), bool(cards)), cards))
     return groups
 
 
@@ -129,7 +130,7 @@ def _card(study: LatentsPass, show: TokenDisplay, latent: int, verdict: Verdict 
     css, tag, why = "shared", "", ""
     if verdict is not None:
         css, tag = CSS_OF_TAG.get(verdict.tag[latent], "shared"), verdict.name_of(verdict.tag[latent])
-        table, why = verdict.tables[0], verdict.why[latent]
+        table, why = verdict.table_of(latent), verdict.why[latent]
         shown = (("relative norm", table.relative_norm, "{:.3f}"), ("decoder cosine", table.decoder_cosine, "{:.2f}"))
         shown += tuple((f"ν {kind}", share.nu_L, "{:.2f}") for kind, share in _shares(table).items())
         facts = [*((key, _cell(column[latent], form.format)[0]) for key, column, form in shown), *facts]
@@ -168,7 +169,7 @@ def latent_table(study: LatentsPass) -> LatentTable:
         Column("latent", "index of the latent"),
         Column("verdict", "whom it belongs to"),
         Column("effect", "size of what one side has and the other lacks, where it fires"),
-        Column("relative norm", f"0 = only in {a}, 1 = only in {b}"),
+        Column("relative norm", f"0 = written to {a} alone, 1 = to {b} alone"),
         Column(f"norm {a}", "decoder norm, scale of training"),
         Column(f"norm {b}", "decoder norm, scale of training"),
         Column("cosine", "of the two decoder vectors"),
@@ -179,6 +180,10 @@ def latent_table(study: LatentsPass) -> LatentTable:
     ]
     counts = " and the ".join(f"{len(some)} that lean most to {name}" for name, some in firsts.items())
     note = f"Of {alive:,} active latents the {counts}, by rank."
+    if len(verdict.tables) > 1:
+        note += " Norms, cosines and ν are those of the hookpoint from which the verdict is read."
+    if len(study.verdicts) > 1:
+        note += f" {a} against {b}: other pairs are in the table of all latents."
     order = [latent for some in firsts.values() for latent in some]
     css = [CSS_OF_TAG.get(verdict.tag[latent], "shared") for latent in order]
     return LatentTable(columns, [_pair_row(study, verdict, latent) for latent in order], css, note)
@@ -194,7 +199,7 @@ _DENSITY_COLUMNS = [
 
 
 def _pair_row(study: LatentsPass, verdict: Verdict, latent: int) -> list[tuple[str, float | None]]:
-    table, tag = verdict.tables[0], verdict.tag[latent]
+    table, tag = verdict.table_of(latent), verdict.tag[latent]
     values: list[tuple[Tensor, Callable[[float], str]]] = [
         (verdict.effect_L, number_text),
         (table.relative_norm, "{:.3f}".format),
@@ -218,7 +223,7 @@ def _density_row(study: LatentsPass, latent: int) -> list[tuple[str, float | Non
     firing = study.firing
     numbers = (firing.mean_active_L[latent], firing.max_L[latent], study.decoder_norm_LX[latent].sum())
     density = _cell(firing.density_L[latent], _percent)
-    return [(str(latent), latent), density, *(_cell(number, number_text) for number in numbers)]
+    return [(study.name_of(latent), latent), density, *(_cell(number, number_text) for number in numbers)]
 
 
 def _cell(value: Tensor | float, form: Callable[[float], str]) -> tuple[str, float | None]:

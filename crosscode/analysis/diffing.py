@@ -77,7 +77,7 @@ class DiffTable:
     decoder_norm_a: Tensor
     decoder_norm_b: Tensor
     relative_norm: Tensor
-    """`n_b / (n_a + n_b)`: 0 = only in a, 0.5 = equally in both, 1 = only in b"""
+    """`n_b / (n_a + n_b)`: 0 = written to a alone, 0.5 = equally to both, 1 = to b alone"""
     decoder_cosine: Tensor
     encoder_norm_a: Tensor
     encoder_norm_b: Tensor

@@ -5,7 +5,8 @@ Axes: L latents · E ends of a list of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from crosscode.analysis.latents_pass import LatentsPass
@@ -13,8 +14,10 @@ from crosscode.analysis.records import LatentRecords
 from crosscode.analysis.tokens import TokenDisplay
 from crosscode.analysis.verdict import NO_DIFFERENCE
 
-N_LATENTS, N_TOKENS = 3, 4
+N_LATENTS, N_COMMON, N_TOKENS = 3, 10, 4
 _BEFORE, _AFTER = 8, 4
+_SEED, _LONGEST = 4, 60
+"""Tokens of a text that latents have in common: fewest and most."""
 
 Steered = Callable[[int], str]
 """What adding a latent does to the second model, as a sentence."""
@@ -24,22 +27,48 @@ def first_looks(
     study: LatentsPass, records: LatentRecords, tokenizer: Any, steered: Steered | None = None
 ) -> list[str]:
     """A heading, and a sentence for each of the first latents in the ranking of the second model; nothing where two models
-    are not compared, or where their activations are the same."""
+    are not compared, or where nothing is specific to the second one and their activations are the same."""
     verdict = study.verdicts[0] if study.verdicts else None
-    if verdict is None or verdict.difference < NO_DIFFERENCE:
+    if verdict is None:
         return []
     a, b = verdict.name_a, verdict.name_b
-    specific = verdict.specific(b)
+    specific, show = verdict.specific(b), TokenDisplay(tokenizer)
     latents = (specific or verdict.ranking(b))[:N_LATENTS]
-    if not latents:
+    if not latents or (not specific and verdict.difference < NO_DIFFERENCE):
         return []
-    n = f"{len(specific):,} of {len(verdict.tag):,} latents"
-    return [
-        f"{n} are specific to {b}: {a} has less than half of each. The first:"
-        if specific
-        else f"Where {b} differs most from {a}:",
-        *(_sentence(study, records, TokenDisplay(tokenizer), latent, steered) for latent in latents),
-    ]
+    heading = f"Where {b} differs most from {a}:"
+    if specific:
+        n, one = len(specific), len(specific) == 1
+        found = f"{n:,} of {len(verdict.tag):,} learned features (latents) {'is' if one else 'are'} specific to it"
+        text = _text(study, show, specific[:N_COMMON])
+        around = f" {'It fires' if one else 'Most of them fire'} most around “{text}”." if text else ""
+        heading = f"{b} has what {a} lacks. {found}.{around}{'' if one else ' The first:'}"
+    return [heading, *(_sentence(study, records, show, latent, steered) for latent in latents)]
+
+
+def _text(study: LatentsPass, show: TokenDisplay, latents: Sequence[int]) -> str:
+    """The text that most of their strongest examples have in common: the run of tokens that the most examples have, at
+    least half of them, and what goes on in the same way in most of these that go on; empty: none."""
+    examples = [example.tokens for latent in latents for example in study.top.examples(latent)]
+    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, tokens in enumerate(examples):
+        for at in range(len(tokens) - _SEED + 1):
+            places.setdefault(tuple(tokens[at : at + _SEED]), []).append((i, at))
+    run, found = max(places.items(), key=lambda one: len({i for i, _ in one[1]}), default=((), []))
+    if len({i for i, _ in found}) * 2 < max(len(examples), 4):
+        return ""
+    text = list(run)
+    for step in (-1, 1):
+        ends = [(i, at if step < 0 else at + _SEED - 1) for i, at in found]
+        while len(text) < _LONGEST:
+            ends = [(i, at + step) for i, at in ends if 0 <= at + step < len(examples[i])]
+            counted = Counter(examples[i][at] for i, at in ends)
+            token, n = counted.most_common(1)[0] if counted else (-1, 0)
+            if n < 2 or 2 * n <= len(ends):
+                break
+            ends = [(i, at) for i, at in ends if examples[i][at] == token]
+            text.insert(0 if step < 0 else len(text), token)
+    return "".join(one.text for one in show(text, [0.0] * len(text)) if not one.is_special).strip("↵→ ")
 
 
 def _sentence(

@@ -74,7 +74,7 @@ def _apart(study: LatentsPass, i: int) -> FigureTable | None:
     rows = []
     for kind, of_kind in study.apart.items():
         for name, verdicts in of_kind.items():
-            own, first = verdicts[i], ", ".join(map(str, verdicts[i].ranking(b)[:5]))
+            own, first = verdicts[i], ", ".join(map(study.name_of, verdicts[i].ranking(b)[:5]))
             counts = [f"{len(own.specific(side)):,}" for side in (a, b)]
             n_tokens = firing[kind][name].n_tokens
             rows.append([f"{kind}: {name}", f"{n_tokens:,}", percent_text(own.difference), *counts, first or "none"])
@@ -117,7 +117,7 @@ def _plots(verdict: Verdict, table: DiffTable, *, several: bool) -> list[Plot]:
                 limits=(0, 1),
                 xlabel="relative decoder norm",
                 label=f"Relative norm {key}",
-                ends=(f"← only in {a}", f"only in {b} →"),
+                ends=(f"← written to {a} alone", f"to {b} alone →"),
             ),
             f"n({b}) / (n({a}) + n({b})), the share of a latent's decoder norm that lies in {b}. It points from {a} on "
             f"the left (0) to {b} on the right (1); latents at 0.5 write equally strongly to both. Colours are verdicts.",

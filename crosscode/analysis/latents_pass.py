@@ -25,7 +25,8 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
 from crosscode.models.split import Split
 
-MAX_PAIRS = 4
+MAX_PAIRS = 6
+"""All of four models at one hookpoint."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LatentsPass:
     """`verdicts` on the tokens of each group alone, by its kind (source, role) and name"""
     own_text: Mapping[str, FiringStats] = field(default_factory=dict)
     """of what each language model writes itself, where that was looked at"""
+    not_compared: Sequence[tuple[str, str]] = ()
+    """pairs of positions that were too many"""
 
     def examples(self, latent: int) -> dict[str, list[Example]]:
         """Its largest activations, and some from each quarter of its firings."""
@@ -65,8 +68,8 @@ class LatentsPass:
 
 
 def pairs_to_compare(position_names: Sequence[str]) -> list[tuple[int, int]]:
-    """Which output positions a report compares: each two models at each hookpoint, those with the first model first, at most
-    `MAX_PAIRS`; of one model its first and last hookpoint.
+    """Which output positions can be compared: each two models at each hookpoint, those with the first model first; of one
+    model its first and last hookpoint.
 
     Names are "<model>/<hookpoint>".
     """
@@ -74,7 +77,7 @@ def pairs_to_compare(position_names: Sequence[str]) -> list[tuple[int, int]]:
     for i, name in enumerate(position_names):
         models.setdefault(name.rpartition("/")[0], []).append(i)
     if len(models) > 1:
-        return [pair for two in combinations(models.values(), 2) for pair in zip(*two, strict=True)][:MAX_PAIRS]
+        return [pair for two in combinations(models.values(), 2) for pair in zip(*two, strict=True)]
     (only,) = models.values()
     return [(only[0], only[-1])] if len(only) > 1 else []
 
@@ -89,12 +92,14 @@ def study_latents(
     more: Sequence[Collector] = (),
     groupings: Groupings | None = None,
 ) -> LatentsPass:
-    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair. `more` collectors
-    see it too. `groupings`: as of `FiringStats`."""
+    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair (default: the first
+    `MAX_PAIRS` of `pairs_to_compare`). `more` collectors see it too. `groupings`: as of `FiringStats`."""
     names = list(position_names)
     may_LX = may_write_LX(model)
+    n_most = MAX_PAIRS if pairs is None else len(pairs)
     pairs = pairs_to_compare(names) if pairs is None else pairs
     pairs = [(a, b) for a, b in pairs if bool((may_LX[:, a] & may_LX[:, b]).any())]  # some latent may write to both
+    pairs, others = pairs[:n_most], [(names[a], names[b]) for a, b in pairs[n_most:]]
     firing = FiringStats(model.n_latents, groupings)
     top = TopExamples(model.n_latents, n=n_examples)
     quantiles = QuantileExamples(model.n_latents)
@@ -116,7 +121,7 @@ def study_latents(
         kind: {name: verdicts_in(kind, name, own) for name, own in of_kind.items()}
         for kind, of_kind in firing.groups().items()
     }
-    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart)
+    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart, not_compared=others)
 
 
 def with_own_text(

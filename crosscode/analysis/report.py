@@ -15,12 +15,13 @@ from crosscode.analysis.encoded import HeldoutBatch
 from crosscode.analysis.first_look import Steered, first_looks
 from crosscode.analysis.jinja import environment
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
-from crosscode.analysis.latents_pass import LatentsPass, with_own_text
+from crosscode.analysis.latents_pass import MAX_PAIRS, LatentsPass, with_own_text
 from crosscode.analysis.records import LatentRecords, Unembed, study_records
 from crosscode.analysis.run_record import RunRecord, read_run
 from crosscode.analysis.site_data import scripts
 from crosscode.analysis.tokens import TokenDisplay
 from crosscode.analysis.training_curves import training_figures
+from crosscode.analysis.wording import join_and
 from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
@@ -163,6 +164,9 @@ def render(
     problems = list(record.problems)
     if study is None:
         problems.append(f"Latents were not looked at: {no_latents_reason or 'no held-out text'}.")
+    elif study.not_compared:
+        left_out = join_and([" with ".join(pair) for pair in study.not_compared])
+        problems.append(f"Only {MAX_PAIRS} pairs of positions are compared; not compared: {left_out}.")
     context = {
         "name": record.path.resolve().name,
         "description": header.description(record),

@@ -56,8 +56,14 @@ class Verdict:
     tag: Sequence[Tag]
     why: Sequence[str]
     """one sentence for each latent"""
+    at: Sequence[int]
+    """which of `tables` each tag was read from"""
     layers: Sequence[tuple[str, int]] | None = None
     """of a compound model (layer, index) of each latent"""
+
+    def table_of(self, latent: int) -> DiffTable:
+        """What its tag was read from."""
+        return self.tables[self.at[latent]]
 
     def name_of(self, tag: Tag) -> str:
         """A tag in the names of what is compared."""
@@ -88,8 +94,14 @@ class Verdict:
 
     @cached_property
     def effect_L(self) -> Tensor:
-        """Of what the owner has and the other side lacks: root mean square where the latent fires, over all hookpoints."""
-        return _joined([table.effect_L for table in self.tables])
+        """Of what the side that the latent leans to has and the other one lacks: root mean square where it fires, over all
+        hookpoints; of a single one, negative where the other side has more."""
+        if len(self.tables) == 1:
+            return self.tables[0].effect_L
+        return _joined([
+            table.effect_L.clamp(min=0) * ((table.decoder_norm_b > table.decoder_norm_a) == self.leans_to_b_L)
+            for table in self.tables
+        ])  # fmt: skip
 
     @cached_property
     def leans_to_b_L(self) -> Tensor:
@@ -156,7 +168,8 @@ class Verdict:
             for name, n in found.items()
             if n
         ]
-        return f"Of {len(self.tag):,} latents, {join_and(parts)}; {self.counts['shared']:,} are shared."
+        rest = join_and([f"{self.counts[tag]:,} {self.name_of(tag)}" for tag in TAGS[2:] if self.counts[tag]])
+        return f"Of {len(self.tag):,} latents, {join_and(parts)}{rest and f'; {rest}'}."
 
 
 def verdict_on(
@@ -170,11 +183,9 @@ def verdict_on(
     """
     name_a, name_b = _names(tables)
     judged = [_Judge(table, own_text).all() for table in tables]
-    if len(tables) == 1:
-        return Verdict(name_a, name_b, list(tables), *_columns(judged[0]), layers)
     hooks = [table.name_b.rpartition("/")[2] for table in tables]
-    joined = [_join(dict(zip(hooks, each, strict=True))) for each in zip(*judged, strict=True)]
-    return Verdict(name_a, name_b, list(tables), *_columns(joined), layers)
+    tag, why, at = zip(*(_join(hooks, each) for each in zip(*judged, strict=True)), strict=True)
+    return Verdict(name_a, name_b, list(tables), tag, why, at, layers)
 
 
 def verdicts_on(
@@ -193,26 +204,23 @@ def _names(tables: Sequence[DiffTable]) -> tuple[str, str]:
     return short_names(tables[0].name_a, tables[0].name_b)
 
 
-def _columns(judged: Sequence[tuple[Tag, str]]) -> tuple[list[Tag], list[str]]:
-    return [tag for tag, _ in judged], [reason for _, reason in judged]
-
-
 def _joined(columns_L: Sequence[Tensor]) -> Tensor:
     """Norm over hookpoints; what is undefined at one is left out."""
-    if len(columns_L) == 1:
-        return columns_L[0]
     return torch.stack([column_L.nan_to_num(0) for column_L in columns_L]).norm(dim=0)
 
 
-def _join(at: dict[str, tuple[Tag, str]]) -> tuple[Tag, str]:
-    """Of one latent, from what is said at each hookpoint."""
+def _join(hooks: Sequence[str], said: Sequence[tuple[Tag, str]]) -> tuple[Tag, str, int]:
+    """Of one latent, from what is said at each hookpoint; and the hookpoint's number."""
+    if len(hooks) == 1:
+        return *said[0], 0
     for tags in (("shared",), ("A-specific", "B-specific"), ("undecided",), ("structural",)):
-        found = {hook: one for hook, one in at.items() if one[0] in tags}
-        if len({tag for tag, _ in found.values()}) > 1:
-            return "undecided", f"It is specific to another model at {join_and(list(found))}."
-        if found:
-            hook, (tag, reason) = next(iter(found.items()))
-            return tag, f"At {hook}: {reason}"
+        found = {i: one for i, one in enumerate(said) if one[0] in tags}
+        if not found:
+            continue
+        first, (tag, reason) = next(iter(found.items()))
+        if len({one for one, _ in found.values()}) > 1:
+            return "undecided", f"It is specific to another model at {join_and([hooks[i] for i in found])}.", first
+        return tag, f"At {hooks[first]}: {reason}", first
     raise AssertionError("a latent has a tag at each hookpoint")
 
 
@@ -271,7 +279,8 @@ class _Judge:
         returned_nu, returned_z = self._returned[latent]
         if of_owner < LEAN and not returned_z < -SURE:
             cosine = self._cosine_L[latent]
-            return "undecided", f"It writes vectors of like norm in two directions (cosine {cosine:.2f}).{beside}"
+            ways = "of two widths" if math.isnan(cosine) else f"in two directions (cosine {cosine:.2f})"
+            return "undecided", f"It writes vectors of like norm {ways}.{beside}"
         tag: Tag = "B-specific" if at_b else "A-specific"
         lean = (
             f"{100 * of_owner:.0f} % of its decoder norms are {owner}'s"

@@ -194,7 +194,7 @@ def test_classes_without_latents_are_said_to_be_empty(make_run, make_model, held
     with torch.no_grad():
         model.W_dec_LXoDo[:, 1] = 0
     page = page_of(make_run(model), heldout=heldout_text(sizes=(60,)))
-    assert "Most specific to base" in page.headings() and "Most specific to tuned" in page.headings()
+    assert "Most specific to base" in page.headings() and "Leaning most to tuned" in page.headings()
     assert any("No latent that fires at least 20 times leans to tuned" in text for text in page.text_of["p"])
 
 
@@ -266,7 +266,14 @@ def test_a_crosscoder_of_three_models_and_two_hookpoints(make_run, make_model, h
     names = [f"{model}/{hook}" for model in ("m0", "m1", "m2") for hook in ("h0", "h1")]
     run = make_run(make_model(3, 2), position_names=names)
     page = page_of(run, heldout=heldout_text(names, n_models=3, n_hookpoints=2))
-    assert [h for h in page.headings() if "against" in h] == ["m0 against m1", "m0 against m2"]
+    pairs = [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
+    found = [h for h in page.headings() if "against" in h]
+    assert found[:3] == [f"{a} against {b}" for a, b in pairs]
+    assert [h.partition(" to ")[2] for h in found[3:]] == [
+        f"{x}, against {y}" for a, b in pairs for x, y in ((b, a), (a, b))
+    ]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
     assert {"Relative decoder norm at h0", "Relative decoder norm at h1"} <= set(page.text_of["h3"])
     assert "FVU, worst position" in page.text_of["dt"]
 
@@ -347,7 +354,7 @@ def test_the_page_and_the_table_can_go_elsewhere(make_run, heldout_text, tmp_pat
         (["a/f", "a/g", "a/h"], [(0, 2)]),
         (["a/h"], []),
         (["a/h", "b/h", "c/h"], [(0, 1), (0, 2), (1, 2)]),
-        (["a/h", "b/h", "c/h", "d/h"], [(0, 1), (0, 2), (0, 3), (1, 2)]),
+        (["a/h", "b/h", "c/h", "d/h"], [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]),
     ],
 )
 def test_which_positions_are_compared(names, pairs):

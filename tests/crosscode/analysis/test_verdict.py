@@ -5,18 +5,23 @@ L latents · D width.
 
 import csv
 import json
+import math
 import re
+from html import unescape
 
 import pytest
 import torch
 
 from crosscode.analysis.cards import card_groups, latent_table
-from crosscode.analysis.latent_plots import pair_section
+from crosscode.analysis.first_look import first_looks
+from crosscode.analysis.latent_scaling import THRESHOLD
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import study_latents, with_own_text
+from crosscode.analysis.records import LatentRecords
 from crosscode.analysis.report import write_report
 from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, verdicts_on
 from crosscode.analysis.wording import percent_text
+from crosscode.commands.parts.closing import latents_of_b
 from crosscode.errors import InputError
 from crosscode.models import ModelHookpointAcausalCrosscoder, ReLUActivation
 from crosscode.models.architecture import split_for
@@ -28,7 +33,7 @@ D = 16
 BASE_ONLY, TUNED_ONLY, BOTH, HIDDEN, RARE, TWO_WAYS, TIED_LIKE, GREW = range(8)
 
 
-def planted(make_heldout, n_tokens=1200, **weights):
+def planted(make_heldout, n_tokens=1200):
     """Coordinate l is latent l; `HIDDEN` is in both models, though its decoder writes to tuned alone;
     `GREW` is another vector in base, which tuned has as well."""
     model = ModelHookpointAcausalCrosscoder(2, 1, D, 8, ReLUActivation(8), backend="torch")
@@ -63,6 +68,21 @@ def planted(make_heldout, n_tokens=1200, **weights):
     return model.eval(), [batch]
 
 
+def twice_as_deep(make_heldout):
+    """The same at the second of two hookpoints; at the first all latents lean to base, and no activation has them."""
+    one, (batch,) = planted(make_heldout)
+    model = ModelHookpointAcausalCrosscoder(2, 2, D, 8, ReLUActivation(8), backend="torch")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.W_enc_LXiDi[:, :, 1], model.W_dec_LXoDo[:, :, 1] = one.W_enc_LXiDi[:, :, 0], one.W_dec_LXoDo[:, :, 0]
+        model.W_dec_LXoDo[:, :, 0] = torch.eye(D)[:8, None] * torch.tensor([0.2, 0.1])[:, None]
+        model.b_enc_L.copy_(one.b_enc_L)
+    batch.acts_HSMPD = torch.cat([0.01 * torch.randn_like(batch.acts_HSMPD), batch.acts_HSMPD], 3)
+    model.fold_activation_scaling_into_weights_(torch.ones(2, 2), torch.ones(2, 2))
+    return model.eval(), [batch], [f"{name}/blocks.{p}.hook_resid_post" for name in ("base", "tuned") for p in (0, 1)]
+
+
 @pytest.fixture
 def study(make_heldout):
     model, heldout = planted(make_heldout)
@@ -80,7 +100,7 @@ def test_planted_latents_are_told_apart(study):
     assert verdict.why[TUNED_ONLY].startswith("base has less than half of it: ν is error ")
     assert verdict.tag[GREW] == "B-specific" and "what it writes to base, tuned has, too (ν 0.71)" in verdict.why[GREW]
     found = "2 are specific to tuned (7, 1) and 1 is specific to base (0)"
-    assert verdict.headline() == f"Of 8 latents, {found}; 3 are shared."
+    assert verdict.headline() == f"Of 8 latents, {found}; 3 shared and 2 undecided."
     assert verdict.specific("tuned") == [GREW, TUNED_ONLY] and verdict.specific("base") == [BASE_ONLY]
     assert RARE not in verdict.ranking("tuned")
     with pytest.raises(InputError, match="ranking: compared are 'base' and 'tuned', got 'x'"):
@@ -136,32 +156,77 @@ def test_of_one_model_beside_itself_nothing_is_specific(make_model, make_heldout
 
 
 @pytest.mark.usefixtures("quick_plots")
-def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, tmp_path):
-    """The page, its cards and table, the explorer's data and the CSV."""
-    model, batches = planted(make_heldout)
+@pytest.mark.parametrize("n_hookpoints", [1, 2])
+def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, tmp_path, n_hookpoints):
+    """What is said while it is made, the page, its cards and table, the explorer's data and the CSV."""
+    model, batches, names = (*planted(make_heldout), NAMES) if n_hookpoints == 1 else twice_as_deep(make_heldout)
     text = heldout_text()
-    heldout = type(text)(batches, text.tokenizer, text.split, NAMES)
-    study = study_latents(model, batches, SPLIT, NAMES)
+    heldout = type(text)(batches, text.tokenizer, text.split, names)
+    study = study_latents(model, batches, SPLIT, names)
     (verdict,) = study.verdicts
-    page = write_report(make_run(model), heldout=lambda: heldout, latents_csv=tmp_path / "t.csv")
-    html = page.read_text(encoding="utf-8")
-    assert verdict.headline() in html
-    assert "2 of 8 latents are specific to tuned: base has less than half of each. The first:" in html
-    section = pair_section(verdict)
-    assert {tag: n for _, tag, n, _ in section.counts} == {
-        verdict.name_of(tag): verdict.counts[tag] for tag in TAGS if tag != "structural"
-    }
-    for group in card_groups(study, text.tokenizer):
-        assert all(
-            card.tag == verdict.names[card.latent] and card.why == verdict.why[card.latent] for card in group.cards
-        )
-    assert all(row[1][0] == verdict.names[int(row[0][1] or 0)] for row in latent_table(study).rows)
+    found = {tag: [latent for latent in range(8) if verdict.tag[latent] == tag] for tag in TAGS}
+    assert found["B-specific"] == [TUNED_ONLY, GREW] and found["A-specific"] == [BASE_ONLY]
+    said = []
+    run = make_run(model, position_names=names)
+    page = write_report(run, heldout=lambda: heldout, latents_csv=tmp_path / "t.csv", say=said.append)
+    index = page.parent / "report" / "index.html"
+    for html in (page.read_text(encoding="utf-8"), index.read_text(encoding="utf-8")):
+        assert all(line in unescape(html) for line in said)
+        assert not re.search(r"\b(base|tuned)[ -]only\b|only in (base|tuned)", html)
+        counts = re.findall(r"</span>([^<>]+): <b>(\d+)</b>", html)
+        assert dict(counts) == {verdict.name_of(tag): str(len(found[tag])) for tag in TAGS if tag != "structural"}
+    assert said[0] == "tuned has what base lacks. 2 of 8 learned features (latents) are specific to it. The first:"
+    assert said[-1] == verdict.headline()
+    assert [line.split()[1] for line in said[1:-1]] == [str(latent) for latent in verdict.specific("tuned")]
+    groups = card_groups(study, text.tokenizer)
+    assert [(group.heading, [card.latent for card in group.cards]) for group in groups] == [
+        ("Most specific to tuned", verdict.specific("tuned")),
+        ("Most specific to base", verdict.specific("base")),
+    ]
+    for card in (card for group in groups for card in group.cards):
+        assert (card.tag, card.why) == (verdict.names[card.latent], verdict.why[card.latent])
+        facts = {
+            key: float(value.replace("–", "nan"))
+            for key, value in card.facts
+            if key not in ("active on", "largest activation")
+        }
+        assert (facts["relative norm"] > 0.5) == (card.latent in found["B-specific"])
+        assert all(facts[f"ν {kind}"] < THRESHOLD for kind in ("error", "reconstruction", "activations"))
+    table = latent_table(study)
+    titles = [column.title for column in table.columns]
+    for row in table.rows:
+        latent, lean = int(row[0][1] or 0), row[titles.index("relative norm")][1]
+        assert row[1][0] == verdict.names[latent]
+        assert (latent in verdict.ranking("tuned")) == (lean > 0.5)
     with (tmp_path / "t.csv").open() as file:
         rows = list(csv.DictReader(file))
-    frame = latents_frame(study)
-    assert [row["tag"] for row in rows] == frame["tag"].tolist() == verdict.names
     explorer = (page.parent / "report" / "data" / "table.js").read_text(encoding="utf-8")
-    found = json.loads(re.sub(r"^crosscodeData\(\"table\",|\);\n$", "", explorer))
-    columns = {one["name"]: one["values"] for one in found["columns"]}
-    assert columns["tag"] == verdict.names and columns["why"] == list(verdict.why)
-    assert not re.search(r"\b(base|tuned)[ -]only\b", html.replace("only in", ""))
+    columns = json.loads(re.sub(r"^crosscodeData\(\"table\",|\);\n$", "", explorer))["columns"]
+    columns = {one["name"]: one["values"] for one in columns}
+    assert [row["tag"] for row in rows] == columns["tag"] == verdict.names
+    assert [row["why"] for row in rows] == columns["why"] == list(verdict.why)
+    for name, tag in (("tuned", "B-specific"), ("base", "A-specific")):
+        ranks = columns[f"rank_{name}"]
+        assert sorted(ranks[latent] for latent in found[tag]) == [*range(1, len(found[tag]) + 1)]
+        assert [float(row[f"rank_{name}"] or "nan") for row in rows] == pytest.approx(
+            [math.nan if rank is None else rank for rank in ranks], nan_ok=True
+        )
+    assert latents_of_b(study.verdicts, "base", "tuned") == verdict.specific("tuned")
+
+
+def test_text_that_specific_latents_have_in_common_is_named(make_heldout):
+    """Its first and last tokens, too, that no single example has together."""
+    model, (batch,) = planted(make_heldout)
+    sentence = torch.arange(40, 67)
+    batch.tokens_HS = torch.randint(100, 300, (40, 60), generator=torch.Generator().manual_seed(0))
+    batch.tokens_HS[::2, 20:47] = sentence
+    batch.mask_HS = torch.ones(40, 60, dtype=torch.bool)
+    batch.acts_HSMPD = 0.01 * torch.randn(40, 60, 2, 1, D)
+    batch.acts_HSMPD[::2, 21, 1, 0, TUNED_ONLY] += 1
+    batch.acts_HSMPD[::2, 45, 1, 0, GREW] += 1.5
+    batch.acts_HSMPD[::2, 45, :, 0, 11] += torch.tensor([1.4, 1])
+    study = study_latents(model, [batch], SPLIT, NAMES)
+    assert study.verdicts[0].specific("tuned") == [GREW, TUNED_ONLY]
+    heading = first_looks(study, LatentRecords(*[None] * 4), None)[0]
+    text = "".join(f"[{token}]" for token in sentence.tolist())
+    assert heading.endswith(f"specific to it. Most of them fire most around “{text}”. The first:")
