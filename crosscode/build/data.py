@@ -24,6 +24,8 @@ from crosscode.data.text.sources import load_documents, wrap_documents
 from crosscode.data.text.token_chunks import is_on_side
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field, in_section
+from crosscode.parallel import joined
+from crosscode.parallel.harvest import alone, over_ranks
 
 _ENOUGH_FOR_VALIDATION = 20
 """Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
@@ -124,7 +126,8 @@ def open_activations(
             check_usable(config, heldout_documents, tokenizer, others, field="data.heldout", heldout=True)
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {
-        "documents": documents, "heldout_documents": heldout_documents, "harvester": harvester, "stores": stores,
+        "documents": documents, "heldout_documents": heldout_documents, "stores": stores,
+        "harvester": over_ranks(joined(), harvester),
     }  # fmt: skip
 
 
@@ -198,9 +201,9 @@ def build_rows(activations: Activations) -> RowSource:
     tokens = build_token_loader(activations, heldout=False)
     if data.reads_stores():
         stores = activations.stores or Stores.open(activations.config, activations.harvester.models)
-        return stores.rows(tokens, activations.harvester)
+        return stores.rows(tokens, alone(activations.harvester))
     if data.cache is None:
         with in_section("data", DataConfig.model_fields):
             return HarvestedRows(tokens, activations.harvester)
     with at_field("data.cache"):
-        return HarvestThroughStore(tokens, activations.harvester, data.cache.path, **data.cache.arguments())
+        return HarvestThroughStore(tokens, alone(activations.harvester), data.cache.path, **data.cache.arguments())

@@ -31,6 +31,8 @@ from crosscode.groups import Groupings
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.architecture import ArchitectureConfig, split_for
 from crosscode.objectives import Objective, objective_from
+from crosscode.parallel import joined
+from crosscode.parallel.harvest import alone
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.warm_start import find_model
@@ -110,6 +112,11 @@ class Experiment(Activations, AnyExperiment):
     def all_rows(self) -> RowSource:
         return build_rows(self)
 
+    @property
+    def reads_alike(self) -> bool:
+        data = self.config.data
+        return alone(self.harvester) is not self.harvester and data.cache is None and not data.reads_stores()
+
     def language_model_facts(self) -> list[dict[str, Any]]:
         return [
             {
@@ -182,6 +189,7 @@ def open_experiment(
     """
     split = split_for(config.crosscoder.type)
     split.check(*config.n_positions())
+    joined()  # which says what device this one of several processes has
     device = available_device(config.device)
     if config.finetune_from is not None:
         find_model(config.finetune_from)

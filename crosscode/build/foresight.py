@@ -24,7 +24,7 @@ from crosscode.errors import InputError, at_field
 from crosscode.parallel.group import n_ranks
 from crosscode.trainers.optimizers import OPTIMIZERS
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_language_models(config: HarvestConfig) -> int | None:
@@ -79,19 +79,15 @@ def check_weights(
     Args:
         weights: bytes by device and base; those of this model are added.
     """
-    dtype = str(skeleton.config.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    # At least so many: packed weights of 4 bits are the smallest.
-    packed = config.quantization or getattr(skeleton.model.config, "quantization_config", None)
-    per_weight = 0.5 if packed else _BYTES.get(dtype, 2)
-    n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
+    dtype, packed, n_weights, n_base = _weights(config, skeleton)
     with at_field(field, LanguageModelConfig.model_fields):
         path = locate(config.path)
         adapter = adapter_of(path, config.revision, config.gguf_file, config.adapter, config.adapter_revision)
     device = None if config.device_map is not None else available_device(config.device or default_device)
     there = _memory(device) if device is not None else _memory_of_all()
     on_device = weights.setdefault(device, {})
-    on_device[f"{skeleton.name}@{skeleton.revision} {dtype} {config.quantization}"] = int(per_weight * n_weights)
-    n_own = per_weight * n_weights
+    on_device[f"{skeleton.name}@{skeleton.revision} {dtype} {config.quantization}"] = int(n_base)
+    n_own = n_base
     if adapter is not None:
         on_device[str(adapter.folder)] = adapter.n_bytes
         n_own += adapter.n_bytes
@@ -104,6 +100,20 @@ def check_weights(
             f"{n_own / 2**30:.1f} GiB{beside}, more than the {there / 2**30:.1f} GiB that are free on "
             f"{device or 'all devices'}; a smaller dtype, quantization, or device_map: auto over several GPUs may fit"
         )
+
+
+def _weights(config: LanguageModelConfig, skeleton: LanguageModel) -> tuple[str, bool, int, float]:
+    """The dtype, whether it is packed, how many there are, and the bytes that they take: at least so many, as packed weights of
+    4 bits are the smallest."""
+    dtype = str(skeleton.config.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    packed = bool(config.quantization or getattr(skeleton.model.config, "quantization_config", None))
+    n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
+    return dtype, packed, n_weights, n_weights * (0.5 if packed else DTYPE_BYTES.get(dtype, 2))
+
+
+def weight_bytes(config: LanguageModelConfig, skeleton: LanguageModel) -> float:
+    """Bytes of a model's weights, without those of an adapter."""
+    return _weights(config, skeleton)[3]
 
 
 def _memory_of_all() -> int | None:
@@ -127,7 +137,7 @@ def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device:
     _check_fits(f"crosscoder.{size}", getattr(config.crosscoder, size), n_bytes, device, what)
     M, P, capacity = len(config.language_models), len(config.hookpoints), config.data.shuffle_buffer_size
     rows = (0 if config.data.reads_stores() else DEFAULT_CAPACITY) if capacity is None else capacity
-    n_bytes = rows * M * P * width * _BYTES[config.data.activation_dtype]
+    n_bytes = rows * M * P * width * DTYPE_BYTES[config.data.activation_dtype]
     what = f"activations of {M} x {P} x {width}"
     _check_fits("data.shuffle_buffer_size", rows, n_bytes, torch.device("cpu"), what)
 

@@ -75,6 +75,11 @@ class AnyExperiment(ABC):
     def all_rows(self) -> RowSource:
         """Rows to train on, as they are."""
 
+    @property
+    def reads_alike(self) -> bool:
+        """Whether each of several processes makes all rows to train on, out of a harvest that they do together."""
+        return False
+
     @abstractmethod
     def all_heldout(self) -> Iterator[HeldoutBatch]:
         """Held-out sequences, each once."""

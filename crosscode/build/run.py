@@ -31,7 +31,7 @@ from crosscode.errors import InputError, in_section
 from crosscode.models import INITIALIZATIONS, BaseCrosscoder
 from crosscode.models.checkpoint import read_config
 from crosscode.parallel import joined
-from crosscode.parallel.training import SharedSource, follow, shard_
+from crosscode.parallel.training import AlikeSource, SharedSource, follow, shard_
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
@@ -78,11 +78,12 @@ def build_trainer(
     config, split = experiment.config, experiment.split
     run = _run_directory(config, resume, typed_overwrite, facts)
     step = resume.step if resume else None
+    alike = data is None and experiment.reads_alike
     data = data or build_dataloader(experiment)
-    if resume is None and isinstance(data, ActivationsDataloader):
+    if resume is None and isinstance(data, ActivationsDataloader) and (alike or group is None or group.is_first):
         check_models_differ(experiment, data.rows)
     if group is not None:
-        data = SharedSource(group, data, available_device(config.device))
+        data = (AlikeSource if alike else SharedSource)(group, data, available_device(config.device))
     given, width = model, experiment.dims[2]
     model = given or build_model(config, width, experiment.widths_MP).to(available_device(config.device))
     check_threshold_in_time(config, model)
@@ -155,7 +156,7 @@ def build_dataloader(experiment: AnyExperiment) -> ActivationsDataloader:
             scaled=experiment.split.as_scaled if experiment.split.difference else None,
             n_tokens_for_norm_estimate=config.data.n_tokens_for_norm_estimate,
             drop_last=True,
-            prefetch=config.data.prefetch,
+            prefetch=0 if experiment.reads_alike else config.data.prefetch,  # ranks harvest between steps
             device=experiment.device,
         )
 

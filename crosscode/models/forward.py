@@ -5,9 +5,11 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di/Do input/output widt
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from crosscode_kernels.checks import autocast_dtype
 from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
@@ -32,9 +34,7 @@ class ForwardResult:
     @classmethod
     def of(cls, model: Coder, input_BXiDi: Tensor, latents: Latents, *parts: Latents) -> ForwardResult:
         """What is asked for later is computed under the autocast of now, as the latents were."""
-        device = input_BXiDi.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(model, input_BXiDi, latents, parts or (latents,), autocast)
+        return cls(model, input_BXiDi, latents, parts or (latents,), autocast_dtype(input_BXiDi.device.type))
 
     @property
     def output_BXoDo(self) -> Tensor:
@@ -50,5 +50,8 @@ class ForwardResult:
         with self._as_at_encoding():
             return self.model.recon_loss(self.latents_of_parts, self.input_BXiDi, target_BXoDo)
 
-    def _as_at_encoding(self) -> torch.autocast:
-        return torch.autocast(self.input_BXiDi.device.type, self._autocast, enabled=self._autocast is not None)
+    def _as_at_encoding(self) -> AbstractContextManager[object]:
+        device = self.input_BXiDi.device.type
+        if device == "meta":  # which has no autocast to turn off
+            return nullcontext()
+        return torch.autocast(device, self._autocast, enabled=self._autocast is not None)

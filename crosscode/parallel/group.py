@@ -23,7 +23,7 @@ def n_ranks() -> int:
 
 
 class Group:
-    """All ranks. `bytes_sent` counts what this one has sent, where collectives go round a ring."""
+    """All ranks. `bytes_sent` counts what this one has sent in `n_calls`, where collectives go round a ring."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -31,7 +31,10 @@ class Group:
         if not dist.is_initialized():
             with _said_in_one_line():
                 dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        self.rank, self.size, self.bytes_sent = dist.get_rank(), dist.get_world_size(), 0
+        self._begin(dist.get_rank(), dist.get_world_size())
+
+    def _begin(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.bytes_sent, self.n_calls = rank, size, 0, 0
         self.folders: list[Any] = []
 
     @property
@@ -49,27 +52,36 @@ class Group:
     def most_rows(self, n_rows: int) -> int:
         return -(-n_rows // self.size)
 
-    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    def _carry(self, collective: Any, *arguments: Any) -> None:
+        self.n_calls += 1
         with _said_in_one_line():
-            dist.all_reduce(tensor, op)
+            collective(*arguments)
+
+    def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        self._carry(dist.all_reduce, tensor, op)
         self.bytes_sent += 2 * tensor.nbytes * (self.size - 1) // self.size
         return tensor
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """That of each rank; all have one shape."""
-        tensor = tensor.contiguous()
+        tensor = tensor.detach().contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _said_in_one_line():
-            dist.all_gather(parts, tensor)
+        self._carry(dist.all_gather, parts, tensor)
         self.bytes_sent += tensor.nbytes * (self.size - 1)
         return parts
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """That of rank 0."""
-        with _said_in_one_line():
-            dist.broadcast(tensor, 0)
+        self._carry(dist.broadcast, tensor, 0)
         self.bytes_sent += tensor.nbytes * self.is_first
         return tensor
+
+    def rows_of_all(self, rows_R: Tensor, n_rows: int) -> Tensor:
+        """The rows of all ranks in their order, `n_rows` of them, of which this rank holds those of `bounds`."""
+        padded_R = rows_R.new_zeros(self.most_rows(n_rows), *rows_R.shape[1:])
+        padded_R[: rows_R.shape[0]] = rows_R
+        sizes = [stop - start for start, stop in (self.bounds(n_rows, rank) for rank in range(self.size))]
+        return torch.cat([part[:size] for part, size in zip(self.all_gather(padded_R), sizes, strict=True)])
 
     def barrier(self) -> None:
         self.all_reduce_(torch.zeros(1))
@@ -87,6 +99,16 @@ class Group:
             for rank in range(1, self.size):
                 dist.recv(whole_R[slice(*self.bounds(n_rows, rank))], rank)
         return whole_R
+
+
+class PaperGroup(Group):
+    """Of `size` processes that are not there: it counts, on tensors without content, what one of them would send."""
+
+    def __init__(self, size: int) -> None:
+        self._begin(size - 1, size)  # nobody has more rows
+
+    def _carry(self, collective: Any, *arguments: Any) -> None:
+        self.n_calls += 1
 
 
 _group: Group | None = None
@@ -134,10 +156,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         group, rows_R, n_rows = arguments
         ctx.own = slice(*group.bounds(n_rows))
-        padded_R = rows_R.new_zeros(group.most_rows(n_rows), *rows_R.shape[1:])
-        padded_R[: rows_R.shape[0]] = rows_R
-        sizes = [stop - start for start, stop in (group.bounds(n_rows, rank) for rank in range(group.size))]
-        return torch.cat([part[:size] for part, size in zip(group.all_gather(padded_R), sizes, strict=True)])
+        return group.rows_of_all(rows_R, n_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,8 +2,9 @@
 
 Every rank is given the same batch and holds some rows of `W_enc` and `W_dec`; whatever has one number a latent or an entry
 (biases, thresholds, norms, selected latents) is whole everywhere, and so are outputs. A rank encodes and decodes with its own
-rows; what it selects of them, and adds to the output, goes to all. The k largest of all latents are among the k largest of each
-rank, so selection is exact; of equal ones the lowest index wins, as in one process.
+rows; what it selects of them, and adds to the output, goes to all. Selection is exact, and of equal values the lowest index
+wins, as in one process: the k largest latents of a token are among the k largest of each rank; those of a batch are found by
+histograms (`selection`).
 
 Axes: B tokens · I, O flattened input and output dims · L latents · R rows of this rank · K kept per token · C candidates ·
 N stored entries · S prefixes.
@@ -21,11 +22,12 @@ from crosscode_kernels.backend import resolve
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.decoder_norms import DecoderNorms
 from crosscode_kernels.recon_loss import ReconLoss
-from crosscode_kernels.selection.torch_impl import row_topk
+from crosscode_kernels.selection.torch_impl import first_of_equal_topk, row_topk
 from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from torch import Tensor
 
 from crosscode.parallel.group import Group, gathered, shared, summed
+from crosscode.parallel.selection import collected, kept_of_all
 
 
 class ShardedOps(OpSet):
@@ -48,10 +50,6 @@ class ShardedOps(OpSet):
         return self._k_largest(found, k, x_BI, b_enc_L)
 
     def aux_topk(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None, dead_mask_L: Tensor, k: int) -> Latents:
-        if x_BI.device.type == "cpu":  # a look is free, and the mask is the same everywhere
-            k = min(k, int(dead_mask_L.sum()))
-        if k == 0:
-            return SparseLatents.none(x_BI.shape[0], self.n_latents, x_BI)
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
         found = self.local.aux_topk(x_BI, W_enc_RI, b_R, dead_mask_L[self.own], min(k, W_enc_RI.shape[0]))
         return self._k_largest(found, k, x_BI, b_enc_L)
@@ -66,26 +64,21 @@ class ShardedOps(OpSet):
     ) -> Latents:
         n_tokens, L = x_BI.shape[0], self.n_latents
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        k_own, k_most = (min(k, n) for n in (W_enc_RI.shape[0], self.group.most_rows(L)))
-        scale_R = None if rank_scale_L is None else rank_scale_L[self.own]
-        found = self.local.encode_batch_topk(x_BI, W_enc_RI, b_R, k_own, scale_R)
+        scale_R = None if rank_scale_L is None else rank_scale_L[self.own].detach()
+        k_own = min(k, W_enc_RI.shape[0])
+        found = self.local.encode_batch_topk(x_BI, W_enc_RI, b_R, k_own, scale_R)  # no more of them can be kept
         if isinstance(found, DenseLatents):
-            rank_BR = found.value_BL.detach()
-            rank_BR = rank_BR if scale_R is None else _scaled(rank_BR, scale_R.detach())
-            flat_N = _largest(rank_BR.reshape(1, -1), torch.arange(rank_BR.numel())[None], k_own * n_tokens)[0]
-            token_N, row_N = flat_N // rank_BR.shape[1], flat_N % rank_BR.shape[1]
-            value_N = found.value_BL[token_N, row_N]
+            rank_BR = found.value_BL.detach() if scale_R is None else _scaled(found.value_BL.detach(), scale_R)
+            flat_C = first_of_equal_topk(rank_BR.flatten(), k_own * n_tokens)
+            token_C, row_C = flat_C // rank_BR.shape[1], flat_C % rank_BR.shape[1]
+            value_C = found.value_BL[token_C, row_C]
         else:
-            token_N, row_N, value_N = found.token_idx_N(), found.latent_idx_N.long(), found.value_N
-        value_N, place_N = self._candidates(
-            value_N[None], (token_N * L + row_N + self.own.start)[None], k_most * n_tokens, x_BI, b_enc_L
-        )
-        rank_N = value_N.detach()
-        if rank_scale_L is not None:
-            rank_N = _scaled(rank_N, rank_scale_L.detach()[place_N % L])
-        kept_N = _largest(rank_N, place_N, k * n_tokens)[0]
-        kept_N = kept_N[place_N[0, kept_N].argsort(stable=True)]
-        place_N, value_N = place_N[0, kept_N], value_N[0, kept_N]
+            token_C, row_C, value_C = found.token_idx_N(), found.latent_idx_N.long(), found.value_N
+        rank_C = value_C.detach() if scale_R is None else _scaled(value_C.detach(), scale_R[row_C])
+        place_C = token_C * L + row_C + self.own.start
+        kept_C = kept_of_all(self.group, rank_C, place_C, k * n_tokens, n_tokens * L)
+        value_C = _tied(value_C, x_BI, b_enc_L)
+        value_N, place_N = collected(self.group, kept_C, value_C, place_C, k * n_tokens)
         entries = SparseLatents.from_pairs(place_N // L, place_N % L, value_N, n_tokens, L)
         return replace(entries, padded=True)
 
@@ -210,11 +203,13 @@ class ShardedOps(OpSet):
         value_BK = torch.nn.functional.pad(_tied(value_BK, *beside), missing)
         index_BK = torch.nn.functional.pad(index_BK, missing)
         value_CB = gathered(self.group, value_BK.T, n_most * self.group.size)
-        return value_CB.T, torch.cat(self.group.all_gather(index_BK), 1)
+        return value_CB.T, torch.cat(self.group.all_gather(index_BK.int()), 1).long()
 
     def _all_columns(self, found: Latents, *beside: Tensor | None) -> DenseLatents:
         def of_all(part_BR: Tensor | None) -> Tensor | None:
-            return None if part_BR is None else gathered(self.group, part_BR.T, self.n_latents).T.contiguous()
+            if part_BR is None or part_BR.dim() == 1:
+                return None if part_BR is None else gathered(self.group, part_BR, self.n_latents)
+            return gathered(self.group, part_BR.T, self.n_latents).T.contiguous()
 
         value_BL = of_all(_tied(found.to_dense(), *beside))
         assert value_BL is not None
@@ -238,7 +233,7 @@ def _scaled(value: Tensor, scale: Tensor) -> Tensor:
 
 def _largest(rank_BC: Tensor, index_BC: Tensor, k: int) -> Tensor:
     """Where the k largest of each row stand (no negative values); of equal ones the lowest index."""
-    if rank_BC.dtype != torch.float64 and rank_BC.shape[0] > 1:
+    if rank_BC.dtype != torch.float64:
         bits_BC = rank_BC.float().abs().view(torch.int32).long()
         return ((bits_BC << 32) | (0xFFFFFFFF - index_BC)).topk(k, dim=1).indices
     by_index_BC = index_BC.argsort(dim=1, stable=True)

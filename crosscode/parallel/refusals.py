@@ -20,7 +20,7 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     ranks = n_ranks()
     if ranks == 1:
         return config
-    for problem in _problems(config, ranks):
+    if problem := refusal(config, ranks):
         raise InputError(f"{problem} (torchrun started {ranks} processes)")
     optimizer: Any = config.train.optimizer
     if getattr(optimizer, "row_sparse", None) == "auto":
@@ -28,6 +28,11 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     train = config.train.model_copy(update={"optimizer": optimizer})
     backend = "torch" if config.backend == "auto" else config.backend
     return config.model_copy(update={"backend": backend, "train": train})
+
+
+def refusal(config: ExperimentConfig, ranks: int) -> str | None:
+    """What of the config so many processes cannot train."""
+    return next(_problems(config, ranks), None)
 
 
 def _problems(config: ExperimentConfig, ranks: int) -> Iterator[str]:

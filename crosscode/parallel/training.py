@@ -1,5 +1,5 @@
-"""What a trainer is given where several processes train: a model with its own rows, batches that rank 0 hands out, and state
-that is whole on disk.
+"""What a trainer is given where several processes train: a model with its own rows, batches that are the same everywhere, and
+state that is whole on disk.
 
 Axes: B tokens · M models · P hookpoints · D width · L latents.
 """
@@ -119,22 +119,31 @@ class SharedSource:
 
     def _from_first(self, give: Any, device: torch.device) -> Tensor | None:
         """What rank 0 is given; None is. Stops on all ranks where a signal came to rank 0."""
-        header = torch.zeros(8, dtype=torch.int64)
-        given = None
-        if self.group.is_first and (name := pending()) is not None:
-            header[:2] = torch.tensor([2, SIGNALS.index(signal.Signals[name])])
-        elif self.group.is_first and (given := give()) is not None:
+        header, given = self._header(), None
+        if self.group.is_first and not header[0] and (given := give()) is not None:
             given = given.to(device).contiguous()
             header[:3] = torch.tensor([1, _DTYPES.index(given.dtype), given.dim()])
             header[3 : 3 + given.dim()] = torch.tensor(given.shape)
-        kind, code, n_dims, *shape = self.group.broadcast_(header).tolist()
-        if kind == 2:
-            stop_all(signal.Signals(SIGNALS[code]).name)
+        kind, code, n_dims, *shape = self._agreed(header)
         if kind == 0:
             return None
         if given is None:
             given = torch.empty(shape[:n_dims], dtype=_DTYPES[code], device=device)
         return self.group.broadcast_(given)
+
+    def _header(self) -> Tensor:
+        """Whether a signal came to rank 0, and room for what it sends else."""
+        header = torch.zeros(8, dtype=torch.int64)
+        if self.group.is_first and (name := pending()) is not None:
+            header[:2] = torch.tensor([2, SIGNALS.index(signal.Signals[name])])
+        return header
+
+    def _agreed(self, header: Tensor) -> list[int]:
+        """That of rank 0; stops on all ranks where a signal came to it."""
+        kind, code, *rest = self.group.broadcast_(header).tolist()
+        if kind == 2:
+            stop_all(signal.Signals(SIGNALS[code]).name)
+        return [kind, code, *rest]
 
     def state_dict(self) -> dict[str, Any]:
         return self.data.state_dict() if self.group.is_first else {}
@@ -145,3 +154,16 @@ class SharedSource:
 
     def close(self) -> None:
         self.data.close()
+
+
+class AlikeSource(SharedSource):
+    """Batches that all ranks make of one harvest (`TokenShards`), each for itself."""
+
+    @property
+    def scaling_MP(self) -> Tensor:
+        return self.data.scaling_MP
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = iter(self.data)
+        while self._agreed(self._header()) and (acts_BMPD := next(batches, None)) is not None:
+            yield acts_BMPD

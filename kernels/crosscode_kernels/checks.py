@@ -18,6 +18,12 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Of products on this type of device while autocast is on; on the meta device it never is."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def check_float(op: str, **tensors: Tensor | None) -> None:
     """Every tensor is floating point, all of one dtype and device."""
     first_name, first = "", None

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from crosscode_kernels.backend import Backend
-from crosscode_kernels.checks import check_dims, check_float
+from crosscode_kernels.checks import autocast_dtype, check_dims, check_float
 
 
 def autocast(backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors of a product in the autocast dtype where autocast is on, as PyTorch's own products have them. The
     reference leaves that to PyTorch."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if backend.name == "reference" or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(device)
+    if backend.name == "reference" or dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 

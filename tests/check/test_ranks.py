@@ -1,5 +1,6 @@
 """Every recipe on two and four processes, in both precisions, on two twice; and ranks that end."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from crosscode.recipes import recipe_names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from ranks import assert_as_one, finish, spawn, train_on
+from ranks import assert_as_one, finish, planned_bytes, spawn, train_on
 
 pytestmark = pytest.mark.soak  # minutes of several processes, which a busy machine may cut short
 
@@ -34,6 +35,8 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
         assert_as_one(one[recipe], four[0][recipe], tolerance)
         assert all(torch.equal(two[0][recipe]["model"][k], v) for k, v in again[0][recipe]["model"].items())
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
+        for several in (two, four):
+            assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype) > 0
 
 
 CONFIG = """
@@ -51,6 +54,35 @@ objective: {recon: {}, auxk: {k_aux: 8, dead_after_tokens: 256}}
 train: {n_tokens: 2560, batch_size: 64, optimizer: {type: adam, lr: 0.002}, checkpoint_every: 3, log_every: 1}
 evaluation: {n_tokens: 500, loss_recovered: never}
 """
+
+
+def numbers(value) -> list[float]:
+    """Of nested lists and dictionaries."""
+    if isinstance(value, (list, tuple, dict)):
+        return [n for part in (value.values() if isinstance(value, dict) else value) for n in numbers(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_harvest_evaluation_and_histograms_are_those_of_one_process(tmp_path):
+    crosscode = str(Path(sys.executable).with_name("crosscode"))
+    config = tmp_path / "c.yaml"
+    values = CONFIG.replace("RUN", str(tmp_path / "run")).replace(
+        "n_tokens: 2560", "n_tokens: 1280, histogram_every: 10"
+    )
+    # 7 sequences divide by neither
+    values = values.replace("harvest_batch_size: 8", "harvest_batch_size: 7")
+    config.write_text(values.replace("loss_recovered: never", "loss_recovered_n_tokens: 300, every: 10"))
+    found = []
+    for n_ranks in (1, 2, 3):
+        run = tmp_path / str(n_ranks)
+        finish(spawn(n_ranks, words=[crosscode, "train", str(config), "--run_dir", str(run)]))
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        counted = [{name: v for name, v in row.items() if name.startswith(("loss", "fvu", "eval/"))} for row in rows]
+        histograms = [json.loads(line) for line in (run / "histograms.jsonl").read_text().splitlines()]
+        found.append((evaluation["loss_recovered"], counted, evaluation["density_L"], histograms))
+    for several in found[1:]:
+        assert numbers(several) == pytest.approx(numbers(found[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize(("rank", "number", "codes"), [(0, 9, [-9, 74]), (1, 9, [74, -9]), (0, 15, [75, 75])])

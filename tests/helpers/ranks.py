@@ -59,6 +59,26 @@ def assert_as_one(one: dict[str, Any], several: dict[str, Any], tolerance: float
             assert torch.as_tensor(several["optimizer"][index][key]).shape == torch.as_tensor(value).shape
 
 
+def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
+    """What `crosscode plan` says that a rank sends in a step."""
+    import tiny_recipes
+    import torch
+
+    from crosscode.build.plan import counted_step
+    from crosscode.parallel.group import PaperGroup
+
+    recipe, backend, n_latents = spelled.split("@")
+    tiny_recipes.N_LATENTS = int(n_latents)
+    config, group = tiny_recipes.check_config(tiny_recipes.tiny(recipe, "nowhere", backend, "cpu")), PaperGroup(n_ranks)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        counted_step(config, tiny_recipes.WIDTH, group)
+    finally:
+        torch.set_default_dtype(before)
+    return group.bytes_sent
+
+
 def check_ties() -> None:
     """Integers, so that nearly all values are tied: what is selected over ranks is what one process selects."""
     import torch
@@ -82,7 +102,7 @@ def check_ties() -> None:
             x, W, b = x_BI.to(dtype), W_LI.to(dtype), torch.ones(L, dtype=dtype)
             for op, *rest in (
                 ("encode_topk", 1), ("encode_topk", 6), ("encode_topk", L), ("encode_batch_topk", 2),
-                ("encode_batch_topk", 7, scale_L.to(dtype)), ("encode_threshold", torch.tensor(2.0)),
+                ("encode_batch_topk", 7, scale_L.to(dtype)), ("encode_batch_topk", L), ("encode_threshold", torch.tensor(2.0)),
                 ("aux_topk", dead_L, 3), ("aux_topk", dead_L, L), ("aux_topk", dead_L & False, 3), ("encode_relu",),
             ):  # fmt: skip
                 expected, found = getattr(one, op)(x, W, b, *rest), getattr(ours, op)(x, W[own], b, *rest)
@@ -106,17 +126,60 @@ def check_traffic() -> None:
     for weight in (W, D, b):
         weight.requires_grad_()
     rows = -(-L // n)
-    for encode, extra in (("encode_topk", 0), ("encode_batch_topk", 0), ("encode_relu", (n - 1) * 4 * B * rows)):
+    ring = lambda n_bytes: 2 * (n - 1) * n_bytes // n  # noqa: E731
+    of_batch = (
+        4 * ring(4 << 11) + (n - 1) * 8 + ring(8 * k * B) + ring(4 * k * B)
+    )  # three digits of a value, one of a place
+    of_each = {
+        "encode_topk": (n - 1) * B * min(k, rows) * 8, "encode_batch_topk": of_batch, "encode_relu": (n - 1) * 4 * B * rows
+    }  # fmt: skip
+    for encode, selected in of_each.items():
         before = group.bytes_sent
-        latents = getattr(ops, encode)(x, W, b, *(() if extra else (k,)))
+        latents = getattr(ops, encode)(x, W, b, *(() if encode == "encode_relu" else (k,)))
         ops.decode_recon_loss(latents, D, None, torch.zeros(B, d_out), [d_out]).loss.backward()
-        selected = extra or (n - 1) * B * min(k, rows) * 12
-        assert group.bytes_sent - before == selected + sum(
-            2 * (n - 1) * size // n for size in (4 * B * d_out, 4 * L)
-        ), encode
+        assert group.bytes_sent - before == selected + ring(4 * B * d_out) + ring(4 * L), encode
     before = group.bytes_sent
     ops.decoder_norms(D, [4, 4], "sum")
     assert group.bytes_sent - before == (n - 1) * rows * 4 * 3
+
+
+def check_harvest() -> None:
+    """Each rank runs its share of the sequences, and all have those of one process: also where there are fewer than ranks."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from crosscode.errors import InputError
+    from crosscode.parallel import joined
+    from crosscode.parallel.harvest import alone, over_ranks
+
+    asked: list[int] = []
+
+    class One:
+        def __init__(self):
+            self.models, self.reads_M = [SimpleNamespace(max_sequence_length=None, vocab_size=9)], [0]
+
+        def harvest(self, tokens_HS, segments_HS, others=()):
+            asked.append(len(tokens_HS))
+            return (tokens_HS + segments_HS)[..., None, None, None].to(torch.bfloat16).expand(-1, -1, 2, 1, 3)
+
+    one: Any = One()
+    group = joined()
+    harvester = over_ranks(group, one)
+    if group is None:
+        assert harvester is one
+        return
+    assert alone(harvester) is one
+    for H in (1, 5, 8):
+        tokens_HS = torch.arange(H * 4).view(H, 4) % 9
+        assert torch.equal(harvester.harvest(tokens_HS, tokens_HS), one.harvest(tokens_HS, tokens_HS))
+        assert asked[-2] in (H // group.size, -(-H // group.size))
+    try:
+        harvester.harvest(tokens_HS * 0 + group.rank, tokens_HS)
+    except InputError as error:
+        assert "different texts" in str(error)
+    else:
+        raise AssertionError("different texts were harvested")
 
 
 def main(folder: str, dtype_name: str, *recipes: str) -> None:
@@ -124,9 +187,12 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
     import tiny_recipes
     import torch
 
+    from crosscode.parallel import joined
+
     torch.set_num_threads(1)
     check_ties()
     check_traffic()
+    check_harvest()
     kept, dtype = {}, getattr(torch, dtype_name)
     for spelled in recipes:
         recipe, backend, n_latents = spelled.split("@")
@@ -145,9 +211,13 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
         first_BXiDi = trainer.split.activations(trainer.data.acts_SBMPD[0])[0]
         with torch.no_grad():
             latents_BL = trainer.model.encode(first_BXiDi)
+        group = joined()
         for _ in range(N_STEPS):
-            trainer.train_step(next(batches))
+            acts_BMPD = next(batches)
+            before = 0 if group is None else group.bytes_sent
+            trainer.train_step(acts_BMPD)
         kept[spelled] = {
+            "bytes": 0 if group is None else group.bytes_sent - before,
             "losses": torch.tensor(losses, dtype=torch.float64),
             "active": latents_BL > 0,
             "latents": latents_BL,

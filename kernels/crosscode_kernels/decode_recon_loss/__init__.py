@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from crosscode_kernels.backend import AnyBackend, backend_for
-from crosscode_kernels.checks import check_float, check_segments
+from crosscode_kernels.checks import autocast_dtype, check_float, check_segments
 from crosscode_kernels.decode_recon_loss.autograd import decode_recon
 from crosscode_kernels.opset import door
 from crosscode_kernels.recon_loss import ReconLoss, recon_loss
@@ -39,7 +38,7 @@ def decode_recon_loss(
 ) -> ReconLoss:
     """The reconstruction loss of `a W_dec + b_dec`."""
     backend = backend_for(backend, target_BO)
-    in_two = backend.name == "reference" or torch.is_autocast_enabled(target_BO.device.type)
+    in_two = backend.name == "reference" or autocast_dtype(target_BO.device.type) is not None
     if in_two or isinstance(latents, DenseLatents) or latents.value_N.shape[0] == 0:
         y_BO = sparse_decode(latents, W_dec_LO, b_dec_O, backend=backend)
         return recon_loss(y_BO, target_BO, segments, backend=backend)

@@ -14,7 +14,7 @@ from crosscode.parallel.refusals import for_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
-from ranks import assert_as_one, train_on
+from ranks import assert_as_one, planned_bytes, train_on
 
 # 25 latents do not divide by 2; 7: k is larger than a shard.
 RECIPES = ("sae_topk@torch@25", "sae_batch_topk@reference@25", "sae_jumprelu@torch@24", "topk_crosscoder@torch@7")
@@ -25,6 +25,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     for recipe in RECIPES:
         assert_as_one(one[0][recipe], two[0][recipe], 1e-10)
         assert torch.equal(two[0][recipe]["losses"], two[1][recipe])  # both ranks know the same
+        assert two[0][recipe]["bytes"] == planned_bytes(recipe, 2, "float64") > 0
 
 
 def test_the_largest_are_those_of_a_stable_sort():

@@ -1,0 +1,200 @@
+"""What a run would take on several GPUs, before there are any: bytes are counted in a step on tensors without content, times
+are predicted from peaks of the hardware.
+
+Axes: B tokens · M models · P hookpoints · D width · Xi/Xo input/output crosscoding dims · R latents of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from crosscode.build.experiment import build_model, build_objective
+from crosscode.build.foresight import DTYPE_BYTES, skeleton_of, weight_bytes
+from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.errors import InputError
+from crosscode.models.architecture import split_for
+from crosscode.models.base import BaseCrosscoder
+from crosscode.parallel.group import PaperGroup
+from crosscode.parallel.refusals import refusal
+from crosscode.parallel.training import shard_
+from crosscode.trainers.firing import FiringTracker
+from crosscode.trainers.forward import ForwardPass
+from crosscode.trainers.optimizers import OPTIMIZERS
+from crosscode.trainers.whole_batch import tracks_batches
+
+
+class Gpu(NamedTuple):
+    """Peaks, per second: bytes of its memory, operations in 16 bits, TF32 and float32, bytes to GPUs of its node and to other
+    nodes; and bytes of memory."""
+
+    name: str
+    bandwidth: float
+    flops_16: float
+    flops_tf32: float
+    flops_32: float
+    link: float
+    network: float
+    memory: float
+
+
+GPUS = {
+    "h100": Gpu("H100 SXM", 3.35e12, 989e12, 494e12, 67e12, 450e9, 50e9, 80e9),
+    "h200": Gpu("H200 SXM", 4.8e12, 989e12, 494e12, 67e12, 450e9, 50e9, 141e9),
+    "a100": Gpu("A100 80GB", 2.04e12, 312e12, 156e12, 19.5e12, 300e9, 25e9, 80e9),
+    "mi300x": Gpu("MI300X", 5.3e12, 1307e12, 653e12, 163e12, 448e9, 50e9, 192e9),
+}
+OF_NODE = 8
+"""GPUs of a node."""
+OF_PRODUCTS, OF_MODEL, OF_MEMORY, OF_LINK = 0.7, 0.5, 0.85, 0.8
+"""Assumed: what a large product reaches of the peak, a language model's forward pass, streaming kernels, a collective."""
+SECONDS_A_CALL = 1e-5
+"""Assumed: what a collective takes beside its bytes, for each doubling of the ranks."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one rank of `ranks`. `refused`: why this many cannot train it; then nothing else is known."""
+
+    ranks: int
+    refused: str | None = None
+    memory: dict[str, float] | None = None
+    """bytes, by what holds them; counted"""
+    sent: dict[str, float] | None = None
+    """bytes a step, of the harvest's share and of the step itself; counted"""
+    seconds: dict[str, float] | None = None
+    """a step, by what they go to; predicted"""
+
+    @property
+    def dominant(self) -> str:
+        return max(self.seconds or {"": 0.0}, key=lambda name: (self.seconds or {})[name])
+
+
+def plan(config: ExperimentConfig, ranks: Sequence[int], gpu: Gpu) -> list[Plan]:
+    """For each number of ranks.
+
+    Raises:
+        InputError: the config's language models cannot be looked at.
+    """
+    if not config.language_models:
+        raise InputError("language_models: a plan needs at least one, whose configuration tells the width")
+    found = [skeleton_of(lm, f"language_models.{i}") for i, lm in enumerate(config.language_models)]
+    models = [model for model in found if model is not None]
+    if len(models) < len(found):
+        raise InputError(
+            "language_models: a GGUF file has no configuration apart from its weights, so nothing can be planned"
+        )
+    split_for(config.crosscoder.type).check(*config.n_positions())
+    return [_plan(config, models, n, gpu) for n in ranks]
+
+
+def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int, gpu: Gpu) -> Plan:
+    width = max(model.d_model for model in models)
+    if ranks > 1 and (why := refusal(config, ranks)):
+        return Plan(ranks, why)
+    group = PaperGroup(ranks)
+    try:
+        model, saved = counted_step(config, width, group)
+    except InputError as error:
+        return Plan(ranks, str(error))
+    harvest = config.data.harvest_batch_size * config.data.sequence_length
+    M, P = config.n_positions()
+    vector, B = M * P * width, config.train.batch_size
+    stored = DTYPE_BYTES[config.data.activation_dtype]
+    gathered = (ranks - 1) * -(-config.data.harvest_batch_size // ranks) * config.data.sequence_length * vector * stored
+    sent = {"harvest": gathered * B / harvest, "step": float(group.bytes_sent)}
+    buffer = config.data.shuffle_buffer_size
+    states = OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    n_held = sum(param.numel() for param in model.parameters())
+    memory = {
+        "language models": sum(weight_bytes(lm, of) for lm, of in zip(config.language_models, models, strict=True)),
+        "coder": 4.0 * n_held * (2 + states),
+        "batch": saved / config.train.grad_accumulation + 2 * 4.0 * B * vector + harvest * vector * stored,
+        "shuffle buffer": float((DEFAULT_CAPACITY if buffer is None else buffer) * vector * stored),
+    }
+    if ranks > 1:  # each has the whole weights once before it keeps its rows
+        whole = sum(4.0 * part.n_latents * _row_numel(part) for part in model.parts)
+        memory["start"] = max(0.0, whole + 4.0 * n_held - memory["coder"] - memory["batch"])
+    seconds = _of_products(config, model, ranks, gpu)
+    seconds["optimizer"] = 4.0 * n_held * (3 + 2 * states) / (OF_MEMORY * gpu.bandwidth)
+    link = OF_LINK * (gpu.link if ranks <= OF_NODE else gpu.network)
+    seconds["exchange"] = sent["step"] / link + group.n_calls * SECONDS_A_CALL * math.log2(ranks)
+    seconds["harvest"] = sum(
+        2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, DTYPE_BYTES.get(lm.dtype, 2)))
+        for lm, of in zip(config.language_models, models, strict=True)
+    ) + sent["harvest"] / link  # fmt: skip
+    return Plan(ranks, None, memory, sent, seconds)
+
+
+def counted_step(config: ExperimentConfig, width: int, group: PaperGroup) -> tuple[BaseCrosscoder, float]:
+    """One step on the meta device, with dead latents where a term is about them. The model with the rows of one rank, and the
+    bytes that are kept for backward; `group` has counted what was sent."""
+    n_saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal n_saved
+        n_saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+        return tensor
+
+    with torch.device("meta"):
+        model = build_model(config.model_copy(update={"backend": "torch"}), width)
+        if group.size > 1:
+            shard_(model, group)
+        firing, objective = FiringTracker(model.n_latents), build_objective(config)
+        firing.longest_silence = lambda n_tokens: 1 << 62
+        forward = ForwardPass(model, objective, firing, config.train.model_copy(update={"compile": False}))
+        acts_BMPD = torch.zeros(config.train.batch_size, *config.n_positions(), width)
+        model.before_step(config.train.n_steps, config.train.n_steps)  # annealing is over
+        shown = split_for(config.crosscoder.type).activations(acts_BMPD)
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            result, terms = forward(*shown)
+        objective.weigh(terms, 0, config.train.n_steps).total.backward()
+        if tracks_batches(model):
+            model.after_step(result.latents)
+        if group.size > 1:
+            norms_P = torch.stack([param.new_zeros(()) for param in model.parameters()])
+            model.ops.total_norm(norms_P, list(model.parameters()))
+    return model, float(n_saved)
+
+
+def _row_numel(part: BaseCrosscoder) -> int:
+    """Weights of one latent."""
+    return part.W_enc_LXiDi[0].numel() + part.W_dec_LXoDo[0].numel()
+
+
+def _of_products(config: ExperimentConfig, model: BaseCrosscoder, ranks: int, gpu: Gpu) -> dict[str, float]:
+    """Encoder and decoder, forward and backward; what keeps k latents has sparse products behind its encoder."""
+    B, flops, seconds = config.train.batch_size, OF_PRODUCTS * _flops(gpu, 4, tf32=config.train.tf32), 0.0
+    moved = 0.0
+    for part in model.parts:
+        R, k = -(-part.n_latents // ranks), getattr(part.activation_fn, "k", None)
+        n_in, n_out = part.W_enc_LXiDi[0].numel(), part.W_dec_LXoDo[0].numel()
+        seconds += 2 * B * n_in * R / flops
+        moved += 4.0 * (B * n_in + R * n_in + 3 * B * R)  # pre-activations are written, and read twice to select
+        if k is None:
+            seconds += 2 * B * R * (n_in + 3 * n_out) / flops
+        else:
+            moved += 4.0 * B * k / ranks * (n_in + 3 * n_out) + 4.0 * B * n_out * 6
+    return {"products": seconds, "memory traffic": moved / (OF_MEMORY * gpu.bandwidth)}
+
+
+def _flops(gpu: Gpu, n_bytes: int, *, tf32: bool = False) -> float:
+    return gpu.flops_16 if n_bytes <= 2 else gpu.flops_tf32 if tf32 else gpu.flops_32
+
+
+def _used_weights(config: ExperimentConfig, model: LanguageModel) -> float:
+    """Of the blocks up to the last hookpoint, where names tell it."""
+    layers = [int(found[1]) + 1 for name in config.hookpoints if (found := re.search(r"\.(\d+)(\.|$)", name))]
+    whole = len(layers) < len(config.hookpoints)
+    share = 1.0 if whole else min(1.0, max(layers) / model.n_layers)
+    n_embedding = model.model.get_input_embeddings().weight.numel()
+    return share * (sum(weight.numel() for weight in model.model.parameters()) - n_embedding)

@@ -1,0 +1,60 @@
+"""The largest of a whole batch whose candidates are spread over ranks: exact, and no shape depends on the data.
+
+Keys are `(value, inverted place)`: no two are equal, so the lowest place wins among equal values. Digit by digit, ranks add up
+integer histograms of how many keys have it; that of the last key kept is where the sum from above reaches what is still wanted.
+
+Axes: C candidates of this rank · N kept of all ranks · W values of a digit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscode.parallel.group import Group, summed
+
+DIGIT_BITS = 11
+
+
+def n_histograms(dtype: torch.dtype, n_places: int) -> int:
+    """How many histograms of `2 ** DIGIT_BITS` int32 numbers ranks add up."""
+    return sum(len(_shifts(bits)) for bits in (_value_bits(dtype), max(n_places - 1, 1).bit_length()))
+
+
+def kept_of_all(group: Group, rank_C: Tensor, place_C: Tensor, n_kept: int, n_places: int) -> Tensor:
+    """Which candidates are among the `n_kept` largest of all ranks (bool). No negative values; each place below `n_places` and of
+    one rank; NaN is the largest."""
+    bits = _value_bits(rank_C.dtype)
+    value_C = (rank_C if bits == 63 else rank_C.float()).abs().view(torch.int64 if bits == 63 else torch.int32).long()
+    kept_C, equal_C = torch.zeros_like(value_C, dtype=torch.bool), torch.ones_like(value_C, dtype=torch.bool)
+    wanted = torch.tensor(n_kept, device=rank_C.device)
+    for key_C, n_bits in ((value_C, bits), (n_places - 1 - place_C, max(n_places - 1, 1).bit_length())):
+        for shift in _shifts(n_bits):
+            digit_C = (key_C >> shift) & ((1 << DIGIT_BITS) - 1)
+            count_W = torch.zeros(1 << DIGIT_BITS, dtype=torch.int32, device=rank_C.device)
+            count_W = group.all_reduce_(count_W.index_add_(0, digit_C, equal_C.int())).long()
+            from_above_W = count_W.flip(0).cumsum(0).flip(0)
+            cut = (from_above_W >= wanted).sum() - 1
+            wanted = wanted - (from_above_W - count_W).gather(0, cut[None])[0]
+            kept_C = kept_C | (equal_C & (digit_C > cut))
+            equal_C = equal_C & (digit_C == cut)
+    return kept_C | equal_C
+
+
+def collected(group: Group, kept_C: Tensor, value_C: Tensor, place_C: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    """`value_N, place_N` of what all ranks keep, `n_kept` of them, by place; a gradient passes through the values."""
+    n_C = torch.stack(group.all_gather(kept_C.sum()[None])).flatten()
+    first = n_C[: group.rank].sum()
+    slot_C = torch.where(kept_C, first + kept_C.cumsum(0) - 1, n_kept)  # one behind the last is for what is not kept
+    place_N = group.all_reduce_(place_C.new_zeros(n_kept + 1).scatter_(0, slot_C, place_C)[:n_kept].contiguous())
+    value_N = summed(group, value_C.new_zeros(n_kept + 1).scatter(0, slot_C, value_C)[:n_kept])
+    order_N = place_N.argsort()
+    return value_N[order_N], place_N[order_N]
+
+
+def _value_bits(dtype: torch.dtype) -> int:
+    return 63 if dtype == torch.float64 else 31
+
+
+def _shifts(n_bits: int) -> list[int]:
+    return list(range(0, n_bits, DIGIT_BITS))[::-1]
