@@ -29,6 +29,7 @@ import torch
 from diffing_scores import TRUE_SHARE, Pair, score
 
 import crosscode
+from crosscode.analysis.latent_scaling import THRESHOLD
 from crosscode.api.run import Run
 from crosscode.build.experiment import Experiment, open_experiment
 from crosscode.build.schema import check_config
@@ -148,7 +149,7 @@ def stored() -> dict[str, Any]:
 def keep(name: str, row: dict[str, Any]) -> None:
     results = stored()
     results |= {"n_tokens": N_TOKENS, "n_heldout": N_HELDOUT, "true_share": TRUE_SHARE, "cores": os.cpu_count()}
-    results["rows"] = dict(sorted({**results["rows"], name: row}.items()))
+    results["rows"] = dict(sorted({**results["rows"], name: row | {"threshold": THRESHOLD}}.items()))
     write_json(STORED, results)
 
 
@@ -165,7 +166,11 @@ def table() -> str:
         ]
         for method in METHODS:
             found = [row for name, row in rows.items() if name.rpartition("/")[0] == f"{plant}/{method}"]
-            lines.append(f"| {method} | {' | '.join(_shown(found))} |" if found else f"| {method} | not run |||||||")
+            mark = "" if all(row.get("threshold") == THRESHOLD for row in found) else " †"
+            lines.append(
+                f"| {method}{mark} | {' | '.join(_shown(found))} |" if found else f"| {method} | not run |||||||"
+            )
+    lines.append("\n† at least one seed was ranked while the verdict asked for another bound of ν.")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import crosscode
+from crosscode.analysis.latent_scaling import RETURNED, THRESHOLD
 from crosscode.analysis.latents_pass import study_latents
 from crosscode.analysis.verdict import LEAN, MIN_FIRINGS, Verdict
 from crosscode.build.experiment import Experiment, open_experiment
@@ -109,23 +110,29 @@ def open_pair(models: list[dict[str, Any]], split: str) -> Experiment:
 
 
 def verdict_of(
-    acts_BMPD: Tensor, heldout: list[HeldoutBatch], names: list[str], method: str, **options: Any
+    acts_BMPD: Tensor, heldout: list[HeldoutBatch], names: list[str], method: str, seed: int, folder: Path
 ) -> Verdict:
-    """That on a run of a recipe at the budget that all have."""
+    """That on a run of a recipe at the budget that all have, trained if it is not there."""
     config = read_yaml(method)
-    run = crosscode.train(
-        acts_BMPD,
-        config["crosscoder"],
-        names=names,
-        heldout=acts_BMPD[:1000],
-        progress=False,
-        overwrite=True,
-        objective=config["objective"],
-        constraints=config.get("constraints", {}),
-        train={**config["train"], "n_tokens": N_TOKENS},
-        evaluation={"n_tokens": 1000},
-        data={"equal_models": "train"},
-        **options,
+    there = (folder / "summary.json").is_file()
+    run = (
+        crosscode.open(folder)
+        if there
+        else crosscode.train(
+            acts_BMPD,
+            config["crosscoder"],
+            names=names,
+            heldout=acts_BMPD[:1000],
+            progress=False,
+            overwrite=True,
+            objective=config["objective"],
+            constraints=config.get("constraints", {}),
+            train={**config["train"], "n_tokens": N_TOKENS},
+            evaluation={"n_tokens": 1000},
+            data={"equal_models": "train"},
+            run_dir=folder,
+            seed=seed,
+        )
     )
     (verdict,) = study_latents(run.model, heldout, SPLIT, names).verdicts
     return verdict
@@ -140,7 +147,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
     lean_L = torch.maximum(table.relative_norm, 1 - table.relative_norm)
     returned_L = table.scaling.returned.nu_L
     below = {
-        str(bound): int((enough_L & (nu_L < bound) & ((lean_L >= LEAN) | (returned_L > bound))).sum())
+        str(bound): int((enough_L & (nu_L < bound) & ((lean_L >= LEAN) | (returned_L > RETURNED))).sum())
         for bound in BOUNDS
     }
     judged_L = nu_L[enough_L & nu_L.isfinite()]
@@ -162,7 +169,7 @@ def stored() -> dict[str, Any]:
 
 def keep(name: str, found: dict[str, Any]) -> None:
     results: dict[str, Any] = {**stored(), "n_tokens": N_TOKENS, "n_heldout": N_HELDOUT}
-    results["rows"] = dict(sorted({**results["rows"], name: found}.items()))
+    results["rows"] = dict(sorted({**results["rows"], name: found | {"threshold": THRESHOLD}}.items()))
     write_json(STORED, results)
 
 
@@ -219,7 +226,7 @@ def main() -> None:
         for method in todo:
             name, start = f"{pair}/{method}/{seed}", time.monotonic()
             folder = options.work / name
-            keep(name, row(verdict_of(acts_BMPD, batches, names, method, run_dir=folder, seed=seed)))
+            keep(name, row(verdict_of(acts_BMPD, batches, names, method, seed, folder)))
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -91,8 +91,8 @@ def pair_section(verdict: Verdict) -> PairSection:
     ]
     intro = (
         f"All {n_latents:,} latents. One is “{verdict.name_of('A-specific')}” or “{verdict.name_of('B-specific')}” where the "
-        f"other side surely has less than half of it: in its error, its reconstruction and its activations (latent scaling, "
-        f"on at least {MIN_FIRINGS} firings). What is not sure is undecided. Each latent’s page says why."
+        f"other side surely has less than two thirds of it: in its error, its reconstruction and its activations (latent "
+        f"scaling, on at least {MIN_FIRINGS} firings). What is not sure is undecided. Each latent’s page says why."
     )
     tables = verdict.tables
     heading = f"{a} against {b}" + (_shared_hook(tables[0]) if len(tables) == 1 else "")
@@ -144,7 +144,7 @@ def _plots(verdict: Verdict, table: DiffTable, *, several: bool) -> list[Plot]:
                 plots.scaling_scatter(nu_error, nu_reconstruction, tags, tag_names=names, label=label),
                 "How well a latent explains the side that it belongs to less, relative to the one that it belongs to "
                 "more. Near (1, 1): equally present in both, whatever its norms say. Bottom left, inside the dotted "
-                f"corner (both below {THRESHOLD}): specific to one, where its activations and enough firings bear it "
+                f"corner (both below {THRESHOLD:.2f}): specific to one, where its activations and enough firings bear it "
                 "out. Values beyond the frame are drawn at its edge.",
             )
         )

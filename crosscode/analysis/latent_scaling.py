@@ -35,9 +35,11 @@ from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 
-THRESHOLD = 0.5
+THRESHOLD = 2 / 3
 """A latent is specific to its owner where nu of the error, the reconstruction and the activations are surely below this. On
 pairs that nothing tells apart nu is hardly ever below 0.8 (`benches/diffing_null.py`)."""
+RETURNED = 0.5
+"""The owner has what a latent writes to the other position where nu of that is surely above this."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Share:
     owner_z_L: Tensor
     """by how many standard errors the owner's own share is above 0"""
     below_z_L: Tensor
-    """by how many standard errors nu is below `THRESHOLD`"""
+    """by how many standard errors nu is below `THRESHOLD` (`returned`: `RETURNED`)"""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class LatentScaling:
             share(error, scale_L=ff_L * d_square_L),
             share(reconstruction, scale_L=ff_L * d_square_L),
             of_activation,
-            _share(returned, n_L=n_L, owner_L=1 - self._owner_L, scale_L=spread_L * other_square_L),
+            _share(returned, n_L=n_L, owner_L=1 - self._owner_L, scale_L=spread_L * other_square_L, bound=RETURNED),
             self._owner_L,
             (beta_L2[:, 0] - beta_L2[:, 1]) * (ff_L / n_L * d_square_L).sqrt(),
             math.nan if self._is_apart else sums.difference_square / variance if variance > 0 else 0.0,
@@ -207,17 +209,17 @@ def _centre_(sums_L5: Tensor, mean_L2: Tensor, f_L: Tensor, ff_L: Tensor, ft_L2:
     sums_L5[:, 4] += mean_L2.prod(1) * ff_L - (mean_L2 * ft_L2.flip(1)).sum(1)
 
 
-def _share(sums_L5: Tensor, *, n_L: Tensor, owner_L: Tensor, scale_L: Tensor) -> Share:
+def _share(sums_L5: Tensor, *, n_L: Tensor, owner_L: Tensor, scale_L: Tensor, bound: float = THRESHOLD) -> Share:
     """From the sums of t_a, t_b, t_a^2, t_b^2 and t_a t_b of each latent."""
     pair_L2 = torch.stack([owner_L, 1 - owner_L], 1)
     own_L, other_L = sums_L5[:, :2].gather(1, pair_L2).T
     own_square_L, other_square_L = sums_L5[:, 2:4].gather(1, pair_L2).T
-    difference_square_L = THRESHOLD**2 * own_square_L - 2 * THRESHOLD * sums_L5[:, 4] + other_square_L
+    difference_square_L = bound**2 * own_square_L - 2 * bound * sums_L5[:, 4] + other_square_L
     return Share(
         sums_L5[:, :2] / scale_L[:, None],
         other_L / own_L,
         _z(own_L, own_square_L, n_L),
-        _z(THRESHOLD * own_L - other_L, difference_square_L, n_L),
+        _z(bound * own_L - other_L, difference_square_L, n_L),
     )
 
 

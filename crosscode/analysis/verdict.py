@@ -6,7 +6,7 @@ A latent is specific to its owner, the side with the larger decoder norm, where 
 
 - it fires at least `MIN_FIRINGS` times on held-out text;
 - what is written to the other side is little, or the owner has it, too: at least `LEAN` of both decoder norms is the owner's,
-  or nu of the activations along the other's vector is surely above `THRESHOLD`;
+  or nu of the activations along the other's vector is surely above `RETURNED`;
 - what the other side has of it (nu, see `latent_scaling`) in its error, its reconstruction and its activations is below
   `THRESHOLD`, and the owner's own share above 0, by `SURE` standard errors: few firings are wide errors.
 
@@ -287,7 +287,7 @@ class _Judge:
             if of_owner >= LEAN
             else f"what it writes to {other}, {owner} has, too (ν {returned_nu:.2f})"
         )
-        return tag, f"{other} has less than half of it: ν is {said}; {lean}.{beside}"
+        return tag, f"{other} has less than two thirds of it: ν is {said}; {lean}.{beside}"
 
     def _beside(self, latent: int) -> str:
         """What is known beside the measures of latent scaling."""

@@ -110,7 +110,7 @@ def test_standard_errors_and_the_difference_are_those_of_dense_arrays(make_model
     owner, fires = int(found.owner_L[latent]), f_BL[:, latent] > 0
     d_D = model.W_dec_LXoDo[latent, owner, 0].detach().double()
     t_N2 = f_BL[fires, latent][:, None] * (centred_BMD[fires] @ d_D)
-    q_N = 0.5 * t_N2[:, owner] - t_N2[:, 1 - owner]
+    q_N = 2 / 3 * t_N2[:, owner] - t_N2[:, 1 - owner]
     z = q_N.sum() / (q_N.std() * len(q_N) ** 0.5)
     assert found.activation.below_z_L[latent].item() == pytest.approx(z.item(), rel=1e-5)
     variance = centred_BMD.square().sum() / 2

@@ -97,7 +97,7 @@ def test_planted_latents_are_told_apart(study):
     assert verdict.why[RARE] == "It fires on only 5 held-out tokens; 20 are needed."
     assert "base has it, too" in verdict.why[HIDDEN] and "of its decoder norms 100 % are tuned's" in verdict.why[HIDDEN]
     assert "in two directions (cosine 0.00)" in verdict.why[TWO_WAYS]
-    assert verdict.why[TUNED_ONLY].startswith("base has less than half of it: ν is error ")
+    assert verdict.why[TUNED_ONLY].startswith("base has less than two thirds of it: ν is error ")
     assert verdict.tag[GREW] == "B-specific" and "what it writes to base, tuned has, too (ν 0.71)" in verdict.why[GREW]
     found = "2 are specific to tuned (7, 1) and 1 is specific to base (0)"
     assert verdict.headline() == f"Of 8 latents, {found}; 3 shared and 2 undecided."
