@@ -43,7 +43,7 @@ NOT_LOOKED_AT = WholeBatch()
 
 def batch_variance(rows_BO: Tensor) -> Tensor:
     """`mean_B sum_O (row - mean row)^2`."""
-    return (rows_BO - rows_BO.mean(0)).square().sum(1).mean()
+    return torch.linalg.vector_norm(rows_BO - rows_BO.mean(0), dim=1).square().mean()
 
 
 @dataclass(frozen=True)

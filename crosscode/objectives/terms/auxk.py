@@ -38,18 +38,18 @@ class AuxKTerm(LossTerm):
 
     def __call__(self, context: LossContext) -> Tensor:
         dead_after = self.dead_after_tokens or context.dead_after_tokens
-        error_BO = -context.recon.residual_BO
         if context.longest_silence is not None and context.longest_silence < dead_after:
             return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         dead_mask_L = context.tokens_since_fired_L >= dead_after
         k_aux = min(self.k_aux, context.model.n_latents)
         variance = context.whole.error_variance
+        residual_BO = context.recon.residual_BO
         predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
         if variance is None:
-            variance = batch_variance(error_BO)
+            variance = batch_variance(residual_BO)
         # A batch without variance has nothing to explain: its term is 0, and so is the gradient (0/0 would be NaN).
         has_variance = variance > 0
         divisor = torch.where(has_variance, variance, torch.ones_like(variance))
-        normalised = (error_BO - predicted_BO).square().sum(1).mean() / divisor
-        share_dead = dead_mask_L.sum().clamp(max=k_aux).to(normalised.dtype) / k_aux
-        return normalised * share_dead * has_variance
+        unexplained = context.model.ops.recon_loss(predicted_BO, -residual_BO, [predicted_BO.shape[1]]).loss
+        share_dead = dead_mask_L.sum().clamp(max=k_aux).to(unexplained.dtype) / k_aux
+        return unexplained / divisor * share_dead * has_variance

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.torch_impl import row_topk
@@ -20,11 +21,22 @@ def dead_decode(encoder: Encoder, dead_Q: Tensor, k: int, W_dec_LO: Tensor, spar
 
 
 def _kept(h_BQ: Tensor, k: int) -> Tensor:
-    """The k largest of `relu(h)` of each row in place, 0 elsewhere."""
-    if k >= h_BQ.shape[1]:
-        return h_BQ.relu_()
-    value_BK, column_BK = row_topk(h_BQ, k)
-    return h_BQ.zero_().scatter_(1, column_BK.long(), value_BK)
+    """The k largest of `relu(h)` of each row in place, 0 elsewhere. Only rows of more than k positive values choose."""
+    crowded_R = ((h_BQ <= 0).sum(1) < h_BQ.shape[1] - k).nonzero().squeeze(1)
+    h_BQ.relu_()
+    if crowded_R.shape[0]:
+        value_RK, column_RK = row_topk(h_BQ[crowded_R], k)
+        kept_RQ = h_BQ.new_zeros(crowded_R.shape[0], h_BQ.shape[1]).scatter_(1, column_RK.long(), value_RK)
+        h_BQ.index_copy_(0, crowded_R, kept_RQ)
+    return h_BQ
+
+
+def _rows(W: Tensor, rows_Q: Tensor) -> Tensor:
+    return torch.index_select(W, 0, rows_Q, out=host_buffers.empty((rows_Q.shape[0], W.shape[1]), W))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out=host_buffers.empty((left.shape[0], right.shape[1]), left))
 
 
 class _DeadDecode(torch.autograd.Function):
@@ -32,11 +44,11 @@ class _DeadDecode(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, sparse_grad."""
         x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, ctx.sparse_grad = arguments
-        encoder_Q = Encoder(x_BI, W_enc_LI, b_enc_L).of_latents(dead_Q)
-        a_BQ, W_dec_QO = _kept(dense_preacts(encoder_Q), k), W_dec_LO[dead_Q]
+        encoder_Q = Encoder(x_BI, _rows(W_enc_LI, dead_Q), None if b_enc_L is None else b_enc_L[dead_Q])
+        a_BQ, W_dec_QO = _kept(dense_preacts(encoder_Q), k), _rows(W_dec_LO, dead_Q)
         ctx.n_latents = W_enc_LI.shape[0]
         ctx.save_for_backward(x_BI, encoder_Q.W_enc_LI, W_dec_QO, a_BQ, dead_Q)
-        return a_BQ @ W_dec_QO
+        return _product(a_BQ, W_dec_QO)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,8 +66,8 @@ class _DeadDecode(torch.autograd.Function):
 
         return (
             dh_BQ @ W_enc_QI if needs_x else None,
-            of_latents(dh_BQ.T @ x_BI, ctx.sparse_grad) if needs_W_enc else None,
+            of_latents(_product(dh_BQ.T, x_BI), ctx.sparse_grad) if needs_W_enc else None,
             of_latents(dh_BQ.sum(0), False) if needs_b_enc else None,
-            of_latents(a_BQ.T @ dy_BO, ctx.sparse_grad) if needs_W_dec else None,
+            of_latents(_product(a_BQ.T, dy_BO), ctx.sparse_grad) if needs_W_dec else None,
             *(None,) * 3,
         )

@@ -14,7 +14,7 @@ from crosscode_kernels.checks import acc_dtype
 
 def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
     """`per_x_X, residual_BO`."""
-    return errors(y_BO - target_BO, segments)
+    return errors(torch.sub(y_BO, target_BO, out=host_buffers.empty_like(y_BO)), segments)
 
 
 def errors(residual_BO: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from crosscode_kernels import host_buffers, resolve_backend
 from crosscode_kernels.host_buffers import HostBuffers
 from crosscode_kernels.segments import torch_impl
+from crosscode_kernels.sparse import SparseLatents
 
 LARGE = (3, 1 << 19)
 STEP = """
@@ -138,20 +140,34 @@ def test_sparse_products_and_embedding_bags_give_the_same_sums(monkeypatch, dtyp
     ptr_G1 = torch.cat([ptr_G1, torch.tensor([n_entries], dtype=torch.int32)])
     row_idx_N = torch.randint(0, n_rows, (n_entries,), dtype=torch.int32)
     weight_N, rows = torch.randn(n_entries, dtype=dtype), torch.randn(n_rows, 24, dtype=dtype)
-    plus = torch.randn(24, dtype=dtype)
     found = {}
     for by_product in (True, False):
         monkeypatch.setattr(torch_impl, "_has_sparse_product", lambda on=by_product: on)
-        found[by_product] = [
-            torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows),
-            torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows, plus=plus),
-        ]
+        found[by_product] = torch_impl.row_sums(ptr_G1, row_idx_N, weight_N, rows)
     oracle = torch.zeros(n_sums, 24, dtype=torch.float64)
     sum_N = torch.repeat_interleave(torch.arange(n_sums), ptr_G1.diff().long())
     oracle.index_add_(0, sum_N, weight_N.double().unsqueeze(1) * rows.double()[row_idx_N.long()])
-    for sums, with_row in found.values():
+    for sums in found.values():
         torch.testing.assert_close(sums.double(), oracle, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(with_row.double(), oracle + plus.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_product", [True, False])
+def test_dots_of_pairs_are_those_of_the_formula_in_either_order(monkeypatch, dtype, with_product):
+    monkeypatch.setattr(torch_impl, "_has_sparse_product", lambda: with_product)
+    torch.manual_seed(0)
+    latent_idx_BK = torch.rand(6, 9).topk(4).indices.int()
+    value_BK = torch.rand(6, 4, dtype=dtype)
+    value_BK[2:4, 3] = 0  # padding, behind the last latent
+    rows_BO, W_LO = torch.randn(6, 33).to(dtype), torch.randn(9, 33).to(dtype)
+    latents = replace(SparseLatents.from_topk(latent_idx_BK, value_BK, 9), padded=True)
+    expected_BK = (rows_BO.double()[:, None] * W_LO.double()[latent_idx_BK.long()]).sum(2)
+    by_token, by_latent = (
+        torch_impl.pair_dots(latents.entries(order), rows_BO, W_LO) for order in (None, latents.transpose())
+    )
+    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(by_token.view(6, 4).double(), expected_BK, **tolerance)
+    torch.testing.assert_close(by_latent.view(6, 4).double(), expected_BK * (value_BK != 0), **tolerance)
 
 
 def test_a_nan_reaches_only_the_sums_that_read_it():
