@@ -6,7 +6,7 @@ Axes: L latents · E ends of a list of logits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from crosscode.analysis.latents_pass import LatentsPass
@@ -16,7 +16,7 @@ from crosscode.analysis.verdict import NO_DIFFERENCE
 
 N_LATENTS, N_COMMON, N_TOKENS = 3, 10, 4
 _BEFORE, _AFTER = 8, 4
-_SEED, _LONGEST = 4, 60
+_RUN, _LONGEST = 4, 60
 """Tokens of a text that latents have in common: fewest and most."""
 
 Steered = Callable[[int], str]
@@ -47,28 +47,31 @@ def first_looks(
 
 
 def _text(study: LatentsPass, show: TokenDisplay, latents: Sequence[int]) -> str:
-    """The text that most of their strongest examples have in common: the run of tokens that the most examples have, at
-    least half of them, and what goes on in the same way in most of these that go on; empty: none."""
-    examples = [example.tokens for latent in latents for example in study.top.examples(latent)]
-    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for i, tokens in enumerate(examples):
-        for at in range(len(tokens) - _SEED + 1):
-            places.setdefault(tuple(tokens[at : at + _SEED]), []).append((i, at))
-    run, found = max(places.items(), key=lambda one: len({i for i, _ in one[1]}), default=((), []))
-    if len({i for i, _ in found}) * 2 < max(len(examples), 4):
+    """The text that latents have in common: the few tokens that stand around most of their strongest firings (of a single
+    latent around most of its examples), continued as most of the examples with them go on; empty: none."""
+    found = [study.top.examples(latent) for latent in latents]
+    strongest = found[0] if len(found) == 1 else [some[0] for some in found]
+    counted = Counter(run for one in strongest for run in {run for _, run in _runs(one.tokens)})
+    text, n = max(counted.items(), key=lambda one: (one[1], one[0]), default=((), 0))
+    if n < 2 or 2 * n < len(strongest):
         return ""
-    text = list(run)
+    examples = [one.tokens for some in found for one in some]
+    starts = [(i, at) for i, tokens in enumerate(examples) for at, run in _runs(tokens) if run == text]
     for step in (-1, 1):
-        ends = [(i, at if step < 0 else at + _SEED - 1) for i, at in found]
+        ends = [(i, at if step < 0 else at + _RUN - 1) for i, at in starts]
         while len(text) < _LONGEST:
             ends = [(i, at + step) for i, at in ends if 0 <= at + step < len(examples[i])]
-            counted = Counter(examples[i][at] for i, at in ends)
-            token, n = counted.most_common(1)[0] if counted else (-1, 0)
+            ((token, n),) = Counter(examples[i][at] for i, at in ends).most_common(1) or [(-1, 0)]
             if n < 2 or 2 * n <= len(ends):
                 break
             ends = [(i, at) for i, at in ends if examples[i][at] == token]
-            text.insert(0 if step < 0 else len(text), token)
+            text = (token, *text) if step < 0 else (*text, token)
     return "".join(one.text for one in show(text, [0.0] * len(text)) if not one.is_special).strip("↵→ ")
+
+
+def _runs(tokens: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    for at in range(len(tokens) - _RUN + 1):
+        yield at, tuple(tokens[at : at + _RUN])
 
 
 def _sentence(
@@ -82,7 +85,7 @@ def _sentence(
         for token in shown[max(0, peak - _BEFORE) : peak + _AFTER + 1]
     )
     parts = [f"Latent {study.name_of(latent)} fires most on “{text.strip()}”."]
-    logits = records.logits.get(study.verdicts[0].tables[0].name_b)
+    logits = records.logits.get(study.verdicts[0].table_of(latent).name_b)
     if logits is not None:
         top = [(logits.display or show).text(int(token)) for token in logits.top_id_LE[latent][:N_TOKENS]]
         parts.append(f"It promotes the next tokens {', '.join(f'“{token}”' for token in top)}.")

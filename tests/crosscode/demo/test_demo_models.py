@@ -28,6 +28,12 @@ def sample(domain: Domain, characters: int) -> list[str]:
     return [text[: characters // 8] for text in texts[:8]]
 
 
+def test_all_of_the_package_is_under_25_mb():
+    package = demo_model_path("base").parents[2]
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 25e6
+
+
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_a_model_loads_like_any_other_folder(name, card):
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(name))
