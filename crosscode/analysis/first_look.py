@@ -38,11 +38,13 @@ def first_looks(
         return []
     heading = f"Where {b} differs most from {a}:"
     if specific:
-        n, one = len(specific), len(specific) == 1
-        found = f"{n:,} of {len(verdict.tag):,} learned features (latents) {'is' if one else 'are'} specific to it"
-        text = _text(study, show, specific[:N_COMMON])
-        around = f" {'It fires' if one else 'Most of them fire'} most around “{text}”." if text else ""
-        heading = f"{b} has what {a} lacks. {found}.{around}{'' if one else ' The first:'}"
+        one, text = len(specific) == 1, _text(study, show, specific[:N_COMMON])
+        found = f"{len(specific):,} of {len(verdict.tag):,} learned features (latents) {'is' if one else 'are'} specific to it"
+        heading = f"{b} has something of its own. {found}: {a} has less than two thirds of {'it' if one else 'each'}."
+        if text:
+            who, end = "It fires" if one else "Most of them fire", "" if text.endswith(".") else "."
+            heading += f" {who} most around “{text}”{end}"
+        heading += "" if one else " The first:"
     return [heading, *(_sentence(study, records, show, latent, steered) for latent in latents)]
 
 

@@ -175,7 +175,10 @@ def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, t
         assert not re.search(r"\b(base|tuned)[ -]only\b|only in (base|tuned)", html)
         counts = re.findall(r"</span>([^<>]+): <b>(\d+)</b>", html)
         assert dict(counts) == {verdict.name_of(tag): str(len(found[tag])) for tag in TAGS if tag != "structural"}
-    assert said[0] == "tuned has what base lacks. 2 of 8 learned features (latents) are specific to it. The first:"
+    assert said[0] == (
+        "tuned has something of its own. 2 of 8 learned features (latents) are specific to it: "
+        "base has less than two thirds of each. The first:"
+    )
     assert said[-1] == verdict.headline()
     assert [line.split()[1] for line in said[1:-1]] == [str(latent) for latent in verdict.specific("tuned")]
     groups = card_groups(study, text.tokenizer)
@@ -229,4 +232,4 @@ def test_text_that_specific_latents_have_in_common_is_named(make_heldout):
     assert study.verdicts[0].specific("tuned") == [GREW, TUNED_ONLY]
     heading = first_looks(study, LatentRecords(*[None] * 4), None)[0]
     text = "".join(f"[{token}]" for token in sentence.tolist())
-    assert heading.endswith(f"specific to it. Most of them fire most around “{text}”. The first:")
+    assert heading.endswith(f"two thirds of each. Most of them fire most around “{text}”. The first:")
