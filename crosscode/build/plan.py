@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from crosscode_kernels import Backend
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -135,7 +136,9 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     return Plan(ranks, None, memory, sent, seconds)
 
 
-def counted_step(config: ExperimentConfig, width: int, group: PaperGroup) -> tuple[BaseCrosscoder, float]:
+def counted_step(
+    config: ExperimentConfig, width: int, group: PaperGroup, dtype: torch.dtype = torch.float32
+) -> tuple[BaseCrosscoder, float]:
     """One step on the meta device, with dead latents where a term is about them. The model with the rows of one rank, and the
     bytes that are kept for backward; `group` has counted what was sent."""
     n_saved = 0
@@ -146,13 +149,15 @@ def counted_step(config: ExperimentConfig, width: int, group: PaperGroup) -> tup
         return tensor
 
     with torch.device("meta"):
-        model = build_model(config.model_copy(update={"backend": "torch"}), width)
+        model = build_model(config, width).to(dtype)
+        for part in {model, *model.parts}:
+            part.backend = Backend("torch")
         if group.size > 1:
             shard_(model, group)
         firing, objective = FiringTracker(model.n_latents), build_objective(config)
         firing.longest_silence = lambda n_tokens: 1 << 62
         forward = ForwardPass(model, objective, firing, config.train.model_copy(update={"compile": False}))
-        acts_BMPD = torch.zeros(config.train.batch_size, *config.n_positions(), width)
+        acts_BMPD = torch.zeros(config.train.batch_size, *config.n_positions(), width, dtype=dtype)
         model.before_step(config.train.n_steps, config.train.n_steps)  # annealing is over
         shown = split_for(config.crosscoder.type).activations(acts_BMPD)
         with saved_tensors_hooks(count, lambda tensor: tensor):

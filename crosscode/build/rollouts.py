@@ -18,6 +18,7 @@ from crosscode.data.rollouts import RolloutFolder, wrap_rollouts
 from crosscode.data.text.documents import DocumentSource
 from crosscode.errors import InputError, at_field
 from crosscode.files import check_may_be_filled
+from crosscode.parallel.group import n_ranks
 from crosscode.trainers.progress import Progress
 
 log = logging.getLogger("crosscode")
@@ -38,6 +39,10 @@ def open_rollouts(rules: Rollouts, prompts: DocumentSource, device: str) -> Docu
     folder = _folder(rules, model, prompts)
     documents = folder.whole()
     if documents is None:
+        if n_ranks() > 1:
+            raise InputError(
+                "model: its rollouts are not written yet, which one process does: crosscode harvest without torchrun"
+            )
         _check(rules, model, device)
         log.info(
             "rollouts of %s, of at most %d new tokens each, go to %s", model.short_name(), rules.max_new_tokens, folder

@@ -15,8 +15,8 @@ Axes: L latents · M models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -107,6 +107,10 @@ class Partition:
         return [
             {"models": list(block.models), "n_latents": block.rows.stop - block.rows.start} for block in self.blocks
         ]
+
+    def of_rows(self, rows_of: Callable[[slice], slice]) -> Partition:
+        """The same in other rows."""
+        return replace(self, blocks=tuple(replace(block, rows=rows_of(block.rows)) for block in self.blocks))
 
     def models_LM(self) -> Tensor:
         """Whether a latent belongs to a model (bool, on the CPU)."""

@@ -35,6 +35,8 @@ class CoderWeights(nn.Module, Coder):
     """The part of `BaseCrosscoder` that computes no latents."""
 
     default_decoder_norm: ClassVar[NormMode] = "sum"
+    first_row: int = 0
+    """The latent whose weights are in row 0 of the encoder and the decoder, which hold as many as they have rows."""
     n_shared_latents: int = 0
     partition: Partition | None = None
     widths: Widths = ()
@@ -73,6 +75,17 @@ class CoderWeights(nn.Module, Coder):
         self.register_buffer("folded_scaling_out_Xo", None)
 
     # ---- views and facts
+
+    def rows_here(self, latents: slice) -> slice:
+        """The rows of these latents, as far as they are here."""
+        first, n_rows = self.first_row, self.W_dec_LXoDo.shape[0]
+        return slice(*(min(max(latent - first, 0), n_rows) for latent in (latents.start, latents.stop)))
+
+    def found_here(self, latents_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these latents have their weights here, and the rows of those that have."""
+        row_R = latents_R - self.first_row
+        here_R = (row_R >= 0) & (row_R < self.W_dec_LXoDo.shape[0])
+        return here_R, row_R[here_R]
 
     @property
     def W_enc_LI(self) -> Tensor:

@@ -119,7 +119,7 @@ class ShardedOps(OpSet):
     def sparse_decode(self, latents: Latents, W_dec_RO: Tensor, b_dec_O: Tensor | None = None) -> Tensor:
         y_BO = self.local.sparse_decode(self._own_latents(latents), W_dec_RO, None)
         y_BO = summed(self.group, _tied(y_BO, latents.value))
-        return y_BO if b_dec_O is None else y_BO + b_dec_O.to(y_BO.dtype)
+        return y_BO if b_dec_O is None else y_BO + b_dec_O
 
     def decode_recon_loss(
         self,
@@ -141,7 +141,7 @@ class ShardedOps(OpSet):
             none_BO = y_BSO[:, 0].to(found_BSO.dtype)
             y_BSO = torch.stack([found_BSO[:, some.index(size)] if size else none_BO for size in own_sizes], 1)
         y_BSO = summed(self.group, _tied(y_BSO, latents.value))
-        return y_BSO if b_dec_O is None else y_BSO + b_dec_O.to(y_BSO.dtype)
+        return y_BSO if b_dec_O is None else y_BSO + b_dec_O
 
     def dead_decode(
         self,
@@ -167,6 +167,13 @@ class ShardedOps(OpSet):
         squares_P = norms_P.square()
         of_rows = self.group.all_reduce_((squares_P * is_part_P).sum())
         return (of_rows + (squares_P * ~is_part_P).sum()).sqrt()
+
+    def rows_of(self, value_R: Tensor, latents_N: Tensor) -> Tensor:
+        row_N = latents_N - self.own.start
+        here_N = (row_N >= 0) & (row_N < value_R.shape[0])
+        found_N = value_R[row_N.clamp(0, value_R.shape[0] - 1)]
+        away_N = ~here_N.view(-1, *[1] * (found_N.dim() - 1))
+        return self.group.all_reduce_(found_N.detach().masked_fill(away_N, 0))
 
     # ---- what goes in and out
 

@@ -42,15 +42,6 @@ def _problems(config: ExperimentConfig, ranks: int) -> Iterator[str]:
         yield f"backend = {config.backend!r}: must be 'torch' or 'reference' in several processes"
     if train.compile:
         yield "train.compile = True: is for one process"
-    if train.precision != "float32":
-        yield f"train.precision = {train.precision!r}: must be 'float32' in several processes"
-    if get(train.optimizer, "row_sparse") is True:
-        yield "train.optimizer.row_sparse = True: is for one process"
-    if get(train, "resample") is not None:
-        yield "train.resample: is for one process"
-    for name in ("partition", "n_shared_latents", "shared_fraction"):
-        if get(coder, name):
-            yield f"crosscoder.{name}: its latents would lie on several processes; is for one"
     n_latents: Any = get(coder, "n_latents")
     if n_latents and n_latents < ranks:
         yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"

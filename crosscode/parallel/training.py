@@ -41,6 +41,7 @@ def shard_(model: BaseCrosscoder, group: Group) -> None:
         part.op_set_of, part._ops = partial(ShardedOps, group, part.n_latents), None
     for part in model.parts:
         own = slice(*group.bounds(part.n_latents))
+        part.first_row = own.start
         for name in OF_ROWS:
             param = nn.Parameter(getattr(part, name).detach()[own].clone())
             param.holds_own_rows = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -47,12 +47,15 @@ def resample_if_due(trainer: Any, input_BXiDi: Tensor, target_BXoDo: Tensor) -> 
         begun.append((part, rows_R, x_BI.mean(0)))
     for constraint in trainer.constraints:
         constraint.after_step(model)
-    for part, rows_R, centre_I in begun:
+    for part, latents_R, centre_I in begun:
         if part.b_enc_L is not None:
-            part.b_enc_L[rows_R] = -(part.W_enc_LI[rows_R] @ centre_I).to(part.b_enc_L.dtype)
-        for param in (part.W_enc_LXiDi, part.W_dec_LXoDo, part.b_enc_L, *part.activation_fn.parameters()):
-            if param is not None:
-                trainer.optimizer_plan.forget_rows(trainer.optimizer, param, rows_R)
+            W_enc_RI = part.ops.rows_of(part.W_enc_LI, latents_R)
+            part.b_enc_L[latents_R] = -(W_enc_RI @ centre_I).to(part.b_enc_L.dtype)
+        weights, others = (part.W_enc_LXiDi, part.W_dec_LXoDo), (part.b_enc_L, *part.activation_fn.parameters())
+        for params, rows in ((weights, part.found_here(latents_R)[1]), (others, latents_R)):
+            for param in params:
+                if param is not None:
+                    trainer.optimizer_plan.forget_rows(trainer.optimizer, param, rows)
     if n := sum(len(rows_R) for _, rows_R, _ in begun):
         log.info("step %d: %d dead latents begin anew", trainer.step, n)
 
@@ -90,10 +93,11 @@ def begin_anew_(
         return rows_R
     token_R = chance_B.multinomial(n, generator=generator).to(dead_L.device)
     live_L = ~dead_L if not bool(dead_L.all()) else dead_L
+    live_N, (here_R, found_R) = live_L.nonzero().squeeze(1), part.found_here(rows_R)
     for weight_L, v_BD, scale in ((part.W_enc_LXiDi, x_BI, encoder_scale), (part.W_dec_LXoDo, y_BO, 1.0)):
-        norm = weight_L[live_L].flatten(1).norm(dim=1).mean()
+        norm = part.ops.rows_of(weight_L.flatten(1).norm(dim=1), live_N).mean()
         anew_RD = scale * norm * normalize(v_BD[token_R] - v_BD.mean(0), dim=1)
-        weight_L[rows_R] = anew_RD.reshape(-1, *weight_L.shape[1:]).to(weight_L.dtype)
+        weight_L[found_R] = anew_RD[here_R].reshape(-1, *weight_L.shape[1:]).to(weight_L.dtype)
     for threshold_L in part.activation_fn.parameters():
         threshold_L[rows_R] = threshold_L[live_L].mean(0)
     return rows_R

@@ -55,6 +55,10 @@ class OpSet:
         """The 2-norm of all gradients from `norms_P`, those of the parameters `params`."""
         return torch.linalg.vector_norm(norms_P)
 
+    def rows_of(self, value_R: Tensor, latents_N: Tensor) -> Tensor:
+        """Of what has a row for each row of the weights, those of these latents."""
+        return value_R[latents_N]
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Callable[..., Any]: ...

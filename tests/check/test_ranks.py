@@ -17,13 +17,10 @@ from ranks import assert_as_one, finish, planned_bytes, spawn, train_on
 
 pytestmark = pytest.mark.soak  # minutes of several processes, which a busy machine may cut short
 
-REFUSED = ("dedicated_feature", "feb_update", "sae_l1_resampled")
-NAMES = [name for name in recipe_names() if not name.startswith(REFUSED)]
-
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
-    recipes = [f"{name}@torch@24" for name in NAMES]
+    recipes = [f"{name}@torch@24" for name in recipe_names()]
     recipes += [
         f"{name}@reference@24" for name in ("sae_topk", "batch_topk_crosscoder", "jan_update_crosscoder", "sae_l1")
     ]
@@ -37,6 +34,14 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
         for several in (two, four):
             assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype) > 0
+
+
+def test_bfloat16_is_trained_as_by_one_process_up_to_its_rounding(tmp_path):
+    changes = '{"train": {"precision": "bfloat16"}}'
+    recipes = [f"{name}@torch@25@{changes}" for name in ("topk_crosscoder", "sae_batch_topk", "jan_update_crosscoder")]
+    one, two = (train_on(n, tmp_path, "float32", recipes) for n in (1, 2))
+    for recipe in recipes:
+        assert_as_one(one[0][recipe], two[0][recipe], 5e-3)
 
 
 CONFIG = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -59,6 +60,15 @@ def assert_as_one(one: dict[str, Any], several: dict[str, Any], tolerance: float
             assert torch.as_tensor(several["optimizer"][index][key]).shape == torch.as_tensor(value).shape
 
 
+def spelled_out(spelled: str) -> tuple[str, str]:
+    """Recipe and backend of `NAME@BACKEND@N_LATENTS`, behind which changes may stand as JSON; tiny recipes are made so."""
+    import tiny_recipes
+
+    recipe, backend, n_latents, changes = f"{spelled}@{{}}".split("@")[:4]
+    tiny_recipes.N_LATENTS, tiny_recipes.CHANGES = int(n_latents), json.loads(changes)
+    return recipe, backend
+
+
 def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
     """What `crosscode plan` says that a rank sends in a step."""
     import tiny_recipes
@@ -67,15 +77,9 @@ def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
     from crosscode.build.plan import counted_step
     from crosscode.parallel.group import PaperGroup
 
-    recipe, backend, n_latents = spelled.split("@")
-    tiny_recipes.N_LATENTS = int(n_latents)
+    recipe, backend = spelled_out(spelled)
     config, group = tiny_recipes.check_config(tiny_recipes.tiny(recipe, "nowhere", backend, "cpu")), PaperGroup(n_ranks)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        counted_step(config, tiny_recipes.WIDTH, group)
-    finally:
-        torch.set_default_dtype(before)
+    counted_step(config, tiny_recipes.WIDTH, group, getattr(torch, dtype))
     return group.bytes_sent
 
 
@@ -183,7 +187,7 @@ def check_harvest() -> None:
 
 
 def main(folder: str, dtype_name: str, *recipes: str) -> None:
-    """Each of `recipes` is spelled `NAME@BACKEND@N_LATENTS`."""
+    """Each of `recipes` is `spelled_out`."""
     import tiny_recipes
     import torch
 
@@ -195,9 +199,8 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
     check_harvest()
     kept, dtype = {}, getattr(torch, dtype_name)
     for spelled in recipes:
-        recipe, backend, n_latents = spelled.split("@")
-        tiny_recipes.N_LATENTS = int(n_latents)
-        trainer = tiny_recipes.make_trainer(recipe, Path(folder) / f"run-{spelled}", backend, "cpu", dtype)
+        recipe, backend = spelled_out(spelled)
+        trainer = tiny_recipes.make_trainer(recipe, Path(folder) / f"run-{len(kept)}", backend, "cpu", dtype)
         batches = iter(trainer.data)
         losses: list[float] = []
         note = trainer.guard.before_optimizer

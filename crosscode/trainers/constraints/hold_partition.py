@@ -53,4 +53,4 @@ def _weights(model: BaseCrosscoder) -> list[nn.Parameter]:
 
 def _of(model: BaseCrosscoder) -> Partition:
     assert model.partition is not None
-    return model.partition
+    return model.partition.of_rows(model.rows_here)

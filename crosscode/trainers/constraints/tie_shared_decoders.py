@@ -31,7 +31,7 @@ class TieSharedDecoders(Constraint):
 
     @torch.no_grad()
     def start(self, model: BaseCrosscoder) -> None:
-        shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
+        shared_SMPD = model.W_dec_LXoDo[_shared(model)]
         if not torch.equal(shared_SMPD, shared_SMPD[:, :1].expand_as(shared_SMPD)):
             raise InputError(
                 "crosscoder.init: the decoder vectors of shared latents differ between models at the start; "
@@ -42,7 +42,7 @@ class TieSharedDecoders(Constraint):
     def after_backward(self, model: BaseCrosscoder) -> None:
         grad_LMPD = model.W_dec_LXoDo.grad
         if grad_LMPD is not None:
-            shared_SMPD = grad_LMPD[: model.n_shared_latents]
+            shared_SMPD = grad_LMPD[_shared(model)]
             shared_SMPD[:, 0].copy_(shared_SMPD.sum(1))
             shared_SMPD[:, 1:].zero_()
 
@@ -50,12 +50,16 @@ class TieSharedDecoders(Constraint):
     def before_step(self, model: BaseCrosscoder) -> None:
         grad_LMPD = model.W_dec_LXoDo.grad
         if grad_LMPD is not None:
-            self._copy_first(grad_LMPD[: model.n_shared_latents])
+            self._copy_first(grad_LMPD[_shared(model)])
 
     @torch.no_grad()
     def after_step(self, model: BaseCrosscoder) -> None:
-        self._copy_first(model.W_dec_LXoDo[: model.n_shared_latents])
+        self._copy_first(model.W_dec_LXoDo[_shared(model)])
 
     @staticmethod
     def _copy_first(shared_SMPD: Tensor) -> None:
         shared_SMPD[:, 1:].copy_(shared_SMPD[:, :1].expand_as(shared_SMPD[:, 1:]))
+
+
+def _shared(model: BaseCrosscoder) -> slice:
+    return model.rows_here(slice(0, model.n_shared_latents))
