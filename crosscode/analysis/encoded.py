@@ -6,8 +6,9 @@ Xi/Xo input/output crosscoding dims · X = flattened Xo · L latents · N active
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from crosscode_kernels.sparse import DenseLatents, Latents
 from torch import Tensor
 
 from crosscode.analysis.geometry import output_scaling_X
+from crosscode.analysis.reads import read_NR
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
@@ -69,6 +72,10 @@ class EncodedBatch:
     output_BXD: Tensor
     group_BG: Tensor | None = None
     """numbers of each token's groups, in each way to group tokens; None: not known"""
+    others: tuple[OtherTokens, ...] = ()
+    """the same sequences in tokens of other tokenizers"""
+    read_NR: Callable[[Tensor], Tensor] | None = None
+    """what some entries (by number) read from each of the readers that were asked for"""
 
 
 class Collector(Protocol):
@@ -79,9 +86,14 @@ class Collector(Protocol):
 
 @torch.no_grad()
 def encode_heldout(
-    model: BaseCrosscoder, batches: Iterable[HeldoutBatch], split: Split, max_tokens: int = 4096
+    model: BaseCrosscoder,
+    batches: Iterable[HeldoutBatch],
+    split: Split,
+    max_tokens: int = 4096,
+    readers: Sequence[Sequence[int]] = (),
 ) -> Iterator[EncodedBatch]:
-    """Encode and reconstruct held-out data in eval mode, at most about `max_tokens` at a time."""
+    """Encode and reconstruct held-out data in eval mode, at most about `max_tokens` at a time. `readers`: input positions of
+    each."""
     scaling_X1 = output_scaling_X(model)[:, None]
     like = model.parts[0].W_enc_LXiDi
     n_sequences = 0
@@ -89,21 +101,25 @@ def encode_heldout(
         _check(batch)
         rows = max(1, max_tokens // batch.tokens_HS.shape[1])
         group_HSG = getattr(batch, "group_HSG", None)  # [H, S, ways to group tokens], where they are known
+        others = getattr(batch, "others", ())
         for start in range(0, batch.tokens_HS.shape[0], rows):
             tokens_HS, mask_HS = batch.tokens_HS[start : start + rows].cpu(), batch.mask_HS[start : start + rows].cpu()
             position_B = mask_HS.flatten().nonzero().squeeze(1)
             acts_BMPD = batch.acts_HSMPD[start : start + rows].flatten(0, 1)[position_B].to(like)
             input_BXiDi, target_BXoDo = split.activations(acts_BMPD)
             result = _forward_eval(model, input_BXiDi)
+            entries = active_entries(result.latents)
             shape = (position_B.shape[0], len(model.segments), model.d_out)
             yield EncodedBatch(
                 tokens_HS,
                 n_sequences,
                 position_B,
-                active_entries(result.latents),
+                entries,
                 target_BXoDo.reshape(shape) * scaling_X1,
                 result.output_BXoDo.reshape(shape) * scaling_X1,
                 None if group_HSG is None else group_HSG[start : start + rows].flatten(0, 1)[position_B],
+                tuple(other[start : start + rows] for other in others),
+                partial(_read_NR, model, input_BXiDi, entries, readers),
             )
             n_sequences += tokens_HS.shape[0]
 
@@ -125,6 +141,13 @@ def _forward_eval(model: BaseCrosscoder, input_BXiDi: Tensor):
         return model.forward_train(input_BXiDi)
     finally:
         model.train(was_training)
+
+
+def _read_NR(
+    model: BaseCrosscoder, x_BXiDi: Tensor, entries: ActiveEntries, readers: Sequence[Sequence[int]], some_N: Tensor
+) -> Tensor:
+    some_N = some_N.to(entries.token_N.device)
+    return read_NR(model, x_BXiDi, entries.token_N[some_N], entries.latent_N[some_N], readers).cpu()
 
 
 def _check(batch: HeldoutBatch) -> None:

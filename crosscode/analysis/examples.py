@@ -1,7 +1,7 @@
 """Where a latent fires: top activating examples and examples across its range, in one streaming pass.
 
 Axes: H sequences of a batch · S positions in a sequence · N active entries · C candidates · W context window
-L latents.
+L latents · R readers (see `reads`).
 
 An example is one position with its context window. Contexts are distinct in two ways: a latent has at most one top
 example per sequence, and two examples of a latent never share the tokens right around the peak (texts repeat).
@@ -9,10 +9,10 @@ example per sequence, and two examples of a latent never share the tokens right 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from crosscode.analysis.encoded import EncodedBatch
@@ -34,6 +34,8 @@ class Example:
     tokens: list[int]
     strengths: list[float]
     peak: int
+    read: list[list[float]] = field(default_factory=list)
+    """what the latent reads from each reader at each token, 0 where it is not active; empty without readers"""
 
 
 @dataclass
@@ -48,8 +50,8 @@ class _Rows:
     position_C: NDArray[np.int64]
     core_C: NDArray[np.uint64]
     """hash of the tokens right around the peak"""
-    tokens_CW: NDArray[np.int64]
-    strengths_CW: NDArray[np.float32]
+    place_C: NDArray[np.int64]
+    """of a kept example its window; of a candidate -1 - its entry in the batch"""
 
     def take(self, index: NDArray) -> _Rows:
         return _Rows(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -58,17 +60,41 @@ class _Rows:
         return _Rows(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
-def _no_rows(window: int) -> _Rows:
-    return _Rows(
-        latent_C=np.zeros(0, np.int64),
-        rank_C=np.zeros(0, np.float64),
-        value_C=np.zeros(0, np.float32),
-        sequence_C=np.zeros(0, np.int64),
-        position_C=np.zeros(0, np.int64),
-        core_C=np.zeros(0, np.uint64),
-        tokens_CW=np.zeros((0, window), np.int64),
-        strengths_CW=np.zeros((0, window), np.float32),
-    )
+_NO_ROWS = _Rows(
+    latent_C=np.zeros(0, np.int64),
+    rank_C=np.zeros(0, np.float64),
+    value_C=np.zeros(0, np.float32),
+    sequence_C=np.zeros(0, np.int64),
+    position_C=np.zeros(0, np.int64),
+    core_C=np.zeros(0, np.uint64),
+    place_C=np.zeros(0, np.int64),
+)
+
+
+class _Windows:
+    """Tokens, strengths and what is read around kept examples. Each is written once; where it is given back another follows."""
+
+    def __init__(self, width: int, n_readers: int):
+        self.tokens_CW = np.zeros((0, width), np.int32)
+        self.strengths_CW = np.zeros((0, width), np.float32)
+        self.read_CWR = np.zeros((0, width, n_readers), np.float32)
+        self._free = np.zeros(0, np.int64)
+
+    def give_back(self, place_C: NDArray[np.int64]) -> None:
+        self._free = np.concatenate([self._free, place_C])
+
+    def add(self, tokens_CW: NDArray, strengths_CW: NDArray, read_CWR: NDArray) -> NDArray[np.int64]:
+        """The places that they got."""
+        n, n_places = len(tokens_CW), len(self.tokens_CW)
+        if n > len(self._free):
+            n_new = max(n - len(self._free), n_places // 2)
+            self._free = np.concatenate([self._free, n_places + np.arange(n_new)])
+            for name in ("tokens_CW", "strengths_CW", "read_CWR"):
+                old_C = getattr(self, name)
+                setattr(self, name, np.concatenate([old_C, np.zeros((n_new, *old_C.shape[1:]), old_C.dtype)]))
+        place_C, self._free = self._free[:n], self._free[n:]
+        self.tokens_CW[place_C], self.strengths_CW[place_C], self.read_CWR[place_C] = tokens_CW, strengths_CW, read_CWR
+        return place_C
 
 
 class _Entries:
@@ -81,22 +107,22 @@ class _Entries:
         self.value_N = batch.entries.value_N.float().cpu().numpy()
         self.row_N, self.position_N = np.divmod(flat_N, self.tokens_HS.shape[1])
         key_N = self.latent_N * self.tokens_HS.size + flat_N
-        order_N = np.argsort(key_N, kind="stable")
-        self._sorted_key_N, self._sorted_value_N = key_N[order_N], self.value_N[order_N]
+        self._order_N = np.argsort(key_N, kind="stable")
+        self._sorted_key_N = key_N[self._order_N]
 
     def tokens_around(self, index_C: NDArray, left: int, right: int) -> NDArray[np.int64]:
         """`tokens_CW` around some entries; `PADDING` beyond the sequence."""
         at_CW, inside_CW = self._around(index_C, left, right)
         return np.where(inside_CW, self.tokens_HS[self.row_N[index_C][:, None], at_CW], PADDING)
 
-    def strengths_around(self, index_C: NDArray, left: int, right: int) -> NDArray[np.float32]:
-        """`strengths_CW`: the value of each entry's latent around it; 0 where it is not active."""
+    def same_around(self, index_C: NDArray, left: int, right: int) -> NDArray[np.int64]:
+        """`entry_CW`: the entries of each entry's latent around it; -1 where it is not active."""
         at_CW, inside_CW = self._around(index_C, left, right)
         place_CW = self.row_N[index_C][:, None] * self.tokens_HS.shape[1] + at_CW
         key_CW = self.latent_N[index_C][:, None] * self.tokens_HS.size + place_CW
         found_CW = np.searchsorted(self._sorted_key_N, key_CW).clip(0, len(self._sorted_key_N) - 1)
         hit_CW = inside_CW & (self._sorted_key_N[found_CW] == key_CW)
-        return np.where(hit_CW, self._sorted_value_N[found_CW], np.float32(0))
+        return np.where(hit_CW, self._order_N[found_CW], -1)
 
     def _around(self, index_C: NDArray, left: int, right: int) -> tuple[NDArray, NDArray]:
         at_CW = self.position_N[index_C][:, None] + np.arange(-left, right + 1)
@@ -107,22 +133,18 @@ class _Entries:
 class _ExamplePool:
     """Keeps the `n` examples of largest rank for each latent, with distinct cores. Memory: L * n windows."""
 
-    def __init__(self, n_latents: int, n: int, left: int, right: int):
+    def __init__(self, n_latents: int, n: int, left: int, right: int, n_readers: int):
         if n < 1 or left < 0 or right < 0:
             raise InputError(f"examples: n = {n} must be at least 1, left = {left} and right = {right} at least 0")
         self.n_latents, self.n, self.left, self.right = n_latents, n, left, right
-        self._kept, self._is_sorted = _no_rows(left + 1 + right), True
+        self._kept, self._is_sorted = _NO_ROWS, True
+        self._windows = _Windows(left + 1 + right, n_readers)
         self._entry_rank_L = np.full(n_latents, -np.inf)
 
     def offer(self, batch: EncodedBatch, entries: _Entries, index_C: NDArray, rank_C: NDArray) -> None:
         """Consider some entries of a batch."""
         good_C = rank_C > self._entry_rank_L[entries.latent_N[index_C]]
         index_C, rank_C = index_C[good_C], rank_C[good_C]
-        core_C = _hash_rows(entries.tokens_around(index_C, min(self.left, _DISTINCT_RADIUS), _DISTINCT_RADIUS))
-        # windows are wide: only what can be kept gets one
-        order_C = np.lexsort((entries.position_N[index_C], entries.row_N[index_C], -rank_C, entries.latent_N[index_C]))
-        chosen_C = order_C[self._best(entries.latent_N[index_C[order_C]], core_C[order_C])]
-        index_C, rank_C, core_C = index_C[chosen_C], rank_C[chosen_C], core_C[chosen_C]
         if len(index_C) == 0:
             return
         new = _Rows(
@@ -131,24 +153,35 @@ class _ExamplePool:
             entries.value_N[index_C],
             entries.row_N[index_C] + batch.first_sequence,
             entries.position_N[index_C],
-            core_C,
-            entries.tokens_around(index_C, self.left, self.right),
-            entries.strengths_around(index_C, self.left, self.right),
+            _hash_rows(entries.tokens_around(index_C, min(self.left, _DISTINCT_RADIUS), _DISTINCT_RADIUS)),
+            -1 - index_C,
         )
-        self._merge(new)
-
-    def _merge(self, new: _Rows) -> None:
         touched_L = np.zeros(self.n_latents, bool)
         touched_L[new.latent_C] = True
         stays_C = ~touched_L[self._kept.latent_C]
-        merged = self._kept.take(~stays_C).joined(new)
-        order_C = np.lexsort((merged.position_C, merged.sequence_C, -merged.rank_C, merged.latent_C))
-        merged = merged.take(order_C[self._best(merged.latent_C[order_C], merged.core_C[order_C])])
+        merged = _in_order(self._kept.take(~stays_C).joined(new))
+        best_C = self._best(merged.latent_C, merged.core_C)
+        is_out_C = np.ones(len(merged.latent_C), bool)
+        is_out_C[best_C] = False
+        self._windows.give_back(merged.place_C[is_out_C & (merged.place_C >= 0)])
+        merged = merged.take(best_C)
+        is_new_C = merged.place_C < 0
+        merged.place_C[is_new_C] = self._add_windows(batch, entries, -1 - merged.place_C[is_new_C])
         self._kept, self._is_sorted = self._kept.take(stays_C).joined(merged), False
         full_L = np.bincount(merged.latent_C, minlength=self.n_latents) >= self.n
         lowest_L = np.full(self.n_latents, np.inf)
         np.minimum.at(lowest_L, merged.latent_C, merged.rank_C)
         self._entry_rank_L = np.where(full_L, lowest_L, self._entry_rank_L)
+
+    def _add_windows(self, batch: EncodedBatch, entries: _Entries, index_C: NDArray) -> NDArray[np.int64]:
+        entry_CW = entries.same_around(index_C, self.left, self.right)
+        active_CW = entry_CW >= 0
+        strengths_CW = np.where(active_CW, entries.value_N[entry_CW], np.float32(0))
+        read_CWR = np.zeros((*entry_CW.shape, self._windows.read_CWR.shape[2]), np.float32)
+        if read_CWR.size:
+            assert batch.read_NR is not None
+            read_CWR[active_CW] = batch.read_NR(torch.from_numpy(entry_CW[active_CW])).numpy()
+        return self._windows.add(entries.tokens_around(index_C, self.left, self.right), strengths_CW, read_CWR)
 
     def _best(self, latent_C: NDArray, core_C: NDArray) -> NDArray:
         """Which n rows of each latent to keep, of rows ordered by latent and then from best to worst: of equal cores
@@ -159,21 +192,39 @@ class _ExamplePool:
         distinct_C = np.sort(by_core_C[first_C])
         return distinct_C[_rank_in_group(latent_C[distinct_C]) < self.n]
 
-    def examples(self, latent: int) -> list[Example]:
-        """Kept examples of a latent, largest rank first."""
+    def of(self, latent: int) -> range:
+        """The examples of a latent by number, largest rank first."""
         if not self._is_sorted:
-            kept = self._kept
-            self._kept = kept.take(np.lexsort((kept.position_C, kept.sequence_C, -kept.rank_C, kept.latent_C)))
-            self._is_sorted = True
-        start, stop = np.searchsorted(self._kept.latent_C, [latent, latent + 1])
-        return list(_examples(self._kept.take(np.arange(start, stop)), self.left))
+            self._kept, self._is_sorted = _in_order(self._kept), True
+        return range(*np.searchsorted(self._kept.latent_C, [latent, latent + 1]).tolist())
+
+    def places(self, some: range) -> list[tuple[float, int, int]]:
+        """`(value, sequence, position)` of examples that follow each other."""
+        own, kept = slice(some.start, some.stop), self._kept
+        return list(
+            zip(kept.value_C[own].tolist(), kept.sequence_C[own].tolist(), kept.position_C[own].tolist(), strict=True)
+        )
+
+    def example(self, number: int) -> Example:
+        kept, place = self._kept, self._kept.place_C[number]
+        inside_W = self._windows.tokens_CW[place] != PADDING
+        return Example(
+            int(kept.latent_C[number]),
+            float(kept.value_C[number]),
+            int(kept.sequence_C[number]),
+            int(kept.position_C[number]),
+            self._windows.tokens_CW[place][inside_W].tolist(),
+            self._windows.strengths_CW[place][inside_W].tolist(),
+            int(inside_W[: self.left].sum()),
+            self._windows.read_CWR[place][inside_W].tolist() if self._windows.read_CWR.shape[2] else [],
+        )
 
 
 class TopExamples:
     """Collects the `n` examples on which each latent is largest."""
 
-    def __init__(self, n_latents: int, n: int = 8, left: int = 20, right: int = 11):
-        self._pool = _ExamplePool(n_latents, n, left, right)
+    def __init__(self, n_latents: int, n: int = 8, left: int = 20, right: int = 11, n_readers: int = 0):
+        self._pool = _ExamplePool(n_latents, n, left, right, n_readers)
 
     def update(self, batch: EncodedBatch) -> None:
         entries = _Entries(batch)
@@ -186,7 +237,7 @@ class TopExamples:
 
     def examples(self, latent: int) -> list[Example]:
         """Examples of a latent, strongest first; fewer than `n` where it fires in fewer places."""
-        return self._pool.examples(latent)
+        return [self._pool.example(number) for number in self._pool.of(latent)]
 
 
 class QuantileExamples:
@@ -195,8 +246,10 @@ class QuantileExamples:
     Every firing gets a random priority that depends on seed, latent and place alone; the highest are kept.
     """
 
-    def __init__(self, n_latents: int, sample: int = 40, left: int = 20, right: int = 11, seed: int = 0):
-        self._pool = _ExamplePool(n_latents, sample, left, right)
+    def __init__(
+        self, n_latents: int, sample: int = 40, left: int = 20, right: int = 11, seed: int = 0, n_readers: int = 0
+    ):
+        self._pool = _ExamplePool(n_latents, sample, left, right, n_readers)
         self._seed = seed
 
     def update(self, batch: EncodedBatch) -> None:
@@ -207,38 +260,33 @@ class QuantileExamples:
 
     def examples(self, latent: int, n_quantiles: int = 4, per_quantile: int = 1) -> list[list[Example]]:
         """Examples by equal shares of the sampled firings, strongest share first; no two windows overlap."""
-        sample = sorted(self._pool.examples(latent), key=lambda e: (-e.value, e.sequence, e.position))
-        taken: list[Example] = []
+        numbers = self._pool.of(latent)
+        sample = sorted(
+            (-value, *place, i) for i, (value, *place) in zip(numbers, self._pool.places(numbers), strict=True)
+        )
+        taken: list[tuple[int, int]] = []
         width = self._pool.left + self._pool.right + 1
 
-        def overlaps(example: Example) -> bool:
-            return any(t.sequence == example.sequence and abs(t.position - example.position) < width for t in taken)
+        def overlaps(sequence: int, position: int) -> bool:
+            return any(other == sequence and abs(at - position) < width for other, at in taken)
 
         shares: list[list[Example]] = []
         for q in range(n_quantiles):
             share = sample[q * len(sample) // n_quantiles : (q + 1) * len(sample) // n_quantiles]
-            chosen: list[Example] = []
+            chosen: list[tuple[float, int]] = []
             # from the middle of the share outwards: its typical strength comes first
-            for example in sorted(share, key=lambda e: abs(share.index(e) - len(share) // 2)):
-                if len(chosen) < per_quantile and not overlaps(example):
-                    chosen.append(example)
-                    taken.append(example)
-            shares.append(sorted(chosen, key=lambda e: -e.value))
+            for at in sorted(range(len(share)), key=lambda at: abs(at - len(share) // 2)):
+                value, sequence, position, number = share[at]
+                if len(chosen) < per_quantile and not overlaps(sequence, position):
+                    chosen.append((value, number))
+                    taken.append((sequence, position))
+            shares.append([self._pool.example(number) for _, number in sorted(chosen, key=lambda one: one[0])])
         return shares
 
 
-def _examples(rows: _Rows, left: int) -> Iterator[Example]:
-    for i in range(len(rows.latent_C)):
-        inside_W = rows.tokens_CW[i] != PADDING
-        yield Example(
-            int(rows.latent_C[i]),
-            float(rows.value_C[i]),
-            int(rows.sequence_C[i]),
-            int(rows.position_C[i]),
-            rows.tokens_CW[i][inside_W].tolist(),
-            rows.strengths_CW[i][inside_W].tolist(),
-            int(inside_W[:left].sum()),
-        )
+def _in_order(rows: _Rows) -> _Rows:
+    """By latent, and from best to worst; of equal ranks what is earlier in the text comes first."""
+    return rows.take(np.lexsort((rows.position_C, rows.sequence_C, -rows.rank_C, rows.latent_C)))
 
 
 def _rank_in_group(sorted_group_C: NDArray) -> NDArray:

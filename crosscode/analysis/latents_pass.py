@@ -17,6 +17,7 @@ from crosscode.analysis.encoded import Collector, HeldoutBatch, collect, encode_
 from crosscode.analysis.examples import Example, QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
+from crosscode.analysis.reads import readers
 from crosscode.analysis.verdict import Verdict, verdicts_on
 from crosscode.analysis.wording import latent_name
 from crosscode.config.hookpoints import layer_of
@@ -50,6 +51,8 @@ class LatentsPass:
     """of what each language model writes itself, where that was looked at"""
     not_compared: Sequence[tuple[str, str]] = ()
     """pairs of positions that were too many"""
+    readers: Sequence[str] = ()
+    """of what examples say that a latent reads it there; see `analysis.reads`"""
 
     def examples(self, latent: int) -> dict[str, list[Example]]:
         """Its largest activations, and some from each quarter of its firings."""
@@ -101,11 +104,12 @@ def study_latents(
     pairs = [(a, b) for a, b in pairs if bool((may_LX[:, a] & may_LX[:, b]).any())]  # some latent may write to both
     pairs, others = pairs[:n_most], [(names[a], names[b]) for a, b in pairs[n_most:]]
     firing = FiringStats(model.n_latents, groupings)
-    top = TopExamples(model.n_latents, n=n_examples)
-    quantiles = QuantileExamples(model.n_latents)
+    of_readers = readers(model, names)
+    top = TopExamples(model.n_latents, n=n_examples, n_readers=len(of_readers))
+    quantiles = QuantileExamples(model.n_latents, n_readers=len(of_readers))
     scalings = [LatentScaling(model, a, b, groupings=groupings) for a, b in pairs]
     collectors: list[Collector] = [firing, top, quantiles, *scalings, *more]
-    collect(encode_heldout(model, heldout, split), *collectors)
+    collect(encode_heldout(model, heldout, split, readers=[*of_readers.values()]), *collectors)
     tables = [diff_latents(model, names, *scaling.positions, firing, scaling.result()) for scaling in scalings]
     norms_LX = decoder_vectors_LXD(model).double().norm(dim=-1).cpu()
     layers = layers_of(model, names)
@@ -121,7 +125,8 @@ def study_latents(
         kind: {name: verdicts_in(kind, name, own) for name, own in of_kind.items()}
         for kind, of_kind in firing.groups().items()
     }
-    return LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart, not_compared=others)
+    found = LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart)
+    return replace(found, not_compared=others, readers=[*of_readers])
 
 
 def with_own_text(

@@ -58,13 +58,21 @@ class Histograms:
 
 
 class Texts:
-    """Keeps the tokens that were read."""
+    """Keeps the tokens that were read, and by number of another tokenizer its own, each sequence with the partners of the first
+    one's positions (-1: none)."""
 
     def __init__(self) -> None:
         self.sequences: list[NDArray[np.int64]] = []
+        self.others: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = {}
 
     def update(self, batch: EncodedBatch) -> None:
         self.sequences.extend(batch.tokens_HS.cpu().numpy().astype(np.int64))
+        for number, other in enumerate(batch.others):
+            rows = zip(other.tokens_HT, other.usable_HT, other.place_HS, strict=True)
+            self.others.setdefault(number, []).extend(
+                (tokens_T[: int(usable_T.nonzero().max()) + 1].numpy(), place_S.numpy())
+                for tokens_T, usable_T, place_S in rows
+            )
 
 
 class CoFiring:
@@ -133,7 +141,7 @@ class LatentRecords:
     """Of every latent; see `study_records`."""
 
     histograms: Histograms
-    sequences: list[NDArray[np.int64]]
+    texts: Texts
     by_decoder: Neighbours
     by_firing: Neighbours
     logits: dict[str, LogitEnds] = field(default_factory=dict)
@@ -166,7 +174,7 @@ def study_records(
         for x in logit_positions(model, position_names):
             logits[position_names[x]] = replace(logit_ends(model, x, unembed, n_logits), display=displays.get(x))
     by_decoder, by_firing = nearest_by_decoder(model, n_neighbours), together.nearest(n_neighbours)
-    return study, LatentRecords(histograms, texts.sequences, by_decoder, by_firing, logits)
+    return study, LatentRecords(histograms, texts, by_decoder, by_firing, logits)
 
 
 def logit_positions(model: BaseCrosscoder, names: Sequence[str]) -> list[int]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from crosscode.analysis import cards, header, latent_plots
@@ -46,6 +47,9 @@ class HeldoutText:
     """says what adding a latent does"""
     own_text: Mapping[str, Iterable[HeldoutBatch]] = field(default_factory=dict)
     """what each language model writes itself, by its name"""
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    """where there are several: by the names of the models that read its tokens, the first of which is `tokenizer`; then batches
+    have `others`"""
 
 
 _EXPLORER = Path(__file__).parent / "explorer"
@@ -92,13 +96,14 @@ def write_report(
     study: LatentsPass | None = None
     records: LatentRecords | None = None
     tokenizer: Any = None
+    tokenizers: Mapping[str, Any] = {}
     reason, looks = None, []
     try:
         if model is None:
             model = BaseCrosscoder.load(record.path / "final")
         if heldout is not None:
             text = heldout()
-            tokenizer = text.tokenizer
+            tokenizer, tokenizers = text.tokenizer, text.tokenizers
             more = {"groupings": text.groupings, "displays": text.displays}
             study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed, **more)
             study = with_own_text(study, model, text.own_text, text.split)
@@ -111,7 +116,7 @@ def write_report(
     path = output or record.path / "report.html"
     write_text(path, page)
     if study is not None and records is not None:
-        write_explorer(path.parent / "report", study, records, tokenizer, record, model, looks)
+        write_explorer(path.parent / "report", study, records, tokenizer, record, model, looks, tokenizers)
     if latents_csv is not None or latents_parquet is not None or also is not None:
         if study is None or records is None:
             raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
@@ -133,19 +138,20 @@ def write_explorer(
     record: RunRecord,
     model: BaseCrosscoder | None,
     looks: Sequence[str] = (),
+    tokenizers: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """`index.html` and what it reads, into a folder that only this fills; the page comes last."""
     data = folder / "data"
     if data.is_dir() and not data.is_symlink():
         shutil.rmtree(data)
     data.mkdir(parents=True)
-    for name, text in scripts(study, records, tokenizer):
+    for name, text in scripts(study, records, tokenizer, tokenizers):
         write_text(data / f"{name}.js", text)
     for name in ("tabulator.min.js", "tabulator.LICENSE"):
         write_text(folder / name, (_EXPLORER / name).read_text(encoding="utf-8"))
     css, script = (
         "\n".join((_EXPLORER / name).read_text(encoding="utf-8") for name in names)
-        for names in (("tabulator_simple.min.css", "app.css"), ("order.js", "app.js"))
+        for names in (("tabulator_simple.min.css", "app.css"), ("order.js", "parts.js", "app.js"))
     )
     explorer = Explorer(css, script)
     write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer, looks=looks))

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+from numpy.typing import NDArray
 
 from crosscode.analysis.examples import Example
 from crosscode.analysis.latents_frame import latents_frame
@@ -21,22 +24,27 @@ N_BINS_SHOWN = 32
 _N_SEARCHED = 5
 
 
-def scripts(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> Iterator[tuple[str, str]]:
-    """Names and texts of the files."""
-    display = TokenDisplay(tokenizer)
-    vocabulary = _Vocabulary(display)
-    texts = [[vocabulary.number(token) for token in sequence.tolist()] for sequence in records.sequences]
+def scripts(
+    study: LatentsPass, records: LatentRecords, tokenizer: Any, tokenizers: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[tuple[str, str]]:
+    """Names and texts of the files. `tokenizers`: as of `HeldoutText`."""
+    vocabulary = _Vocabulary(TokenDisplay(tokenizer))
+    texts = [[vocabulary.number(token) for token in sequence.tolist()] for sequence in records.texts.sequences]
+    others = [_Other(one, records.texts.others[i]) for i, one in enumerate([*tokenizers.values()][1:])]
     search: list[str] = []
     n_latents = study.decoder_norm_LX.shape[0]
     for start in range(0, n_latents, RECORDS_PER_FILE):
         some = range(start, min(start + RECORDS_PER_FILE, n_latents))
         found = [_record(study, records, vocabulary, latent) for latent in some]
-        search.extend(_searched(study, records, vocabulary, latent) for latent in some)
+        search.extend(_searched(study, records, vocabulary, others, latent) for latent in some)
         yield f"records-{start // RECORDS_PER_FILE}", _script(f"records-{start // RECORDS_PER_FILE}", found)
-    yield "texts", _script("texts", {"pieces": vocabulary.pieces, "texts": texts})
+    of_others = [one.script() for one in others]
+    found = {"pieces": vocabulary.pieces, "texts": texts, "names": [*tokenizers], "others": of_others}
+    yield "texts", _script("texts", found)
     frame = latents_frame(study)
     columns = [{"name": name, "values": [_short(v) for v in frame[name].tolist()]} for name in frame.columns]
-    yield "table", _script("table", {"columns": columns, "search": search, "perFile": RECORDS_PER_FILE})
+    shown = {"columns": columns, "search": search, "perFile": RECORDS_PER_FILE, "readers": list(study.readers)}
+    yield "table", _script("table", shown)
 
 
 class _Vocabulary:
@@ -61,6 +69,23 @@ class _Vocabulary:
         return self._texts[token]
 
 
+class _Other:
+    """The text in another tokenizer's tokens, each sequence with the partners of the first one's positions."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[tuple[NDArray, NDArray]]):
+        self._rows, self._vocabulary = rows, _Vocabulary(TokenDisplay(tokenizer))
+
+    def at(self, example: Example) -> str:
+        """The token at an example's peak."""
+        tokens_T, place_S = self._rows[example.sequence]
+        return self._vocabulary.text(int(tokens_T[place_S[example.position]]))
+
+    def script(self) -> dict[str, Any]:
+        texts = [[self._vocabulary.number(token) for token in tokens_T.tolist()] for tokens_T, _ in self._rows]
+        places = [place_S.tolist() for _, place_S in self._rows]
+        return {"pieces": self._vocabulary.pieces, "texts": texts, "places": places}
+
+
 def _is_text(data: bytes) -> bool:
     try:
         data.decode()
@@ -70,7 +95,8 @@ def _is_text(data: bytes) -> bool:
 
 
 def _record(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary, latent: int) -> dict[str, Any]:
-    """One latent. Examples are `[sequence, position, at, value, at, value, ...]`, places relative to the position."""
+    """One latent. Examples are `[sequence, position, at, value, ..., at, value, ...]`, places relative to the position; behind a
+    value stands what is read from each of the readers."""
     histogram, upper = _histogram(records, latent)
     return {
         "examples": [[_example(one) for one in some] for some in study.examples(latent).values()],
@@ -90,7 +116,10 @@ def _example(example: Example) -> list[float | None]:
     found: list[float | None] = [example.sequence, example.position]
     for at, strength in enumerate(example.strengths):
         if strength > 0:
-            found += [at - example.peak, _short(strength, 3)]
+            found += [
+                at - example.peak,
+                *(_short(one, 3) for one in (strength, *(example.read[at] if example.read else ()))),
+            ]
     return found
 
 
@@ -107,9 +136,13 @@ def _ends(ends: LogitEnds, vocabulary: _Vocabulary, latent: int, *, top: bool) -
     return [[(ends.display or vocabulary).text(token), _short(value, 3)] for token, value in pairs]
 
 
-def _searched(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary, latent: int) -> str:
+def _searched(
+    study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary, others: Sequence[_Other], latent: int
+) -> str:
     """Tokens at which it is largest, and those that it makes more likely."""
-    found = [vocabulary.text(one.tokens[one.peak]) for one in study.top.examples(latent)[:_N_SEARCHED]]
+    largest = study.top.examples(latent)[:_N_SEARCHED]
+    found = [vocabulary.text(one.tokens[one.peak]) for one in largest]
+    found += [other.at(one) for other in others for one in largest]
     for ends in records.logits.values():
         if bool(ends.writes_L[latent]):
             text = (ends.display or vocabulary).text

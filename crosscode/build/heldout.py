@@ -17,6 +17,7 @@ from torch import Tensor
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.norms import CheckedRows, NormLimit
 from crosscode.data.rows import RowSource
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.evaluation.heldout import EvaluationResult, measure_reconstruction
 from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
@@ -27,12 +28,14 @@ from crosscode.trainers.callbacks import Callback
 @dataclass(frozen=True)
 class HeldoutBatch:
     """Held-out sequences, where their activations count, and the raw activations (float32). `group_HSG`: the numbers of each
-    position's groups, in the order of the experiment's `groupings`."""
+    position's groups, in the order of the experiment's `groupings`; `others`, `n_apart`: as of `TokenBatch`."""
 
     tokens_HS: Tensor
     mask_HS: Tensor
     acts_HSMPD: Tensor
     group_HSG: Tensor | None = None
+    others: tuple[OtherTokens, ...] = ()
+    n_apart: int = 0
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""

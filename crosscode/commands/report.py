@@ -87,7 +87,7 @@ def report_run(
     from crosscode.build.finished import FinishedRun
     from crosscode.build.own_text import own_texts
     from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
-    from crosscode.commands.parts.reading import displays_of, unembed_of
+    from crosscode.commands.parts.reading import displays_of, tokenizers_of, unembed_of
     from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
@@ -104,7 +104,8 @@ def report_run(
         steered = None if steer_prompt is None else partial(_steered, run, steer_prompt)
         own = {} if n_own_tokens is None else own_texts(experiment, n_own_tokens)
         shows = unembed, displays_of(experiment)
-        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, *shows, groupings, steered, own)
+        about = (groupings, steered, own, tokenizers_of(experiment))
+        return HeldoutText(batches, experiment.tokenizer, experiment.split, names, *shows, *about)
 
     also = None
     if features is not None:

@@ -94,9 +94,17 @@ def test_a_latent_shows_hostile_tokens_as_text(window, page):
     window.wait("document.querySelectorAll('#latent .snippets li').length > 0")
     assert window.run("return document.getElementById('latent').textContent.includes('onerror=alert(1)')")
     assert window.run("return document.querySelectorAll('#latent .peak').length > 0")
-    before = window.run("return document.querySelector('#latent .snippets code').textContent.length")
-    window.run("document.querySelector('#latent .more:not([hidden])').click()")
-    assert window.run("return document.querySelectorAll('#latent .snippets .hit[title]').length > 0") and before > 0
+    marked = "document.querySelector('#latent li:has(.more:not([hidden]))').className = 'was'"
+    length = "return document.querySelector('#latent li.was code').textContent.length"
+    before = window.run(f"{marked}; {length}")
+    window.run("document.querySelector('#latent li.was .more').click()")
+    assert window.run(length) > before
+    window.run("document.querySelector('#latent .peak').focus()")
+    hint = window.run("return document.querySelector('#hint:not([hidden])').textContent").splitlines()
+    assert [line.split(maxsplit=1)[0] for line in hint] == ["activation", "reads:", "writes"]
+    assert hint[1].startswith(f"reads: {EVIL} ") and ", tuned " in hint[1]
+    inside = "const box = hint.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth && box.bottom <= innerHeight"
+    assert window.run(f"const hint = document.getElementById('hint'); {inside}")
 
 
 def test_a_note_is_kept_in_the_browser(window, page):

@@ -7,17 +7,11 @@
     document.head.append(script);
   });
   const data = async name => { await load(`data/${name}.js`); return known[name]; };
-  const make = (tag, properties, ...children) => {
-    const element = Object.assign(document.createElement(tag), properties);
-    element.append(...children);
-    return element;
-  };
+  const { make, digits, card, pairs, exampleItem, histogram } = crosscodeParts;
   const byId = id => document.getElementById(id);
   let served = false;
   const asked = !location.protocol.startsWith("http") ? Promise.resolve() :
     fetch("notes").then(answer => answer.ok ? answer.json() : undefined).catch(() => undefined);
-  const digits = value => typeof value !== "number" ? value ?? "–" :
-    Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(3)));
 
   // ---- the table: sorted and searched here, shown by Tabulator page by page
 
@@ -126,76 +120,6 @@
 
   // ---- one latent
 
-  function* pieces(texts, numbers) {
-    let bytes = [], from = 0;
-    for (const [i, number] of numbers.entries()) {
-      const piece = texts.pieces[number];
-      if (typeof piece === "string") {
-        if (bytes.length) yield [from, i, new TextDecoder().decode(new Uint8Array(bytes))];
-        bytes = [];
-        yield [i, i + 1, piece];
-        continue;
-      }
-      if (!bytes.length) from = i;
-      bytes.push(...piece);
-      try {
-        yield [from, i + 1, new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes))];
-        bytes = [];
-      } catch { /* a character that goes on in the next token */ }
-    }
-    if (bytes.length) yield [from, numbers.length, new TextDecoder().decode(new Uint8Array(bytes))];
-  }
-
-  function exampleItem(texts, [sequence, position, ...active], largest, norms) {
-    const strengths = new Map();
-    for (let i = 0; i < active.length; i += 2) strengths.set(position + active[i], active[i + 1]);
-    const code = make("code"), more = make("button", { className: "more", textContent: "more", title: "show more of the text around" });
-    let radius = [20, 11];
-    const draw = () => {
-      const tokens = texts.texts[sequence], first = Math.max(0, position - radius[0]);
-      const shown = tokens.slice(first, position + radius[1] + 1);
-      code.replaceChildren(...[...pieces(texts, shown)].map(([from, to, text]) => {
-        const value = Math.max(0, ...Array.from({ length: to - from }, (_, i) => strengths.get(first + from + i) ?? 0));
-        const span = make("span", { textContent: text });
-        if (value > 0) {
-          span.className = "hit";
-          span.style.setProperty("--s", Math.min(1, value / largest));
-          const each = norms.map(([name, norm]) => `${name} ${digits(value * norm)}`).join(", ");
-          span.title = `activation ${digits(value)}${each && `; it writes a vector of norm: ${each}`}`;
-        }
-        if (first + from <= position && position < first + to) span.classList.add("peak");
-        return span;
-      }));
-      more.hidden = first === 0 && position + radius[1] >= tokens.length - 1;
-    };
-    more.addEventListener("click", () => { radius = radius.map(r => r * 3); draw(); });
-    draw();
-    return make("li", {}, make("span", { className: "value", textContent: digits(strengths.get(position)) }), code, more);
-  }
-
-  function histogram(counts, upper) {
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    svg.setAttribute("viewBox", "0 0 320 100");
-    svg.setAttribute("class", "histogram");
-    svg.setAttribute("role", "img");
-    svg.setAttribute("aria-label", `histogram of activations up to ${digits(upper)}`);
-    const most = Math.log1p(Math.max(...counts)), width = 320 / counts.length;
-    counts.forEach((count, i) => {
-      const bar = document.createElementNS(svg.namespaceURI, "rect"), height = 100 * Math.log1p(count) / most;
-      const sizes = { x: i * width, y: 100 - height, width: Math.max(width - 1, 0.5), height };
-      for (const [key, value] of Object.entries(sizes)) bar.setAttribute(key, value);
-      const title = document.createElementNS(svg.namespaceURI, "title");
-      title.textContent = `${digits(upper * i / counts.length)} to ${digits(upper * (i + 1) / counts.length)}: ${count}`;
-      bar.append(title);
-      svg.append(bar);
-    });
-    return svg;
-  }
-
-  const card = (title, ...children) => make("section", { className: "block" }, make("h3", { textContent: title }), ...children);
-  const pairs = (rows, first) => make("table", {}, make("tbody", {}, ...rows.map(([key, value]) =>
-    make("tr", {}, make("td", {}, first(key)), make("td", { textContent: digits(value) })))));
-
   async function showLatent(latent) {
     const view = byId("latent");
     await readTable();
@@ -203,12 +127,12 @@
       view.replaceChildren(make("p", { textContent: `There is no latent ${latent}; they go from 0 to ${search.length - 1}.` }));
       return;
     }
-    const { perFile } = known.table;
+    const { perFile, readers } = known.table;
     const [some, texts] = await Promise.all([data(`records-${Math.floor(latent / perFile)}`), data("texts")]);
     const record = some[latent % perFile];
-    const largest = Math.max(1e-30, column("max_activation").values[latent]);
     const norms = columns.filter(one => one.name.startsWith("decoder_norm"))
       .map(one => [one.name.slice("decoder_norm_".length), one.values[latent]]);
+    const shown = { texts, readers, norms, largest: Math.max(1e-30, column("max_activation").values[latent]) };
     const of = name => column(name).values[latent];
     reorder();
     const at = order.indexOf(latent), step = by => order[at + by] ?? (at < 0 ? latent + by : undefined);
@@ -238,7 +162,7 @@
           card(`Smallest logits, ${name}`, pairs(bottom, text => make("code", { textContent: text })))])),
       ...record.examples.flatMap((examples, i) => examples.length ? [make("section", { className: "card" },
         make("h3", { textContent: titles[i] }),
-        make("ol", { className: "snippets" }, ...examples.map(one => exampleItem(texts, one, largest, norms))))] : []));
+        make("ol", { className: "snippets" }, ...examples.map(one => exampleItem(shown, one))))] : []));
     view.dataset.latent = latent;
   }
 

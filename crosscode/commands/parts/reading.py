@@ -177,6 +177,21 @@ def displays_of(experiment: AnyExperiment) -> dict[int, TokenDisplay]:
     return {x: TokenDisplay(harvester.tokenizer_of(m)) for x, (m, _) in places if harvester.reads_M[m]}
 
 
+def tokenizers_of(experiment: AnyExperiment) -> dict[str, Any]:
+    """Where language models have several tokenizers: each, the first one first, by the names of those that read its tokens."""
+    if not isinstance(experiment, Experiment) or not experiment.harvester.other_tokenizers:
+        return {}
+    harvester = experiment.harvester
+    first_of = [harvester.reads_M.index(number) for number in range(len(harvester.other_tokenizers) + 1)]
+    names = [lm.short_name() for lm in experiment.config.language_models]
+    return {
+        ", ".join(
+            name for name, own in zip(names, harvester.reads_M, strict=True) if own == number
+        ): harvester.tokenizer_of(m)
+        for number, m in enumerate(first_of)
+    }
+
+
 def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:
     """See `Run.logits`."""
     experiment = text_experiment(run, "logits(latent)")

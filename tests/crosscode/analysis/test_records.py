@@ -72,10 +72,10 @@ def test_the_pass_is_the_one_of_the_report_and_the_text_is_kept(found):
     alone = study_latents(model, batches, split, NAMES)
     assert torch.equal(alone.firing.counts_L, study.firing.counts_L)
     tokens = [row for batch in batches for row in batch.tokens_HS.tolist()]
-    assert [one.tolist() for one in records.sequences] == tokens
+    assert [one.tolist() for one in records.texts.sequences] == tokens
     for latent in range(model.n_latents):
         for example in study.top.examples(latent):
-            assert records.sequences[example.sequence][example.position] == example.tokens[example.peak]
+            assert records.texts.sequences[example.sequence][example.position] == example.tokens[example.peak]
 
 
 def test_a_histogram_widens_without_losing_counts(make_model, make_heldout):
