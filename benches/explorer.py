@@ -59,6 +59,8 @@ def main(n_latents: int, n_tokens: int) -> None:
     torch.manual_seed(0)
     model = ModelHookpointAcausalCrosscoder(2, 1, D, n_latents, TopkActivation(K, n_latents), backend="torch").eval()
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
         for part in model.parts:
             part.W_dec_LXoDo.copy_(torch.nn.functional.normalize(torch.randn_like(part.W_dec_LXoDo), dim=-1))
             part.W_enc_LXiDi.copy_(part.W_dec_LXoDo)

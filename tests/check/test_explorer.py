@@ -103,8 +103,8 @@ def test_a_latent_shows_hostile_tokens_as_text(window, page):
     hint = window.run("return document.querySelector('#hint:not([hidden])').textContent").splitlines()
     assert [line.split(maxsplit=1)[0] for line in hint] == ["activation", "reads:", "writes"]
     assert hint[1].startswith(f"reads: {EVIL} ") and ", tuned " in hint[1]
-    inside = "const box = hint.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth && box.bottom <= innerHeight"
-    assert window.run(f"const hint = document.getElementById('hint'); {inside}")
+    box = "const box = document.getElementById('hint').getBoundingClientRect(); "
+    assert window.run(f"{box} return box.left >= 0 && box.right <= innerWidth && box.bottom <= innerHeight")
 
 
 def test_a_note_is_kept_in_the_browser(window, page):
