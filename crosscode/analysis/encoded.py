@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from crosscode_kernels.sparse import DenseLatents, Latents
@@ -17,10 +17,21 @@ from torch import Tensor
 
 from crosscode.analysis.geometry import output_scaling_X
 from crosscode.analysis.reads import read_NR
-from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
+
+
+class OtherTokens(Protocol):
+    """The same sequences in another tokenizer's tokens (T positions), and the partner of each of the first one's positions."""
+
+    @property
+    def tokens_HT(self) -> Tensor: ...
+    @property
+    def usable_HT(self) -> Tensor: ...
+    @property
+    def place_HS(self) -> Tensor: ...
+    def __getitem__(self, rows: Any) -> Self: ...
 
 
 class HeldoutBatch(Protocol):
