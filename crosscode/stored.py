@@ -5,12 +5,14 @@ Fields that a schema does not name pass through: later versions may add some. Ve
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from crosscode.config.checked import problem_text
 from crosscode.errors import InputError, first_line
@@ -25,6 +27,31 @@ class Stored(BaseModel):
     """Base of the schemas. A value is what it says: no text for a number."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+SEAL = "digest"
+
+
+def seal_of(values: Mapping[str, Any]) -> str:
+    """Digest of what a file says, but for the digest itself."""
+    text = json.dumps({name: value for name, value in values.items() if name != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Sealed(Stored):
+    """A file of figures that are read back and believed."""
+
+    digest: str | None = None
+    """of all the rest; earlier versions wrote none"""
+    of_model: str | None = None
+    """SHA-256 of the weights that the figures are of"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_as_written(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get(SEAL) not in (None, seal_of(values)):
+            raise ValueError("changed since it was written (its digest is that of other figures)")
+        return values
 
 
 # ---- a run
@@ -48,8 +75,11 @@ class Marker(Stored):
     format: int
 
 
-class Summary(Stored):
+class Summary(Sealed):
     """`summary.json`"""
+
+    n_metrics: Count | None = None
+    """lines of metrics.jsonl"""
 
     step: Count
     tokens: Count
@@ -99,7 +129,7 @@ class PrefixFigures(Stored):
     l0: float
 
 
-class Evaluation(Stored):
+class Evaluation(Sealed):
     """`evaluation.json`"""
 
     fvu: float | None = None

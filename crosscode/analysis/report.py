@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
+
+log = logging.getLogger("crosscode")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def write_report(
                 say(line)
     except (CrosscodeError, OSError) as error:
         reason = str(error)
+    for problem in [*record.problems, *([f"latents were not looked at: {reason}"] if reason else [])]:
+        log.warning("report: %s", problem)
     page = render(record, model, study, tokenizer, reason, looks=looks)
     path = output or record.path / "report.html"
     write_text(path, page)

@@ -9,6 +9,7 @@ from typing import Any
 
 from crosscode.analysis.metrics_file import Metrics, read_metrics
 from crosscode.errors import InputError
+from crosscode.runs.directory import RunDirectory
 from crosscode.stored import Evaluation, SavedModel, Summary, read_json
 
 
@@ -85,6 +86,13 @@ def read_run(path: str | Path) -> RunRecord:
             pass
         except (InputError, OSError) as error:
             problems.append(str(error))
+    try:
+        RunDirectory(path).check_figures()
+    except (InputError, OSError) as error:
+        problems.append(str(error))
+    n_lost = (files["summary.json"].get("n_metrics") or 0) - len(metrics.rows) - metrics.n_unreadable
+    if metrics.rows and n_lost > 0:
+        problems.append(f"{n_lost} line(s) of metrics.jsonl are gone.")
     return RunRecord(
         path,
         config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else "",

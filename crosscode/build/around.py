@@ -20,6 +20,7 @@ from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.models import ARCHITECTURES, BaseCrosscoder
 from crosscode.models.checkpoint import model_config
 from crosscode.runs.directory import RunDirectory
+from crosscode.runs.metrics import Metrics
 from crosscode.trainers.summary import summary
 
 
@@ -99,10 +100,10 @@ def write_run_around(
         with run.held():
             run.begin()
             experiment.keep_heldout_in(run.path)
-            run.write_evaluation(result.to_json())
             model.save(run.final, model_metadata(experiment))
+            run.write_evaluation(result.to_json())
             counts = {"step": 0, "tokens": 0, "seconds": 0.0}
-            run.write_summary(summary(model, counts, {}, experiment.output_names(), result))
+            run.write_summary(summary(model, counts, Metrics([]), experiment.output_names(), result))
     except BaseException:
         run.undo()
         raise

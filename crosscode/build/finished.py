@@ -12,10 +12,17 @@ from torch import Tensor
 
 from crosscode.build.experiment import open_experiment
 from crosscode.build.heldout import AnyExperiment
-from crosscode.build.resume import config_values
+from crosscode.build.resume import (
+    CHECKED_BY_FINGERPRINT,
+    MOVED,
+    NO_EFFECT_ON_WEIGHTS,
+    ROUNDING,
+    changes,
+    config_values,
+    matches,
+)
 from crosscode.build.run import check_same_language_models
 from crosscode.build.schema import check_config, load_own_config
-from crosscode.config.data import TokenRules
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
@@ -121,8 +128,8 @@ class FinishedRun:
 
 
 def check_is_its_own(config: ExperimentConfig, folder: Path) -> None:
-    """Whether a config, which somebody may have changed, is that of the saved model beside it, as far as that decides its
-    figures. Other text, or other rules for its tokens, are allowed, and said.
+    """Whether a config, which somebody may have changed, is that of the saved model beside it. Whatever is another and
+    decides weights or figures is said.
 
     Raises:
         InputError: another architecture, other hookpoints or language models.
@@ -131,10 +138,6 @@ def check_is_its_own(config: ExperimentConfig, folder: Path) -> None:
     if before is None:
         return
     then, now = (config_values(one) for one in (check_config(today(before, str(folder))), config))
-    for name in (*TokenRules.model_fields, "sequence_length"):
-        old, new = then["data"].get(name), now["data"].get(name)
-        if old != new:
-            log.warning("config.yaml: data.%s is %r; the model was trained with %r", name, new, old)
     fields = {
         "hookpoints": (then["hookpoints"], now["hookpoints"]),
         "crosscoder.type": (then["crosscoder"]["type"], now["crosscoder"]["type"]),
@@ -145,3 +148,7 @@ def check_is_its_own(config: ExperimentConfig, folder: Path) -> None:
             raise InputError(
                 f"config.yaml: {name} = {new!r}: the model in {str(folder)!r} was trained with {old!r}; put it back"
             )
+    passed_over = (*NO_EFFECT_ON_WEIGHTS, *CHECKED_BY_FINGERPRINT, *MOVED, *ROUNDING)
+    for name, (old, new) in sorted(changes(then, now)):
+        if not matches(name, passed_over):
+            log.warning("config.yaml: %s is %r; the model was trained with %r", name, new, old)

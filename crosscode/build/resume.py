@@ -97,15 +97,15 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         InputError: a field that decides the model, the optimizer or the stream of activations.
     """
-    for field, (old, new) in sorted(_changes(before, now)):
+    for field, (old, new) in sorted(changes(before, now)):
         change = f"resume: {field} was {old!r} when the checkpoint was written and is {new!r} now"
-        if _matches(field, (*NO_EFFECT_ON_WEIGHTS, *CHECKED_BY_FINGERPRINT)):
+        if matches(field, (*NO_EFFECT_ON_WEIGHTS, *CHECKED_BY_FINGERPRINT)):
             log.info("%s: it holds from here on, and leaves the weights as they would have been", change)
-        elif _matches(field, MOVED):
+        elif matches(field, MOVED):
             log.warning("%s: the run goes on to the bit if the same is there", change)
-        elif _matches(field, ROUNDING):
+        elif matches(field, ROUNDING):
             log.warning("%s: the run goes on, equal up to rounding but not to the bit", change)
-        elif _matches(field, OTHER_RUN):
+        elif matches(field, OTHER_RUN):
             log.warning("%s: the run goes on with the new value, as neither config alone would have trained it", change)
         else:
             raise InputError(
@@ -114,7 +114,7 @@ def check_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
     old, new = dict(flatten(before)), dict(flatten(now))
     for field in old.keys() | new.keys():
         # A field that only one of them has is absent in the other: None, as where it is off.
@@ -122,5 +122,5 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
             yield field, (old.get(field), new.get(field))
 
 
-def _matches(field: str, patterns: tuple[str, ...]) -> bool:
+def matches(field: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(field, pattern) for pattern in patterns)

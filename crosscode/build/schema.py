@@ -7,12 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-import yaml
 from pydantic import BaseModel, Field, create_model
 
 from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
-from crosscode.config.reading import read_trusted, read_yaml
+from crosscode.config.reading import dump_yaml, read_trusted, read_yaml
 from crosscode.config.registry import FIELDS, ConfigModel, Registry
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
@@ -118,7 +117,7 @@ def dump_config(config: ExperimentConfig) -> str:
     for language_model in values["language_models"]:
         _make_model_absolute(language_model)
     _make_data_absolute(values["data"])
-    return yaml.safe_dump({name: values[name] for name in (*_FIRST, *values)}, sort_keys=False, allow_unicode=True)
+    return dump_yaml({name: values[name] for name in (*_FIRST, *values)})
 
 
 def _make_data_absolute(data: dict[str, Any]) -> None:

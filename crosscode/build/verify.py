@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from crosscode.build.arrays import HELDOUT_FILE
 from crosscode.build.finished import check_is_its_own
@@ -19,10 +20,10 @@ from crosscode.errors import InputError, first_line
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import WEIGHTS_FILE
 from crosscode.runs.checkpoints import find_step_damage
-from crosscode.runs.directory import RunDirectory, open_run
-from crosscode.runs.loggers import unreadable_lines
+from crosscode.runs.directory import FIGURES, RunDirectory, open_run
+from crosscode.runs.loggers import count_lines
 from crosscode.runs.run_files import ASIDE, read_marker
-from crosscode.stored import Evaluation, Summary, SweepRow, read_json
+from crosscode.stored import SweepRow, read_json
 
 Finding = tuple[str, str | None]
 """What was looked at, and what is wrong with it."""
@@ -64,27 +65,33 @@ def _run(path: Path) -> Iterator[Finding]:
     )
     config = _found("config.yaml", partial(load_config, run.config_file))
     yield config
-    for name in ("metrics.jsonl", "histograms.jsonl"):
+    read: dict[str, Any] = {}
+    for name, kind in FIGURES.items():
         if (path / name).exists():
-            yield _found(name, partial(_lines, path / name))
-    for name, kind in (("summary.json", Summary), ("evaluation.json", Evaluation)):
+            yield _found(name, lambda name=name, kind=kind: read.update({name: read_json(path / name, kind)}))
+    for name, n_lines in (("metrics.jsonl", read.get("summary.json", {}).get("n_metrics")), ("histograms.jsonl", None)):
         if (path / name).exists():
-            yield _found(name, partial(read_json, path / name, kind))
+            yield _found(name, partial(_lines, path / name, n_lines or 0))
     if (path / HELDOUT_FILE).exists():
         yield _found(HELDOUT_FILE, partial(read_header, path / HELDOUT_FILE))
     for step in run.steps():
         yield _found(f"checkpoints/step_{step}", partial(find_step_damage, run.checkpoint(step)))
     if run.final.exists():
         yield _found("final", partial(_final, run, with_config=config[1] is None))
+    elif (path / "summary.json").exists():
+        yield "final", "missing: summary.json tells of it"
 
 
-def _lines(file: Path) -> str | None:
-    n_bad = unreadable_lines(file)
-    return f"{n_bad} line(s) cannot be read" if n_bad else None
+def _lines(file: Path, n_written: int) -> str | None:
+    n_lines, n_bad = count_lines(file)
+    if n_bad:
+        return f"{n_bad} line(s) cannot be read"
+    return f"{n_written - n_lines} line(s) are gone" if n_lines < n_written else None
 
 
 def _final(run: RunDirectory, *, with_config: bool) -> str | None:
     problem = _model(run.final)
+    run.check_figures()
     if problem is None and with_config:
         check_is_its_own(load_config(run.config_file), run.final)
     return problem

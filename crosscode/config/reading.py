@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """`SafeLoader` that refuses what the standard one passes over or drowns in."""
+    """`SafeLoader` that refuses what the standard one passes over or drowns in. What looks like a number or a truth only to
+    YAML 1.1 (1:30, on, 010, a date) is the text that stands there; a field of numbers or truths reads it as people do."""
 
+    yaml_implicit_resolvers = {}  # noqa: RUF012
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -45,6 +48,31 @@ class _Loader(yaml.SafeLoader):
         if node is not None and _n_values(node, {}) > MAX_VALUES:
             raise _refusal(f"more than {MAX_VALUES:,} values, aliases counted in full", node)
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is something else than text to the reader here, or to other readers."""
+
+
+_NUMBERS = "-+0123456789."
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", _NUMBERS),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        _NUMBERS,
+    ),
+    ("merge", "<<", "<"),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+
+
+def dump_yaml(values: Any) -> str:
+    """Text that `load_yaml` reads as the same plain values, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from crosscode.config.reading import dump_yaml
 from crosscode.errors import InputError
 from crosscode.files import write_parts
 
@@ -114,4 +114,4 @@ def write_dataset(folder: Path, rows: list[dict[str, Any]], name: str, base_mode
         f"# Latents of {name}\n\nA row for each latent: firing rates, decoder norms, examples, logits, neighbours.\n\n"
     )
     text += '```python\nimport datasets\n\nlatents = datasets.load_dataset("USER/NAME", split="train")\n```\n'
-    write_parts(folder / CARD, [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}".encode()])
+    write_parts(folder / CARD, [f"---\n{dump_yaml(front)}---\n\n{text}".encode()])

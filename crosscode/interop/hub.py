@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crosscode.checksums import CHECKSUMS_FILE
 from crosscode.config.nested import flatten
-from crosscode.config.reading import load_yaml
+from crosscode.config.reading import dump_yaml, load_yaml
 from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
@@ -159,7 +157,7 @@ def _for_others(file: Path) -> str:
     ]
     if here:
         log.warning("push: %s says where things lie on this machine: %s", file.name, ", ".join(here))
-    return yaml.safe_dump(values, sort_keys=False)
+    return dump_yaml(values)
 
 
 def _check_name(name: str) -> None:
@@ -262,7 +260,7 @@ def card(model_folder: Path, run: Path | None, name: str, licence: str | None = 
     lines += ["It takes raw activations of its hookpoints: the scaling of training is folded into the weights.", ""]
     if config is not None:
         lines += [f"`{RUN_CONFIG}`, with which it was trained:", "", "```yaml", config.rstrip(), "```", ""]
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(lines)
+    return f"---\n{dump_yaml(front)}---\n\n" + "\n".join(lines)
 
 
 def _figures(run: Path | None) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from crosscode.models.elsewhere import elsewhere
 from crosscode.models.folding import fold_scaling_
 from crosscode.stored import SavedModel, check, read_json
 
+log = logging.getLogger("crosscode")
+
 ModelT = TypeVar("ModelT", bound=Coder)
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -40,11 +43,11 @@ def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def write_model(model: Coder, folder: Path, metadata: dict[str, Any], scaling: Scaling | None = None) -> None:
-    """Write the two files into an existing folder. `scaling`: what the activations of an unfolded model in training are
-    multiplied with, so that `load` can fold it."""
+    """Write the two files into an existing folder, which is to have checksums. `scaling`: what the activations of an
+    unfolded model in training are multiplied with, so that `load` can fold it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_tensors(tensors, folder / WEIGHTS_FILE)
-    config = {**MODEL.stamp(), "model": model_config(model), "metadata": metadata}
+    config = {**MODEL.stamp(), "has_checksums": True, "model": model_config(model), "metadata": metadata}
     if scaling is not None:
         config["scaling"] = [factors.tolist() for factors in scaling]
     write_json(folder / CONFIG_FILE, config)
@@ -94,6 +97,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(
             f"model path {str(path)!r}: no {CONFIG_FILE} there; expected a folder written by `save`"
         ) from error
+    except OSError as error:
+        raise InputError(f"{path / CONFIG_FILE}: cannot be read ({error.strerror})") from error
     where = str(path / CONFIG_FILE)
     return check(MODEL.read(config, where), SavedModel, where)
 
@@ -109,8 +114,11 @@ def is_own(path: Path) -> bool:
 
 
 def check_undamaged(path: Path) -> None:
-    """Raise `InputError` for a saved model that is not as it was written. Earlier versions left no checksums."""
-    damage = find_damage(path, MODEL_FILES) if (path / CHECKSUMS_FILE).exists() else None
+    """Raise `InputError` for a saved model that is not as it was written. Earlier versions left no checksums, which is said."""
+    if not (path / CHECKSUMS_FILE).exists() and not read_config(path).get("has_checksums"):
+        log.warning("%s: no %s there: nothing tells whether the model is as it was written", path, CHECKSUMS_FILE)
+        return
+    damage = find_damage(path, MODEL_FILES)
     if damage is not None:
         raise InputError(f"model path {str(path)!r}: damaged ({damage})")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crosscode.checksums import CHECKSUMS_FILE
 from crosscode.errors import InputError
-from crosscode.files import check_is_no_link, held, is_temporary, remove, write_json, write_text
+from crosscode.files import check_is_no_link, held, is_temporary, json_text, remove, write_json, write_text
 from crosscode.runs.run_files import (
     ASIDE,
     CONFIG_FILE,
@@ -25,9 +27,12 @@ from crosscode.runs.run_files import (
     step_files,
     write_marker,
 )
-from crosscode.stored import Summary, read_json
+from crosscode.stored import SEAL, Checksums, Evaluation, Summary, read_json, seal_of
 
 log = logging.getLogger("crosscode")
+
+WEIGHTS_FILE = "model.safetensors"
+FIGURES = {"summary.json": Summary, "evaluation.json": Evaluation}
 
 
 class RunDirectory:
@@ -218,11 +223,50 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, whole or not at all."""
-        write_json(self.path / "summary.json", summary)
+        self._write_figures("summary.json", summary)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Write `evaluation.json`, whole or not at all."""
-        write_json(self.path / "evaluation.json", evaluation)
+        self._write_figures("evaluation.json", evaluation)
+
+    def _write_figures(self, name: str, figures: dict[str, Any]) -> None:
+        values = json.loads(json_text({**figures, "of_model": self.model_digest()}))
+        write_json(self.path / name, {**values, SEAL: seal_of(values)})
+
+    def drop_figures(self) -> None:
+        """Those of a model that is about to be another."""
+        for name in FIGURES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def model_digest(self) -> str | None:
+        """That of the trained model's weights, as its checksums have it."""
+        file = self.final / CHECKSUMS_FILE
+        files = read_json(file, Checksums)["files"] if file.is_file() else {}
+        return files.get(WEIGHTS_FILE, {}).get("sha256")
+
+    def has_final(self) -> bool:
+        """Whether there is a trained model, whole or not."""
+        return self.final.is_dir() and any(self.final.iterdir())
+
+    def check_final(self) -> None:
+        """Raise `InputError` where `final/` lacks its weights, or figures beside it are of another model."""
+        if not (self.final / WEIGHTS_FILE).is_file():
+            raise InputError(f"model path {str(self.final)!r}: damaged ({WEIGHTS_FILE} is missing)")
+        self.check_figures()
+
+    def check_figures(self) -> None:
+        """Raise `InputError` where figures that can be read are of another model than lies in `final/`."""
+        digest = self.model_digest()
+        for name, kind in FIGURES.items():
+            try:
+                of_model = read_json(self.path / name, kind).get("of_model")
+            except (InputError, FileNotFoundError):
+                continue
+            if None not in (digest, of_model) and of_model != digest:
+                raise InputError(
+                    f"run: {str(self.path / name)!r} is of another model than lies in {str(self.final)!r}: one of them "
+                    "comes from another run; put its own back, or take the figures away"
+                )
 
     def read_summary(self) -> dict[str, Any]:
         """What `summary.json` says; raises `InputError` where it is damaged."""

@@ -97,20 +97,25 @@ class _Lines:
 
 def cut_rows(path: Path, last_step: int, n_rows: int | None = None) -> None:
     """Keep the rows up to a step, and at most the first `n_rows`. An unfinished last line goes as well."""
-    if not path.is_file():
-        return
-    rows = list(_rows(path))
+    rows = list(_rows(path)) if path.is_file() else []
     kept = [line for line, step in rows if step is not None and step <= last_step]
     n_dropped = sum(step is None for _, step in rows)
     if n_dropped:
         log.warning("%s: %d lines that cannot be read are dropped", path, n_dropped)
+    if n_rows is not None and len(kept) < n_rows:
+        log.warning(
+            "%s: %d of the %d lines that were written by step %d are gone", path, n_rows - len(kept), n_rows, last_step
+        )
+    if not path.is_file():
+        return
     kept = kept if n_rows is None else kept[:n_rows]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def unreadable_lines(path: Path) -> int:
-    """How many lines of a file are no rows."""
-    return sum(step is None for _, step in _rows(path))
+def count_lines(path: Path) -> tuple[int, int]:
+    """How many lines a file has, and how many of them are no rows."""
+    steps = [step for _, step in _rows(path)]
+    return len(steps), steps.count(None)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, int | None]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.models.base import BaseCrosscoder
+from crosscode.runs.metrics import Metrics
 
 PACKAGES = ("crosscode", "torch", "triton", "transformers", "transformer-lens", "datasets", "safetensors")
 
@@ -33,17 +34,18 @@ def tokens_per_s(counts: Mapping[str, float]) -> float:
 def summary(
     model: BaseCrosscoder,
     counts: Mapping[str, float],
-    last: Mapping[str, Any],
+    metrics: Metrics,
     position_names: Sequence[str],
     evaluation: EvaluationResult | None,
     callback_figures: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Held-out figures where there are some, else those of the last training batch, of which `last` is the metrics.
+    """Held-out figures where there are some, else those of the last training batch.
 
     Args:
         counts: `step`, `tokens` and `seconds` of training.
         callback_figures: names in the metrics that are callbacks'.
     """
+    last = metrics.last
     positions = {name: last.get(f"fvu/{name}") for name in position_names}
     return {
         "step": counts["step"],
@@ -62,4 +64,5 @@ def summary(
         "backend": model.ops.name,
         "device": str(model.device),
         "versions": versions(),
+        "n_metrics": metrics.n_rows,
     }

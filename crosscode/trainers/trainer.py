@@ -224,15 +224,15 @@ class Trainer:
         self.recent.settle_()
         self.model.eval()
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
+        self.run.drop_figures()
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
             self.model.save(self.run.final, self.metadata)
         self.callbacks.checkpoint(self, self.run.final)
         self.run.drop_put_by()
-        evaluation = self._evaluate(None)
-        if evaluation is not None:
+        if (evaluation := self._evaluate(None)) is not None:
             self.run.write_evaluation(evaluation.to_json())
         self.metrics.close()
-        beside = (self.metrics.last, self.position_names, evaluation, self.callbacks.names)
+        beside = (self.metrics, self.position_names, evaluation, self.callbacks.names)
         self.run.write_summary(figures := summary(self.model, self.counts(), *beside))
         self.objective.warn_if_missed(figures["l0"])
         if evaluation is not None:

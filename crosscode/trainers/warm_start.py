@@ -5,6 +5,7 @@ Axes: B tokens · Xi/Xo input/output crosscoding dims · Di width · L latents.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from crosscode.models.elsewhere import elsewhere
 from crosscode.models.initialization.base import SampleBatches
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory
+
+log = logging.getLogger("crosscode")
 
 N_SAMPLE_TOKENS = 8192
 
@@ -61,10 +64,13 @@ def find_model(source: str, field: str = "finetune_from") -> Path:
     if (path / "model.safetensors").is_file():
         return path
     run = RunDirectory(path)
-    if (run.final / "model.safetensors").is_file():
+    if run.has_final():
+        run.check_final()
         return run.final
     step = Checkpoints(run).newest_whole()
     if step is not None:
+        if (run.path / "summary.json").is_file():
+            log.warning("run %s: its trained model, final/, is gone; that of checkpoint %d is taken", run.path, step)
         return run.checkpoint(step)
     if path.exists() and elsewhere("recognise")(path) is not None:
         return path

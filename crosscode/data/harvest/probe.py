@@ -68,7 +68,7 @@ def check_names(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> None:
     asked = [(name, block, part) for name, block, part in asked if part in (*_SUMMANDS, *_NEURONS)]
     if not asked:
         return
-    parts = ("hook_resid_pre", "hook_resid_post", *_SUMMANDS, *_NEURONS.values())
+    parts = ("hook_resid_pre", "hook_resid_post", *_SUMMANDS, *_NEURONS, *_NEURONS.values())
     wanted = [f"{block}.{part}" for block in dict.fromkeys(block for _, block, _ in asked) for part in parts]
     model = run.model
     S = min(_TOKENS, model.max_sequence_length or _TOKENS)
@@ -83,12 +83,32 @@ def check_names(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> None:
                     f"hookpoints: {name!r} of {model.name!r} is not the MLP's neurons but {block}.{_NEURONS[part]}: "
                     "name that, or a module's path"
                 )
+            if part != "mlp.hook_post" and _give_neurons(of_block, model) is False:
+                raise InputError(
+                    f"hookpoints: {name!r} of {model.name!r} is not what its name says: the MLP's neurons "
+                    "(mlp.hook_post) do not follow from it by the activation function alone (a factor stands between); name "
+                    "the module that is meant by its path, or mlp.hook_post"
+                )
         elif _is_received(part, of_block, torch.finfo(model.dtype).eps) is False:
             raise InputError(
                 f"hookpoints: {name!r} of {model.name!r} is not what its name says: in this model the residual stream "
                 "before and after the block do not differ by attention and MLP alone as they come out of their modules; "
                 "name the module that is meant by its path, or hook_resid_pre or hook_resid_post"
             )
+
+
+def _give_neurons(acts: dict[str, torch.Tensor], model: LanguageModel) -> bool | None:
+    """Whether act(pre) (x pre_linear) = post; None where that cannot be told."""
+    from transformers.activations import ACT2FN
+
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    found = next((value for name in names if (value := getattr(model.config, name, None)) in ACT2FN), None)
+    pre, linear, post = (acts.get(name) for name in ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"))
+    if found is None or pre is None or post is None or pre.shape != post.shape:
+        return None
+    expected = ACT2FN[found](pre.double()) * (1 if linear is None else linear.double())
+    error, eps = (expected - post.double()).norm(), torch.finfo(model.dtype).eps
+    return bool(error <= (0.01 + 16 * eps) * post.double().norm())
 
 
 def _is_received(part: str, acts: dict[str, torch.Tensor], eps: float) -> bool | None:

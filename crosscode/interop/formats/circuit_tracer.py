@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor
 
 from crosscode.config.hookpoints import layer_of
-from crosscode.config.reading import load_yaml
+from crosscode.config.reading import dump_yaml, load_yaml
 from crosscode.config.registry import ConfigModel
 from crosscode.files import write_text
 from crosscode.interop.circuit_tracer_names import HOOKS, hook_names, name_note, name_problem
@@ -78,7 +77,7 @@ class CircuitTracer(Format):
             "feature_output_hook": hook_out,
             "scan": None,
         }
-        write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+        write_text(folder / CONFIG, dump_yaml(config))
 
     def recognises(self, path: Path) -> bool:
         if path.is_file():

@@ -63,6 +63,8 @@ def test_an_encoder_is_refused():
         ("cohere", GROUPED, ["hook_attn_out", "hook_mlp_out"], []),
         ("mixtral", {**GROUPED, "num_local_experts": 4}, ["hook_mlp_out"], ["mlp.hook_post", "mlp.hook_pre"]),
         ("granite", GROUPED, ["mlp.hook_post", "mlp.hook_pre"], []),
+        ("falcon_h1", {**FALCON_H1, "mlp_multipliers": [0.4, 1.0]}, ["mlp.hook_post"], ["mlp.hook_pre"]),
+        ("falcon_h1", FALCON_H1, ["mlp.hook_post", "mlp.hook_pre"], []),
     ],
 )  # fmt: skip
 def test_a_name_is_what_it_says_or_refused(kind, config, right, wrong):
@@ -120,6 +122,12 @@ def test_the_limit_of_positions_is_the_model_s_own(kind, config, limit):
     HarvestedRows(loader, harvester)
     with pytest.raises(InputError, match=f"sequence_length: {limit + 1} is above the models' limit of {limit}"):
         HarvestedRows(loader.fresh(sequence_length=limit + 1), harvester)
+
+
+def test_a_limit_of_minus_one_is_none():
+    config = AutoConfig.for_model("xlnet", vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    model = wrap_language_model(AutoModelForCausalLM.from_config(config), None, "tiny/xlnet")
+    assert model.config.max_position_embeddings == -1 and model.max_sequence_length is None
 
 
 def test_a_limit_that_nothing_names_is_found_by_trying(monkeypatch):
