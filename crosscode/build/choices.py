@@ -31,7 +31,7 @@ WORTH_TRYING = 1 << 32
 """Multiplications of one encode: below, a step is so short that no choice matters."""
 CLEARLY = 0.97
 """What a variant may take, of the time of the plainer one, to be chosen."""
-DENSITIES = (0.005, 0.03)
+DENSITIES = (0.03, 0.1)
 MOST = 0.25
 """Shares of active latents at which sparse products are timed; no share beyond `MOST` is said to be worth it."""
 

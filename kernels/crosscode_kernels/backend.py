@@ -21,9 +21,9 @@ _logger = logging.getLogger("crosscode_kernels")
 
 BackendName = Literal["auto", "triton", "torch", "reference", "torch:screened", "torch:rows", "torch:screened+rows"]
 """How a user spells a backend; what follows a colon are options."""
-SPARSE_BELOW = 0.025
-"""Share of active latents under which sparse products win on a CPU, where it was not measured: two cores, widths 512 to 3072,
-L 8192 to 65536."""
+SPARSE_BELOW = 0.12
+"""Share of active latents under which sparse products are taken on a CPU where it was not measured: they take 0.5 to 0.7 of a
+step's time at this share and all of it at 0.22 (two cores, widths 512 to 3072, L 4096 and 8192)."""
 
 
 @dataclass(frozen=True)
