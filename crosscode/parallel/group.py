@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from crosscode.errors import RankLost
 
@@ -30,7 +31,7 @@ class Group:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
             with _said_in_one_line():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self._begin(dist.get_rank(), dist.get_world_size())
 
     def _begin(self, rank: int, size: int) -> None:
@@ -99,6 +100,15 @@ class Group:
             for rank in range(1, self.size):
                 dist.recv(whole_R[slice(*self.bounds(n_rows, rank))], rank)
         return whole_R
+
+
+def _meet(backend: str) -> None:
+    """As `init_process_group`, at a place of its own for each attempt of `torchrun --max-restarts`: its store outlives the
+    processes, and in it new ones would find the addresses of those that have ended."""
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    apart = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=apart, rank=rank, world_size=size)
 
 
 class PaperGroup(Group):

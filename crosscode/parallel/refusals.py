@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
 from crosscode.parallel.group import n_ranks
 
@@ -26,7 +27,8 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     if getattr(optimizer, "row_sparse", None) == "auto":
         optimizer = optimizer.model_copy(update={"row_sparse": False})
     train = config.train.model_copy(update={"optimizer": optimizer})
-    backend = "torch" if config.backend == "auto" else config.backend
+    measured = config.backend == "auto" and available_device(config.device).type == "cpu"
+    backend = "torch" if measured else config.backend
     return config.model_copy(update={"backend": backend, "train": train})
 
 
@@ -38,8 +40,6 @@ def refusal(config: ExperimentConfig, ranks: int) -> str | None:
 def _problems(config: ExperimentConfig, ranks: int) -> Iterator[str]:
     train, coder = config.train, config.crosscoder
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
-    if config.backend in ("triton", "torch:screened"):
-        yield f"backend = {config.backend!r}: must be 'torch' or 'reference' in several processes"
     if train.compile:
         yield "train.compile = True: is for one process"
     n_latents: Any = get(coder, "n_latents")

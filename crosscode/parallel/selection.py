@@ -13,12 +13,7 @@ from torch import Tensor
 
 from crosscode.parallel.group import Group, summed
 
-DIGIT_BITS = 11
-
-
-def n_histograms(dtype: torch.dtype, n_places: int) -> int:
-    """How many histograms of `2 ** DIGIT_BITS` int32 numbers ranks add up."""
-    return sum(len(_shifts(bits)) for bits in (_value_bits(dtype), max(n_places - 1, 1).bit_length()))
+DIGIT_BITS = 16
 
 
 def kept_of_all(group: Group, rank_C: Tensor, place_C: Tensor, n_kept: int, n_places: int) -> Tensor:
@@ -27,7 +22,7 @@ def kept_of_all(group: Group, rank_C: Tensor, place_C: Tensor, n_kept: int, n_pl
     bits = _value_bits(rank_C.dtype)
     value_C = (rank_C if bits == 63 else rank_C.float()).abs().view(torch.int64 if bits == 63 else torch.int32).long()
     kept_C, equal_C = torch.zeros_like(value_C, dtype=torch.bool), torch.ones_like(value_C, dtype=torch.bool)
-    wanted = torch.tensor(n_kept, device=rank_C.device)
+    wanted = torch.full((), n_kept, device=rank_C.device)
     for key_C, n_bits in ((value_C, bits), (n_places - 1 - place_C, max(n_places - 1, 1).bit_length())):
         for shift in _shifts(n_bits):
             digit_C = (key_C >> shift) & ((1 << DIGIT_BITS) - 1)

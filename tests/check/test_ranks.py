@@ -1,9 +1,13 @@
 """Every recipe on two and four processes, in both precisions, on two twice; and ranks that end."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
     recipes += [
         f"{name}@reference@24" for name in ("sae_topk", "batch_topk_crosscoder", "jan_update_crosscoder", "sae_l1")
     ]
+    recipes += ["sae_topk@torch:screened@24"] if dtype == "float32" else []
     recipes += ["sae_topk@torch@9", "batch_topk_crosscoder@torch@9"]  # at 4: shards of 2, 2, 2 and 3, fewer than k
     one = train_on(1, tmp_path, dtype, recipes)[0]
     two, again, four = (train_on(n, tmp_path, dtype, recipes) for n in (2, 2, 4))
@@ -34,6 +39,15 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
         for several in (two, four):
             assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype) > 0
+
+
+def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):
+    names = ("sae_topk", "sae_batch_topk", "sae_jumprelu")
+    one = train_on(1, tmp_path, "float32", [f"{name}@torch@25" for name in names])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    two = train_on(2, tmp_path, "float32", [f"{name}@triton@25" for name in names])
+    for name in names:
+        assert_as_one(one[0][f"{name}@torch@25"], two[0][f"{name}@triton@25"], 1e-4)
 
 
 def test_bfloat16_is_trained_as_by_one_process_up_to_its_rounding(tmp_path):
@@ -88,6 +102,78 @@ def test_harvest_evaluation_and_histograms_are_those_of_one_process(tmp_path):
         found.append((evaluation["loss_recovered"], counted, evaluation["density_L"], histograms))
     for several in found[1:]:
         assert numbers(several) == pytest.approx(numbers(found[0]), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, float]:
+    """The model of a run that nobody disturbs, and for how many seconds its ranks were at work together."""
+    folder = tmp_path_factory.mktemp("whole")
+    processes, began = begun(folder, folder / "run")
+    finish(processes)
+    return folder / "run" / "final" / "model.safetensors", time.monotonic() - began
+
+
+def begun(folder: Path, run: Path) -> tuple[list[subprocess.Popen], float]:
+    """Two ranks that have met, and when."""
+    config = folder / "c.yaml"
+    config.write_text(CONFIG.replace("RUN", str(run)).replace("n_tokens: 2560", "n_tokens: 1280"))
+    processes = spawn(2, words=[str(Path(sys.executable).with_name("crosscode")), "train", str(config)])
+    assert processes[0].stdout is not None
+    while "loading language model" not in (line := processes[0].stdout.readline()):
+        assert line, "rank 0 has ended"
+    return processes, time.monotonic()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_that_is_killed_at_any_moment_ends_the_other_and_costs_nothing(tmp_path, uninterrupted, seed):
+    whole, seconds = uninterrupted
+    rank, moment = (random := Random(seed)).randrange(2), random.uniform(0, seconds)
+    processes, began = begun(tmp_path, tmp_path / "run")
+    time.sleep(max(0, began + moment - time.monotonic()))
+    was_over = processes[rank].poll() is not None
+    processes[rank].kill()
+    other = processes[1 - rank]
+    said = other.communicate(timeout=60)[0]
+    assert was_over or other.returncode in (74, 0), said  # 0: it had nothing left to do with the one that was killed
+    assert "Traceback" not in said
+    has_begun = (tmp_path / "run" / "config.yaml").exists()
+    words = ["--resume", str(tmp_path / "run")] if has_begun else [str(tmp_path / "c.yaml")]
+    if not (tmp_path / "run" / "summary.json").exists():
+        finish(spawn(2, words=[str(Path(sys.executable).with_name("crosscode")), "train", *words]))
+    one, resumed = (load_file(path) for path in (whole, tmp_path / "run" / "final" / "model.safetensors"))
+    assert all(torch.equal(one[name], resumed[name]) for name in one)
+
+
+def test_torchrun_starts_a_run_anew_from_its_last_checkpoint(tmp_path):
+    config, run, whole = tmp_path / "c.yaml", tmp_path / "run", tmp_path / "whole"
+    config.write_text(CONFIG.replace("RUN", str(run)))
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        "--no-python",
+    ]
+    words += [str(Path(sys.executable).with_name("crosscode")), "train", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]  # where the folder `kernels` must not stand for a package
+    agent = subprocess.Popen(
+        words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    rows, children = run / "metrics.jsonl", Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    for n_killed, n_rows in enumerate((7, 15)):
+        while not (rows.exists() and rows.read_text().count("\n") > n_rows):
+            assert agent.poll() is None, agent.communicate()[0]
+            time.sleep(0.05)
+        os.kill(int(children.read_text().split()[n_killed]), signal.SIGKILL)
+    said = agent.communicate(timeout=600)[0]
+    assert agent.returncode == 0, said
+    finish(spawn(2, words=[*words[-3:], "--run_dir", str(whole)]))
+    one, other = (load_file(path / "final" / "model.safetensors") for path in (run, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("rank", "number", "codes"), [(0, 9, [-9, 74]), (1, 9, [74, -9]), (0, 15, [75, 75])])

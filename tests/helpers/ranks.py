@@ -132,8 +132,8 @@ def check_traffic() -> None:
     rows = -(-L // n)
     ring = lambda n_bytes: 2 * (n - 1) * n_bytes // n  # noqa: E731
     of_batch = (
-        4 * ring(4 << 11) + (n - 1) * 8 + ring(8 * k * B) + ring(4 * k * B)
-    )  # three digits of a value, one of a place
+        3 * ring(4 << 16) + (n - 1) * 8 + ring(8 * k * B) + ring(4 * k * B)
+    )  # two digits of a value, one of a place
     of_each = {
         "encode_topk": (n - 1) * B * min(k, rows) * 8, "encode_batch_topk": of_batch, "encode_relu": (n - 1) * 4 * B * rows
     }  # fmt: skip

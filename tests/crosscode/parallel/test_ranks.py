@@ -48,7 +48,6 @@ def test_the_largest_are_those_of_a_stable_sort():
 @pytest.mark.parametrize(
     ("recipe", "change", "said"),
     [
-        ("sae_topk", {"backend": "triton"}, "backend = 'triton'"),
         ("sae_topk", {"train": {"compile": True}}, "train.compile = True"),
         ("sae_topk", {"crosscoder": {"n_latents": 3}}, "crosscoder.n_latents = 3"),
         ("sae_groupmax", {"crosscoder": {"activation": {"type": "groupmax", "k": 2}}}, "crosscoder.activation.k = 2"),
