@@ -88,6 +88,7 @@ class Summary(Sealed):
     l0: float | None
     dead_fraction: float | None
     loss_recovered: Figures | None = None
+    without_partner: float | None = None
     tokens_per_s: float | None
     wall_s: float | None = None
     backend: str
@@ -145,6 +146,7 @@ class Evaluation(Sealed):
     replacement_model: LayeredFigures | None = None
     groups: dict[str, dict[str, GroupFigures]] | None = None
     prefixes: list[PrefixFigures] | None = None
+    without_partner: float | None = None
 
 
 class SweepRow(Stored):

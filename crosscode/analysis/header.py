@@ -87,6 +87,9 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     versions = record.summary.get("versions")
     if versions:
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    if (share := record.figure("without_partner")) is not None:
+        about = "of held-out positions are left out: no token of another model's tokenizer ends there"
+        rows.append(("different tokenizers", f"{percent_text(share)} {about}"))
     for model in record.metadata.get("language_models") or []:
         details = ", ".join(f"{key} {value}" for key, value in model.items() if value and key != "name")
         rows.append((f"model {model_name(model)}", details))

@@ -18,6 +18,7 @@ from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, LogitEnds
 from crosscode.analysis.tokens import TokenDisplay
+from crosscode.analysis.wording import distinct_labels
 
 RECORDS_PER_FILE = 256
 N_BINS_SHOWN = 32
@@ -98,12 +99,13 @@ def _record(study: LatentsPass, records: LatentRecords, vocabulary: _Vocabulary,
     """One latent. Examples are `[sequence, position, at, value, ..., at, value, ...]`, places relative to the position; behind a
     value stands what is read from each of the readers."""
     histogram, upper = _histogram(records, latent)
+    labels = distinct_labels(study.position_names)
     return {
         "examples": [[_example(one) for one in some] for some in study.examples(latent).values()],
         "histogram": histogram,
         "upper": upper,
         "logits": {
-            name: [_ends(ends, vocabulary, latent, top=top) for top in (True, False)]
+            labels[name]: [_ends(ends, vocabulary, latent, top=top) for top in (True, False)]
             for name, ends in records.logits.items()
             if bool(ends.writes_L[latent])
         },

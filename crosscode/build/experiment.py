@@ -134,7 +134,8 @@ class Experiment(Activations, AnyExperiment):
         for batch in build_token_loader(self, heldout=True):
             acts_HSMPD = self.harvester.harvest(*batch.inputs).float()
             group_HSG = None if batch.labels is None else batch.labels.groups_T2()
-            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG, batch.others, batch.n_apart)
+            apart = (batch.n_apart, batch.n_apart + int(batch.mask_HS.sum())) if batch.others else (0, 0)
+            yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG, batch.others, apart)
 
     def groupings(self) -> Groupings:
         return {"source": build_token_loader(self, heldout=True).source_names, "role": ROLES}

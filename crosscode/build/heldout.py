@@ -28,14 +28,15 @@ from crosscode.trainers.callbacks import Callback
 @dataclass(frozen=True)
 class HeldoutBatch:
     """Held-out sequences, where their activations count, and the raw activations (float32). `group_HSG`: the numbers of each
-    position's groups, in the order of the experiment's `groupings`; `others`, `n_apart`: as of `TokenBatch`."""
+    position's groups, in the order of the experiment's `groupings`; `others`: as of `TokenBatch`; `apart`: how many positions have no partner
+    there, and of how many."""
 
     tokens_HS: Tensor
     mask_HS: Tensor
     acts_HSMPD: Tensor
     group_HSG: Tensor | None = None
     others: tuple[OtherTokens, ...] = ()
-    n_apart: int = 0
+    apart: tuple[int, int] = (0, 0)
 
     def usable(self) -> Tensor:
         """`acts_BMPD` of the usable positions."""
@@ -143,6 +144,14 @@ class AnyExperiment(ABC):
     ) -> EvaluationResult:
         """Held-out figures of a model that is folded, or else in training with the scaling in `scaling_MP`. `through` looks
         on as batches go by."""
-        activations = (batch.grouped() for batch in through(self.heldout_batches(n_tokens)))
+        apart: list[tuple[int, int]] = []
+
+        def activations() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+            for batch in through(self.heldout_batches(n_tokens)):
+                apart.append(batch.apart)
+                yield batch.grouped()
+
         names, groupings = self.output_names(), self.groupings()
-        return measure_reconstruction(model, activations, self.split, names, scaling_MP, groupings=groupings)
+        found = measure_reconstruction(model, activations(), self.split, names, scaling_MP, groupings=groupings)
+        n_apart, n_positions = map(sum, zip(*apart, strict=True))
+        return replace(found, without_partner=n_apart / n_positions) if n_positions else found

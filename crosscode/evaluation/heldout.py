@@ -53,7 +53,8 @@ class EvaluationResult:
     very long; `constant`: positions without variance, whose FVU is not defined. `l0` and its percentiles are those of
     use: a BatchTopK by its threshold. `l0_train_mode` is there for a BatchTopK: the mean when it selects over batches.
     `loss_recovered` by output position, where it was measured, as `replacement_model`. `groups`: figures apart by `source`
-    and `role`, where there are several. `prefixes`: of nested dictionaries, smallest first.
+    and `role`, where there are several. `prefixes`: of nested dictionaries, smallest first. `without_partner`: of models of
+    different tokenizers the share of positions that are left out, since no token of another one ends there.
     """
 
     n_tokens: int
@@ -73,6 +74,7 @@ class EvaluationResult:
     loss_recovered: dict[str, LossRecovered] = field(default_factory=dict)
     groups: dict[str, dict[str, GroupFigures]] = field(default_factory=dict)
     prefixes: list[PrefixFigures] = field(default_factory=list)
+    without_partner: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `evaluation.json` has it."""

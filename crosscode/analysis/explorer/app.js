@@ -7,7 +7,7 @@
     document.head.append(script);
   });
   const data = async name => { await load(`data/${name}.js`); return known[name]; };
-  const { make, digits, card, pairs, exampleItem, histogram } = crosscodeParts;
+  const { make, digits, card, grid, exampleItem, histogram } = crosscodeParts;
   const byId = id => document.getElementById(id);
   let served = false;
   const asked = !location.protocol.startsWith("http") ? Promise.resolve() :
@@ -70,6 +70,7 @@
     return { last_page: last, data: some.map(i => Object.fromEntries(columns.map((one, c) => [`c${c}`, one.values[i]]))) };
   }
 
+  const MAIN = /^(decoder_|density|mean_)/;
   const latentLink = i => make("a", { href: `#/latent/${i}`, textContent: i });
 
   async function showTable(query) {
@@ -139,6 +140,14 @@
     const link = (text, target) => target === undefined || target < 0 || target >= search.length ? "" :
       make("a", { href: `#/latent/${target}`, textContent: text, className: "step" });
     const titles = ["Where it is largest", "Strongest quarter of its firings", "Second quarter", "Third quarter", "Weakest quarter"];
+    const [main, others] = [true, false].map(wanted => columns.slice(2).filter(one => !one.name.startsWith("why") &&
+      (FIRST.test(one.name) || MAIN.test(one.name)) === wanted));
+    const figures = some => make("dl", { className: "figures-of" }, ...some.map(one => make("div", {},
+      make("dt", { textContent: one.name.replaceAll("_", " ") }), make("dd", { textContent: digits(one.values[latent]) }))));
+    const examples = record.examples.flatMap((some, i) => some.length ? [make("section", { className: "card" },
+      make("h3", { textContent: titles[i] }), make("ol", { className: "snippets" }, ...some.map(one => exampleItem(shown, one))))] : []);
+    const near = ([other, value]) => [latentLink(other), make("span", { className: "tokens", textContent: search[other], title: search[other] }), digits(value)];
+    const logit = ([text, value]) => [make("code", { textContent: text }), digits(value)];
     const note = make("textarea", { id: "note", rows: 2, placeholder: "Your note on this latent", ariaLabel: "note" });
     note.value = await readNote(latent);
     note.addEventListener("change", () => writeNote(latent, note.value));
@@ -147,22 +156,19 @@
       make("h2", { textContent: column("layer") ? `Latent ${latent} (${of("layer")}, ${of("index")})` : `Latent ${latent}` }),
       ...columns.filter(one => one.name.startsWith("why")).map(one => make("p", { className: "why" },
         make("b", { textContent: of(one.name.replace("why", "tag")) }), ` ${one.values[latent]}`)),
-      make("dl", { className: "figures-of" }, ...columns.slice(2).filter(one => !one.name.startsWith("why")).map(one => make("div", {},
-        make("dt", { textContent: one.name.replaceAll("_", " ") }), make("dd", { textContent: digits(one.values[latent]) })))),
+      figures(main), ...others.length ? [make("details", {}, make("summary", { textContent: "All figures" }), figures(others))] : [],
       note,
       make("p", { className: "muted", id: "saved" }),
+      ...examples.slice(0, 1),
       make("div", { className: "blocks" },
         card("Activations where it fires", ...(record.histogram.length ? [histogram(record.histogram, record.upper),
           make("p", { className: "muted", textContent: `from 0 to ${digits(record.upper)}; heights are logarithmic` })] :
           [make("p", { className: "muted", textContent: "It never fired." })])),
-        card("Nearest by decoder cosine", pairs(record.byDecoder, latentLink)),
-        card("Nearest by firing together", pairs(record.byFiring, latentLink)),
-        ...Object.entries(record.logits).flatMap(([name, [top, bottom]]) => [
-          card(`Largest logits, ${name}`, pairs(top, text => make("code", { textContent: text }))),
-          card(`Smallest logits, ${name}`, pairs(bottom, text => make("code", { textContent: text })))])),
-      ...record.examples.flatMap((examples, i) => examples.length ? [make("section", { className: "card" },
-        make("h3", { textContent: titles[i] }),
-        make("ol", { className: "snippets" }, ...examples.map(one => exampleItem(shown, one))))] : []));
+        card("Nearest by decoder cosine", grid(record.byDecoder.map(near))),
+        card("Nearest by firing together", grid(record.byFiring.map(near))),
+        ...Object.entries(record.logits).map(([name, [top, bottom]]) => card(name ? `Logits, ${name}` : "Logits",
+          grid(top.map((one, i) => [...logit(one), ...logit(bottom[i])]), ["largest", "", "smallest", ""])))),
+      ...examples.slice(1));
     view.dataset.latent = latent;
   }
 
@@ -207,7 +213,7 @@
     const [, shown = "overview", rest] = /^#\/(latents|latent|prompt)?[/?]?(.*)$/.exec(location.hash) ?? [];
     for (const name of ["overview", "latents", "latent", "prompt"]) byId(name).hidden = name !== shown;
     document.querySelector("nav a[data-place=latents]").href = tableHash();
-    for (const link of document.querySelectorAll("nav a")) link.toggleAttribute("aria-current", link.dataset.place === shown);
+    for (const link of document.querySelectorAll("nav a")) link.ariaCurrent = link.dataset.place === shown ? "page" : null;
     try {
       if (shown === "latents") await showTable(rest);
       if (shown === "latent") { await showLatent(Number(rest)); window.scrollTo(0, 0); }

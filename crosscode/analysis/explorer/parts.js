@@ -8,8 +8,9 @@ window.crosscodeParts = (() => {
   const digits = value => typeof value !== "number" ? value ?? "–" :
     Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(3)));
   const card = (title, ...children) => make("section", { className: "block" }, make("h3", { textContent: title }), ...children);
-  const pairs = (rows, first) => make("table", {}, make("tbody", {}, ...rows.map(([key, value]) =>
-    make("tr", {}, make("td", {}, first(key)), make("td", { textContent: digits(value) })))));
+  const grid = (rows, titles) => make("table", {},
+    ...titles ? [make("thead", {}, make("tr", {}, ...titles.map(textContent => make("th", { textContent }))))] : [],
+    make("tbody", {}, ...rows.map(cells => make("tr", {}, ...cells.map(cell => make("td", {}, cell))))));
 
   // Tokens [from, to) with their text; those that only together make a character are one piece.
   function* pieces(texts, numbers) {
@@ -121,5 +122,5 @@ window.crosscodeParts = (() => {
     return svg;
   }
 
-  return { make, digits, card, pairs, exampleItem, histogram };
+  return { make, digits, card, grid, exampleItem, histogram };
 })();

@@ -1,5 +1,7 @@
 """Models of different tokenizer in one crosscoder, end to end."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -76,14 +78,42 @@ def ce_on_own_tokens(run):
     return float(torch.stack(losses).mean())
 
 
+def check_examples_in_both_tokens(data):
+    """At the peak of each example the other model reads the last letter of the first one's word."""
+    texts, records = (
+        json.loads((data / f"{name}.js").read_text().partition(",")[2].rpartition(")")[0])
+        for name in ("texts", "records-0")
+    )
+    (other,) = texts["others"]
+    assert len(set(texts["names"])) == 2
+    n_seen = 0
+    for record in records:
+        for sequence, position, *_ in (one for some in record["examples"] for one in some):
+            word = texts["pieces"][texts["texts"][sequence][position]]
+            letter = other["pieces"][other["texts"][sequence][other["places"][sequence][position]]]
+            assert len(letter.strip()) == 1 and word.endswith(letter.strip())
+            n_seen += 1
+    assert n_seen > 20
+
+
 def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     run = crosscode.train(path, progress=False)
-    recovered = run.evaluate().loss_recovered
+    figures = run.evaluate()
+    left, n_apart, n_all = run.config.evaluation.n_tokens, 0, 0
+    for batch in build_token_loader(run.experiment, heldout=True):
+        n_apart, n_all = n_apart + batch.n_apart, n_all + batch.n_apart + int(batch.mask_HS.sum())
+        left -= int(batch.mask_HS.sum())
+        if left <= 0:
+            break
+    stored = json.loads((run.path / "summary.json").read_text())["without_partner"]
+    assert figures.without_partner == stored == n_apart / n_all
+    recovered = figures.loss_recovered
     assert len(recovered) == 2
     assert recovered[run.model.position_names[1]].ce_clean == pytest.approx(ce_on_own_tokens(run), rel=1e-5)
-    assert run.report().is_file()
+    assert "different tokenizers" in run.report().read_text()
+    check_examples_in_both_tokens(run.path / "report" / "data")
     latents = run.latents("w1 w22 w3 w4")
     assert latents.tokens[-4:] == [" w1", " w22", " w3", " w4"]
     assert bool(latents.values_SL.to_dense()[-4:].any(1).all())
