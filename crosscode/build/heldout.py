@@ -28,8 +28,8 @@ from crosscode.trainers.callbacks import Callback
 @dataclass(frozen=True)
 class HeldoutBatch:
     """Held-out sequences, where their activations count, and the raw activations (float32). `group_HSG`: the numbers of each
-    position's groups, in the order of the experiment's `groupings`; `others`: as of `TokenBatch`; `apart`: how many positions have no partner
-    there, and of how many."""
+    position's groups, in the order of the experiment's `groupings`; `others`: as of
+    `TokenBatch`; `apart`: how many positions have no partner there, and of how many."""
 
     tokens_HS: Tensor
     mask_HS: Tensor
