@@ -31,6 +31,9 @@ from crosscode.formats import today
 from crosscode.interop.hub import local
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import read_config
+from crosscode.parallel.group import is_first, joined
+from crosscode.parallel.refusals import for_ranks
+from crosscode.parallel.training import shard_
 from crosscode.runs.directory import open_run
 from crosscode.stored import Evaluation, read_json
 from crosscode.trainers.progress import Progress
@@ -55,7 +58,7 @@ class FinishedRun:
     def config(self) -> ExperimentConfig:
         """The config, checked; `run_dir` is where the run is now."""
         config = load_own_config(self.directory.config_file, self._trust_remote_code)
-        return config.model_copy(update={"run_dir": str(self.path)})
+        return for_ranks(config.model_copy(update={"run_dir": str(self.path)}), to_train=False)
 
     @property
     def is_over(self) -> bool:
@@ -70,7 +73,13 @@ class FinishedRun:
     @cached_property
     def model(self) -> BaseCrosscoder:
         """The trained model (of a run that is not over, that of its newest checkpoint), with scaling folded in: it takes
-        raw activations. In eval mode, on the config's device."""
+        raw activations. In eval mode, on the config's device; each of several processes has its own rows."""
+        group, model = joined(), self._whole_model()
+        if group is not None:
+            shard_(model, group)
+        return model
+
+    def _whole_model(self) -> BaseCrosscoder:
         folder, device = self.model_folder, available_device(self.config.device)
         try:
             return load_folded(folder, self.config.backend, device)
@@ -108,11 +117,12 @@ class FinishedRun:
     def evaluate(self, n_tokens: int | None = None, *, progress: bool = False) -> EvaluationResult:
         """Held-out figures. As configured they are kept in the run; on another number of activations they are not."""
         experiment, model = self.experiment, self.model
+        progress &= is_first()
         with Progress(experiment.n_evaluated(n_tokens), what="evaluate", unit="token", enabled=progress) as shown:
             result = experiment.evaluate(model, n_tokens=n_tokens, through=shown.through)
         if n_tokens is not None and result.n_tokens < n_tokens:
             log.warning("n_tokens = %d: only %d are held out; the figures are of these", n_tokens, result.n_tokens)
-        if n_tokens is None:
+        if n_tokens is None and is_first():
             self.keep(result.to_json())
         return result
 

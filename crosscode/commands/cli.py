@@ -72,8 +72,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
-        if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(f"{name}: runs in one process; under torchrun there is `crosscode train` alone")
+        if name not in ("train", "evaluate") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"{name}: runs in one process; under torchrun there are `crosscode train` and `evaluate`")
         from crosscode.commands.parts.start import start
 
         start(load_command(name), name, rest)

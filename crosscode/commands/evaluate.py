@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from crosscode.commands.parts.command import Command
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
+from crosscode.errors import InputError
 from crosscode.files import json_text
 
 
@@ -28,10 +29,13 @@ class Options(ConfigModel):
 def run(options: Options) -> None:
     from crosscode.build.finished import FinishedRun
     from crosscode.commands.parts.closing import check_closes, closes_of
+    from crosscode.parallel.group import is_first, n_ranks
 
     quiet_libraries()
+    if options.closes and n_ranks() > 1:
+        raise InputError("closes: is measured in one process")
     run = FinishedRun(options.run_dir, options.trust_remote_code)
-    if not run.is_over:
+    if not run.is_over and is_first():
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
     if options.closes:
         check_closes(run)
@@ -41,7 +45,8 @@ def run(options: Options) -> None:
         shown["closes"] = asdict(closes_of(run))
         if options.n_tokens is None:
             run.keep(result.to_json() | {"closes": shown["closes"]})
-    print(json_text(shown))
+    if is_first():
+        print(json_text(shown))
     result.check_finite()
 
 

@@ -23,6 +23,11 @@ def n_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all: the only one, or rank 0."""
+    return os.environ.get("RANK", "0") == "0" or n_ranks() == 1
+
+
 class Group:
     """All ranks. `bytes_sent` counts what this one has sent in `n_calls`, where collectives go round a ring."""
 

@@ -11,9 +11,9 @@ from crosscode.errors import InputError
 from crosscode.parallel.group import n_ranks
 
 
-def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
-    """The config as the processes that `torchrun` started train it: nothing is left to what each of them would measure. In one
-    process, itself.
+def for_ranks(config: ExperimentConfig, *, to_train: bool = True) -> ExperimentConfig:
+    """The config as the processes that `torchrun` started train it, or look at what was trained: nothing is left to what each of
+    them would measure. In one process, itself.
 
     Raises:
         InputError: which field asks for what several processes cannot do.
@@ -21,7 +21,7 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     ranks = n_ranks()
     if ranks == 1:
         return config
-    if problem := refusal(config, ranks):
+    if problem := refusal(config, ranks, to_train=to_train):
         raise InputError(f"{problem} (torchrun started {ranks} processes)")
     optimizer: Any = config.train.optimizer
     if getattr(optimizer, "row_sparse", None) == "auto":
@@ -32,15 +32,15 @@ def for_ranks(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"backend": backend, "train": train})
 
 
-def refusal(config: ExperimentConfig, ranks: int) -> str | None:
+def refusal(config: ExperimentConfig, ranks: int, *, to_train: bool = True) -> str | None:
     """What of the config so many processes cannot train."""
-    return next(_problems(config, ranks), None)
+    return next(_problems(config, ranks, to_train), None)
 
 
-def _problems(config: ExperimentConfig, ranks: int) -> Iterator[str]:
+def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[str]:
     train, coder = config.train, config.crosscoder
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
-    if train.compile:
+    if train.compile and to_train:
         yield "train.compile = True: is for one process"
     n_latents: Any = get(coder, "n_latents")
     if n_latents and n_latents < ranks:

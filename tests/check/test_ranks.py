@@ -102,6 +102,11 @@ def test_harvest_evaluation_and_histograms_are_those_of_one_process(tmp_path):
         found.append((evaluation["loss_recovered"], counted, evaluation["density_L"], histograms))
     for several in found[1:]:
         assert numbers(several) == pytest.approx(numbers(found[0]), rel=1e-4)
+    alone = tmp_path / "1" / "evaluation.json"
+    before = numbers(json.loads(alone.read_text()))
+    alone.unlink()
+    finish(spawn(2, words=[crosscode, "evaluate", str(tmp_path / "1")]))
+    assert numbers(json.loads(alone.read_text())) == pytest.approx(before, rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -68,5 +68,5 @@ def test_what_cannot_be_sharded_is_refused_by_name(recipe, change, said, monkeyp
 
 def test_other_commands_say_that_they_are_for_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["evaluate", "somewhere"]) == 2
+    assert main(["report", "somewhere"]) == 2
     assert "one process" in capsys.readouterr().err
