@@ -11,7 +11,7 @@ import pytest
 import torch
 from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, resolve_backend
 
-MODES = {"dense": 0.0, "mixed": 0.45, "sparse": 1.1}
+MODES = {"dense": 0.0, "mixed": 0.35, "sparse": 1.1}
 
 
 def step(ops, p, ste, activation="jumprelu", pre_act=True):

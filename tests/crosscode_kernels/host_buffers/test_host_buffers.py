@@ -170,6 +170,21 @@ def test_dots_of_pairs_are_those_of_the_formula_in_either_order(monkeypatch, dty
     torch.testing.assert_close(by_latent.view(6, 4).double(), expected_BK * (value_BK != 0), **tolerance)
 
 
+def test_rows_of_entries_that_are_mostly_zero_are_not_read():
+    """The window of a JumpReLU: stored, not active. A NaN in their rows would show."""
+    torch.manual_seed(0)
+    value_BK, latent_idx_BK = torch.rand(8, 6), torch.rand(8, 12).topk(6).indices.int()
+    value_BK[latent_idx_BK > 3] = 0
+    value_BK[0] = 0
+    assert 2 * value_BK.count_nonzero() < value_BK.numel()
+    W_LO = torch.randn(12, 5)
+    W_LO[4:] = torch.nan
+    entries = SparseLatents.from_topk(latent_idx_BK, value_BK, 12).entries(None)
+    found_BO = torch_impl.token_sums(entries, W_LO)
+    expected_BO = (value_BK.double()[:, :, None] * W_LO.nan_to_num().double()[latent_idx_BK.long()]).sum(1)
+    torch.testing.assert_close(found_BO.double(), expected_BO, rtol=1e-5, atol=1e-6)
+
+
 def test_a_nan_reaches_only_the_sums_that_read_it():
     """Kept memory holds old values, NaN among them: a sum without entries is 0 all the same."""
     rows = torch.ones(3, 1 << 18)
