@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dfc": ("dedicated_feature_crosscoder", {}),
     "delta": ("delta_crosscoder", {}),
     "delta_4": ("delta_crosscoder", {"objective": {"delta": {"weight": 4.0}}}),
+    "demo": ("demo", {}),
     "diff_sae": ("diff_sae", {}),
     "difference_lens": ("diff_sae", {}),
 }
