@@ -111,8 +111,10 @@ def write_report(
             study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed, **more)
             study = with_own_text(study, model, text.own_text, text.split)
             looks = first_looks(study, records, tokenizer, text.steered)
-            for line in [*looks, *(verdict.headline() for verdict in study.verdicts)]:
+            for line in looks:
                 say(line)
+            for one in study.verdicts:
+                say(f"{one.name_a} against {one.name_b}: " * (len(study.verdicts) > 1) + one.headline())
     except (CrosscodeError, OSError) as error:
         reason = str(error)
     for problem in [*record.problems, *([f"latents were not looked at: {reason}"] if reason else [])]:

@@ -265,10 +265,11 @@ def test_latents_of_later_layers_of_a_compound_transcoder_do_not_write_to_earlie
 def test_a_crosscoder_of_three_models_and_two_hookpoints(make_run, make_model, heldout_text):
     names = [f"{model}/{hook}" for model in ("m0", "m1", "m2") for hook in ("h0", "h1")]
     run = make_run(make_model(3, 2), position_names=names)
-    page = page_of(run, heldout=heldout_text(names, n_models=3, n_hookpoints=2))
+    said = []
+    page = page_of(run, heldout=heldout_text(names, n_models=3, n_hookpoints=2), say=said.append)
     pairs = [("m0", "m1"), ("m0", "m2"), ("m1", "m2")]
     found = [h for h in page.headings() if "against" in h]
-    assert found[:3] == [f"{a} against {b}" for a, b in pairs]
+    assert found[:3] == [f"{a} against {b}" for a, b in pairs] == [line.partition(":")[0] for line in said[-3:]]
     assert [h.partition(" to ")[2] for h in found[3:]] == [
         f"{x}, against {y}" for a, b in pairs for x, y in ((b, a), (a, b))
     ]
