@@ -155,7 +155,7 @@ def keep(name: str, row: dict[str, Any]) -> None:
 
 
 def table() -> str:
-    """Markdown: for each plant, a row a method; medians over seeds, ranks of each."""
+    """Markdown: for each plant, a row a method; ranks of each seed, else medians over seeds, ± half of the range."""
     rows = stored()["rows"]
     lines: list[str] = []
     for plant in PLANTS:
@@ -179,14 +179,18 @@ def _shown(rows: list[dict[str, Any]]) -> list[str]:
     def median(name: str) -> float:
         return statistics.median(row[name] for row in rows)
 
+    def spread(name: str, form: str) -> str:
+        half = (max(row[name] for row in rows) - min(row[name] for row in rows)) / 2
+        return f"{median(name):{form}}" + (f" ±{half:{form.lstrip('+')}}" if len(rows) > 1 else "")
+
     fvu = [list(row["fvu_by_position"].values()) for row in rows if "fvu_by_position" in row]
     return [
         ", ".join(str(row["first_true_rank"] or "none") for row in rows),
         ", ".join(f"{row['false_among_top']} of {len(row['top'])}" for row in rows),
-        f"{median('auroc_first'):.2f}",
-        f"{median('auroc_top'):.2f}",
-        f"{median('steer'):+.1f} ({median('steer_random'):+.1f})",
-        f"{median('ablate'):+.1f} ({median('ablate_random'):+.1f})",
+        spread("auroc_first", ".2f"),
+        spread("auroc_top", ".2f"),
+        f"{spread('steer', '+.1f')} ({median('steer_random'):+.1f})",
+        f"{spread('ablate', '+.1f')} ({median('ablate_random'):+.1f})",
         ", ".join(f"{statistics.median(column):.3f}" for column in zip(*fvu, strict=True)),
     ]
 
