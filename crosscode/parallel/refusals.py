@@ -42,6 +42,14 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
     if train.compile and to_train:
         yield "train.compile = True: is for one process"
+    named = [("device", config.device)]
+    for i, lm in enumerate(config.language_models):
+        named.append((f"language_models.{i}.device", lm.device or ""))
+        if lm.device_map is not None:
+            yield f"language_models.{i}.device_map = {lm.device_map!r}: each process would take the GPUs of all; leave it out"
+    for field, device in named:
+        if ":" in device:
+            yield f"{field} = {device!r}: each process has a GPU of its own; write {device.partition(':')[0]!r}"
     n_latents: Any = get(coder, "n_latents")
     if n_latents and n_latents < ranks:
         yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"

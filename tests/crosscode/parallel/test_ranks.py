@@ -50,6 +50,12 @@ def test_the_largest_are_those_of_a_stable_sort():
     [
         ("sae_topk", {"train": {"compile": True}}, "train.compile = True"),
         ("sae_topk", {"crosscoder": {"n_latents": 3}}, "crosscoder.n_latents = 3"),
+        ("sae_topk", {"device": "cuda:0"}, "device = 'cuda:0'"),
+        (
+            "sae_topk",
+            {"language_models": [{"path": "demo:base", "device_map": "auto"}]},
+            "language_models.0.device_map",
+        ),
         ("sae_groupmax", {"crosscoder": {"activation": {"type": "groupmax", "k": 2}}}, "crosscoder.activation.k = 2"),
     ],
 )
