@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from crosscode.config.checked import likely_fields, short
 from crosscode.config.experiment import ExperimentConfig, TrainConfig
+from crosscode.config.hints import all_fields
+from crosscode.config.reading import is_config
 from crosscode.errors import InputError
 
-_SET_BY_DATA = ("language_models", "hookpoints", "crosscoder", "run_dir")
+_OF_HARVEST = ("language_models", "hookpoints")
 TRAIN_FIELDS = tuple(TrainConfig.model_fields)
-TOP_FIELDS = tuple(name for name in ExperimentConfig.model_fields if name not in _SET_BY_DATA)
+TOP_FIELDS = tuple(name for name in ExperimentConfig.model_fields if name not in ("crosscoder", "run_dir"))
 
 
 def sorted_fields(fields: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
@@ -35,16 +37,73 @@ def sorted_fields(fields: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, 
         if name in TOP_FIELDS:
             continue
         if name not in TRAIN_FIELDS:
-            near = get_close_matches(name, (*TRAIN_FIELDS, *TOP_FIELDS, *own), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = f"fields of train ({', '.join(TRAIN_FIELDS)}) and of a config ({', '.join(TOP_FIELDS)})"
-            raise InputError(f"train: unknown argument {name!r}{hint or f'; there are {known}'}")
+            raise InputError(f"train: unknown argument {name!r}{_hint(name, value, own)}")
         if value is None and TrainConfig.model_fields[name].is_required():
             continue  # as the signature shows it
         if name in train:
             raise InputError(f"train: {name!r} is given twice: by itself and in `train`")
         train[name] = _plain(value)
     return values | ({"train": train} if train else {})
+
+
+def _hint(name: str, value: Any, own: tuple[str, ...]) -> str:
+    """The keyword that was meant: one of `crosscode.train` itself, or a section with the field in it."""
+    keywords = {
+        (field.removeprefix("train.") if field.startswith("train.") else field): field for field in all_fields()
+    }
+    likely = likely_fields(name, (*keywords, *own))
+    if not likely:
+        known = f"fields of train ({', '.join(TRAIN_FIELDS)}) and of a config ({', '.join(TOP_FIELDS)})"
+        return f"; there are {known}"
+    if "." not in likely[0]:
+        return f"; did you mean {likely[0]!r}?"
+    section, *inner = likely[0].split(".")
+    for part in reversed(inner):
+        value = {part: value}
+    return f"; did you mean {' or '.join(keywords[one] for one in likely)}? As in {section}={short(value)}"
+
+
+def is_of_config(acts: Any, crosscoder: Any) -> bool:
+    """Whether the first argument names a config, of which the second replaces fields.
+
+    Raises:
+        InputError: nothing to train on; or activations without a crosscoder.
+    """
+    if acts is None:
+        raise InputError("train: nothing to train on: pass activations and a crosscoder, or the path of a config")
+    if isinstance(acts, (str, Path)) and (crosscoder is None or is_config(acts)):
+        return True
+    if crosscoder is None:
+        raise InputError(
+            "train: activations without a crosscoder: give the section of a config, such as "
+            "{'type': 'sae', 'n_latents': 4096, 'activation': {'type': 'topk', 'k': 32}}"
+        )
+    return False
+
+
+def with_crosscoder(values: dict[str, Any], crosscoder: Any) -> dict[str, Any]:
+    """The values that replace those of a config, with its section `crosscoder`.
+
+    Raises:
+        InputError: not a section.
+    """
+    if crosscoder is None:
+        return values
+    if not isinstance(crosscoder, (Mapping, BaseModel)):
+        raise InputError(
+            f"crosscoder: {type(crosscoder).__name__}: beside a config it must be fields of its section, such as "
+            "{'n_latents': 4096}"
+        )
+    return {**values, "crosscoder": _plain(crosscoder)}
+
+
+def check_beside_activations(values: Mapping[str, Any]) -> None:
+    """Raise `InputError` for what belongs to a run that harvests."""
+    for name in _OF_HARVEST:
+        if name in values:
+            raise InputError(
+                f"{name} = {short(values[name])}: is for runs that harvest; of own activations `names` says it"
+            )
 
 
 def train_signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosscode.api.arguments import name_for, sorted_fields, train_signature
+from crosscode.api.arguments import (
+    check_beside_activations,
+    is_of_config,
+    name_for,
+    sorted_fields,
+    train_signature,
+    with_crosscoder,
+)
 from crosscode.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,12 +48,12 @@ def train(
         acts: activations, unscaled, in rows of shape (D,), (P, D) or (M, P, D), for M models, P hookpoints, width D: a
             tensor, numpy array or memory map, a path (safetensors, npy, parquet, the folder of a store), an
             `ActivationCache`, a DataLoader, an iterator or any iterable of batches; or a list with one of these for each
-            position. Files are read ahead, and never are as a whole in memory. Or, without `crosscoder`: a config file,
-            a run directory's, or a recipe's name.
-        crosscoder: the section `crosscoder` of a config, as a dictionary or config; or an initialised model, which is
-            trained in place, on its device. Where nothing is said: the initialisation and the objective that are usual
-            for the activation (`recon` and `auxk` for TopK, BatchTopK and GroupMax; `recon` and `l1` for ReLU; `recon`,
-            `tanh` and `pre_act` for JumpReLU); one pass over the rows, but 1000 steps at least.
+            position. Files are read ahead, and never are as a whole in memory. Or a config: its file, a run directory,
+            or a recipe's name.
+        crosscoder: the section `crosscoder` of a config, as a dictionary or config (beside a config: fields to replace); or
+            an initialised model, which is trained in place, on its device. Where nothing is said: the initialisation and
+            the objective that are usual for the activation (`recon` and `auxk` for TopK, BatchTopK and GroupMax; `recon`
+            and `l1` for ReLU; `recon`, `tanh` and `pre_act` for JumpReLU); one pass over the rows, but 1000 steps at least.
         run_dir: folder of the run; default `runs/run`.
         names: a name for each position, in the order (M, P), such as "base/resid"; what stands before the last "/" is
             the model.
@@ -59,26 +66,22 @@ def train(
         loggers: see `crosscode.Logger`, beside those of the config.
         progress: show it.
         fields: any field of `train` (n_tokens, batch_size, optimizer, ...), or of a whole config (name, seed, device,
-            backend, data, objective, constraints, evaluation, finetune_from, overwrite, train).
+            backend, data, objective, constraints, evaluation, finetune_from, overwrite, train; beside a config also
+            language_models and hookpoints).
 
     Raises:
         InputError: one line that names the argument, its value and what would be right, before anything is written.
         Interrupted: Ctrl-C; the run is saved.
     """
     values = sorted_fields(fields, _OWN)
-    if acts is None:
-        raise InputError("train: nothing to train on: pass activations and a crosscoder, or the path of a config")
-    if crosscoder is None:
-        if not isinstance(acts, (str, Path)):
-            raise InputError(
-                "train: activations without a crosscoder: give the section of a config, such as "
-                "{'type': 'sae', 'n_latents': 4096, 'activation': {'type': 'topk', 'k': 32}}"
-            )
+    if is_of_config(acts, crosscoder):
         beside = {"names": names, "heldout": heldout, "tokens": tokens, "tokenizer": tokenizer}
         for name, value in beside.items():
             if value is not None:
                 raise InputError(f"{name}: is for activations of your own; a config says where its come from")
-        return _train_config(str(acts), {**name_for_config(run_dir), **values}, callbacks, loggers, progress)
+        values = with_crosscoder({**name_for_config(run_dir), **values}, crosscoder)
+        return _train_config(str(acts), values, callbacks, loggers, progress)
+    check_beside_activations(values)
     from crosscode.api.given import given_arrays, section_of, source_of, usual_values
     from crosscode.build.schema import check_config
     from crosscode.models import BaseCrosscoder

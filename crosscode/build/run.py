@@ -88,7 +88,8 @@ def build_trainer(
     model = given or build_model(config, width, experiment.widths_MP).to(available_device(config.device))
     check_threshold_in_time(config, model)
     constraints = build_constraints(config, model)
-    metadata = model_metadata(experiment)
+    model.metadata = metadata = model_metadata(experiment)
+    model.position_names = tuple(experiment.output_names())
     if given is not None:
         for constraint in constraints:
             constraint.start(model)

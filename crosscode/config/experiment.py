@@ -127,7 +127,9 @@ class TrainConfig(ConfigModel):
     @field_validator("optimizer", mode="before")
     @classmethod
     def _made_in_python(cls, optimizer: Any) -> Any:
-        """`Adam(lr=1e-3)` is as good as its config."""
+        """`Adam(lr=1e-3)` is as good as its config, and fields without a type are Adam's."""
+        if isinstance(optimizer, Mapping):
+            return {"type": "adam", **optimizer}
         config = getattr(optimizer, "config", optimizer)
         return config.model_dump() if isinstance(config, BaseModel) and not isinstance(config, Component) else optimizer
 

@@ -140,6 +140,12 @@ def _asking(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, 
         yield from _asking(inner, (*path, str(key)))
 
 
+def is_config(path: str | Path) -> bool:
+    """Whether this names a config: a recipe, a run directory, or a file called like one."""
+    path = Path(path)
+    return recipe_path(str(path)) is not None or path.suffix in (".yaml", ".yml") or (path / "config.yaml").is_file()
+
+
 def read_yaml(config: str | Path) -> dict[str, Any]:
     """The values of a config file, of a run directory's, or of a recipe by its name.
 

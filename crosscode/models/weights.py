@@ -198,7 +198,8 @@ class CoderWeights(nn.Module, Coder):
             shown += f", reads {', '.join(reads)}"
         if self.position_names:
             shown += f", positions: {', '.join(self.position_names)}"
-        return f"{type(self).__name__}({self.extra_repr()}{shown})"
+        architecture = self.metadata.get("architecture")
+        return f"{type(self).__name__}({f'{architecture}: ' if architecture else ''}{self.extra_repr()}{shown})"
 
     # ---- decoder norms
 

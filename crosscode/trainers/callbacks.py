@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from crosscode.errors import InputError
+from crosscode.stopping import Stopped
 
 if TYPE_CHECKING:
     from crosscode.evaluation.heldout import EvaluationResult
@@ -23,7 +24,8 @@ class Callback:
     `metrics.jsonl` (and in every other logger), beside the progress bar, and in the report.
 
     `trainer` is the `Trainer`: its `model`, `step` (steps done), `tokens`, `run`, `metrics.last`, ... are there to read.
-    Reading a value from a GPU makes training wait for it. Where a callback raises, the step is finished and the run saved first.
+    Reading a value from a GPU makes training wait for it. Where a callback raises (`KeyboardInterrupt`
+    too), the step is finished and the run saved first.
     """
 
     def on_start(self, trainer: Any) -> None:
@@ -50,7 +52,7 @@ class Callbacks:
         check_each("callbacks", callbacks, Callback)
         self.callbacks = list(callbacks)
         self.names: set[str] = set()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._waiting: dict[str, float] = {}
         self._givers: dict[str, Callback] = {}
         self._taken: set[str] = set()
@@ -89,10 +91,12 @@ class Callbacks:
         for callback in self.callbacks:
             try:
                 tell(callback)
-            except Exception as error:
+            except Stopped:
+                raise
+            except BaseException as error:  # KeyboardInterrupt and SystemExit too: the run is saved first
                 self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.failure = self.failure or error
 
     def _take(self, callback: Callback, figures: Figures) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from crosscode.config.checked import checked, field_paths
+from crosscode.config.checked import checked, field_paths, likely_fields
 from crosscode.config.counts import members_of
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.hints import all_fields
 from crosscode.config.reading import load_yaml, read_trusted
 from crosscode.errors import InputError
 
@@ -105,13 +105,11 @@ def read_words(arguments: Sequence[str], options: type[BaseModel], config: type[
 
 
 def near_field(path: str, classes: Sequence[type[BaseModel]]) -> str | None:
-    """A known field that looks like an unknown one: in the same section, by the same name elsewhere, or anywhere."""
+    """A known field that an unknown one may mean."""
     known = [field for one in classes for field in field_paths(one)]
-    section, _, name = path.rpartition(".")
-    beside = [field for field in known if field.rpartition(".")[0] == section]
-    same_name = [field for field in known if field.rpartition(".")[2] == name]
-    close = get_close_matches(path, beside, n=1) or same_name or get_close_matches(path, known, n=1)
-    return close[0] if close else None
+    if any(issubclass(one, ExperimentConfig) for one in classes):
+        known += all_fields()
+    return next(iter(likely_fields(path, known)), None)
 
 
 def _stands_alone(members: list[Any], following: str | None) -> bool:

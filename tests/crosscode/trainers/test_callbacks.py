@@ -115,12 +115,12 @@ def test_a_figure_that_is_not_finite_is_null(make_trainer, rows_of):
 class Fails(Callback):
     """In one method, at one step."""
 
-    def __init__(self, method, step):
-        self.method, self.at = method, step
+    def __init__(self, method, step, error=ZeroDivisionError):
+        self.method, self.at, self.error = method, step, error
 
     def _maybe(self, method, trainer):
         if (method, trainer.step) == (self.method, self.at):
-            raise ZeroDivisionError("mine")
+            raise self.error("mine")
 
     def on_step(self, trainer):
         self._maybe("on_step", trainer)
@@ -132,13 +132,14 @@ class Fails(Callback):
         self._maybe("on_checkpoint", trainer)
 
 
-@pytest.mark.parametrize("method", ["on_step", "on_evaluate", "on_checkpoint"])
-def test_where_a_callback_raises_the_run_is_saved(method, watched):
-    broken = watched(Fails(method, 2), checkpoint_every=2, log_every=1)
-    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize(("method", "step"), [("on_step", 1), ("on_evaluate", 2), ("on_checkpoint", 2)])
+def test_where_a_callback_raises_the_run_is_saved(method, step, error, watched):
+    broken = watched(Fails(method, step, error), checkpoint_every=2, log_every=1)
+    with pytest.raises(error, match="mine") as raised:
         broken.train()
-    assert "the run is saved after step 2" in raised.value.__notes__[0] and broken.step == 2
-    assert broken.checkpoints.newest_whole() == 2 and broken.metrics.last["step"] == 2
+    assert f"the run is saved after step {step}" in raised.value.__notes__[0] and broken.step == step
+    assert broken.checkpoints.newest_whole() == step and broken.metrics.last["step"] == step
 
 
 @pytest.mark.parametrize("method", ["on_evaluate", "on_checkpoint"])

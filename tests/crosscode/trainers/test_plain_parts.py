@@ -135,3 +135,5 @@ def test_a_model_says_what_it_is(tmp_path):
     model.save(tmp_path / "both", metadata={"output_positions": ["base/mid"], "hookpoints": ["pre", "mid"]})
     assert ", reads pre, positions: base/mid)" in repr(SAEOrTranscoder.load(tmp_path / "both"))
     assert "\n" not in text
+    model.save(tmp_path / "kind", metadata={"architecture": "diff_sae"})
+    assert repr(SAEOrTranscoder.load(tmp_path / "kind")).startswith("SAEOrTranscoder(diff_sae: (6,) -> ")

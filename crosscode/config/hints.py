@@ -1,0 +1,66 @@
+"""Every field that a config may have, without torch: for hints where a name is unknown."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from crosscode.config.checked import field_paths
+from crosscode.config.experiment import ExperimentConfig
+
+_REGISTRY = re.compile(r'^(\w+): Registry\[Any\] = Registry\("([^"]+)"', re.MULTILINE)
+
+
+def all_fields() -> list[str]:
+    """Dotted paths of every field of an experiment, those of components too: known without torch."""
+    return sorted({*field_paths(ExperimentConfig), *_component_fields()})
+
+
+@cache
+def _component_fields() -> tuple[str, ...]:
+    """As the sources have them: importing a component would import torch."""
+    package = Path(__file__).parents[1]
+    texts = [
+        file.read_text(encoding="utf-8")
+        for name in ("models", "objectives", "trainers")
+        for file in (package / name).rglob("*.py")
+    ]
+    sections = dict(found for text in texts for found in _REGISTRY.findall(text))
+    classes = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    by_name = {node.name: node for node in classes}
+    paths: set[str] = set()
+    for node in classes:
+        registries = [
+            one.value for one in node.decorator_list if isinstance(one, ast.Attribute) and one.attr == "register"
+        ]
+        for registry in (one.id for one in registries if isinstance(one, ast.Name) and one.id in sections):
+            for config in _configs(node, by_name):
+                fields = dict(_fields(config, by_name))
+                section = sections[registry].replace("{type}", fields.pop("type", ""))
+                paths |= {section, *(f"{section}.{name}" for name in fields)}
+    return tuple(paths)
+
+
+def _configs(node: ast.ClassDef, by_name: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef) and inner.name == "Config":
+            yield inner
+        if isinstance(inner, ast.Assign) and ast.unparse(inner.targets[0]) == "Configs":
+            yield from (by_name[name.id] for name in ast.walk(inner.value) if isinstance(name, ast.Name))
+
+
+def _fields(config: ast.ClassDef, by_name: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
+    """Names of fields; with `type`, its value."""
+    for base in config.bases:
+        if isinstance(base, ast.Name) and base.id in by_name:
+            yield from _fields(by_name[base.id], by_name)
+    for line in config.body:
+        if (
+            isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and "ClassVar" not in ast.unparse(line.annotation)
+        ):
+            yield line.target.id, str(getattr(line.value, "value", ""))
