@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from crosscode.config.checked import likely_fields, short
+from crosscode.config.checked import field_paths, short
 from crosscode.config.experiment import ExperimentConfig, TrainConfig
-from crosscode.config.hints import all_fields
+from crosscode.config.hints import component_fields, likely_fields
 from crosscode.config.reading import is_config
 from crosscode.errors import InputError
 
@@ -48,9 +48,8 @@ def sorted_fields(fields: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, 
 
 def _hint(name: str, value: Any, own: tuple[str, ...]) -> str:
     """The keyword that was meant: one of `crosscode.train` itself, or a section with the field in it."""
-    keywords = {
-        (field.removeprefix("train.") if field.startswith("train.") else field): field for field in all_fields()
-    }
+    known = (*field_paths(ExperimentConfig), *component_fields())
+    keywords = {field.removeprefix("train."): field for field in known}
     likely = likely_fields(name, (*keywords, *own))
     if not likely:
         known = f"fields of train ({', '.join(TRAIN_FIELDS)}) and of a config ({', '.join(TOP_FIELDS)})"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from crosscode.config.hints import component_fields, likely_fields
 from crosscode.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -88,38 +88,14 @@ def _as_written(loc: Sequence[int | str], given: Any, *, missing: bool) -> Itera
 
 def _near(loc: Sequence[int | str], written: str, config_class: type[BaseModel], section: str) -> str:
     """A hint where an unknown field looks like a known one of the same section or has the name of one elsewhere."""
-    from crosscode.config.hints import all_fields
-
     beside = _fields_at(config_class, list(loc[:-1]))
     inside = written.rpartition(".")[0]
     is_of_experiment = section or "crosscoder" in config_class.model_fields
-    elsewhere = [*field_paths(config_class), *(all_fields() if is_of_experiment else ())]
+    elsewhere = [*field_paths(config_class), *(component_fields() if is_of_experiment else ())]
     if likely := likely_fields(written, [*(f"{inside}.{field}".lstrip(".") for field in beside), *elsewhere]):
         own = [field.rpartition(".")[2] for field in likely if field.rpartition(".")[0] == inside]
         return f"; did you mean {own[0]!r}?" if own else f"; did you mean {' or '.join(likely)}?"
     return f"; known here: {', '.join(beside)}" if beside else ""
-
-
-def likely_fields(path: str, known: Iterable[str]) -> list[str]:
-    """Those of the same name, wherever they stand; or one that is spelled like it, in its own section first. Best first.
-
-    Args:
-        path: dotted.
-        known: dotted paths of all fields.
-    """
-    section, _, name = path.rpartition(".")
-    names = {field: field.rpartition(".")[2] for field in sorted(known, key=lambda field: (field.count("."), field))}
-    beside = {field: name for field, name in names.items() if field.rpartition(".")[0] == section}
-    return (
-        [field for field in names if names[field] == name][:3]
-        or _spelled_like(name, beside, 0.6)
-        or _spelled_like(name, names, 0.85)
-    )
-
-
-def _spelled_like(name: str, names: dict[str, str], cutoff: float) -> list[str]:
-    near = get_close_matches(name, names.values(), n=1, cutoff=cutoff)
-    return [next(field for field in names if names[field] == near[0])] if near else []
 
 
 def _fields_at(annotation: Any, loc: list[int | str]) -> list[str]:

@@ -1,27 +1,42 @@
-"""Every field that a config may have, without torch: for hints where a name is unknown."""
+"""Which field an unknown name may mean."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-
-from crosscode.config.checked import field_paths
-from crosscode.config.experiment import ExperimentConfig
 
 _REGISTRY = re.compile(r'^(\w+): Registry\[Any\] = Registry\("([^"]+)"', re.MULTILINE)
 
 
-def all_fields() -> list[str]:
-    """Dotted paths of every field of an experiment, those of components too: known without torch."""
-    return sorted({*field_paths(ExperimentConfig), *_component_fields()})
+def likely_fields(path: str, known: Iterable[str]) -> list[str]:
+    """Those of the same name, wherever they stand; or one that is spelled like it, in its own section first. Best first.
+
+    Args:
+        path: dotted.
+        known: dotted paths of all fields.
+    """
+    section, _, name = path.rpartition(".")
+    names = {field: field.rpartition(".")[2] for field in sorted(known, key=lambda field: (field.count("."), field))}
+    beside = {field: name for field, name in names.items() if field.rpartition(".")[0] == section}
+    return (
+        [field for field in names if names[field] == name][:3]
+        or _spelled_like(name, beside, 0.6)
+        or _spelled_like(name, names, 0.85)
+    )
+
+
+def _spelled_like(name: str, names: dict[str, str], cutoff: float) -> list[str]:
+    near = get_close_matches(name, names.values(), n=1, cutoff=cutoff)
+    return [next(field for field in names if names[field] == near[0])] if near else []
 
 
 @cache
-def _component_fields() -> tuple[str, ...]:
-    """As the sources have them: importing a component would import torch."""
+def component_fields() -> tuple[str, ...]:
+    """Dotted paths of the fields of components as the sources have them: importing a component would import torch."""
     package = Path(__file__).parents[1]
     texts = [
         file.read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from crosscode.config.checked import checked, field_paths, likely_fields
+from crosscode.config.checked import checked, field_paths
 from crosscode.config.counts import members_of
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.hints import all_fields
+from crosscode.config.hints import component_fields, likely_fields
 from crosscode.config.reading import load_yaml, read_trusted
 from crosscode.errors import InputError
 
@@ -108,7 +108,7 @@ def near_field(path: str, classes: Sequence[type[BaseModel]]) -> str | None:
     """A known field that an unknown one may mean."""
     known = [field for one in classes for field in field_paths(one)]
     if any(issubclass(one, ExperimentConfig) for one in classes):
-        known += all_fields()
+        known += component_fields()
     return next(iter(likely_fields(path, known)), None)
 
 
