@@ -1,10 +1,10 @@
 """What the choices of a run cost where they are wrong: every variant forced, beside the one that is chosen.
 
-    python benches/choices.py [--cases NAME ...] [--repeats 20] [--threads 2] [--out FILE]
+    python benches/choices.py [--cases NAME ...] [--repeats 20] [--threads 2] [--clock wall|cpu] [--out FILE]
 
 Each shape has the choice made for it as a run makes it (`crosscode/build/choices.py`), then full training steps (forward, loss,
 backward, clipping, Adam) of every variant in turns; the last column is the median of the chosen one's time over the fastest's,
-within a repeat. Wanted: at most 1.05.
+within a repeat. Wanted: at most 1.05. On a busy machine: `--threads 1 --clock cpu`.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from crosscode_kernels import Backend, OpSet
+from step_parts import CLOCKS
 from train_step import WARM_UP, Case, Step, batch, make_params, provenance
 
 from crosscode.build.choices import WORTH_TRYING, Trial
@@ -37,7 +38,7 @@ CASES = {
 }
 
 
-def chosen(case: Case) -> Backend:
+def chosen(case: Case, clock: Callable[[], float]) -> Backend:
     """As a run of this shape would."""
     if case.B * case.I * case.L < WORTH_TRYING:
         return Backend("torch")
@@ -47,7 +48,7 @@ def chosen(case: Case) -> Backend:
         W_dec_LXoDo=torch.empty(case.L, case.segments, width, device="meta"),
         activation_fn=SimpleNamespace(current_k=case.k),
     )  # fmt: skip
-    trial = Trial(model, case.B, time.perf_counter)
+    trial = Trial(model, case.B, clock)
     if case.scheme == "topk":
         return trial.screened_or_not()
     if case.scheme in ("l1", "jumprelu"):
@@ -64,8 +65,8 @@ def forced(case: Case) -> dict[str, Backend]:
     return {"torch": Backend("torch")}
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    backend = chosen(case)
+def measure(case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+    backend = chosen(case, clock)
     x_BI, target_BO = batch(case)
     steps, seconds = {}, {name: [] for name in (*forced(case), "auto")}
     for name, one in (forced(case) | {"auto": backend}).items():
@@ -73,10 +74,10 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         steps[name] = Step(case, OpSet(one), params, torch.optim.Adam(params.values(), 5e-5, fused=True))
     for repeat in range(repeats + WARM_UP):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step.run(x_BI, target_BO)
             if repeat >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     fastest = min(forced(case), key=lambda name: statistics.median(seconds[name]))
     pairs = zip(seconds["auto"], seconds[fastest], strict=True)
     times = {f"{name}_ms": 1e3 * statistics.median(found) for name, found in seconds.items()}
@@ -89,15 +90,16 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.cases:
-        rows.append({"case": name, **measure(CASES[name], arguments.repeats)})
+        rows.append({"case": name, **measure(CASES[name], arguments.repeats, CLOCKS[arguments.clock])})
         print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
-        run = {"threads": arguments.threads, "repeats": arguments.repeats, **provenance()}
+        run = {"threads": arguments.threads, "clock": arguments.clock, "repeats": arguments.repeats, **provenance()}
         arguments.out.write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n")
 
 

@@ -52,6 +52,8 @@ class CountedBytes(TorchDispatchMode):
         if any(leaf.layout != torch.strided for leaf in (*written, *inputs)):
             if func.overloadpacket in (aten.addmm, aten.addmm_):
                 self.moved += _sparse_product_bytes(*args[:3], kwargs.get("beta", 1), out)
+            elif func.overloadpacket is aten.sparse_sampled_addmm:
+                self.moved += _sampled_product_bytes(*args[:3])
             return out  # everything else puts a sparse tensor together, or takes it apart
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         if not func._schema.is_mutable and all(one.untyped_storage().data_ptr() in storages for one in written):
@@ -72,6 +74,13 @@ def _sparse_product_bytes(added: Tensor, sparse: Tensor, rows: Tensor, beta: flo
     entries = (sparse.crow_indices(), sparse.col_indices(), sparse.values())
     named = entries[1].unique().numel() * _bytes(rows) // max(rows.shape[0], 1)
     return sum(map(_bytes, entries)) + named + _bytes(out) + (_bytes(added) if beta else 0)
+
+
+def _sampled_product_bytes(pairs: Tensor, rows: Tensor, columns: Tensor) -> int:
+    """Of `rows @ columns` at the entries of `pairs`: these, the rows and columns that they name, and the values."""
+    row_ptr, column_idx, value_N = pairs.crow_indices(), pairs.col_indices(), pairs.values()
+    named = int((row_ptr.diff() > 0).sum()) * rows.shape[1] + column_idx.unique().numel() * columns.shape[0]
+    return sum(map(_bytes, (row_ptr, column_idx, value_N))) + named * rows.element_size()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -43,7 +43,7 @@ def _op_table(case: Case, dtype: torch.dtype, device: Device) -> list[str]:
     encode = [model.preacts(), model.row_select()]
     whole = model.B * model.I * model.e + model.L * (model.I + 1) * model.e + model.entries
     moved = sum(term.moved for term in encode)
-    peak = device.flops_16 if model.e == 2 else device.flops_tf32
+    peak = device.flops_16 if model.e == 2 else device.flops_32
     lines += [
         "",
         f"Encode as a whole (x and W in, entries out): fewest {whole / 1e6:.0f} MB, moved {moved / 1e6:.0f} MB, ratio "
@@ -82,9 +82,10 @@ def report() -> str:
     """The whole document."""
     lines = [
         "# Traffic model: a prediction, not a measurement", "",
-        f"GEMMs at {GEMM_EFFICIENCY:.0%} of peak (bf16, or tf32 for float32), memory at {MEMORY_EFFICIENCY:.0%} of "
-        f"peak bandwidth; {CACHE_SHARE:.0%} of the last cache holds what an op re-reads; all parameters, gradients and "
-        f"moments in the dtype named; latents uniformly popular; {DEAD_FRACTION:.0%} of latents dead.", "",
+        f"GEMMs at {GEMM_EFFICIENCY:.0%} of peak (bf16, or IEEE float32), memory at {MEMORY_EFFICIENCY:.0%} of "
+        f"peak bandwidth; {CACHE_SHARE:.0%} of the last cache holds what an op re-reads; parameters, gradients and "
+        f"moments in float32 as the trainer has them, products in the dtype named; latents "
+        f"uniformly popular; {DEAD_FRACTION:.0%} of latents dead.", "",
         f"The limit: an op moves at most {LIMIT} times the fewest bytes of its inputs and outputs. A GEMM may exceed it by "
         "reading x again from memory, where that takes less time than its arithmetic.", "",
     ]  # fmt: skip

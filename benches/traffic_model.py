@@ -19,19 +19,20 @@ from static_cases import Case
 
 
 class Device(NamedTuple):
-    """Peaks of a GPU: bytes/s, dense FLOP/s by precision, and bytes of its last cache."""
+    """Peaks of a GPU: bytes/s, dense FLOP/s in 16 bits and in float32 (IEEE: `train.tf32` is off unless it is given), and
+    bytes of its last cache."""
 
     name: str
     bandwidth: float
     flops_16: float
-    flops_tf32: float
+    flops_32: float
     cache: float
 
 
 DEVICES = (
-    Device("H100 SXM", 3.35e12, 989e12, 494e12, 50e6),
-    Device("A100 80GB", 2.04e12, 312e12, 156e12, 40e6),
-    Device("MI300X", 5.3e12, 1307e12, 653e12, 256e6),
+    Device("H100 SXM", 3.35e12, 989e12, 67e12, 50e6),
+    Device("A100 80GB", 2.04e12, 312e12, 19.5e12, 40e6),
+    Device("MI300X", 5.3e12, 1307e12, 163e12, 256e6),
 )
 GEMM_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.85
 CACHE_SHARE = 0.7
@@ -58,7 +59,7 @@ class Term(NamedTuple):
 
     def seconds(self, device: Device, element_size: int, bytes_: float | None = None) -> float:
         """Predicted time with the bytes that are moved, or with other `bytes_`."""
-        peak = device.flops_16 if element_size == 2 else device.flops_tf32
+        peak = device.flops_16 if element_size == 2 else device.flops_32
         compute = self.flops / (peak * GEMM_EFFICIENCY)
         moved = self.moved if bytes_ is None else bytes_
         return max(compute, moved / (device.bandwidth * MEMORY_EFFICIENCY))
@@ -221,14 +222,25 @@ class Model:
         again = self.N * (32 - self.e) * 2 * self.missed(self.N * self.e)
         return Term("sparse penalty backward", 0, fewest, fewest + again)
 
-    # ---- the rest of a training step, PyTorch's own
+    # ---- the rest of a training step, PyTorch's own; weights are float32 whatever the products are in
+    def chunks(self) -> Term:
+        """Candidates of each chunk of latents, written, joined and selected from; a chunk alone is no chunk."""
+        n = math.ceil(self.L / h.preacts_at_a_time(self.B, self.L))
+        bytes_ = 5 * n * self.entries if n > 1 else 0
+        return Term("candidates of chunks", 0, bytes_, bytes_)
+
+    def casts(self) -> Term:
+        # Both weights on their way to 16 bits, both gradients on their way back.
+        bytes_ = 2 * (FP32 + self.e) * self.L * (self.I + self.O) if self.e < FP32 else 0
+        return Term("casts of weights and gradients", 0, bytes_, bytes_)
+
     def clip(self) -> Term:
-        bytes_ = self.L * (self.I + self.O) * self.e
+        bytes_ = self.L * (self.I + self.O) * FP32
         return Term("gradient norm", 0, bytes_, bytes_)
 
     def adam(self) -> Term:
         # Parameter, both moments: read and written; gradient read. Clipping is folded in.
-        bytes_ = 7 * self.L * (self.I + self.O) * self.e
+        bytes_ = 7 * self.L * (self.I + self.O) * FP32
         return Term("fused Adam", 0, bytes_, bytes_)
 
 
@@ -244,9 +256,11 @@ GEMMS = ("encode GEMM", "dead-row GEMM")
 
 
 def topk_step(model: Model) -> list[Term]:
-    """The ops of a TopK training step, in order."""
+    """What a TopK training step runs, in order. In 16 bits (autocast) decode and loss are two ops, and the loss is float32."""
+    wide = Model(model.case, torch.float32, model.device)
     return [
-        model.preacts(), model.row_select(), model.latent_order(), model.decode(True), model.recon_backward(),
+        model.casts(), model.preacts(), model.row_select(), model.chunks(), model.latent_order(),
+        *([model.decode(False), wide.recon()] if model.e < FP32 else [model.decode(True)]), wide.recon_backward(),
         model.decode_backward(), model.encode_backward(), model.clip(), model.adam(),
     ]  # fmt: skip
 

@@ -137,10 +137,10 @@ def test_an_op_that_moves_too_much_is_noticed(traffic_model):
 def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_cases):
     case = static_cases.Case("small", 128, 192, (96, 96), 2048, 8)
     found = counted_bytes.counted(case)
-    # What stock ops need at most: the residual is read again for its norms, JumpReLU is several
+    # What stock ops need at most: the bias is one more pass, the residual is read again for its norms, JumpReLU is several
     # elementwise passes over blocks.
     most = {"encode GEMM": 1.0, "recon loss backward": 1.001, "decoder norms": 1.05, "decoder norms backward": 1.05}
-    most |= {"decode": 1.1, "decode backward": 1.15, "encode weight gradient": 1.1, "recon loss": 1.4}
+    most |= {"decode": 1.3, "decode backward": 1.2, "encode weight gradient": 1.1, "recon loss": 1.4}
     most |= {"GEMM and row top-k": 1.5, "sparse penalty": 3, "JumpReLU": 8}
     most |= {"JumpReLU backward": 10}
     assert found.keys() == most.keys()
