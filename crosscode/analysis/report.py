@@ -202,5 +202,6 @@ def render(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # What the page's own script adds may run: of a page from disk no other word for "beside it" is heard by all browsers.
     more = "" if explorer is None else " 'strict-dynamic'; connect-src 'self'"
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{more}"
+    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    policy = f"{nothing}; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{more}"
     return template.render(context, content_security_policy=policy)

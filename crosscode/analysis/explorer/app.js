@@ -9,9 +9,8 @@
   const data = async name => { await load(`data/${name}.js`); return known[name]; };
   const { make, digits, card, grid, exampleItem, histogram } = crosscodeParts;
   const byId = id => document.getElementById(id);
-  let served = false;
-  const asked = !location.protocol.startsWith("http") ? Promise.resolve() :
-    fetch("notes").then(answer => answer.ok ? answer.json() : undefined).catch(() => undefined);
+  const served = !location.protocol.startsWith("http") ? Promise.resolve(false) : fetch("notes").then(
+    answer => answer.headers.get("Content-Type")?.startsWith("application/json") ?? false, () => false);
 
   // ---- the table: sorted and searched here, shown by Tabulator page by page
 
@@ -122,9 +121,9 @@
   // ---- one latent
 
   async function showLatent(latent) {
-    const view = byId("latent");
+    const view = byId("latent"), wanted = location.hash;
     await readTable();
-    if (!(latent >= 0 && latent < search.length)) {
+    if (!(Number.isInteger(latent) && latent >= 0 && latent < search.length)) {
       view.replaceChildren(make("p", { textContent: `There is no latent ${latent}; they go from 0 to ${search.length - 1}.` }));
       return;
     }
@@ -148,17 +147,15 @@
       make("h3", { textContent: titles[i] }), make("ol", { className: "snippets" }, ...some.map(one => exampleItem(shown, one))))] : []);
     const near = ([other, value]) => [latentLink(other), make("span", { className: "tokens", textContent: search[other], title: search[other] }), digits(value)];
     const logit = ([text, value]) => [make("code", { textContent: text }), digits(value)];
-    const note = make("textarea", { id: "note", rows: 2, placeholder: "Your note on this latent", ariaLabel: "note" });
-    note.value = await readNote(latent);
-    note.addEventListener("change", () => writeNote(latent, note.value));
+    const note = await noteOn(latent);
+    if (location.hash !== wanted) return; // to another one, which was faster
     view.replaceChildren(
       make("p", { className: "steps" }, link("← previous", step(-1)), link("next →", step(1))),
       make("h2", { textContent: column("layer") ? `Latent ${latent} (${of("layer")}, ${of("index")})` : `Latent ${latent}` }),
       ...columns.filter(one => one.name.startsWith("why")).map(one => make("p", { className: "why" },
         make("b", { textContent: of(one.name.replace("why", "tag")) }), ` ${one.values[latent]}`)),
       figures(main), ...others.length ? [make("details", {}, make("summary", { textContent: "All figures" }), figures(others))] : [],
-      note,
-      make("p", { className: "muted", id: "saved" }),
+      ...note,
       ...examples.slice(0, 1),
       make("div", { className: "blocks" },
         card("Activations where it fires", ...(record.histogram.length ? [histogram(record.histogram, record.upper),
@@ -172,26 +169,38 @@
     view.dataset.latent = latent;
   }
 
-  // ---- notes: in the run where a server beside the page takes them, else in this browser
+  // ---- notes: in the run where a server beside the page takes them, else in this browser; other tabs may write, too
 
   const noteKey = `crosscode notes ${location.pathname}`;
-  let notes;
-  async function readNote(latent) {
-    notes ??= await asked ?? JSON.parse(localStorage.getItem(noteKey) ?? "{}");
-    return notes[latent] ?? "";
-  }
-  async function post(path, value) {
-    const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) });
-    const found = await answer.json();
+  const call = async (path, options) => {
+    const answer = await fetch(path, options), found = await answer.json();
     if (!answer.ok) throw new Error(found.error);
     return found;
-  }
-  async function writeNote(latent, text) {
-    notes[latent] = text;
-    try {
-      await (served ? post("notes", { latent, text }) : localStorage.setItem(noteKey, JSON.stringify(notes)));
-      byId("saved").textContent = served ? "saved in the run" : "saved in this browser";
-    } catch (error) { byId("saved").textContent = `not saved: ${error.message}`; }
+  };
+  const post = (path, value) => call(path,
+    { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) });
+  const notes = async () => await served ? call("notes") : JSON.parse(localStorage.getItem(noteKey) ?? "{}");
+
+  async function noteOn(latent) {
+    const note = make("textarea", { id: "note", rows: 2, placeholder: "Your note on this latent", ariaLabel: "note" });
+    const saved = make("p", { className: "muted", id: "saved", role: "status" });
+    let was = "";
+    const read = async () => { was = (await notes())[latent] ?? ""; };
+    await read().catch(error => { saved.textContent = `notes cannot be read: ${error.message}`; });
+    note.value = was;
+    note.addEventListener("change", async () => {
+      const text = note.value;
+      try {
+        if (await served) await post("notes", { latent, text, was });
+        else localStorage.setItem(noteKey, JSON.stringify({ ...await notes(), [latent]: text }));
+        was = text;
+        saved.textContent = await served ? "saved in the run" : "saved in this browser";
+      } catch (error) {
+        saved.textContent = `not saved: ${error.message}`;
+        await read().catch(() => {});
+      }
+    });
+    return [note, saved];
   }
 
   // ---- a typed prompt
@@ -200,7 +209,7 @@
     event.preventDefault();
     const out = Object.assign(byId("encoded"), { textContent: "…" });
     try {
-      const found = await post("encode", { text: byId("prompt-text").value });
+      const found = await post("encode", { text: byId("prompt-text").value, chat: byId("prompt-chat").checked });
       out.replaceChildren(make("table", {}, make("tbody", {}, ...found.tokens.map((token, i) => make("tr", {},
         make("td", {}, make("code", { textContent: token })),
         make("td", {}, ...found.strongest[i].flatMap(([latent, value]) => [latentLink(latent), ` ${digits(value)}  `])))))));
@@ -228,7 +237,7 @@
     if (event.key === "ArrowLeft") steps.find(link => link.textContent.startsWith("←"))?.click();
     if (event.key === "ArrowRight") steps.find(link => link.textContent.startsWith("next"))?.click();
   });
-  asked.then(found => { served = found !== undefined; byId("prompt-link").hidden = !served; });
+  served.then(found => { byId("prompt-link").hidden = !found; });
   addEventListener("hashchange", route);
   route();
 }

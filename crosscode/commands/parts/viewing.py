@@ -41,16 +41,19 @@ Notes = dict[str, str]
 
 
 class Note(Stored):
-    """What `POST notes` takes; an empty text removes the note."""
+    """What `POST notes` takes; an empty text removes the note. `was`: what stood there when the page was opened; where something
+    else stands there now, it stays."""
 
     latent: Count
     text: _Text
+    was: _Text | None = None
 
 
 class TypedPrompt(Stored):
-    """What `POST encode` takes."""
+    """What `POST encode` takes. `chat`: the text is what a user says."""
 
     text: _Text
+    chat: bool = False
 
 
 class ReportServer(ThreadingTCPServer):
@@ -113,7 +116,11 @@ class ReportServer(ThreadingTCPServer):
             raise InputError(f"latent = {latent}: must be below {n_latents}")
         with self._notes_lock, self.run.directory.held():
             self.file("/index.html")  # neither replaced by a link nor gone
-            found = {**self.notes(), str(latent): text}
+            found = self.notes()
+            now, was = found.get(str(latent), ""), note.get("was")
+            if was is not None and now.strip() != was.strip():
+                raise InputError(f"latent {latent} has another note since this page was opened: {now[:80]!r}")
+            found[str(latent)] = text
             kept = {key: found[key] for key in sorted(found, key=lambda key: (len(key), key)) if found[key].strip()}
             write_json(self.run.path / "report" / "notes.json", kept)
         return {"latent": latent}
@@ -121,8 +128,9 @@ class ReportServer(ThreadingTCPServer):
     def encode(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """`tokens` (S) as text, and for each the `strongest` pairs of latent and activation. The first call loads the
         models."""
+        text = [{"role": "user", "content": prompt["text"]}] if prompt.get("chat") else prompt["text"]
         with self._encode_lock:
-            found = latents_of_text(self.run, prompt["text"])
+            found = latents_of_text(self.run, text)
         return {
             "tokens": found.tokens,
             "strongest": [found.strongest(position, _N_STRONGEST) for position in range(len(found.tokens))],

@@ -77,6 +77,8 @@ def test_the_page_of_a_report_notes_and_prompts(run, ask):
         [list(pair) for pair in expected.strongest(position)] for position in range(len(expected.tokens))
     ]
     assert any(found["strongest"])
+    status, _, body = ask(run, "POST", "/encode", {"text": text, "chat": True})
+    assert status == 400 and "chat template" in json.loads(body)["error"]
     status, _, body = ask(run, "POST", "/encode", {"text": "def " * 2000})
     assert status == 400 and json.loads(body)["error"].startswith("text: 2")
 
@@ -89,6 +91,10 @@ def test_notes_are_kept_in_the_run_and_go_with_it(run, ask):
     notes = {"2": "«two»", "5": "five"}
     assert json.loads(ask(run, "GET", "/notes")[2]) == notes
     assert json.loads((run / "report" / "notes.json").read_text()) == notes
+    status, _, body = ask(run, "POST", "/notes", {"latent": 5, "text": "of another tab", "was": "four"})
+    assert status == 400 and "latent 5 has another note since this page was opened: 'five'" in json.loads(body)["error"]
+    assert json.loads(ask(run, "GET", "/notes")[2]) == notes
+    assert ask(run, "POST", "/notes", {"latent": 5, "text": "six", "was": "five"})[0] == 200
     assert not find_files(run).foreign
     remove_files(run)
     assert not (run / "report").exists()
