@@ -52,6 +52,16 @@ def in_section(section: str, fields: Container[str]) -> Iterator[None]:
 
 
 @contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Raise `InputError` where the system refuses to read `what` the user named."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{str(error.filename)!r}: " if error.filename is not None and str(error.filename) not in what else ""
+        raise InputError(f"{what}: cannot be read: {place}{error.strerror or first_line(error)}") from error
+
+
+@contextmanager
 def fitting(what: str) -> Iterator[None]:
     """Raise `InputError` where saved state does not fit what it is loaded into. `what` it is, and where it stands."""
     try:

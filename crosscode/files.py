@@ -191,14 +191,17 @@ def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iter
     """
     check_is_no_link(path)
     lock = FileLock(path, thread_local=False)  # what one thread takes, another may give back
-    holder = path.read_text() if path.is_file() else ""
+    holder = ""
     try:
+        holder = path.read_text(errors="replace")[:40] if path.is_file() else ""
         lock.acquire(blocking=False)
     except Timeout as taken:
         raise error(f"{refusal} ({holder})" if holder else refusal) from taken
     except NotImplementedError:
         pass
     except OSError as problem:
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise error(f"{str(path.parent)!r} may not be written into ({problem.strerror}); take a copy") from problem
         if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from crosscode.api.run import Run
 
 
-def open(path: str | Path) -> Run:
+def open(path: str | Path, *, trust_remote_code: bool = False) -> Run:
     """The run directory at `path`, finished or not.
 
     ```python
@@ -16,7 +16,10 @@ def open(path: str | Path) -> Run:
     run.latents("some text"), run.top(12), run.logits(12), run.table()
     ```
 
+    Args:
+        trust_remote_code: let the run's language models run code of their own, where its config says so.
+
     Raises:
         InputError: no run there.
     """
-    return Run(path)
+    return Run(path, trust_remote_code)

@@ -237,11 +237,11 @@ class Run(FinishedRun):
         Raises:
             InputError: nothing to go on from, another source, or one that has no position.
         """
-        point = ResumePoint.find(self.path)
+        point = ResumePoint.find(self.path, self._trust_remote_code)
         arrays = None if acts is None else given_arrays(acts, **given)
         experiment = open_experiment(point.config, arrays=arrays)
         build_trainer(experiment, resume=point, callbacks=callbacks, progress=progress).train()
-        return Run(self.path)
+        return Run(self.path, self._trust_remote_code)
 
     # ---- parts
 

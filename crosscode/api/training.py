@@ -19,7 +19,19 @@ from crosscode.errors import InputError
 if TYPE_CHECKING:
     from crosscode.api.run import Run
 
-_OWN = ("acts", "crosscoder", "run_dir", "names", "heldout", "tokens", "tokenizer", "callbacks", "loggers", "progress")
+_OWN = (
+    "acts",
+    "crosscoder",
+    "run_dir",
+    "names",
+    "heldout",
+    "tokens",
+    "tokenizer",
+    "callbacks",
+    "loggers",
+    "progress",
+    "trust_remote_code",
+)
 
 
 def train(
@@ -34,6 +46,7 @@ def train(
     callbacks: Sequence[Any] = (),
     loggers: Sequence[Any] = (),
     progress: bool = True,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> Run:
     """Train on activations of your own, or from a config as `crosscode train` does.
@@ -65,6 +78,8 @@ def train(
         callbacks: see `crosscode.Callback`.
         loggers: see `crosscode.Logger`, beside those of the config.
         progress: show it.
+        trust_remote_code: let the language models of a config that lies in a run, which somebody else may have made, run code
+            of their own, where it says so. In a config of your own its word is enough.
         fields: any field of `train` (n_tokens, batch_size, optimizer, ...), or of a whole config (name, seed, device,
             backend, data, objective, constraints, evaluation, finetune_from, overwrite, train; beside a config also
             language_models and hookpoints).
@@ -80,7 +95,7 @@ def train(
             if value is not None:
                 raise InputError(f"{name}: is for activations of your own; a config says where its come from")
         values = with_crosscoder({**name_for_config(run_dir), **values}, crosscoder)
-        return _train_config(str(acts), values, callbacks, loggers, progress)
+        return _train_config(str(acts), values, trust_remote_code, callbacks, loggers, progress)
     check_beside_activations(values)
     from crosscode.api.given import given_arrays, section_of, source_of, usual_values
     from crosscode.build.schema import check_config
@@ -104,18 +119,31 @@ def name_for_config(run_dir: str | Path | None) -> dict[str, str]:
     return {} if run_dir is None else {"run_dir": str(run_dir)}
 
 
-def _train_config(path: str, values: dict[str, Any], callbacks: Any, loggers: Any, progress: bool) -> Run:
+def _train_config(
+    path: str, values: dict[str, Any], trust_remote_code: bool, callbacks: Any, loggers: Any, progress: bool
+) -> Run:
     from crosscode.commands.parts.options import experiment_values
 
-    checked_values = experiment_values(path, values)  # what is wrong in it is said before torch is imported
+    checked_values = experiment_values(
+        path, values, trust_remote_code
+    )  # what is wrong in it is said before torch is imported
     from crosscode.build.schema import check_config
 
     config = check_config(checked_values)
-    return _run(config, None, None, callbacks, loggers, progress, typed_overwrite="overwrite" in values)
+    typed, trust = "overwrite" in values, trust_remote_code
+    return _run(config, None, None, callbacks, loggers, progress, typed_overwrite=typed, trust_remote_code=trust)
 
 
 def _run(
-    config: Any, given: Any, model: Any, callbacks: Any, loggers: Any, progress: bool, *, typed_overwrite: bool
+    config: Any,
+    given: Any,
+    model: Any,
+    callbacks: Any,
+    loggers: Any,
+    progress: bool,
+    *,
+    typed_overwrite: bool,
+    trust_remote_code: bool = False,
 ) -> Run:
     from crosscode.api.run import Run
     from crosscode.build.experiment import open_experiment
@@ -139,7 +167,7 @@ def _run(
         progress=progress,
         typed_overwrite=typed_overwrite,
     ).train()
-    return Run(config.run_path())
+    return Run(config.run_path(), trust_remote_code)
 
 
 train.__signature__ = train_signature(train)  # pyright: ignore[reportFunctionMemberAccess]

@@ -24,6 +24,7 @@ from crosscode.runs.directory import FIGURES, RunDirectory, open_run
 from crosscode.runs.loggers import count_lines
 from crosscode.runs.run_files import ASIDE, read_marker
 from crosscode.stored import SweepRow, read_json
+from crosscode.trainers.progress import Progress
 
 Finding = tuple[str, str | None]
 """What was looked at, and what is wrong with it."""
@@ -113,8 +114,8 @@ def _sweep(path: Path) -> Iterator[Finding]:
 
 def _store(path: Path) -> Iterator[Finding]:
     def rows() -> None:
-        with closing(ActivationCache(path)) as store:
-            store.verify()
+        with closing(ActivationCache(path)) as store, Progress(store.n_rows, what="verify", unit="row") as shown:
+            store.verify(lambda n_rows: shown.show(n_rows, ""))
 
     def position(file: Path, n_written: int) -> str | None:
         read_position(file)

@@ -45,11 +45,14 @@ def run(options: Options) -> None:
         raise InputError("export: no --out DIR given: the folder to write")
     from crosscode.interop.export import check_target, export, writing_format
     from crosscode.models import BaseCrosscoder
+    from crosscode.trainers.progress import at_work
     from crosscode.trainers.warm_start import find_model
 
     check_target(options.out, writing_format(options.to), overwrite=options.overwrite)
-    models = [BaseCrosscoder.load(find_model(each, "RUN")) for each in options.runs]
-    print(export(models, options.to, options.out, position=options.position, overwrite=options.overwrite))
+    with at_work("export"):
+        models = [BaseCrosscoder.load(find_model(each, "RUN")) for each in options.runs]
+        done = export(models, options.to, options.out, position=options.position, overwrite=options.overwrite)
+    print(done)
 
 
 COMMAND = Command(TEXT, run, Options, positional="runs")

@@ -33,11 +33,12 @@ def run(options: Options) -> None:
     quiet_libraries()
     from crosscode.build.importing import import_model
     from crosscode.interop.hub import foreign
+    from crosscode.trainers.progress import at_work
 
-    for line in import_model(
-        foreign(options.path), options.source_format, options.out, options.config, options.trust_remote_code
-    ):
-        print(line)
+    named = (options.source_format, options.out, options.config, options.trust_remote_code)
+    with at_work("import"):
+        lines = [*import_model(foreign(options.path), *named)]
+    print("\n".join(lines))
 
 
 COMMAND = Command(TEXT, run, Options, positional="path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from pydantic import Field
@@ -21,17 +22,19 @@ def run(options: Options) -> None:
     quiet_libraries()
     from crosscode.build.verify import verify
     from crosscode.interop.hub import local
+    from crosscode.trainers.progress import at_work
 
     path = local(options.path)
     if not path.is_dir():
         raise InputError(f"verify: {str(options.path)!r}: no such folder")
     n_all = n_bad = 0
-    for name, problem in verify(path):
-        print(
-            f"{'whole' if problem is None else 'damaged':8}{name}{'' if problem is None else f': {problem}'}",
-            flush=True,
-        )
-        n_all, n_bad = n_all + 1, n_bad + (problem is not None)
+    with at_work("verify") if not (path / "manifest.json").exists() else nullcontext():
+        for name, problem in verify(path):
+            print(
+                f"{'whole' if problem is None else 'damaged':8}{name}{'' if problem is None else f': {problem}'}",
+                flush=True,
+            )
+            n_all, n_bad = n_all + 1, n_bad + (problem is not None)
     if n_bad:
         raise CrosscodeError(f"verify: {n_bad} of {n_all} parts of {str(options.path)!r} are not as they were written")
 

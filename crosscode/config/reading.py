@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, readable
 from crosscode.formats import today
 from crosscode.recipes import recipe_path
 
@@ -120,15 +120,22 @@ def read_trusted(config: str | Path, trust_remote_code: bool, *, is_of_run: bool
         InputError: it asks for it, and it was not.
     """
     values, path = read_yaml(config), Path(config)
-    beside = (".crosscode", "final", "checkpoints")
-    is_of_run |= path.is_dir() or any((path.parent / name).exists() for name in beside if path.name == "config.yaml")
+    is_of_run |= path.is_dir() or any(map(_is_ours, path.absolute().parents))
     if is_of_run and not trust_remote_code and recipe_path(str(config)) is None:
         for field, model in _asking(values, ()):
             raise InputError(
                 f"{field}.trust_remote_code = True in {str(config)!r}: would run code that comes with "
-                f"{model.get('path')!r}; if you trust it, add --trust-remote-code to the command"
+                f"{model.get('path')!r}; if you trust it, add --trust-remote-code to the command "
+                "(in Python trust_remote_code=True)"
             )
     return values
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a run, or looks like one from before there was a marker."""
+    beside = ("final", "checkpoints", "model.safetensors", "manifest.json")
+    marked = (folder / ".crosscode").exists()
+    return marked or ((folder / "config.yaml").exists() and any((folder / name).exists() for name in beside))
 
 
 def _asking(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,12 +160,13 @@ def read_yaml(config: str | Path) -> dict[str, Any]:
         InputError: no such file or recipe, or not a YAML mapping.
     """
     path = recipe_path(str(config)) or Path(config)
-    if path.is_dir():
-        path = path / "config.yaml"
-    if not path.is_file():
-        raise InputError(f"config: {str(config)!r} is neither a file nor a recipe; see `crosscode recipes`")
     try:
-        text = path.read_text(encoding="utf-8")
+        with readable(f"config: {str(config)!r}"):
+            if path.is_dir():
+                path = path / "config.yaml"
+            if not path.is_file():
+                raise InputError(f"config: {str(config)!r} is neither a file nor a recipe; see `crosscode recipes`")
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"config: {str(path)!r} is not valid YAML: it is no UTF-8 text") from error
     values = load_yaml(text, f"config: {str(path)!r}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crosscode.errors import InputError, fitting
+from crosscode.errors import InputError, fitting, readable
 from crosscode.interop.format import FORMATS, Format, read_about
 from crosscode.interop.plain import CROSSCODER, PlainCoder, to_model
 from crosscode.interop.sets import as_set
@@ -38,7 +38,7 @@ def read(path: Path, made: Format) -> BaseCrosscoder:
     if not path.exists():
         raise InputError(f"import {str(path)!r}: no such file or folder")
     where = f"import {str(path)!r}"
-    with fitting(f"{where}: what is there"):
+    with readable(where), fitting(f"{where}: what is there"):
         coders = _with_own_metadata(path, made.read(path))
         coder = coders[0] if len(coders) == 1 else as_set(coders, where)
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscode.checksums import CHECKSUMS_FILE
-from crosscode.errors import InputError
+from crosscode.errors import InputError, readable
 from crosscode.files import check_is_no_link, held, is_temporary, json_text, remove, write_json, write_text
 from crosscode.runs.run_files import (
     ASIDE,
@@ -284,7 +284,8 @@ def open_run(path: str | Path) -> RunDirectory:
         InputError: if there is none, or there are links in it.
     """
     run = RunDirectory(path)
-    find_files(run.path)
+    with readable(f"run: {str(path)!r}"):
+        find_files(run.path)
     if is_half_replaced(run.path):
         raise InputError(
             f"run: {str(path)!r} was about to be replaced when a process ended; `crosscode train --resume {path}` puts "

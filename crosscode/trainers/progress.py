@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor
@@ -124,6 +125,23 @@ class Progress:
             print(f"{self.unit} {self._done}{of_all}  {text}".rstrip(), file=sys.stderr, flush=True)
         except OSError:  # nobody reads it any more, which is no reason to stop
             self.enabled = False
+
+
+@contextmanager
+def at_work(what: str) -> Iterator[None]:
+    """Within the block, which cannot count what it does, a line now and then says for how long it has been at work."""
+    over, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not over.wait(SECONDS_BETWEEN_LINES):
+            with suppress(OSError, ValueError):  # nobody reads it
+                print(f"{what}  {_duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _is_terminal() -> bool:

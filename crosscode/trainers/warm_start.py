@@ -13,7 +13,7 @@ import torch
 from crosscode_kernels import AnyBackend
 from torch import Tensor
 
-from crosscode.errors import InputError
+from crosscode.errors import InputError, readable
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.elsewhere import elsewhere
@@ -60,6 +60,11 @@ def warm_start(
 def find_model(source: str, field: str = "finetune_from") -> Path:
     """The folder of the saved model that `source` names: itself, a run's `final/`, or its newest whole checkpoint.
     `field` is where it was named, for messages."""
+    with readable(f"{field} = {source!r}"):
+        return _find_model(source, field)
+
+
+def _find_model(source: str, field: str) -> Path:
     path = Path(source).expanduser()
     if (path / "model.safetensors").is_file():
         return path

@@ -209,3 +209,61 @@ def test_an_odd_config_is_one_line_that_names_a_field(seeds, whole, tmp_path, ca
         code = main(["train", str(file)])
         one_line(code, capsys.readouterr().err, what)
         assert code != 2 or not (tmp_path / "new").exists(), what
+
+
+@pytest.fixture(scope="module")
+def sweep(whole, tmp_path_factory):
+    """Two finished runs of a sweep, and the digests of their models."""
+    folder = tmp_path_factory.mktemp("sweep") / "sweep"
+    config = yaml.safe_load((whole / "run" / "config.yaml").read_text())
+    (folder.parent / "config.yaml").write_text(yaml.safe_dump(config | {"run_dir": str(folder)}))
+    grid = ["--grid", "train.optimizer.lr=1e-3,2e-3", "--run-dir", str(folder)]
+    assert main(["sweep", str(folder.parent / "config.yaml"), *grid]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("seeds", attempts(40))
+def test_a_damaged_sweep_goes_on_to_the_same_models_or_not_at_all(seeds, sweep, tmp_path, capsys, said):
+    models = {file.relative_to(sweep): file.read_bytes() for file in sweep.glob("*/final/model.safetensors")}
+    rows = {row["run"]: row for row in json.loads((sweep / "sweep.json").read_text())}
+    capsys.readouterr()
+    for seed in seeds:
+        rng, copy = random.Random(seed), tmp_path / "sweep"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sweep, copy)
+        file = rng.choice([copy / "sweep.json", rng.choice(files_of(copy))])
+        what = (seed, str(file.relative_to(copy)), damage_file(file, rng))
+        for command in (["verify", str(copy)], ["report", str(copy)], ["sweep", "--resume", str(copy)]):
+            said.clear()
+            code = main(command)
+            one_line(code, capsys.readouterr().err, (*what, command[0]))
+            if command[0] == "sweep" and code == 0 and not said:
+                found = {one.relative_to(copy): one.read_bytes() for one in copy.glob("*/final/model.safetensors")}
+                assert found == models or file.name == "model.safetensors", what
+                for row in json.loads((copy / "sweep.json").read_text()):
+                    assert row["fvu"] == pytest.approx(rows[row["run"]]["fvu"], rel=1e-6), what
+
+
+@pytest.mark.parametrize("seeds", attempts(40))
+def test_damaged_stores_that_are_joined_give_the_rows_that_were_written_or_are_refused(seeds, whole, store, tmp_path):
+    from crosscode.data.store.joined import JoinedStores
+    from crosscode.errors import InputError
+
+    acts = torch.from_numpy(np.load(whole / "acts.npy"))[:, None, None]
+    expected = torch.cat([acts, acts], dim=2)
+    for seed in seeds:
+        rng, copies = random.Random(seed), [tmp_path / "one", tmp_path / "two"]
+        for copy in copies:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(store, copy)
+        manifest = json.loads((copies[1] / "manifest.json").read_text())
+        (copies[1] / "manifest.json").write_text(json.dumps(manifest | {"hookpoints": ["another"]}))
+        file = rng.choice(files_of(rng.choice(copies)))
+        what = (seed, file.name, damage_file(file, rng))
+        try:
+            opened = JoinedStores(copies)
+            rows = opened.read_rows(torch.arange(opened.n_rows))
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1, what
+        else:
+            assert torch.equal(rows, expected[: len(rows)]), what

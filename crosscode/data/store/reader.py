@@ -11,6 +11,7 @@ import re
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -206,10 +207,13 @@ class ActivationCache:
                 self._read_checked(index_R[part], out[part])
         return out
 
-    def verify(self) -> None:
-        """Read every row once. Raises StoreError at the first that does not match its checksum."""
+    def verify(self, done: Callable[[int], None] = lambda _: None) -> None:
+        """Read every row once; `done` is told how many are. Raises StoreError at the first that does not match its
+        checksum."""
         for first in range(0, self.n_rows, _ROWS_PER_CHECK):
-            self.read_rows(torch.arange(first, min(first + _ROWS_PER_CHECK, self.n_rows)))
+            last = min(first + _ROWS_PER_CHECK, self.n_rows)
+            self.read_rows(torch.arange(first, last))
+            done(last)
         self.labels()
 
     def close(self) -> None:

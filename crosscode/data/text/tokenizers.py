@@ -18,6 +18,8 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 _TOKENIZER_FILE = re.compile(
     r"^(tokenizer|vocab|merges|added_tokens|special_tokens|spiece|sentencepiece|tekken)|\.(model|tiktoken|spm)$"
 )
+_OF_IDS = re.compile("^do_|^legacy$|prefix_space|normaliz")
+"""Options of a tokenizer in Python that decide ids."""
 _known: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
@@ -47,7 +49,8 @@ def tokenizer_rules(tokenizer: Any) -> str | None:
     vocabulary, merges, added tokens. None without a tokenizer.
 
     Not of what decodes, pads, truncates, or puts tokens around a text, nor of names. A tokenizer that is not of
-    `tokenizers` is known by its class, its vocabulary, its merges or its model, and the ids of a text.
+    `tokenizers` is known by its class, its vocabulary, its merges or its model, its added tokens and options, and the ids of
+    a text.
     """
     if tokenizer is None:
         return None
@@ -102,6 +105,8 @@ def _rules(tokenizer: Any) -> Any:
         None if model is None else hashlib.sha256(model.serialized_model_proto()).hexdigest(),
         splits_special,
         _probe(tokenizer),
+        sorted((index, repr(token)) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()),
+        sorted((name, value) for name, value in getattr(tokenizer, "init_kwargs", {}).items() if _OF_IDS.search(name)),
     ]
 
 

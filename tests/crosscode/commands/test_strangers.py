@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import crosscode
 from crosscode.analysis.diffing import as_cell
 from crosscode.build.schema import check_config
 from crosscode.commands.cli import main
@@ -130,3 +131,21 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(folder, tmp_pat
     for command in (["import", str(RUN / "final")], ["features", str(RUN), "--to", "dataset"], export):
         assert main([*command, "--out", folder]) == 2
         assert "out = " in capsys.readouterr().err
+
+
+def test_in_python_code_of_a_model_runs_only_if_that_was_said(strange_run, tmp_path):
+    (tmp_path / "own.yaml").write_bytes((strange_run / "config.yaml").read_bytes())
+    (strange_run / "notes").mkdir()
+    (strange_run / "notes" / "try.yaml").write_bytes((strange_run / "config.yaml").read_bytes())
+    for config in (strange_run, strange_run / "config.yaml", strange_run / "notes" / "try.yaml"):
+        with pytest.raises(InputError, match=r"language_models\.0\.trust_remote_code = True"):
+            crosscode.train(config, run_dir=tmp_path / "new")
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        _ = crosscode.open(strange_run).config
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        crosscode.open(strange_run).resume()
+    assert crosscode.open(strange_run, trust_remote_code=True).config.language_models[0].trust_remote_code
+    for config, trust in ((tmp_path / "own.yaml", False), (strange_run, True)):  # then only the folder is wrong
+        with pytest.raises(InputError, match=r"^run_dir"):
+            crosscode.train(config, run_dir=tmp_path, trust_remote_code=trust)
+    assert not (tmp_path / "new").exists()

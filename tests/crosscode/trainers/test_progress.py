@@ -89,3 +89,10 @@ def test_nothing_is_shown_where_nothing_was_asked_for(monkeypatch, capsys):
             with bar.during("evaluate"):
                 pass
     assert capsys.readouterr().err == ""
+
+
+def test_work_that_cannot_count_says_for_how_long(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.001)
+    with progress.at_work("export"):
+        while "export  0:00\n" not in (said := capsys.readouterr().err):
+            assert not said.strip("\n")

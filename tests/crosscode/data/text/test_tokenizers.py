@@ -69,6 +69,14 @@ def loader_of(tokenizer):
     return TokenSequenceLoader(wrap_documents(["ab cd"]), tokenizer, sequence_length=4)
 
 
+def test_how_a_tokenizer_of_python_cuts_added_tokens_is_in_its_fingerprint():
+    plain, cutting = ByT5Tokenizer(), ByT5Tokenizer()
+    plain.add_tokens(["foo bar"])
+    cutting.add_tokens([AddedToken("foo bar", lstrip=True)])
+    assert plain("x foo bar").input_ids != cutting("x foo bar").input_ids
+    assert tokenizer_rules(plain) != tokenizer_rules(cutting)
+
+
 def test_a_position_of_other_rules_is_refused_and_one_that_does_not_say_is_not():
     state = loader_of(bpe()).state_dict()
     for make in LOOKS.values():
