@@ -15,7 +15,7 @@ from crosscode.config.nested import flatten
 from crosscode.config.reading import dump_yaml, load_yaml
 from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
-from crosscode.files import check_is_no_link, check_may_be_filled, new_folder, write_text
+from crosscode.files import check_can_be_made, check_is_no_link, check_may_be_filled, new_folder, write_text
 from crosscode.interop.format import ABOUT, FORMATS
 from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
 from crosscode.runs.run_files import CONFIG_FILE as RUN_CONFIG
@@ -61,7 +61,8 @@ def pull(name: str, out: Path, revision: str | None = None) -> Path:
     """What is in a repository as the new folder `out`: a run directory where it holds a run's config, else a saved model."""
     check_may_be_filled(out, "out")
     check_is_no_link(out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    check_can_be_made(out, "out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out = {str(out)!r}: is there already; name a new folder")
     return _copied(fetch(name, revision), out)
 
