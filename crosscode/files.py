@@ -99,8 +99,8 @@ def write_output(path: Path, content: bytes) -> None:
     Raises:
         OSError: the system refuses; also where nobody reads a pipe.
     """
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with suppress(AttributeError, OSError, ValueError):  # there is none, it is closed, or no file of the system's
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)):
+        with suppress(OSError, ValueError):  # it is closed, or no file of the system's
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 stream.flush()  # a second place in the same file would be written over
                 _write_all(stream.fileno(), [memoryview(content)])

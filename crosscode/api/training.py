@@ -124,9 +124,8 @@ def _train_config(
 ) -> Run:
     from crosscode.commands.parts.options import experiment_values
 
-    checked_values = experiment_values(
-        path, values, trust_remote_code
-    )  # what is wrong in it is said before torch is imported
+    # What is wrong in it is said before torch is imported.
+    checked_values = experiment_values(path, values, trust_remote_code)
     from crosscode.build.schema import check_config
 
     config = check_config(checked_values)
