@@ -22,8 +22,9 @@ from torch import Tensor
 from crosscode_kernels import host_buffers
 from crosscode_kernels.encode_topk.torch_impl import encode_topk as dense_encode_topk
 from crosscode_kernels.encoder import Encoder
-from crosscode_kernels.segments.torch_impl import sorted_gather_dot
+from crosscode_kernels.segments.torch_impl import latent_order, pair_dots
 from crosscode_kernels.selection.torch_impl import first_k_of_equal, topk_in_groups
+from crosscode_kernels.sparse import LatentOrder, SparseLatents
 
 _EPS_BF16 = 2.0**-8
 _ROUND_UP = 1 + 2 * _EPS_BF16
@@ -102,7 +103,9 @@ def _largest_bounds(bound_BL: Tensor, n_candidates: int) -> tuple[Tensor, Tensor
 
 def _exact_values(encoder: Encoder, latent_idx_BC: Tensor) -> Tensor:
     x_BI, W_enc_LI, b_enc_L = encoder
-    value_N = sorted_gather_dot(latent_idx_BC, x_BI, W_enc_LI)
+    latents = SparseLatents.from_topk(latent_idx_BC, x_BI.new_empty(latent_idx_BC.shape), W_enc_LI.shape[0])
+    order = LatentOrder(*latent_order(latents.latent_idx_N, latents.n_latents))
+    value_N = pair_dots(latents.entries(order), x_BI, W_enc_LI)
     if b_enc_L is not None:
         value_N += b_enc_L.index_select(0, latent_idx_BC.view(-1))
     return value_N.view(latent_idx_BC.shape)

@@ -119,14 +119,6 @@ def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
     return order_N.int(), torch.searchsorted(sorted_N, latents_L1, out_int32=True)
 
 
-def sorted_gather_dot(row_idx_BC: Tensor, x_BI: Tensor, W_LI: Tensor) -> Tensor:
-    """`x[b] . W[row_idx[b, c]]`, flat. Visits pairs in order of W's rows, so that a row is read once for all its pairs."""
-    row_N, order_N = torch.sort(row_idx_BC.reshape(-1).int())
-    token_N = order_N.div(row_idx_BC.shape[1], rounding_mode="floor").int()
-    dot_N = _bag_dots(W_LI, x_BI, token_N, row_N)
-    return torch.empty_like(dot_N).index_copy_(0, order_N, dot_N)
-
-
 def segment_rows(entries: Entries, rows_BI: Tensor) -> tuple[Tensor, Tensor]:
     """`out_LI, sum_L`: over each latent's entries the sum of value * rows[token] (zeros where there are none), and of values."""
     order_N, token_N = without_padding(entries)
