@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,20 @@ def test_a_rank_that_is_killed_at_any_moment_ends_the_other_and_costs_nothing(tm
         finish(spawn(2, words=[str(Path(sys.executable).with_name("crosscode")), "train", *words]))
     one, resumed = (load_file(path) for path in (whole, tmp_path / "run" / "final" / "model.safetensors"))
     assert all(torch.equal(one[name], resumed[name]) for name in one)
+
+
+def test_a_run_goes_on_at_another_number_of_ranks(tmp_path, uninterrupted):
+    processes, _ = begun(tmp_path, tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoints" / "step_6").exists():
+        time.sleep(0.05)
+    processes[0].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in processes] == [75, 75]
+    whole = load_file(uninterrupted[0])
+    for n_ranks in (1, 3):
+        run = shutil.copytree(tmp_path / "run", tmp_path / str(n_ranks))
+        finish(spawn(n_ranks, words=[str(Path(sys.executable).with_name("crosscode")), "train", "--resume", str(run)]))
+        for name, weight in load_file(run / "final" / "model.safetensors").items():
+            torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4)
 
 
 def test_torchrun_starts_a_run_anew_from_its_last_checkpoint(tmp_path):
