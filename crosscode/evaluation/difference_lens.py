@@ -68,7 +68,8 @@ def mean_differences(
         model_b: number of the other.
         n_tokens: usable tokens after which no further batch is taken.
         n_first: positions that are looked at one by one: of each sequence, or of each of its documents where these are isolated.
-            Training leaves the very first one out; here it counts.
+            Training leaves the very first one out; here it counts. Positions are the first model's; one without a partner in
+            each other tokenizer, as BOS, has no difference.
         limit: tokens beyond it count as unusable.
 
     Raises:
@@ -77,10 +78,6 @@ def mean_differences(
     M, P, D = harvester.dims
     if model_a == model_b or not {model_a, model_b} <= set(range(M)):
         raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
-    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
-        raise InputError(
-            "language_models: models of different tokenizers do not read the same positions: no difference is taken"
-        )
     if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
         widths = harvester.widths_MP[model_a], harvester.widths_MP[model_b]
         raise InputError(
@@ -93,6 +90,8 @@ def mean_differences(
         difference_HSPD = b_HSPD - a_HSPD
         norms_HSP2 = torch.stack([a_HSPD.norm(dim=-1), difference_HSPD.norm(dim=-1)], -1)
         for k, mask_HS in enumerate(_masks(part.mask_HS, part.segments_HS, n_first)):
+            for other in part.others:
+                mask_HS = mask_HS & (other.place_HS >= 0)
             mask_HS = mask_HS.to(difference_HSPD.device)
             sum_KPD[k] += difference_HSPD[mask_HS].sum(0).cpu()
             norm_KP2[k] += norms_HSP2[mask_HS].sum(0).cpu()

@@ -2,7 +2,8 @@
 
 Steering adds `amount * W_dec[l, position]` of the folded model to the activation at each output position; ablation takes
 `a_l * W_dec[l, position]` out and so keeps the error. `a_l` is what the crosscoder finds in the *unmodified* language models
-on the same tokens: a crosscoder reads several models and hookpoints at once, which one run of one model does not have.
+on the same tokens: a crosscoder reads several models and hookpoints at once, which one run of one model does not have. Models of
+another tokenizer read the same text; `a_l` is 0 where no token of theirs ends at the same character.
 
 H sequences · S positions of one forward pass · T positions from the start · M models · P hookpoints · D width ·
 X output crosscoding positions (flattened) · N latents that are asked for.
@@ -23,6 +24,8 @@ from torch import Tensor
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.hookpoints import Tap, resolve_taps
 from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.text.aligned import OtherTokens
+from crosscode.data.text.prompts import in_other_tokens, prompt_ids
 from crosscode.errors import InputError
 from crosscode.evaluation.splicing import edited
 from crosscode.models.base import BaseCrosscoder
@@ -126,7 +129,7 @@ class Interventions:
         """Within the block, `a_l * W_dec[l]` is taken out.
 
         Each forward pass runs all language models once more over the tokens so far. Not for padded prompts, nor for beam
-        search, which reorders the cache.
+        search, which reorders the cache; nor, where tokenizers differ, for chats, whose templates do.
 
         Args:
             models: which of the harvester's models.
@@ -136,7 +139,7 @@ class Interventions:
         latents_N = torch.tensor(list(latents), dtype=torch.long, device=self.model.device)
 
         def delta_P(m: int, of: _Pass) -> list[Tensor | None]:
-            a_HTN = self._activations(of, latents_N)
+            a_HTN = self._activations(m, of, latents_N)
             contribution_HSXD = torch.einsum("hsn,nxd->hsxd", a_HTN[:, of.first :], vectors_NXD)
             return [None if one is None else -one for one in self._by_hookpoint(contribution_HSXD, m)]
 
@@ -150,20 +153,46 @@ class Interventions:
                 found[p] = of_positions_XD[..., x, :]
         return found
 
-    def _activations(self, of: _Pass, latents_N: Tensor) -> Tensor:
+    def _activations(self, m: int, of: _Pass, latents_N: Tensor) -> Tensor:
         """`a_HTN` in the unmodified language models."""
         if of.ids_HT is None or of.is_padded:
             what = "embeddings" if of.ids_HT is None else "padded tokens"
             raise InputError(f"ablate: the language model is given {what}; it must be given token ids without padding")
+        if not self.harvester.other_tokenizers:
+            return self._found(of.ids_HT, (), latents_N)
+        return torch.stack([self._found_by_text(m, ids, of.prompt_length, latents_N) for ids in of.ids_HT.tolist()])
+
+    def _found(self, ids_HT: Tensor, others: Sequence[OtherTokens], latents_N: Tensor) -> Tensor:
         token = _unmodified.set(True)
         try:
-            acts_HTMPD = self.harvester.harvest(of.ids_HT).float()
+            acts_HTMPD = self.harvester.harvest(ids_HT, others=others).float()
         finally:
             _unmodified.reset(token)
         acts_BMPD = acts_HTMPD.flatten(0, 1).to(self.model.device)
         with torch.no_grad():
             latents = self.model.encode_latents(self.split.activations(acts_BMPD)[0])
-        return latents.columns_BN(latents_N).detach().reshape(*of.ids_HT.shape, -1).float()
+        return latents.columns_BN(latents_N).detach().reshape(*ids_HT.shape, -1).float()
+
+    def _found_by_text(self, m: int, ids: list[int], n_given: int, latents_N: Tensor) -> Tensor:
+        """`a_TN` at tokens of model m, from what each tokenizer makes of their text."""
+        harvester, tokenizer = self.harvester, self.harvester.tokenizer_of(m)
+        special, bos = set(tokenizer.all_special_ids), ids[0] == tokenizer.bos_token_id
+        if special & set(ids[bos:n_given]):
+            raise InputError("ablate: models of different tokenizers have no special tokens in common; give plain text")
+        a_TN = torch.zeros(len(ids), len(latents_N), device=self.model.device)
+        text = _decoded(tokenizer, ids)
+        if text:
+            first, others = harvester.models[0].tokenizer, harvester.other_tokenizers
+            of_first = prompt_ids(first, text, bos=bos, max_length=harvester.max_sequence_length)
+            read = in_other_tokens(first, others, text, len(of_first), bos=bos)
+            found_SN = self._found(torch.tensor([of_first]), read, latents_N)[0]
+            for other in read:
+                found_SN[other.place_HS[0] < 0] = 0
+            place_of = {end: s for s, end in enumerate(_ends(first, of_first, text)) if end}
+            for t, end in enumerate(_ends(tokenizer, ids, text)):
+                if end in place_of:
+                    a_TN[t] = found_SN[place_of[end]]
+        return a_TN
 
     @contextmanager
     def _running(
@@ -174,6 +203,20 @@ class Interventions:
                 delta_of_m: DeltaOf = partial(delta_of, m)
                 stack.enter_context(_adding(self.harvester.models[m], self._taps_M[m], delta_of_m, positions))
             yield
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _ends(tokenizer: Any, ids: Sequence[int], text: str) -> Iterator[int]:
+    """For each token the character of the text that ends with it; 0: none does."""
+    before = 0
+    for t in range(len(ids)):
+        shown = _decoded(tokenizer, ids[: t + 1])
+        ends = len(shown) > before and text.startswith(shown)
+        before = len(shown) if ends else before
+        yield before if ends else 0
 
 
 def _taps(lm: LanguageModel, hookpoints: Sequence[str], wanted: set[int]) -> dict[int, Tap]:

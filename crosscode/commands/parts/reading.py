@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,8 @@ from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
 from crosscode.build.heldout import AnyExperiment
-from crosscode.config.data import TokenPolicy
 from crosscode.data.harvest.unembedding import unembed
-from crosscode.data.text.aligned import OtherTokens
-from crosscode.data.text.prompts import Prompt, prompt_ids
-from crosscode.data.text.sources import wrap_documents
-from crosscode.data.text.tokens import TokenSequenceLoader
+from crosscode.data.text.prompts import Prompt, in_other_tokens, prompt_ids
 from crosscode.errors import InputError
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 
@@ -118,7 +114,8 @@ def latents_of_text(run: FinishedRun, text: Prompt) -> TextLatents:
     experiment = text_experiment(run, "latents(text)")
     harvester = experiment.harvester
     ids = ids_of_prompt(run, text)
-    others = _in_other_tokens(experiment, text, ids)
+    bos = experiment.config.data.bos != "none"
+    others = in_other_tokens(experiment.tokenizer, harvester.other_tokenizers, text, len(ids), bos=bos)
     acts_SMPD = harvester.harvest(torch.tensor([ids]), others=others)[0].float().to(run.model.device)
     with torch.no_grad():
         entries = active_entries(run.model.encode_latents(experiment.split.activations(acts_SMPD)[0]))
@@ -131,17 +128,6 @@ def latents_of_text(run: FinishedRun, text: Prompt) -> TextLatents:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return TextLatents(token_texts(experiment.tokenizer, ids), ids, values_SL.to_sparse_csr())
-
-
-def _in_other_tokens(experiment: Experiment, prompt: Prompt, ids: Sequence[int]) -> tuple[OtherTokens, ...]:
-    """A prompt for the models whose tokenizers are not the first one's."""
-    others = experiment.harvester.other_tokenizers
-    if not others:
-        return ()
-    bos = "none" if experiment.config.data.bos == "none" else "document"
-    policy = TokenPolicy(sequence_length=len(ids), pack=False, bos=bos, epochs=1, mask_special_tokens=False)
-    loader = TokenSequenceLoader(wrap_documents([prompt]), experiment.tokenizer, policy, others=others)
-    return next(iter(loader)).others
 
 
 def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False, model: int = 0) -> list[int]:

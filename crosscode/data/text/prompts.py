@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from crosscode.config.data import TokenPolicy
+from crosscode.data.text.aligned import OtherTokens
 from crosscode.data.text.chats import chat_text
+from crosscode.data.text.sources import wrap_documents
+from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -42,3 +46,15 @@ def prompt_ids(
     if not ids or (max_length is not None and len(ids) > max_length):
         raise InputError(f"text: {len(ids)} tokens: must be at least 1, at most {max_length or 'as memory allows'}")
     return ids
+
+
+def in_other_tokens(
+    tokenizer: Any, others: Sequence[tuple[Any, int | None]], prompt: Prompt, length: int, *, bos: bool
+) -> tuple[OtherTokens, ...]:
+    """A prompt, which has `length` tokens of `tokenizer`, for models that read it in tokens of their own (`others`: as
+    `ActivationHarvester.other_tokenizers` has them)."""
+    if not others:
+        return ()
+    frame = "document" if bos else "none"
+    policy = TokenPolicy(sequence_length=length, pack=False, bos=frame, epochs=1, mask_special_tokens=False)
+    return next(iter(TokenSequenceLoader(wrap_documents([prompt]), tokenizer, policy, others=others))).others

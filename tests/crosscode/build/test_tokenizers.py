@@ -10,7 +10,9 @@ import crosscode
 from crosscode.build.data import build_token_loader
 from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import check_config
+from crosscode.data import ActivationHarvester, load_language_model, wrap_language_model
 from crosscode.errors import InputError
+from crosscode.evaluation.difference_lens import mean_differences
 
 N_WORDS = 60
 
@@ -18,13 +20,14 @@ N_WORDS = 60
 @pytest.fixture(scope="module")
 def letters_lm(save_tiny_lm, tmp_path_factory):
     """A wider model that reads character by character, from the end of each word on a new token."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     folder = str(save_tiny_lm(str(tmp_path_factory.mktemp("letters") / "letters"), seed=7, width=24))
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "w", *map(str, range(10)), " "])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     return folder
@@ -123,5 +126,51 @@ def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
     assert len(steered) == 2
     with pytest.raises(InputError, match="different tokenizers"):
         run.closes([0])
-    with pytest.raises(InputError, match="different tokenizers"), run.ablate([0]):
-        run.language_models[0].model(torch.arange(4, 12)[None])
+    with pytest.raises(InputError, match="closes: models of different tokenizers predict no common tokens"):
+        run.closes([0])
+    ablates_by_characters(run)
+
+
+def ablates_by_characters(run):
+    """`x - a_l W_dec[l]` at each model's own tokens, where one of both ends at the same character."""
+    text, (base, letters) = "w1 w22 w3 w22", run.language_models
+    values_SL = run.latents(text).values_SL.to_dense()
+    latent = int(values_SL[-1].argmax())
+    layer = int(run.config.hookpoints[0].split(".")[1])
+    ends = [
+        0,
+        *(at for at in range(1, len(text)) if text[at] == " "),
+        len(text),
+    ]  # of the first one's tokens, BOS first
+    for m, lm in enumerate((base, letters)):
+        tokenizer = run.experiment.harvester.tokenizer_of(m)
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        a_T = torch.zeros(len(ids))
+        a_T[ends if m else slice(None)] = values_SL[:, latent]
+        contribution_TD = a_T[:, None] * run.model.W_dec_LXoDo[latent, m, 0, : lm.d_model].detach()
+        block = lm.model.model.layers[layer]
+        handle = block.register_forward_hook(lambda _module, _args, out, c=contribution_TD: out - c)
+        expected_HTV = lm.model(torch.tensor([ids])).logits
+        handle.remove()
+        with run.ablate([latent], models=m):
+            torch.testing.assert_close(lm.model(torch.tensor([ids])).logits, expected_HTV, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(expected_HTV, lm.model(torch.tensor([[ids[0], *ids[:0:-1]]])).logits)
+    with pytest.raises(InputError, match="no special tokens in common"), run.ablate([latent]):
+        base.model(torch.tensor([[1, 5, 2, 6]]))
+    assert len(run.compare_steered("w1 w2", ablate=[latent], n_tokens=2)) == 2
+
+
+def test_the_difference_lens_looks_where_positions_align(values, letters_lm, save_tiny_lm, tmp_path):
+    narrow = str(save_tiny_lm(str(tmp_path / "narrow"), seed=3))
+    tokenizer = load_language_model(letters_lm).tokenizer
+    other = wrap_language_model(load_language_model(narrow).model, tokenizer, "B")
+    first = load_language_model(values["language_models"][0]["path"])
+    harvester = ActivationHarvester([first, other], values["hookpoints"])
+    experiment = open_experiment(check_config(values))
+    batch = next(iter(build_token_loader(experiment, heldout=False)))
+    found = mean_differences(harvester, [batch], n_first=2)
+    acts_HSMD = harvester.harvest(*batch.inputs)[:, :, :, 0].double()
+    assert [(one.position, one.n_tokens) for one in found] == [(1, len(acts_HSMD)), (None, int(batch.mask_HS.sum()))]
+    difference_HSD = acts_HSMD[:, :, 1] - acts_HSMD[:, :, 0]
+    for one, rows_ND in zip(found, (difference_HSD[:, 1], difference_HSD[batch.mask_HS]), strict=True):
+        torch.testing.assert_close(one.mean_D.double(), rows_ND.mean(0), rtol=0, atol=1e-5)
