@@ -111,6 +111,10 @@ class BaseCrosscoder(CoderFiles):
     def parts(self) -> Sequence[BaseCrosscoder]:
         return (self,)
 
+    def inputs_of_parts(self, x_BXiDi: Tensor) -> Sequence[Tensor]:
+        """What each of `parts` reads of the input."""
+        return (x_BXiDi,)
+
     @property
     def selects_over_parts(self) -> bool:
         """Whether the activations of `parts` select as one, over the latents of them all."""

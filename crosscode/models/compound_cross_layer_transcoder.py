@@ -153,6 +153,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def parts(self) -> tuple[CrossLayerTranscoder, ...]:
         return tuple(self.layers)  # pyright: ignore[reportReturnType]
 
+    def inputs_of_parts(self, x_BXiDi: Tensor) -> Sequence[Tensor]:
+        return x_BXiDi.unbind(1)
+
     @property
     def selects_over_parts(self) -> bool:
         return self.topk_scope == "all_layers"

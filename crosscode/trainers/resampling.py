@@ -38,8 +38,8 @@ def resample_if_due(trainer: Any, input_BXiDi: Tensor, target_BXoDo: Tensor) -> 
     of_parts = zip(
         model.parts, model.outputs_of_parts, silence_L.split([p.n_latents for p in model.parts]), strict=True
     )
-    for p, (part, outputs, own_silence_L) in enumerate(of_parts):
-        x_BI = part.encoder_input(input_BXiDi if part is model else input_BXiDi[:, p])
+    for (part, outputs, own_silence_L), own_BXiDi in zip(of_parts, model.inputs_of_parts(input_BXiDi), strict=True):
+        x_BI = part.encoder_input(own_BXiDi)
         y_BO, error_B = target_BXD[:, outputs].flatten(1), error_BXD[:, outputs].flatten(1).square().sum(1)
         dead_L = own_silence_L >= dead_after
         rows_R = begin_anew_(part, x_BI, y_BO, error_B, dead_L, config.encoder_scale, generator)

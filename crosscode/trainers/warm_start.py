@@ -152,7 +152,7 @@ def threshold_for(model: BaseCrosscoder, own: Sequence[int], k: int, samples: Sa
         input_BXiDi, n = input_BXiDi.to(model.device), input_BXiDi.shape[0]
         for part in own:
             coder = model.parts[part]
-            own_BXiDi = input_BXiDi if coder is model else input_BXiDi[:, part]
+            own_BXiDi = model.inputs_of_parts(input_BXiDi)[part]
             latents_BL = coder.ops.preacts(coder.encoder_input(own_BXiDi), coder.W_enc_LI, coder.b_enc_L).relu()
             # More than k * B of a batch are never needed, unless batches differ a lot.
             largest.append(latents_BL.flatten().topk(min(4 * k * n, latents_BL.numel())).values)
