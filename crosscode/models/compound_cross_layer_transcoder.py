@@ -154,7 +154,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         return tuple(self.layers)  # pyright: ignore[reportReturnType]
 
     def inputs_of_parts(self, x_BXiDi: Tensor) -> Sequence[Tensor]:
-        return x_BXiDi.unbind(1)
+        return x_BXiDi[:, : len(self.parts)].unbind(1)
 
     @property
     def selects_over_parts(self) -> bool:
