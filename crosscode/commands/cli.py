@@ -109,9 +109,10 @@ def _guarded(command: Callable[[], None]) -> int:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; free some space; a run goes on with: crosscode train --resume RUN" if full else ""
-        place = f"{str(error.filename)!r}: " if error.filename is not None else ""
+        place = f"{str(error.filename)[:200]!r}: " if error.filename is not None else ""
         what = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
-        return _say(f"{place}{what}{advice}", EXIT_FAILED)
+        no_path = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        return _say(f"{place}{what}{advice}", EXIT_BAD_INPUT if no_path else EXIT_FAILED)
     return 0
 
 

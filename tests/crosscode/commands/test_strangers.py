@@ -149,3 +149,15 @@ def test_in_python_code_of_a_model_runs_only_if_that_was_said(strange_run, tmp_p
         with pytest.raises(InputError, match=r"^run_dir"):
             crosscode.train(config, run_dir=tmp_path, trust_remote_code=trust)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "b/" * 3000], ids=["name", "path"])
+def test_a_name_that_no_file_can_have_is_bad_input(name, capsys):
+    for command in (
+        ["verify", name],
+        ["report", name],
+        ["train", "--resume", name],
+        ["push", name, "a/b", "--dry-run"],
+    ):
+        assert main(command) == 2
+        assert len(capsys.readouterr().err) < 600
