@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError, first_line
 
 log = logging.getLogger("crosscode")
+
+_ADAPTER_FILE = re.compile(r"(^|_)(adapter|lora)_|_adapter\.")
+"""Of peft, and of other libraries: pytorch_adapter.bin, pytorch_lora_weights.safetensors, non_lora_trainables.bin."""
 
 
 def load_language_model(
@@ -155,7 +159,7 @@ def _check_no_adapter(source: str, revision: str | None) -> None:
 
     folder = Path(source)
     if folder.is_dir():
-        found = next((file.name for file in sorted(folder.iterdir()) if file.name.startswith("adapter_")), None)
+        found = next((file.name for file in sorted(folder.iterdir()) if _ADAPTER_FILE.search(file.name)), None)
     else:
         found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
     if found is not None:

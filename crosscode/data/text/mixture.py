@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
 from crosscode.data.text.documents import Document, DocumentSource, DocumentStream
 from crosscode.errors import InputError
 from crosscode.seeds import derived_seed, number_of
+
+log = logging.getLogger("crosscode")
 
 Stop = Literal["first", "all"]
 
@@ -73,6 +76,10 @@ class _MixedStream(DocumentStream):
                 self._passes[i] += 1
                 if self._mixture.stop == "first" or all(self._passes):
                     raise StopIteration
+                if self._passes[i] == 1:
+                    log.info(
+                        "mixture: %s is at its end, and begins again beside the others", self._mixture.sources[i].name
+                    )
             self._read_on[i] = False
             self._streams[i] = self._open(i)
             document = next(self._streams[i], None)

@@ -297,8 +297,9 @@ def test_a_scale_that_would_not_reach_all_is_refused(kind, part, make_adapter):
         load_language_model(base, adapter_scale=0.5)
 
 
-def test_an_adapter_beside_the_weights_is_never_passed_over(copies):
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_lora_weights.bin", "pytorch_adapter.bin"])
+def test_an_adapter_beside_the_weights_is_never_passed_over(name, copies):
     base, adapter = copies
-    (adapter / "adapter_config.json").rename(base / "adapter_config.json")
+    (adapter / "adapter_config.json").rename(base / name)
     with pytest.raises(InputError, match="would not be applied"):
         load_language_model(str(base))

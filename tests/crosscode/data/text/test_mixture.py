@@ -23,8 +23,10 @@ def test_weights_hold_and_no_document_repeats():
     assert abs(counts["w1"] / counts["w0"] - 1 / 3) < 0.05
 
 
-def test_stop_all_reads_every_source():
-    documents = list(MixedDocuments(sources_of(10, 30), [1, 1], stop="all").open())
+def test_stop_all_reads_every_source_and_says_which_begins_again(caplog):
+    with caplog.at_level("INFO", "crosscode"):
+        documents = list(MixedDocuments(sources_of(10, 30), [1, 1], stop="all").open())
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["s0"]
     assert {document for document in documents if document.startswith("w1 ")} == {f"w1 w{j}" for j in range(30)}
     assert Counter(labels(documents))["w0"] > 10
 
