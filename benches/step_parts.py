@@ -33,6 +33,8 @@ CASES = {
     "crosscoder_batch_topk": Case("batch_topk", L=16384),
     "cross_layer": Case("topk", I=512, O=6 * 512, L=8192, segments=6),
     "sae_L65536": Case("topk", I=768, O=768, L=65536, segments=1),
+    "crosscoder_l1": Case("l1", L=16384, l0=60),
+    "crosscoder_jumprelu": Case("jumprelu", L=16384, l0=290),
 }
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 UNAVOIDABLE = {"encode": "encode", "clip": "norm", "optimizer": "Adam"}
@@ -40,7 +42,9 @@ UNAVOIDABLE = {"encode": "encode", "clip": "norm", "optimizer": "Adam"}
 
 
 def variants(case: Case) -> dict[str, Case]:
-    """The step without AuxK, with it while nothing is dead and with 5 % dead, and with row-sparse Adam."""
+    """The step without AuxK, with it while nothing is dead and with 5 % dead (where k is given), and with row-sparse Adam."""
+    if case.l0:
+        return {"plain": case, "row-sparse": replace(case, beta1=0.0)}
     k_aux = case.I // 2
     return {
         "plain": case,
