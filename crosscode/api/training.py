@@ -73,7 +73,8 @@ def train(
         heldout: activations for evaluation, in any of the forms of `acts`. Default: the last 2 % of the rows
             (`data={"validation_fraction": ...}`); of batches, whose end nobody knows, the first of them. Up to
             `evaluation.n_tokens` of them are kept in the run directory.
-        tokens: token id of every row, (N,) or (H, S) with H * S = N: for examples in the report.
+        tokens: token id of every row, (N,) or (H, S) with H * S = N: for examples in the report and feature files. Not
+            beside `heldout`.
         tokenizer: of `transformers`, or its name: shows the tokens as text.
         callbacks: see `crosscode.Callback`.
         loggers: see `crosscode.Logger`, beside those of the config.

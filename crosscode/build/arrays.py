@@ -195,7 +195,7 @@ class ArrayExperiment(AnyExperiment):
         parts: Iterator[Any] = (rows.contiguous().flatten(1).view(torch.uint8).numpy() for rows in chunks)
         tokens = None if self.given is None else self.given.tokens
         tail: list[Any] = []
-        if tokens is not None and self.heldout_arrays is None:
+        if tokens is not None:
             tokens_HS = _sequences(tokens.flatten()[first_row : first_row + n_rows], tokens, self.config)
             sections["tokens"] = ("I64", tuple(tokens_HS.shape), 8)
             tail = [tokens_HS.numpy()]
@@ -280,6 +280,8 @@ def _check_tokens(given: GivenArrays, arrays: Arrays) -> None:
         raise InputError(f"tokenizer: {type(given.tokenizer).__name__}: must be one of `transformers`, or its name")
     if given.tokens is None:
         return
+    if given.heldout is not None:
+        raise InputError("tokens: are those of acts, of which no row is held out beside heldout=; give one of the two")
     if given.tokens.ndim not in (1, 2) or given.tokens.is_floating_point() or given.tokens.numel() != arrays.n_rows:
         raise InputError(
             f"tokens: {tuple(given.tokens.shape)} of {given.tokens.dtype}: must be a token id for each of the "

@@ -3,12 +3,12 @@
     python docs/tools/outputs.py [PAGE.md ...]       what differs; without pages: all of docs/
 
 A block of the kind `console` holds commands (`$ ...`) and their output; a block below `<!-- file: NAME -->` is such a file. All
-blocks of all pages run in one folder, in the order of the pages; `runs/demo` in it is what `crosscode demo` makes, `runs/tuned`
-what `crosscode train demo_tuned` makes. Numbers may differ, as machines round differently, and so may lines for which `...`
-stands. A comment before a block says more:
+blocks of all pages run in one folder, in the order of the pages; `benches/` in it is that of the repository, `runs/demo` is what
+`crosscode demo` makes (once for all pages), `runs/tuned` what `crosscode train demo_tuned` makes. Numbers may differ, as machines
+round differently, and so may lines for which `...` stands. A comment before a block says more:
 
-    <!-- texts vary -->       only lines that begin like a heading (`==`, `--`) are compared
-    <!-- not run: why -->     it is left alone
+    <!-- texts vary -->             only lines that begin like a heading (`==`, `--`) are compared
+    <!-- texts of WORD vary -->     of lines that begin with it, only that there are some
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ NUMBER = re.compile(r"[-+]?\d[\d_,]*(\.\d+)?(e[-+]?\d+)?")
 
 RUNS = {"demo": "demo", "tuned": "train demo_tuned"}
 """Runs that pages look at, and the commands that make them."""
+PRINTED = "printed.txt"
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,6 @@ class Shown:
     output: list[str]
     comment: str
 
-    @property
-    def is_run(self) -> bool:
-        return not self.comment.startswith("not run")
-
 
 def shown_in(page: Path) -> Iterator[Shown]:
     """The commands of a page, in order."""
@@ -57,7 +54,10 @@ def shown_in(page: Path) -> Iterator[Shown]:
 
 
 def run(shown: Shown, folder: Path) -> list[str]:
-    """What the command prints; where it fails, what it says instead, and its exit code."""
+    """What the command prints; where it fails, what it says instead, and its exit code. What makes a run is not run again."""
+    for name, command in RUNS.items():
+        if shown.command == f"crosscode {command}":
+            return (made_run(name, command) / PRINTED).read_text(encoding="utf-8").splitlines()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "110",
@@ -75,6 +75,8 @@ def made_run(name: str, command: str) -> Path:
         made = run(Shown("", f"crosscode {command} --run_dir {kept}", [], ""), ROOT)
         if not (kept / "final").is_dir():
             raise RuntimeError("\n".join([f"crosscode {command} failed:", *made]))
+        text = "\n".join(made).replace(str(kept), f"runs/{name}")
+        (kept / PRINTED).write_text(text, encoding="utf-8")
     return kept
 
 
@@ -84,7 +86,8 @@ def prepare(folder: Path) -> None:
     for page in pages:
         for name, text in FILE.findall(page.read_text(encoding="utf-8")):
             (folder / name).write_text(text, encoding="utf-8")
-    commands = " ".join(shown.command for page in pages for shown in shown_in(page) if shown.is_run)
+    (folder / "benches").symlink_to(ROOT / "benches")
+    commands = " ".join(shown.command for page in pages for shown in shown_in(page))
     for name, command in RUNS.items():
         if f"runs/{name}" in commands:
             shutil.copytree(made_run(name, command), folder / "runs" / name)
@@ -93,6 +96,8 @@ def prepare(folder: Path) -> None:
 def differences(shown: Shown, printed: list[str]) -> list[str]:
     """Lines of the page that the command did not print, in their order."""
     wanted = shown.output
+    if varying := re.fullmatch(r"texts of (\w+) vary", shown.comment):
+        wanted, printed = (_without_texts(lines, varying[1]) for lines in (wanted, printed))
     if shown.comment == "texts vary":
         if printed and printed[-1].startswith("exit code"):
             return printed
@@ -110,6 +115,12 @@ def differences(shown: Shown, printed: list[str]) -> list[str]:
     return missing
 
 
+def _without_texts(lines: list[str], word: str) -> list[str]:
+    """Of neighbouring lines that begin with a word, the word alone, once."""
+    cut = [word if line.startswith(f"{word} ") else line for line in lines]
+    return [line for i, line in enumerate(cut) if line != word or cut[i - 1 : i] != [word]]
+
+
 def _masked(line: str) -> str:
     """Numbers are alike, and so is the white space around them."""
     return " ".join(NUMBER.sub("0", line).split())
@@ -120,7 +131,7 @@ def main() -> int:
     prepare(folder)
     pages = [Path(word).resolve() for word in sys.argv[1:]] or sorted((ROOT / "docs").glob("*.md"))
     wrong = 0
-    for shown in [shown for page in pages for shown in shown_in(page) if shown.is_run]:
+    for shown in [shown for page in pages for shown in shown_in(page)]:
         printed = run(shown, folder)
         missing = differences(shown, printed)
         if missing:

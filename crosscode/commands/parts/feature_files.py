@@ -21,7 +21,7 @@ from crosscode.analysis.tokens import TokenDisplay
 from crosscode.build.arrays import NumberTokenizer
 from crosscode.build.finished import FinishedRun
 from crosscode.build.heldout import AnyExperiment
-from crosscode.commands.parts.reading import displays_of, text_experiment, unembed_of
+from crosscode.commands.parts.reading import displays_of, unembed_of
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
@@ -103,9 +103,15 @@ def _layers(run: FinishedRun, layer: int | None) -> list[int]:
     n_parts = len(run.model.parts)
     if layer is not None and n_parts > 1:
         raise InputError(f"layer = {layer}: this model has latents of {n_parts} layers, which its hookpoints name")
+    hookpoints = _hookpoints(run)[:n_parts]
+    return [_layer_of(hookpoint) for hookpoint in hookpoints] if layer is None else [layer]
+
+
+def _hookpoints(run: FinishedRun) -> list[str]:
+    """Of activations that were given the names of their positions, without those of models."""
     source = run.config.data.source
-    hookpoints = source.names[0] if isinstance(source, ArraysSource) else run.config.hookpoints
-    return [_layer_of(hookpoint.rpartition("/")[2]) for hookpoint in hookpoints[:n_parts]] if layer is None else [layer]
+    names = source.names[0] if isinstance(source, ArraysSource) else run.config.hookpoints
+    return [name.rpartition("/")[2] for name in names]
 
 
 def _layer_of(hookpoint: str) -> int:
@@ -197,8 +203,9 @@ def dataset_rows(study: LatentsPass, records: LatentRecords, tokenizer: Any) -> 
 
 def _delphi(run: FinishedRun, out: Path, n_tokens: int | None) -> Path:
     """A cache of each part's latents. Of one part it has the name of the last hookpoint, of several that of what they read."""
-    experiment, model = text_experiment(run, "features"), run.model
-    parts, hooks = model.parts, run.config.hookpoints
+    experiment, model = _experiment_with_text(run), run.model
+    parts, hooks = model.parts, _hookpoints(run)
+    models = run.config.language_models
     tokens, locations, values = [], [], []
     for batch in encode_heldout(model, _heldout(run, n_tokens), experiment.split):
         entries, length = batch.entries, batch.tokens_HS.shape[1]
@@ -211,7 +218,7 @@ def _delphi(run: FinishedRun, out: Path, n_tokens: int | None) -> Path:
     modules, first = [hooks[-1]] if len(parts) == 1 else hooks[: len(parts)], 0
     for module, part in zip(modules, parts, strict=True):
         config = {
-            "model_name": experiment.harvester.models[-1].name,
+            "model_name": models[-1].path if models else getattr(experiment.tokenizer, "name_or_path", ""),
             "ctx_len": tokens_HS.shape[1],
             "n_tokens": tokens_HS.size,
             "hookpoint": module,

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import crosscode
 from crosscode.commands.cli import main
@@ -82,11 +83,23 @@ def test_tokens_give_examples(flat, acts, train, tiny_lms):
     peak = run.top(int(run.table()["firings"].idxmax()))[0]
     assert f"w{(peak.example.sequence * (10 if not flat else 60) + peak.example.position + 540) % 50}»" in peak.text
     assert "w" in run.report().read_text()
-    for format, more in (("circuit-tracer", ["--layer", "3"]), ("dataset", [])):
+    for format, more in (("circuit-tracer", ["--layer", "3"]), ("delphi", []), ("dataset", [])):
         out = run.path.parent / format
         assert main(["features", str(run.path), "--to", format, "--out", str(out), *more]) == 0
     rows = pq.read_table(out / "latents.parquet").to_pylist()
     assert any("w" in token for row in rows for one in row["examples"] for token in one["tokens"])
+    caches = [
+        load_file(file) | {"first": int(file.stem.split("_")[0])}
+        for file in (out.parent / "delphi").glob("acts/*.safetensors")
+    ]
+    back = torch.zeros(60, 24)
+    for cache in caches:
+        h, s, latent = cache["locations"].T
+        back[h * cache["tokens"].shape[1] + s, latent + cache["first"]] = cache["activations"].float()
+        assert torch.equal(cache["tokens"].flatten(), tokens.flatten()[540:])
+    torch.testing.assert_close(back, run.model.encode(acts[540:]).detach().relu(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="tokens: are those of acts, of which no row is held out beside heldout="):
+        train(acts, name="two", tokens=tokens, tokenizer=tokenizer, heldout=acts[:50])
     plain = train(acts, name="plain", tokens=tokens)
     assert main(["features", str(plain.path), "--to", "dataset", "--out", str(plain.path.parent / "none")]) == 2
     assert (
