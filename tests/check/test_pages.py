@@ -86,7 +86,7 @@ def figures_without_command(text):
         if block.startswith("```"):
             continue
         head, *rows = [line for line in block.splitlines() if line.startswith("|")] or [""]
-        cells = [cell.split(" (")[0].strip(" *") for row in rows for cell in row.strip("|").split("|")[1:]]
+        cells = [re.split(r" [(±]", cell)[0].strip(" *") for row in rows for cell in row.strip("|").split("|")[1:]]
         is_table = sum(NUMBER.fullmatch(cell) is not None for cell in cells) >= 3 and head not in heads
         heads |= {head} if is_table else set()
         is_measured = not head and MEASURED.search(re.sub(r"`[^`]*`", "", block))
