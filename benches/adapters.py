@@ -3,7 +3,7 @@
 A random model of SmolLM2-135M's shape (fewer layers), adapters of random weights on all its linear modules. CPU time of all
 threads, as medians of pairs that take turns.
 
-    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE]]]]]
+    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE [ADAPTER_DTYPE]]]]]]
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from crosscode.data import ActivationHarvester, load_language_model, wrap_langua
 from crosscode.data.harvest.language_models import LanguageModel
 
 
-def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str) -> None:
+def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_dtype: str) -> None:
     H, S = map(int, shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = (Path(folder) / name for name in ("base", "one", "two"))
         save(base, adapters, n_layers, rank, dtype)
         loaded: dict[object, LanguageModel] = {}
         plain, *adapted = (
-            load_language_model(str(base), adapter=adapter and str(adapter), loaded=loaded)
+            load_language_model(str(base), adapter=adapter and str(adapter), adapter_dtype=adapter_dtype, loaded=loaded)
             for adapter in (None, *adapters)
         )
         merged = [wrap_language_model(model.plain_tree(), None) for model in adapted]
@@ -59,9 +59,8 @@ def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str) -> None:
             }
             for label, time in times.items()
         ]
-        report(
-            "adapters", rows, layers=n_layers, shape=shape, rank=rank, dtype=dtype, rounds=rounds, relative_error=error
-        )
+        said = {"rank": rank, "dtype": dtype, "adapter_dtype": adapter_dtype, "relative_error": error}
+        report("adapters", rows, layers=n_layers, shape=shape, rounds=rounds, **said)
 
 
 def save(base: Path, adapters: list[Path], n_layers: int, rank: int, dtype: str) -> None:
@@ -89,6 +88,6 @@ def bytes_of(models: list[LanguageModel]) -> int:
 
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32")[len(sys.argv) - 1 :]]
+    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32", "float32")[len(sys.argv) - 1 :]]
     torch.set_num_threads(1)
-    main(int(given[0]), int(given[1]), given[2], int(given[3]), given[4])
+    main(int(given[0]), int(given[1]), given[2], int(given[3]), *given[4:])

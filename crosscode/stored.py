@@ -113,6 +113,7 @@ class LayeredFigures(Stored):
     ce_clean: float | None = None
     ce: Figures | None = None
     kl: Figures | None = None
+    groups: dict[str, dict[str, LayeredFigures]] | None = None
 
 
 class GroupFigures(Stored):

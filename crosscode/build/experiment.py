@@ -22,7 +22,6 @@ from crosscode.config.arrays import ArraysSource
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.rows import RowSource
-from crosscode.data.text.labels import ROLES
 from crosscode.errors import InputError, in_section
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.evaluation.loss_recovered import measure_loss_recovered
@@ -88,7 +87,7 @@ def build_constraints(config: ExperimentConfig, model: BaseCrosscoder) -> list[C
 
 # ---- a whole run
 
-_OF_ADAPTER = ("adapter", "adapter_revision", "adapter_scale")
+_OF_ADAPTER = ("adapter", "adapter_revision", "adapter_scale", "adapter_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ class Experiment(Activations, AnyExperiment):
             yield HeldoutBatch(batch.tokens_HS, batch.mask_HS, acts_HSMPD, group_HSG, batch.others, apart)
 
     def groupings(self) -> Groupings:
-        return {"source": build_token_loader(self, heldout=True).source_names, "role": ROLES}
+        return build_token_loader(self, heldout=True).groupings
 
     def n_evaluated(self, n_tokens: int | None = None) -> int:
         settings = self.config.evaluation
@@ -170,8 +169,15 @@ class Experiment(Activations, AnyExperiment):
         )
         layered = None
         if scaling_MP is None:
-            tokens, n_layered = through(build_token_loader(self, heldout=True)), settings.loss_recovered_n_tokens
-            layered = measure_replacement_model(model, self.harvester, tokens, self.split, n_layered, self.norm_limit())
+            layered = measure_replacement_model(
+                model,
+                self.harvester,
+                through(build_token_loader(self, heldout=True)),
+                self.split,
+                settings.loss_recovered_n_tokens,
+                self.norm_limit(),
+                self.groupings(),
+            )
         return replace(result, loss_recovered=found, replacement_model=layered)
 
 

@@ -61,7 +61,11 @@ def _folder(rules: Rollouts, model: LanguageModelConfig, prompts: DocumentSource
         files = files_id(locate(model.path), **model.model_dump(include={*_OF_FILES}))
     recipe = {
         **rules.model_dump(mode="json", exclude={*_OF_PLACE}),
-        "model": {"files": files, **model.model_dump(mode="json", include={*_OF_NUMBERS})},
+        "model": {
+            "files": files,
+            **model.model_dump(mode="json", include={*_OF_NUMBERS}),
+            **model.model_dump(include={"adapter_dtype"}, exclude_defaults=True),
+        },
         "prompts": prompts.fingerprint,
     }
     if rules.folder is not None:

@@ -57,13 +57,15 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     activations = Activations(config=config, **open_activations(config))
     ratio = config.data.max_norm_ratio
     for m in range(1, len(names)):
+        loader = build_token_loader(activations, heldout=False)
         found = mean_differences(
             activations.harvester,
-            build_token_loader(activations, heldout=False),
+            loader,
             model_b=m,
             n_tokens=options.n_tokens,
             n_first=options.first,
             limit=None if ratio is None else NormLimit(ratio),
+            groupings=loader.groupings,
         )
         for hookpoint in config.hookpoints:
             of_hookpoint = [one for one in found if one.hookpoint == hookpoint]
@@ -78,15 +80,17 @@ def _lines(harvester: ActivationHarvester, found: list[MeanDifference], m: int, 
 
     if not any(one.norm_of_difference for one in found):
         return ["no difference: the activations are equal"]
-    lines = ["position  |mean|/|x|  |mean|/|difference|  promoted tokens"]
-    for one in found:
-        place = "all" if one.position is None else str(one.position)
+    rows = [("all" if one.position is None else str(one.position), one) for one in found]
+    rows += [(f"{kind} {name}", one) for kind, of in found[-1].groups.items() for name, one in of.items()]
+    width = max(8, *(len(place) for place, _ in rows))
+    lines = [f"{'position':<{width}}  |mean|/|x|  |mean|/|difference|  promoted tokens"]
+    for place, one in rows:
         shown, of_difference = "", 0.0
         if one.norm_of_difference:
             of_difference = one.norm / one.norm_of_difference
             logits = LatentLogits(lens_logits(harvester, one, m), harvester.models[m].tokenizer)
             shown = " ".join(f"'{token}'" for token, _ in logits.top(n))
-        lines.append(f"{place:>8}  {one.norm / one.norm_of_a:>10.4f}  {of_difference:>19.3f}  {shown}".rstrip())
+        lines.append(f"{place:>{width}}  {one.norm / one.norm_of_a:>10.4f}  {of_difference:>19.3f}  {shown}".rstrip())
     return lines
 
 

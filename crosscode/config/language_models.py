@@ -24,6 +24,8 @@ class LanguageModelConfig(ConfigModel):
     """git revision of a hub adapter"""
     adapter_scale: float = Field(default=1.0, allow_inf_nan=False)
     """what LoRA adds is multiplied by it"""
+    adapter_dtype: Literal["float32", "auto"] = "float32"
+    """of the adapter's weights on a base in bfloat16 or float16: float32, as `peft` has them; auto: the base's (faster)"""
     name: Printable | None = None
     """short name in metrics and reports; null: the last part of the path, or of the adapter's"""
     revision: Printable | None = None

@@ -15,7 +15,7 @@ H sequences · S sequence · B usable tokens · P hookpoints · D width · N lat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 
@@ -30,6 +30,7 @@ from crosscode.evaluation.bootstrap import interval_95, resampled_means
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.splicing import Splicer
 from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 from crosscode.models.split import Split
@@ -45,8 +46,8 @@ class Closes:
     """KL(B || A)"""
     kl_closed: float
     """KL(B || A with the latents)"""
-    share: float
-    """1 - kl_closed / kl; negative where the latents make it worse"""
+    share: float | None
+    """1 - kl_closed / kl; negative where the latents make it worse; None for a group of which both predict the same"""
     share_ci95: list[float] | None
     """its 95 % interval by the bootstrap over sequences; None for a single one"""
     random_shares: list[float]
@@ -55,6 +56,8 @@ class Closes:
     """their mean"""
     answers: Closes | None = None
     """the same, where only predictions of what the assistant says count; None where there are no chats"""
+    groups: dict[str, dict[str, Closes]] = field(default_factory=dict)
+    """of the predictions of each group's tokens, by kind and group, where there are several"""
 
 
 @full_precision()
@@ -74,6 +77,7 @@ def measure_closes(
     seed: int = 0,
     limit: NormLimit | None = None,
     counted: Iterable[TokenBatch] | None = None,
+    groupings: Groupings | None = None,
 ) -> Closes:
     """What the latents of model B close when they are added to model A.
 
@@ -85,6 +89,7 @@ def measure_closes(
         n_random: draws of as many random latents.
         limit: tokens beyond it count as unusable.
         counted: the same text with masks of the tokens whose predictions count; default: all.
+        groupings: ways to group predicted tokens, of which the figures are given apart, too.
 
     Raises:
         InputError: no latents, too few others, or outputs that do not cover both models.
@@ -116,41 +121,60 @@ def measure_closes(
         norm_NP1 = random_NPD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         added.append(random_NPD / norm_NP1 * difference_NPD.norm(dim=-1, keepdim=True))
     splicer_a, splicer_b = (Splicer(harvester, m) for m in (model_a, model_b))
-    sums_HF: list[Tensor] = []  # predictions, KL as it is, KL with each of `added`
+    sums = _Sums(latents_N.tolist(), groupings)
     for part in text_parts(harvester, batches, n_tokens, limit, counted):
         input_BXiDi = split.activations(part.usable().to(model.device))[0]
         a_BN = model.encode_latents(input_BXiDi).columns_BN(latents_N).float()
         b_HSV, a_HSV = (one.logits(part.tokens_HS, part.segments_HS) for one in (splicer_b, splicer_a))
         n_vocabulary = min(b_HSV.shape[-1], a_HSV.shape[-1])  # one of them may have rows for tokens that there are not
         b_NV, plain_NV = (part.predictions(logits_HSV[..., :n_vocabulary]) for logits_HSV in (b_HSV, a_HSV))
-        figures = [torch.ones(b_NV.shape[0]), kl_N(b_NV, plain_NV)]
+        figures = [kl_N(b_NV, plain_NV)]
         for vectors_NPD in added:
             delta_BPD = torch.einsum("bn,npd->bpd", a_BN, vectors_NPD)
             with_NV = part.predictions(_logits_with(splicer_a, part, delta_BPD, hookpoints)[..., :n_vocabulary])
             figures.append(kl_N(b_NV, with_NV))
-        sums_HF.append(torch.stack([part.by_sequence(figure_N) for figure_N in figures], 1))
-    sums_QF = torch.cat(sums_HF) if sums_HF else torch.zeros(0, 2)
-    sums_QF = sums_QF[sums_QF[:, 0] > 0]
-    if not len(sums_QF):
+        sums.add(part, torch.stack(figures, 1).cpu(), torch.ones(len(b_NV), dtype=torch.bool))
+    found = sums.result()
+    if not found.n_tokens:
         raise InputError("closes: the held-out text has no prediction to look at")
-    n, kl, kl_closed, *kl_random = sums_QF.sum(0).tolist()
-    if kl <= 0:
+    if found.share is None:
         raise InputError("closes: both language models predict the same, so there is nothing to close")
-    interval = None
-    if len(sums_QF) > 1:
-        means_RF = resampled_means(sums_QF[:, 0], sums_QF[:, 1:3])
-        interval = interval_95(1 - means_RF[:, 1] / means_RF[:, 0])
-    random_shares = [1 - one / kl for one in kl_random]
-    return Closes(
-        latents=latents_N.tolist(),
-        n_tokens=int(n),
-        kl=kl / n,
-        kl_closed=kl_closed / n,
-        share=1 - kl_closed / kl,
-        share_ci95=interval,
-        random_shares=random_shares,
-        random_share=fmean(random_shares) if random_shares else None,
-    )
+    return found
+
+
+class _Sums:
+    """For each sequence the number of predictions, KL as it is, and KL with each of what is added; in all and for each group."""
+
+    def __init__(self, latents: list[int], groupings: Groupings | None = None):
+        self._latents = latents
+        self._sums_HF: list[Tensor] = []
+        self._groups = ByGroup(groupings, partial(_Sums, latents))
+
+    def add(self, part: TextPart, figure_NF: Tensor, counted_N: Tensor) -> None:
+        figure_NF = torch.cat([torch.ones(len(figure_NF), 1), figure_NF], 1)
+        self._sums_HF.append(part.by_sequence(figure_NF.where(counted_N[:, None], 0)))
+        for sums, of_group_N in self._groups.of(part.predicted_groups()):
+            sums.add(part, figure_NF[:, 1:], of_group_N)
+
+    def result(self) -> Closes:
+        sums_QF = torch.cat(self._sums_HF) if self._sums_HF else torch.zeros(0, 3)
+        sums_QF = sums_QF[sums_QF[:, 0] > 0]
+        n, kl, kl_closed, *kl_random = sums_QF.sum(0).tolist()
+        interval, random_shares = None, [1 - one / kl for one in kl_random if kl > 0]
+        if len(sums_QF) > 1 and kl > 0:
+            means_RF = resampled_means(sums_QF[:, 0], sums_QF[:, 1:3])
+            interval = interval_95(1 - means_RF[:, 1] / means_RF[:, 0])
+        return Closes(
+            latents=self._latents,
+            n_tokens=int(n),
+            kl=kl / max(n, 1),
+            kl_closed=kl_closed / max(n, 1),
+            share=1 - kl_closed / kl if kl > 0 else None,
+            share_ci95=interval,
+            random_shares=random_shares,
+            random_share=fmean(random_shares) if random_shares else None,
+            groups=self._groups.result(_Sums.result),
+        )
 
 
 def _logits_with(splicer: Splicer, part: TextPart, delta_BPD: Tensor, hookpoints: Sequence[int]) -> Tensor:

@@ -10,7 +10,8 @@ H sequences · S sequence · M models · P hookpoints · D width · V vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from crosscode.data.text.token_batch import TokenBatch
 from crosscode.errors import InputError
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.text_parts import text_parts
+from crosscode.groups import ByGroup, Groupings
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class MeanDifference:
     """mean norm of A's activations"""
     norm_of_difference: float
     """mean norm of the differences; that of `mean_D` is as large where all tokens differ in one and the same way"""
+    groups: dict[str, dict[str, MeanDifference]] = field(default_factory=dict)
+    """of that over all usable tokens: those of each group alone, by kind and group, where there are several"""
 
     @property
     def norm(self) -> float:
@@ -58,6 +62,7 @@ def mean_differences(
     n_tokens: int = 8192,
     n_first: int = 5,
     limit: NormLimit | None = None,
+    groupings: Groupings | None = None,
 ) -> list[MeanDifference]:
     """By hookpoint, at each of the first positions of a text, and over all usable tokens. Sums are float64.
 
@@ -71,6 +76,7 @@ def mean_differences(
             Training leaves the very first one out; here it counts. Positions are the first model's; one without a partner in
             each other tokenizer, as BOS, has no difference.
         limit: tokens beyond it count as unusable.
+        groupings: ways to group tokens, for means over each group, too.
 
     Raises:
         InputError: no such model, twice the same, or no usable token.
@@ -83,29 +89,46 @@ def mean_differences(
         raise InputError(
             f"language_models: of widths {widths[0]} and {widths[1]}: vectors of different width have no difference"
         )
-    sum_KPD = torch.zeros(n_first + 1, P, D, dtype=torch.float64)
-    norm_KP2, n_K = torch.zeros(n_first + 1, P, 2, dtype=torch.float64), torch.zeros(n_first + 1, dtype=torch.int64)
+    sums_K = [_Sums(P, D, None if k < n_first else groupings) for k in range(n_first + 1)]
     for part in text_parts(harvester, batches, n_tokens, limit):
-        a_HSPD, b_HSPD = part.acts_HSMPD[:, :, model_a].double(), part.acts_HSMPD[:, :, model_b].double()
-        difference_HSPD = b_HSPD - a_HSPD
-        norms_HSP2 = torch.stack([a_HSPD.norm(dim=-1), difference_HSPD.norm(dim=-1)], -1)
-        for k, mask_HS in enumerate(_masks(part.mask_HS, part.segments_HS, n_first)):
+        masks = _masks(part.mask_HS, part.segments_HS, n_first)
+        for sums, mask_HS in zip(sums_K, masks, strict=True):
             for other in part.others:
                 mask_HS = mask_HS & (other.place_HS >= 0)
-            mask_HS = mask_HS.to(difference_HSPD.device)
-            sum_KPD[k] += difference_HSPD[mask_HS].sum(0).cpu()
-            norm_KP2[k] += norms_HSP2[mask_HS].sum(0).cpu()
-            n_K[k] += mask_HS.sum().cpu()
-    if not n_K[-1]:
+            acts_BMPD = part.acts_HSMPD[mask_HS.to(part.acts_HSMPD.device)].double()
+            group_BG = None if part.group_HSG is None else part.group_HSG[mask_HS]
+            sums.add(acts_BMPD[:, model_a], acts_BMPD[:, model_b], group_BG)
+    if not sums_K[-1].n:
         raise InputError("data.source: the text has no usable token")
-    found = []
-    for p, hookpoint in enumerate(harvester.hookpoints):
-        for k, n in enumerate(n_K.tolist()):
-            if n:
-                norm_a, norm_difference = (norm_KP2[k, p] / n).tolist()
-                mean_D, position = (sum_KPD[k, p] / n).float(), k if k < n_first else None
-                found.append(MeanDifference(hookpoint, position, n, mean_D, norm_a, norm_difference))
-    return found
+    return [
+        sums.result(p, hookpoint, k if k < n_first else None)
+        for p, hookpoint in enumerate(harvester.hookpoints)
+        for k, sums in enumerate(sums_K)
+        if sums.n
+    ]
+
+
+class _Sums:
+    """Over tokens, in all and for each group."""
+
+    def __init__(self, P: int, D: int, groupings: Groupings | None = None):
+        self.n, self._sum_PD = 0, torch.zeros(P, D, dtype=torch.float64)
+        self._norm_P2 = torch.zeros(P, 2, dtype=torch.float64)
+        self._groups = ByGroup(groupings, partial(_Sums, P, D))
+
+    def add(self, a_BPD: Tensor, b_BPD: Tensor, group_BG: Tensor | None = None) -> None:
+        difference_BPD = b_BPD - a_BPD
+        self.n += len(a_BPD)
+        self._sum_PD += difference_BPD.sum(0).cpu()
+        self._norm_P2 += torch.stack([a_BPD.norm(dim=-1), difference_BPD.norm(dim=-1)], -1).sum(0).cpu()
+        for sums, of_group_B in self._groups.of(group_BG):
+            own_B = of_group_B.to(a_BPD.device)
+            sums.add(a_BPD[own_B], b_BPD[own_B])
+
+    def result(self, p: int, hookpoint: str, position: int | None = None) -> MeanDifference:
+        norm_a, norm_difference = (self._norm_P2[p] / self.n).tolist()
+        mean_D, groups = (self._sum_PD[p] / self.n).float(), self._groups.result(lambda one: one.result(p, hookpoint))
+        return MeanDifference(hookpoint, position, self.n, mean_D, norm_a, norm_difference, groups)
 
 
 def _masks(mask_HS: Tensor, segments_HS: Tensor | None, n_first: int) -> list[Tensor]:

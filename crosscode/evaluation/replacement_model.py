@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from crosscode.data.text.token_batch import TokenBatch
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.splicing import Change, Splicer, replacement
 from crosscode.evaluation.text_parts import TextPart, kl_N, text_parts
+from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 
@@ -48,6 +49,8 @@ class ReplacementModel:
     """KL(language model || replaced)"""
     top1_agreement: dict[str, float]
     """share of predictions whose most probable token stays the same"""
+    groups: dict[str, dict[str, ReplacementModel]] = field(default_factory=dict)
+    """of the predictions of each group's tokens, by kind and group, where there are several"""
 
 
 @full_precision()
@@ -59,6 +62,7 @@ def measure_replacement_model(
     split: Split,
     n_tokens: int = 4096,
     limit: NormLimit | None = None,
+    groupings: Groupings | None = None,
 ) -> ReplacementModel | None:
     """Figures for a model whose outputs are several and none of its inputs; None for all others. None, too, and the log
     says so, where latents are selected over layers that are not computed yet (TopK with `topk_scope: all_layers`), or an
@@ -68,6 +72,7 @@ def measure_replacement_model(
         model: folded.
         n_tokens: usable tokens after which no further batch is taken.
         limit: tokens beyond it count as unusable.
+        groupings: ways to group predicted tokens, of which the figures are given apart, too.
     """
     places = _Places.of(split, harvester)
     if places is None:
@@ -79,7 +84,7 @@ def measure_replacement_model(
         if model.selects_over_parts and len(model.parts) > 1 and selection is not None:
             log.info("replacement model: not measured, as TopK over all layers selects over layers that come later")
             return None
-        splicer, sums = Splicer(harvester, 0), _Sums()
+        splicer, sums = Splicer(harvester, 0), _Sums(groupings)
         for part in text_parts(harvester, batches, n_tokens, limit):
             _add(sums, part, model, harvester, splicer, places, split)
     except _OutOfOrder as error:
@@ -87,7 +92,7 @@ def measure_replacement_model(
         return None
     finally:
         model.train(was_training)
-    return sums.result()
+    return sums.result() if sums.n else None
 
 
 class _OutOfOrder(Exception):
@@ -131,7 +136,7 @@ def _add(
         way: splicer.logits_changed(part.tokens_HS, part.segments_HS, change)
         for way, change in zip(WAYS, changes, strict=True)
     }
-    sums.add(part, clean_HSV, logits)
+    sums.add(_figures(part, clean_HSV, logits), part.predicted_groups())
 
 
 class _LayerByLayer:
@@ -189,29 +194,33 @@ class _LayerByLayer:
         return write
 
 
+def _figures(part: TextPart, clean_HSV: Tensor, logits: dict[str, Tensor]) -> Tensor:
+    """`figure_NF` of each prediction: CE of the clean model, then CE, KL and agreement of each way."""
+    clean_NV = part.predictions(clean_HSV)
+    next_N1 = part.predicted().to(clean_NV.device)[:, None]
+    figures = [-clean_NV.gather(1, next_N1)[:, 0]]
+    for logits_HSV in logits.values():
+        found_NV = part.predictions(logits_HSV)
+        same_N = (found_NV.argmax(-1) == clean_NV.argmax(-1)).to(found_NV)
+        figures += [-found_NV.gather(1, next_N1)[:, 0], kl_N(clean_NV, found_NV), same_N]
+    return torch.stack(figures, 1).double().cpu()
+
+
 class _Sums:
-    """Sums over predictions, float64."""
+    """Sums over predictions, in all and for each group."""
 
-    def __init__(self) -> None:
-        self.n, self.ce_clean = 0, 0.0
-        self.ce, self.kl, self.same = (dict.fromkeys(WAYS, 0.0) for _ in range(3))
+    def __init__(self, groupings: Groupings | None = None) -> None:
+        self.n, self._sum_F = 0, torch.zeros(1 + 3 * len(WAYS), dtype=torch.float64)
+        self._groups = ByGroup(groupings, _Sums)
 
-    def add(self, part: TextPart, clean_HSV: Tensor, logits: dict[str, Tensor]) -> None:
-        clean_NV = part.predictions(clean_HSV)
-        next_N1 = part.predicted().to(clean_NV.device)[:, None]
-        self.n += next_N1.shape[0]
-        self.ce_clean -= float(clean_NV.gather(1, next_N1).double().sum())
-        for way, logits_HSV in logits.items():
-            found_NV = part.predictions(logits_HSV)
-            self.ce[way] -= float(found_NV.gather(1, next_N1).double().sum())
-            self.kl[way] += float(kl_N(clean_NV, found_NV).double().sum())
-            self.same[way] += float((found_NV.argmax(-1) == clean_NV.argmax(-1)).double().sum())
+    def add(self, figure_NF: Tensor, group_NG: Tensor | None) -> None:
+        self.n += len(figure_NF)
+        self._sum_F += figure_NF.sum(0)
+        for sums, of_group_N in self._groups.of(group_NG):
+            sums.add(figure_NF[of_group_N.cpu()], None)
 
-    def result(self) -> ReplacementModel | None:
-        if not self.n:
-            return None
-
-        def means(sums: dict[str, float]) -> dict[str, float]:
-            return {way: total / self.n for way, total in sums.items()}
-
-        return ReplacementModel(self.n, self.ce_clean / self.n, means(self.ce), means(self.kl), means(self.same))
+    def result(self) -> ReplacementModel:
+        ce_clean, *means = (self._sum_F / self.n).tolist()
+        ce, kl, same = (dict(zip(WAYS, means[i::3], strict=True)) for i in range(3))
+        groups = self._groups.result(_Sums.result)
+        return ReplacementModel(self.n, ce_clean, ce, kl, same, groups)

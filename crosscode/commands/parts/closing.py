@@ -57,6 +57,7 @@ def closes_of(
         n_tokens=n_tokens,
         n_random=n_random,
         seed=seed,
+        groupings=experiment.groupings(),
     )
     found = measure(limit=experiment.norm_limit())
     answers = _answers(experiment)

@@ -93,11 +93,11 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
     return Adapter(found[0].parent, name, revision, config)
 
 
-def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> LanguageModel:
+def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0, dtype: str = "float32") -> LanguageModel:
     """`base` with the adapter, as `peft` runs it, unmerged: `model` is the plain class with the adapter in its modules.
 
     The weights are those of `base`, but for what the adapter brings or replaces; `base` stays as it is. `scale`
-    multiplies what LoRA adds.
+    multiplies what LoRA adds. `dtype`: of the adapter on a base in half precision, "float32" as `peft` has it, or "auto".
 
     Raises:
         InputError: `peft` is not installed; files that do not fit the base, or of which a part would not be used; an
@@ -124,8 +124,11 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> 
                 raise InputError(f"adapter {adapter.name!r}: weights that are not finite, in {key!r}")
         tree = _prepared_tree(base.model, config, tensors)
         before = _states(base.model)
-        whole = peft.PeftModel(tree, config)
-        result = whole.load_adapter(str(adapter.folder), "default", torch_device=str(base.device))
+        cast = dtype == "float32"
+        whole = peft.PeftModel(tree, config, autocast_adapter_dtype=cast)
+        result = whole.load_adapter(
+            str(adapter.folder), "default", torch_device=str(base.device), autocast_adapter_dtype=cast
+        )
     if before != _states(base.model):
         raise InputError(f"adapter {adapter.name!r}: {_kind(config)} would change the weights of {base.name!r} itself")
     unused = [key for key in result.unexpected_keys if not _is_said_twice(key, tensors)]
@@ -156,7 +159,7 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0) -> 
 
 
 def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """As `peft` computes it, to the bit (in the dtype of LoRA, which it keeps in float32), but with one tensor of the size of the
+    """As `peft` computes it, to the bit (in the dtype of LoRA), but with one tensor of the size of the
     output beside it rather than three; without gradients, and where there is nothing but plain LoRA."""
     plain = not (torch.is_grad_enabled() or layer.training or layer.disable_adapters or layer.merged or args or kwargs)
     if plain and layer.active_adapters == ["default"] and "default" in layer.lora_A and not layer.lora_variant:

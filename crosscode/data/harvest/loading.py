@@ -41,6 +41,7 @@ def load_language_model(
     adapter: str | None = None,
     adapter_revision: str | None = None,
     adapter_scale: float = 1.0,
+    adapter_dtype: str = "float32",
     loaded: dict[Any, LanguageModel] | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer, if it has one, with `transformers`, and an adapter on it with `peft`.
@@ -57,6 +58,7 @@ def load_language_model(
         adapter: folder or hub name of an adapter, `OWNER/NAME/SUBFOLDER` for one in a folder of its repository.
         adapter_revision: git revision of a hub adapter.
         adapter_scale: what LoRA adds is multiplied by it.
+        adapter_dtype: of the adapter on a base in half precision: "float32", as `peft` has it, or "auto", the base's.
         loaded: models without adapter that are there already, and to which this one's base is added: weights of a base
             that several models have are held once.
 
@@ -65,6 +67,8 @@ def load_language_model(
     """
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if adapter_dtype not in ("float32", "auto"):
+        raise InputError(f"adapter_dtype: {adapter_dtype!r} is not one of float32, auto")
     check_options(device_map, attn_implementation, quantization, trust_remote_code)
     on_base = adapter_of(name_or_path, revision, gguf_file, adapter, adapter_revision)
     if on_base is None and adapter_scale != 1:
@@ -93,7 +97,7 @@ def load_language_model(
     if on_base is None:
         return loaded[key]
     with _one_line_errors(f"{name_or_path} + {on_base.name}", on_base.revision, but=(InputError,)):
-        return apply_adapter(loaded[key], on_base, adapter_scale)
+        return apply_adapter(loaded[key], on_base, adapter_scale, adapter_dtype)
 
 
 def _load(

@@ -25,7 +25,7 @@ from crosscode.config.checked import checked, signature_with
 from crosscode.config.data import TokenPolicy
 from crosscode.data.text.aligned import Aligner, pieces_of
 from crosscode.data.text.documents import Document, DocumentSource
-from crosscode.data.text.labels import TEMPLATE, TEXT
+from crosscode.data.text.labels import ROLES, TEMPLATE, TEXT
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.render import (
     DOCUMENT_START,
@@ -95,6 +95,11 @@ class TokenSequenceLoader:
         """By the numbers of `Labels.source_T`, each once."""
         names = [part.name for part in parts_of(self.source)] or [self.source.name]
         return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+    @property
+    def groupings(self) -> dict[str, Sequence[str]]:
+        """Ways to group its tokens, with the names by the numbers of `Labels.groups_T2`."""
+        return {"source": self.source_names, "role": ROLES}
 
     def fresh(self, **changes: Any) -> TokenSequenceLoader:
         """The same loader at its beginning, with some fields of its policy changed; neither moves the other."""

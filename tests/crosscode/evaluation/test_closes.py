@@ -3,10 +3,13 @@
 S sequence · M models · D width · L latents.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, TokenBatch
+from crosscode.data.text.labels import Labels
 from crosscode.errors import InputError
 from crosscode.evaluation.closes import measure_closes
 from crosscode.models import ModelHookpointAcausalCrosscoder, ReLUActivation
@@ -117,3 +120,19 @@ def test_predictions_that_do_not_count_are_left_out(harvester, batch):
         p, q = log_probs(b, tokens_S), log_probs(a, tokens_S)
         kl += float((p.exp() * (p - q)).sum(-1)[chosen_S.nonzero()[:, 0] - 1].sum())
     assert found.n_tokens == 6 and found.kl == pytest.approx(kl / 6, rel=1e-4)
+
+
+def test_each_group_of_predicted_tokens_has_figures_of_its_own(harvester, batch):
+    role_HS = torch.arange(batch.tokens_HS.numel()).reshape(batch.tokens_HS.shape) % 3
+    labels = Labels(role_HS.to(torch.uint8), torch.zeros_like(role_HS).short(), torch.zeros_like(role_HS))
+    labelled, names = TokenBatch(batch.tokens_HS, batch.mask_HS, None, 0, labels), ["a", "b", "c"]
+    measured = partial(measure_closes, coordinates(), harvester, latents=[3, WIDTH + 2], alive_L=ALIVE, n_random=2)
+    found = measured(batches=[labelled], split=SPLIT, groupings={"source": ["one"], "role": names})
+    assert set(found.groups) == {"role"}
+    for number, name in enumerate(names):
+        counted = TokenBatch(batch.tokens_HS, role_HS == number, None, 0)
+        alone = measured(batches=[batch], split=SPLIT, counted=[counted])
+        own = found.groups["role"][name]
+        assert own.n_tokens == alone.n_tokens and own.kl == pytest.approx(alone.kl, rel=1e-6)
+        assert own.share == pytest.approx(alone.share, abs=1e-6)
+        assert own.random_shares == pytest.approx(alone.random_shares, abs=1e-6)

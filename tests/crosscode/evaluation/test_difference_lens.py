@@ -10,6 +10,7 @@ import torch
 
 from crosscode.commands.cli import main
 from crosscode.data import ActivationHarvester, TokenBatch, load_language_model, wrap_language_model
+from crosscode.data.text.labels import Labels
 from crosscode.errors import InputError
 from crosscode.evaluation.difference_lens import lens_logits, mean_differences
 
@@ -80,6 +81,21 @@ def test_isolated_documents_each_have_first_positions(lms):
     assert [one.n_tokens for one in found] == [2, 2, 2, 1, 8]
     both = [by_hand(lms, part, 0)[1][0, 0] for part in (tokens_HS[:, :3], tokens_HS[:, 3:])]
     torch.testing.assert_close(found[0].mean_D.double(), torch.stack(both).mean(0), rtol=0, atol=1e-5)
+
+
+def test_each_group_of_tokens_has_a_mean_of_its_own(lms):
+    whole, even_HS = batch(), torch.arange(24).reshape(3, 8) % 2 == 0
+    labels = Labels(even_HS.to(torch.uint8), torch.zeros(3, 8).short(), torch.zeros(3, 8).long())
+    labelled = TokenBatch(whole.tokens_HS, whole.mask_HS, None, 0, labels)
+    groupings = {"source": ["one"], "role": ["odd", "even"]}
+    found = mean_differences(ActivationHarvester(lms, HOOKS[:1]), [labelled], n_first=1, groupings=groupings)
+    assert [set(one.groups) for one in found] == [set(), {"role"}]
+    _, difference_HSD = by_hand(lms, whole.tokens_HS, 0)
+    for name, of_HS in (("odd", ~even_HS), ("even", even_HS)):
+        rows_ND = difference_HSD[whole.mask_HS & of_HS]
+        own = found[1].groups["role"][name]
+        assert own.n_tokens == len(rows_ND)
+        torch.testing.assert_close(own.mean_D.double(), rows_ND.mean(0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 2), (1, 1), (-1, 0)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crosscode.data import ActivationHarvester, TokenBatch
+from crosscode.data.text.labels import Labels
 from crosscode.evaluation.replacement_model import WAYS, measure_replacement_model
 from crosscode.models import (
     AnthropicSTEJumpReLUActivation,
@@ -169,3 +170,26 @@ def test_an_output_before_its_input_has_none_and_nothing_stays_behind(lm, caplog
     assert measure_replacement_model(model, harvester, batches_of(), split_for("cross_layer_transcoder")) is None
     assert "not measured, as 'blocks.0.hook_mlp_out' comes before an input that it is computed from" in caplog.text
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def test_groups_of_predicted_tokens_make_up_the_whole(lm):
+    harvester, model = compound(lm)
+    whole = batches_of()[0]
+    role_HS = torch.arange(36).reshape(4, 9) % 2
+    labels = Labels(role_HS.to(torch.uint8), torch.zeros(4, 9).short(), torch.zeros(4, 9).long())
+    batch = TokenBatch(whole.tokens_HS, whole.mask_HS, None, 0, labels)
+    split = split_for("compound_cross_layer_transcoder")
+    groupings = {"source": ["one"], "role": ["even", "odd"]}
+    found = measure_replacement_model(model, harvester, [batch], split, groupings=groupings)
+    own = found.groups["role"]
+    both_HS = whole.mask_HS[:, :-1] & whole.mask_HS[:, 1:]
+    assert [own[name].n_tokens for name in ("even", "odd")] == [
+        int((both_HS & (role_HS[:, 1:] == number)).sum()) for number in (0, 1)
+    ]
+    for way in WAYS:
+        total = sum(one.n_tokens * one.kl[way] for one in own.values())
+        assert total == pytest.approx(found.n_tokens * found.kl[way], rel=1e-9)
+    with torch.no_grad():
+        log_prob_HSV = harvester.models[0].model(whole.tokens_HS).logits[:, :-1].double().log_softmax(-1)
+    ce_HS = -log_prob_HSV.gather(-1, whole.tokens_HS[:, 1:, None])[..., 0]
+    assert own["odd"].ce_clean == pytest.approx(float(ce_HS[both_HS & (role_HS[:, 1:] == 1)].mean()), rel=1e-5)

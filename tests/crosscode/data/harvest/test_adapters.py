@@ -122,6 +122,23 @@ def test_activations_and_logits_are_those_of_peft_to_the_bit(family, kind, make_
     assert not torch.equal(expected_HSPD, unadapted_HSPD) or "lm_head" in KINDS[kind].get("modules_to_save", ())
 
 
+@pytest.mark.parametrize("adapter_dtype", ["float32", "auto"])
+@pytest.mark.parametrize("kind", ["rslora", "dora", "modules_to_save"])
+def test_on_a_half_precision_base_an_adapter_is_in_float32_or_in_the_bases_dtype(kind, adapter_dtype, make_adapter):
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = make_adapter("llama", kind)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    peft_model = peft.PeftModel.from_pretrained(plain, adapter, autocast_adapter_dtype=adapter_dtype == "float32")
+    expected_HSPD, logits_HSV = own_hooks(peft_model.eval(), TOKENS_HS)
+    model = load_language_model(base, adapter=adapter, dtype="bfloat16", adapter_dtype=adapter_dtype)
+    assert torch.equal(ActivationHarvester([model], NAMES).harvest(TOKENS_HS)[:, :, 0], expected_HSPD)
+    with torch.no_grad():
+        assert torch.equal(model.model(TOKENS_HS).logits, logits_HSV)
+    lora_A = next(weight for name, weight in model.model.named_parameters() if "lora_A" in name)
+    assert lora_A.dtype == (torch.float32 if adapter_dtype == "float32" else torch.bfloat16)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("kind", AT_EVERY_HOOKPOINT)
 def test_every_kind_of_hookpoint_reads_what_a_hook_on_pefts_module_reads(family, kind, make_adapter):
