@@ -39,12 +39,10 @@ def seal_of(values: Mapping[str, Any]) -> str:
 
 
 class Sealed(Stored):
-    """A file of figures that are read back and believed."""
+    """Figures that are read back: with a digest of all the rest, and the SHA-256 of the weights that they are of."""
 
     digest: str | None = None
-    """of all the rest; earlier versions wrote none"""
     of_model: str | None = None
-    """SHA-256 of the weights that the figures are of"""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,9 +76,7 @@ class Marker(Stored):
 class Summary(Sealed):
     """`summary.json`"""
 
-    n_metrics: Count | None = None
-    """lines of metrics.jsonl"""
-
+    n_metrics: Count | None = None  # lines of metrics.jsonl
     step: Count
     tokens: Count
     fvu: float | None = None
