@@ -133,7 +133,7 @@
     const norms = columns.filter(one => one.name.startsWith("decoder_norm"))
       .map(one => [one.name.slice("decoder_norm_".length), one.values[latent]]);
     const shown = { texts, readers, norms, largest: Math.max(1e-30, column("max_activation").values[latent]) };
-    const of = name => column(name).values[latent];
+    const of = (name, one = latent) => column(name).values[one];
     reorder();
     const at = order.indexOf(latent), step = by => order[at + by] ?? (at < 0 ? latent + by : undefined);
     const link = (text, target) => target === undefined || target < 0 || target >= search.length ? "" :
@@ -145,7 +145,7 @@
       make("dt", { textContent: one.name.replaceAll("_", " ") }), make("dd", { textContent: digits(one.values[latent]) }))));
     const examples = record.examples.flatMap((some, i) => some.length ? [make("section", { className: "card" },
       make("h3", { textContent: titles[i] }), make("ol", { className: "snippets" }, ...some.map(one => exampleItem(shown, one))))] : []);
-    const near = ([other, value]) => [latentLink(other), make("span", { className: "tokens", textContent: search[other], title: search[other] }), digits(value)];
+    const near = ([other, value]) => [latentLink(other), make("span", { className: "tokens", textContent: of("tokens", other), title: of("tokens", other) }), digits(value)];
     const logit = ([text, value]) => [make("code", { textContent: text }), digits(value)];
     const note = await noteOn(latent);
     if (location.hash !== wanted) return; // to another one, which was faster
