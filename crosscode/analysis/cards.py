@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable
-from crosscode.analysis.examples import Example
+from crosscode.analysis.example_pool import Example
 from crosscode.analysis.latent_plots import CSS_OF_TAG
 from crosscode.analysis.latent_scaling import Share
 from crosscode.analysis.latents_pass import LatentsPass, spread_over_density

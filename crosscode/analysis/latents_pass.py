@@ -14,7 +14,8 @@ from torch import Tensor
 
 from crosscode.analysis.diffing import DiffTable, FiringStats, diff_latents
 from crosscode.analysis.encoded import Collector, HeldoutBatch, collect, encode_heldout
-from crosscode.analysis.examples import Example, QuantileExamples, TopExamples
+from crosscode.analysis.example_pool import Example
+from crosscode.analysis.examples import QuantileExamples, TopExamples
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latent_scaling import LatentScaling
 from crosscode.analysis.reads import readers

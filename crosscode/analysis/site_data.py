@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from crosscode.analysis.examples import Example
+from crosscode.analysis.example_pool import Example
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, LogitEnds

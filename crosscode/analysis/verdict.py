@@ -181,7 +181,7 @@ def verdict_on(
 
     A latent is specific to a model if it is so at one hookpoint and at none shared or the other model's.
     """
-    name_a, name_b = _names(tables)
+    name_a, name_b = short_names(tables[0].name_a, tables[0].name_b)
     judged = [_Judge(table, own_text).all() for table in tables]
     hooks = [table.name_b.rpartition("/")[2] for table in tables]
     tag, why, at = zip(*(_join(hooks, each) for each in zip(*judged, strict=True)), strict=True)
@@ -196,12 +196,8 @@ def verdicts_on(
     """One for each two models that are compared (or hookpoints of one model). `own_text`: firing on what each writes."""
     of_pair: dict[tuple[str, str], list[DiffTable]] = {}
     for table in tables:
-        of_pair.setdefault(_names([table]), []).append(table)
+        of_pair.setdefault(short_names(table.name_a, table.name_b), []).append(table)
     return [verdict_on(some, own_text, layers) for some in of_pair.values()]
-
-
-def _names(tables: Sequence[DiffTable]) -> tuple[str, str]:
-    return short_names(tables[0].name_a, tables[0].name_b)
 
 
 def _joined(columns_L: Sequence[Tensor]) -> Tensor:

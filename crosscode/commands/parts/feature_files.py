@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from crosscode.analysis.encoded import encode_heldout
-from crosscode.analysis.examples import Example
+from crosscode.analysis.example_pool import Example
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords, LogitEnds, study_records

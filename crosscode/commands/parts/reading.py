@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crosscode.analysis.encoded import active_entries
-from crosscode.analysis.examples import Example
+from crosscode.analysis.example_pool import Example
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun

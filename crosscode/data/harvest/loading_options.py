@@ -34,9 +34,14 @@ def check_options(
     if device_map is not None:
         _check_device_map(device_map)
     if quantization is not None:
-        from transformers.quantizers.auto import AutoHfQuantizer
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
         config = quantization_config(quantization)
+        if getattr(AUTO_QUANTIZER_MAPPING.get(str(quantization.get("quant_method"))), "requires_calibration", False):
+            raise InputError(
+                f"quantization = {dict(quantization)}: this method reads weights that were quantized with it before; "
+                "name such a model, and leave quantization out (the model says how it is quantized)"
+            )
         try:
             quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
             quantizer.validate_environment(device_map=device_map, weights_only=True)
@@ -72,6 +77,11 @@ def quantization_config(fields: Mapping[str, Any]) -> Any:
     """`transformers`' own, from its fields."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
+    in_bits = fields.get("load_in_4bit") or fields.get("load_in_8bit")
+    if not in_bits and fields.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        raise InputError(
+            f"quantization = {dict(fields)}: set load_in_4bit or load_in_8bit to true (bitsandbytes), or another quant_method"
+        )
     try:
         return AutoQuantizationConfig.from_dict(dict(fields))
     except (TypeError, ValueError, KeyError, ImportError) as error:

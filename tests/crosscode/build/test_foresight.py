@@ -144,6 +144,11 @@ def test_run_directories_have_names_that_can_be_printed_and_made(refusal):
         ),
         ({"quantization": {"quant_method": "none"}}, "quantization = {'quant_method': 'none'}: Unknown"),
         ({"quantization": {"quant_method": "fp8"}}, "quantization = {'quant_method': 'fp8'}: "),
+        ({"quantization": {}}, "quantization = {}: set load_in_4bit or load_in_8bit"),
+        (
+            {"quantization": {"quant_method": "awq"}},
+            "quantization = {'quant_method': 'awq'}: this method reads weights",
+        ),
         ({"device_map": "somewhere"}, "device_map = 'somewhere': "),
         ({"device_map": {"model": "cpu", "lm_head": 99}}, "device_map = {'model': 'cpu', 'lm_head': 99}: "),
     ],
