@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from crosscode.analysis.plots import si_number
@@ -64,6 +65,8 @@ def tiles(record: RunRecord) -> list[Tile]:
     if recovered:
         note = "next-token loss" + (", worst position" if len(recovered) > 1 else "")
         found.append(Tile("Loss recovered", percent_text(min(recovered)), note))
+    if closes := record.evaluation.get("closes"):
+        found.append(Tile("Closes", _closed_text(closes), "of KL(B || A), by the specific latents"))
     found.append(Tile("L0", number_text(record.figure("l0")), _l0_note(record)))
     dead = record.figure("dead_fraction")
     note = "never active on held-out text" if record.evaluation else ""
@@ -144,27 +147,44 @@ def group_table(record: RunRecord) -> FigureTable | None:
     labels = distinct_labels(names)
     columns = [("by", ""), ("tokens", "held-out tokens of this group"), ("L0", "active latents per token")]
     columns += [(f"FVU {labels[name]}".strip(), f"with the group's own variance, at {name}") for name in names]
-    spliced = {name: of.get("groups") or {} for name, of in record.loss_recovered().items()}
-    spliced_labels = distinct_labels([*spliced])
-    for name in spliced:
-        columns += [(f"loss recovered {spliced_labels[name]}".strip(), f"of predictions of these tokens, at {name}")]
+    spliced, says = record.loss_recovered(), "of predictions of these tokens"
+    closes, layered = (record.evaluation.get(key) or {} for key in ("closes", "replacement_model"))
+    closed_says = f"share of KL(B || A) that the specific latents take away, {says}"
+    apart = [
+        (f"loss recovered {label}".strip(), f"{says}, at {name}", spliced[name], _recovered_text)
+        for name, label in distinct_labels([*spliced]).items()
+    ]
+    apart += [("closes", closed_says, closes, _closed_text)]
+    apart += [
+        (f"KL all layers, {way.replace('_', ' ')}", f"nats, {says}", layered, partial(_kl_text, way=way))
+        for way in layered.get("kl") or {}
+    ]
+    apart = [column for column in apart if column[2].get("groups")]
     rows = [
         [f"{kind}: {name}", f"{of['n_tokens']:,}", number_text(of.get("l0"))]
         + [number_text(of["fvu_by_position"].get(position)) for position in names]
-        + [_recovered_text(apart.get(kind, {}).get(name, {})) for apart in spliced.values()]
+        + [text(whole["groups"].get(kind, {}).get(name) or {}) for _, _, whole, text in apart]
         for kind, found in groups.items()
         for name, of in found.items()
     ]
-    return FigureTable(columns, rows)
+    return FigureTable(columns + [(name, meaning) for name, meaning, _, _ in apart], rows)
+
+
+def _closed_text(found: dict[str, Any]) -> str:
+    return _share_text(found.get("share"), found.get("share_ci95"))
+
+
+def _kl_text(found: dict[str, Any], way: str) -> str:
+    return number_text((found.get("kl") or {}).get(way))
 
 
 def _recovered_text(found: dict[str, Any]) -> str:
-    recovered, interval = found.get("loss_recovered"), found.get("ci95")
-    text = percent_text(recovered)
-    bounds = (interval or {}).get("loss_recovered")
-    if recovered is not None and bounds:
-        text += f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})"
-    return text
+    return _share_text(found.get("loss_recovered"), (found.get("ci95") or {}).get("loss_recovered"))
+
+
+def _share_text(share: float | None, bounds: list[float] | None) -> str:
+    text = percent_text(share)
+    return text if share is None or not bounds else f"{text} ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})"
 
 
 def _spliced_cells(found: dict[str, Any]) -> list[str]:

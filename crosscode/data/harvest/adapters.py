@@ -117,6 +117,11 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0, dty
         how = "adds tokens to the text" if config.is_prompt_learning else "acts after certain tokens alone"
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             raise InputError(f"adapter {adapter.name!r}: {_kind(config)} {how}; only weights can be adapted")
+        if str(init := getattr(config, "init_lora_weights", True)).startswith("pissa_niter"):
+            what = f"init_lora_weights = {init!r} took a random part out of the base, which its files do not hold"
+            raise InputError(
+                f"adapter {adapter.name!r}: {what}; save it as plain LoRA, or with init_lora_weights = 'pissa'"
+            )
         config.inference_mode = True
         tensors = peft.utils.load_peft_weights(str(adapter.folder), device="cpu")
         for key, tensor in tensors.items():

@@ -320,6 +320,27 @@ def test_loss_recovered_is_shown_where_it_was_measured(make_run, heldout_text):
 
 
 @pytest.mark.usefixtures("quick_plots")
+def test_what_latents_close_and_all_layers_cost_is_shown_by_group(make_run, heldout_text):
+    run = make_run()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    group = {"n_tokens": 1200, "l0": 4.0, "fvu_by_position": evaluation["fvu_by_position"]}
+    evaluation["groups"] = {"role": {"user": group, "assistant": group}}
+    closed = {"share": 0.5, "share_ci95": [0.25, 0.75]}
+    evaluation["closes"] = closed | {"groups": {"role": {"user": {"share": None}, "assistant": closed}}}
+    layered = {"ce_clean": 2.0, "ce": {"from_clean_inputs": 2.5}, "kl": {"from_clean_inputs": 0.4}}
+    evaluation["replacement_model"] = layered | {"groups": {"role": {"user": layered}}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = page_of(run, heldout=heldout_text)
+    cells = page.text_of["td"]
+    user, assistant = (cells.index(f"role: {role}") for role in ("user", "assistant"))
+    assert cells[user : user + 7] == ["role: user", "1,200", "4.00", "0.200", "0.220", "n/a", "0.400"]
+    assert cells[assistant + 5 : assistant + 7] == ["50.0 % (25.0–75.0)", "n/a"]
+    assert {"closes", "KL all layers, from clean inputs"} <= {*page.text_of["th"]}
+    tiles = dict(zip(page.text_of["dt"], page.text_of["dd"], strict=False))
+    assert tiles["Closes"] == "50.0 % (25.0–75.0)"
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_damaged_json_is_a_note_and_not_the_end(make_run, heldout_text):
     run = make_run()
     (run / "summary.json").write_text("{")

@@ -284,6 +284,7 @@ def _config(folder, **values):
         (lambda f: (f / "adapter_config.json").unlink(), "no folder or hub repository with an adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is no JSON"),
         (lambda f: _config(f, target_modules=["nowhere"]), "nowhere"),
+        (lambda f: _config(f, init_lora_weights="pissa_niter_4"), "'pissa_niter_4' took a random part out of the base"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused_in_one_line(damage, message, copies):
