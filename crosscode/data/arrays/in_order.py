@@ -17,6 +17,9 @@ import torch
 from crosscode.data.arrays.random_access import DTYPES, ROWS_AT_ONCE, numpy_dtype
 from crosscode.errors import InputError
 
+_STREAMED: Any = {"buffer_size": 1 << 20, "pre_buffer": False}
+"""How a parquet file is opened, so that a row group of any size is read by pages; else pyarrow reads its column whole."""
+
 
 class ParquetInput:
     """A column of lists (of lists) of numbers: read in order, a few rows at a time."""
@@ -27,7 +30,7 @@ class ParquetInput:
         import pyarrow.parquet as pq
 
         self.path, self.origin = path, str(path)
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, **_STREAMED) as file:
             names = [field.name for field in file.schema_arrow if _is_list(field.type)]
             self.key = chosen(names, key, str(path), "column of lists of numbers")
             self.n_rows = file.metadata.num_rows
@@ -41,7 +44,7 @@ class ParquetInput:
 
         end = self.n_rows if end is None else end
         at = 0
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, **_STREAMED) as file:
             for group in range(file.num_row_groups):
                 after = at + file.metadata.row_group(group).num_rows
                 if after > first and at < end:

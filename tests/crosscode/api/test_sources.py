@@ -105,6 +105,17 @@ def test_a_part_of_the_rows(form, acts, tmp_path):
     assert torch.equal(torch.cat(list(one.chunks(37, 290))), acts[37:290])
 
 
+def test_a_parquet_file_of_one_row_group_is_not_read_whole(tmp_path):
+    values = np.random.default_rng(0).standard_normal(1 << 21, dtype=np.float32)
+    rows = pa.FixedSizeListArray.from_arrays(values, 128)
+    pq.write_table(pa.table({"acts": rows}), tmp_path / "acts.parquet", row_group_size=len(rows))
+    del rows
+    before = pa.total_allocated_bytes()
+    for chunk in open_input(tmp_path / "acts.parquet").chunks():
+        assert pa.total_allocated_bytes() - before < values.nbytes / 2
+        assert chunk.shape[1:] == (128,)
+
+
 def test_rows_of_an_iterator_come_once(acts):
     one = open_input(iter(acts.split(100)))
     first = torch.cat(list(one.chunks(0, 130)))
