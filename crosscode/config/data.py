@@ -204,7 +204,7 @@ class HarvestConfig(ConfigModel):
     language_models: list[LanguageModelConfig] = Field(default=[])
     """models to harvest; one of another tokenizer reads the same text in tokens of its own"""
     hookpoints: list[str] = Field(default=[])
-    """names of TransformerLens (blocks.5.hook_resid_post), or module paths such as model.layers.5.mlp"""
+    """names of TransformerLens (blocks.5.hook_resid_post) or modules (model.layers.5.mlp)"""
     data: DataConfig
     """from text to activations"""
 

@@ -112,7 +112,7 @@ class BaseCrosscoder(CoderFiles):
         return (self,)
 
     def inputs_of_parts(self, x_BXiDi: Tensor) -> Sequence[Tensor]:
-        """What each of `parts` reads of the input."""
+        """What each of `parts` reads of the input: a tensor `(B, Xi, Di)` of each."""
         return (x_BXiDi,)
 
     @property

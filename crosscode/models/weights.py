@@ -82,7 +82,7 @@ class CoderWeights(nn.Module, Coder):
         return slice(*(min(max(latent - first, 0), n_rows) for latent in (latents.start, latents.stop)))
 
     def found_here(self, latents_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of these latents have their weights here, and the rows of those that have."""
+        """Which of these latents have their weights here `(R,)`, and the rows of those that have `(those,)`."""
         row_R = latents_R - self.first_row
         here_R = (row_R >= 0) & (row_R < self.W_dec_LXoDo.shape[0])
         return here_R, row_R[here_R]

@@ -71,16 +71,22 @@ def spelled_out(spelled: str) -> tuple[str, str]:
 
 def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
     """What `crosscode plan` says that a rank sends in a step."""
+    from unittest.mock import patch
+
     import tiny_recipes
     import torch
 
     from crosscode.build.plan import counted_step
     from crosscode.parallel.group import PaperGroup
 
-    recipe, backend = spelled_out(spelled)
-    config, group = tiny_recipes.check_config(tiny_recipes.tiny(recipe, "nowhere", backend, "cpu")), PaperGroup(n_ranks)
-    counted_step(config, tiny_recipes.WIDTH, group, getattr(torch, dtype))
-    return group.bytes_sent
+    with patch.multiple(tiny_recipes, N_LATENTS=tiny_recipes.N_LATENTS, CHANGES={}):  # put back as they were
+        recipe, backend = spelled_out(spelled)
+        config, group = (
+            tiny_recipes.check_config(tiny_recipes.tiny(recipe, "nowhere", backend, "cpu")),
+            PaperGroup(n_ranks),
+        )
+        counted_step(config, tiny_recipes.WIDTH, group, getattr(torch, dtype))
+        return group.bytes_sent
 
 
 def check_ties() -> None:

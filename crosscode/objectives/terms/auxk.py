@@ -44,7 +44,9 @@ class AuxKTerm(LossTerm):
         k_aux = min(self.k_aux, context.model.n_latents)
         variance = context.whole.error_variance
         residual_BO = context.recon.residual_BO
-        predicted_BO = context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1)
+        predicted_BO = (
+            context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1).to(residual_BO.dtype)
+        )
         if variance is None:
             variance = batch_variance(residual_BO)
         # A batch without variance has nothing to explain: its term is 0, and so is the gradient (0/0 would be NaN).

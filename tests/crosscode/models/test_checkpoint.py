@@ -19,8 +19,15 @@ def saved(make_case, tmp_path):
     return path
 
 
+def without_checksums(path):
+    """As earlier versions left it."""
+    (path / "checksums.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "has_checksums": False}))
+
+
 def rewrite(path, change):
-    (path / "checksums.json").unlink()  # as earlier versions left it
+    without_checksums(path)
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
@@ -49,7 +56,7 @@ def test_missing_weights(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model.safetensors is missing"):
         BaseCrosscoder.load(saved)
-    (saved / "checksums.json").unlink()
+    without_checksums(saved)
     with pytest.raises(InputError, match=r"model.safetensors: missing"):
         BaseCrosscoder.load(saved)
 
@@ -58,7 +65,7 @@ def test_damaged_weights(saved):
     (saved / "model.safetensors").write_bytes(b"not a tensor in sight")
     with pytest.raises(InputError, match=r"damaged \(model.safetensors has 21 bytes instead of"):
         BaseCrosscoder.load(saved)
-    (saved / "checksums.json").unlink()
+    without_checksums(saved)
     with pytest.raises(InputError, match=r"model.safetensors: damaged"):
         BaseCrosscoder.load(saved)
 
@@ -87,7 +94,7 @@ def test_a_changed_value_of_weights_or_config_is_damage(saved):
     ],
 )
 def test_a_config_of_no_model_is_one_line(field, value, message, saved):
-    (saved / "checksums.json").unlink()
+    without_checksums(saved)
     config = json.loads((saved / "config.json").read_text())
     config["model"][field] = value
     (saved / "config.json").write_text(json.dumps(config))
