@@ -131,7 +131,9 @@ def adapter_of(
 ) -> Adapter | None:
     """The adapter that is asked for, or that stands at `path` alone."""
     if adapter is not None:
-        found = find_adapter(adapter, adapter_revision)
+        with _one_line_errors(adapter, adapter_revision, but=(InputError,), what="adapter"):
+            is_path = adapter.startswith((".", "~", os.sep)) and not Path(adapter).expanduser().is_dir()
+            found = None if is_path else find_adapter(adapter, adapter_revision)
         if found is None:
             raise InputError(f"adapter = {adapter!r}: no folder or hub repository with an adapter_config.json")
         return found
@@ -256,7 +258,11 @@ def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | N
 
 @contextmanager
 def _one_line_errors(
-    name_or_path: str, revision: str | None, *, but: tuple[type[Exception], ...] = ()
+    name_or_path: str,
+    revision: str | None,
+    *,
+    but: tuple[type[Exception], ...] = (),
+    what: str = "language model",
 ) -> Iterator[None]:
     try:
         yield
@@ -266,7 +272,7 @@ def _one_line_errors(
         reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "its files hold weights of other shapes than its config.json describes"
-        raise InputError(f"language model {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
+        raise InputError(f"{what} {name_or_path!r} (revision {revision}) cannot be loaded: {reason}") from error
 
 
 def _dense_gguf_options() -> dict[str, Any]:

@@ -295,6 +295,16 @@ def test_files_that_do_not_fit_are_refused_in_one_line(damage, message, copies):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("./nowhere", "= './nowhere': no folder or hub repo"), ("two words", "'two words' .* cannot be loaded")],
+)
+def test_a_name_that_is_neither_folder_nor_repository_is_refused_by_name(name, message, make_adapter):
+    with pytest.raises(InputError, match=f"adapter {message}") as error:
+        load_language_model(make_adapter("llama", "lora")[0], adapter=name)
+    assert "\n" not in str(error.value)
+
+
 def test_a_prompt_is_no_adapter_of_weights(copies, tmp_path, build_model):
     model = peft.get_peft_model(
         build_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
