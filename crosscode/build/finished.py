@@ -30,7 +30,7 @@ from crosscode.evaluation.heldout import EvaluationResult, measure_reconstructio
 from crosscode.formats import today
 from crosscode.interop.hub import local
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import read_config
+from crosscode.models.checkpoint import check_undamaged, read_config
 from crosscode.parallel.group import is_first, joined
 from crosscode.parallel.refusals import for_ranks
 from crosscode.parallel.training import shard_
@@ -69,6 +69,12 @@ class FinishedRun:
     def model_folder(self) -> Path:
         """Of `final/`, or of the newest checkpoint."""
         return find_model(str(self.path), "run")
+
+    def check_whole(self) -> None:
+        """Raise `InputError` where the trained model is damaged, or figures beside it are of another one."""
+        if self.directory.has_final():
+            self.directory.check_final()
+            check_undamaged(self.directory.final)
 
     @cached_property
     def model(self) -> BaseCrosscoder:

@@ -88,7 +88,6 @@ def report_run(
     from crosscode.build.own_text import own_texts
     from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
     from crosscode.commands.parts.reading import displays_of, tokenizers_of, unembed_of
-    from crosscode.models.checkpoint import check_undamaged
     from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
@@ -96,9 +95,7 @@ def report_run(
             check_output(path, name)
     run = run_dir if isinstance(run_dir, FinishedRun) else FinishedRun(run_dir, trust_remote_code)
     _ = run.config  # a bad one, or one that asks for trust, is said before anything is loaded
-    if run.directory.has_final():
-        run.directory.check_final()
-        check_undamaged(run.directory.final)
+    run.check_whole()
 
     def heldout() -> HeldoutText:
         experiment = run.experiment

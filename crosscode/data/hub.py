@@ -29,7 +29,7 @@ def look_for_hub() -> str | None:
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    return f"nobody answers at {constants.ENDPOINT}, and it is not in the cache"
+    return f"nobody answers at {constants.ENDPOINT}"
 
 
 def _answers(address: str) -> bool:

@@ -209,9 +209,9 @@ class _hub:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from httpx import HTTPError
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-        if isinstance(error, (HTTPError, HfHubHTTPError, LocalEntryNotFoundError)):
+        if isinstance(error, (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
             raise InputError(f"hub {self.name!r}: {look_for_hub() or first_line(error)}") from error
 
 

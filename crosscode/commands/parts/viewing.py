@@ -60,7 +60,7 @@ class ReportServer(ThreadingTCPServer):
     """Serves `report/` of a run on 127.0.0.1. `port` 0: a free one; `url` says which.
 
     Raises:
-        InputError: no run there, no report in it yet, or the port cannot be had.
+        InputError: no run there, no report in it yet, its model is damaged, or the port cannot be had.
     """
 
     allow_reuse_address = True
@@ -71,6 +71,7 @@ class ReportServer(ThreadingTCPServer):
         self._notes_lock, self._encode_lock = threading.Lock(), threading.Lock()
         if not (self.run.path / "report" / "index.html").is_file():
             raise InputError(f"run: {str(run_dir)!r} has no report yet; write it with: crosscode report {run_dir}")
+        self.run.check_whole()
         try:
             super().__init__((_LOOPBACK, port), _Handler)
         except OSError as error:

@@ -103,7 +103,7 @@ def load_documents(
             raise
         # `datasets` says only that it failed, and gives the reason as the cause.
         told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-        reason = unreachable or first_line(told)
+        reason = f"{unreachable}, and it is not in the cache" if unreachable else first_line(told)
         raise InputError(f"dataset {path_or_name!r} (split {split!r}) cannot be loaded: {reason}") from error
     return wrap_documents(data, column=column, name=path_or_name)
 

