@@ -224,7 +224,8 @@ def compare_language_models(before: Sequence[dict[str, Any]], now: Sequence[dict
             have = ", ".join(f"{name} {new.get(name)!r} in place of {old[name]!r}" for name in differ)
             raise InputError(f"language_models.{i}.path = {new['path']!r}: has {have}, on which {where!r} was trained")
         if old.get("fingerprint") not in (None, new["fingerprint"]):
+            adapted = f" with adapter {new['adapter']!r}" if new.get("adapter") else ""
             raise InputError(
-                f"language_models.{i}.path = {new['path']!r}: has other weights than when the run began (fingerprint "
+                f"language_models.{i}.path = {new['path']!r}{adapted}: has other weights than when the run began (fingerprint "
                 f"{new['fingerprint']}, was {old['fingerprint']})"
             )

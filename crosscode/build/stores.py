@@ -43,7 +43,9 @@ class Stores:
         """
         loaded = [{"name": model.name, "dtype": dtype_name(model)} for model in models or ()]
         named = [
-            {"name": lm.path} | ({} if lm.dtype == "auto" else {"dtype": lm.dtype}) for lm in config.language_models
+            {"name": " + ".join(filter(None, (lm.path, lm.adapter)))}
+            | ({} if lm.dtype == "auto" else {"dtype": lm.dtype})
+            for lm in config.language_models
         ]
         wanted: Manifest = {
             "models": loaded or named,
@@ -62,7 +64,7 @@ class Stores:
             with at_field(field):
                 store = JoinedStores(config.data.join) if named is None else ActivationCache(named.path)
                 store.check_not_empty()
-                check_same_content(store.path, store.manifest, wanted, to_append=False, partly=True)
+                check_same_content(store, store.manifest, wanted, to_append=False, partly=True)
                 opened[field] = store
         return cls(config, wanted, opened, written)
 
@@ -96,7 +98,7 @@ class Stores:
             held = store.manifest["tokens"]["dataset"]
             of_text = _of_text(wanted, held if held in texts else documents.fingerprint)
             with at_field(field):
-                check_same_content(store.path, store.manifest, of_text, to_append=False, partly=partly)
+                check_same_content(store, store.manifest, of_text, to_append=False, partly=partly)
 
 
 def check_stores_outside(config: ExperimentConfig) -> None:

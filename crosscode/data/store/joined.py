@@ -46,7 +46,7 @@ class JoinedStores:
         return self.stores[0].n_rows
 
     def __str__(self) -> str:
-        return " and ".join(map(str, self.stores))
+        return "the join of " + " and ".join(map(str, self.stores))
 
     def content(self) -> str:
         return "+".join(store.content() for store in self.stores)

@@ -103,18 +103,19 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_same_content(
-    folder: Path, stored: Manifest, wanted: Manifest, *, to_append: bool, partly: bool = False
+    store: object, stored: Manifest, wanted: Manifest, *, to_append: bool, partly: bool = False
 ) -> None:
-    """Raise StoreError naming the first field in which a store differs from what a run wants.
+    """Raise StoreError naming the first field in which a store (its folder, or what says its name) differs from what a run wants.
 
     To read, the order of the rows and their rounding (on disk and before) are no matter; to append, they are.
     `partly`: fields that `wanted` does not have are no matter either.
     """
+    named = f"store {str(store)!r}" if isinstance(store, Path) else str(store)
     ignored = _HOW_IT_IS_WRITTEN if to_append else (*_HOW_IT_IS_WRITTEN, *_ROUNDING, *_ORDER_OF_ROWS)
     names_stored, names_wanted = ([model["name"] for model in manifest["models"]] for manifest in (stored, wanted))
     if len(names_stored) != len(names_wanted):
         raise StoreError(
-            f"store {str(folder)!r} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
+            f"{named} holds other data: models is {names_stored} in the store and {names_wanted} in this run"
         )
     if all(manifest["tokens"].get("tokenizer") for manifest in (stored, wanted)):
         ignored = (*ignored, "tokenizer")
@@ -125,7 +126,7 @@ def check_same_content(
             continue
         if mine != theirs and field not in ignored and not field.endswith(_ONLY_NAMES):
             raise StoreError(
-                f"store {str(folder)!r} holds other data: {field} is {theirs!r} in the store and {mine!r} in this run"
+                f"{named} holds other data: {field} is {theirs!r} in the store and {mine!r} in this run"
                 f"{_name_models(field, stored, wanted)}"
             )
 

@@ -130,7 +130,10 @@ def test_a_run_goes_on_with_its_adapter_alone(values, save_adapter, tmp_path):
     run = crosscode.train(config, progress=False)
     shutil.rmtree(run.path / "final")
     save_adapter(tmp_path / "lora", 1)
-    with pytest.raises(InputError, match=r"language_models.1.path = .* has other weights than when the run began"):
+    with pytest.raises(
+        InputError,
+        match=r"language_models.1.path = .* with adapter '.*lora': has other weights than when the run began",
+    ):
         build_trainer(open_experiment(ResumePoint.find(run.path).config), resume=ResumePoint.find(run.path))
 
 

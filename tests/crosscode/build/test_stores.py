@@ -461,7 +461,9 @@ def test_models_that_are_harvested_apart_are_read_as_one(with_data, tmp_path, ha
     assert torch.equal(joined.scaling_MP, whole.scaling_MP)
     config = check_config(with_data(join=apart))
     assert load_yaml(dump_config(config), "x")["data"]["join"] == apart
-    with pytest.raises(InputError, match=r"data.join: .*models.0.weights"):
+    with pytest.raises(
+        InputError, match=r"data.join: the join of store .* and store .* holds other data: models.0.weights"
+    ):
         build_dataloader(open_experiment(check_config(with_data(join=apart[::-1]))))
     with pytest.raises(InputError, match="stores is given as well: give one of them"):
         check_config(with_data(join=apart, stores=apart))
