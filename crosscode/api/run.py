@@ -31,7 +31,7 @@ from crosscode.commands.parts.reading import (
     logits_of_latent,
     text_experiment,
 )
-from crosscode.commands.parts.steering import Model, Models, Steered, ablation, compare_steered, steering
+from crosscode.commands.parts.steering import Model, Models, Steered, ablation, check_latent, compare_steered, steering
 from crosscode.commands.report import report_run
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.text.prompts import Prompt
@@ -112,6 +112,7 @@ class Run(FinishedRun):
         Raises:
             InputError: no such latent, no language models, or a hookpoint outside the residual stream.
         """
+        check_latent(self, latent)
         return logits_of_latent(self, latent)
 
     def top(self, latent: int, n: int = 8) -> list[ShownExample]:
@@ -122,8 +123,7 @@ class Run(FinishedRun):
         Args:
             n: at most 8.
         """
-        if not 0 <= latent < self.model.n_latents:
-            raise InputError(f"latent = {latent}: must be between 0 and {self.model.n_latents - 1}")
+        check_latent(self, latent)
         display = TokenDisplay(self.experiment.tokenizer)
         found = self._study.top.examples(latent)[:n]
         return [ShownExample(one, display(one.tokens, one.strengths, one.peak)) for one in found]

@@ -292,5 +292,7 @@ def open_run(path: str | Path) -> RunDirectory:
             "it back and goes on with it"
         )
     if not run.config_file.is_file():
-        raise InputError(f"run: {str(path)!r} is not a run directory (no config.yaml there)")
+        within = ", ".join(map(str, sorted(one.parent for one in run.path.glob("*/config.yaml"))[:3]))
+        hint = f"; it holds runs: name one, such as {within}" if within else ""
+        raise InputError(f"run: {str(path)!r} is not a run directory (no config.yaml there){hint}")
     return run

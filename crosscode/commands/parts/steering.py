@@ -5,10 +5,11 @@ V vocabulary · S positions · X output crosscoding positions · D width · N la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -79,8 +80,10 @@ def amounts_of(run: FinishedRun, strengths: Mapping[int, float]) -> dict[int, fl
         InputError: no such latent, or one that never fires.
     """
     amounts: dict[int, float] = {}
-    for latent in strengths:
+    for latent, strength in strengths.items():
         check_latent(run, latent)
+        if not (isinstance(strength, SupportsFloat) and math.isfinite(strength)):
+            raise InputError(f"strength = {strength!r} of latent {latent}: must be a finite number")
     for latent, strength in strengths.items():
         largest = float(run.max_activation_L[latent])
         if largest == 0 and strength != 0:
@@ -93,8 +96,13 @@ def amounts_of(run: FinishedRun, strengths: Mapping[int, float]) -> dict[int, fl
 
 def check_latent(run: FinishedRun, latent: int) -> None:
     """Raise `InputError` where there is no such latent."""
-    if not 0 <= latent < run.model.n_latents:
+    if not (_is_whole(latent) and 0 <= latent < run.model.n_latents):
         raise InputError(f"latent = {latent}: must be between 0 and {run.model.n_latents - 1}")
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it counts: also a number of NumPy, but not `True`."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def model_names(run: FinishedRun) -> list[str]:
@@ -125,7 +133,7 @@ def chosen_models(run: FinishedRun, models: Models) -> list[int]:
 
 
 def _check_positions(positions: Positions) -> None:
-    if positions not in ("all", "prompt", "generated") and not (isinstance(positions, int) and positions >= 0):
+    if positions not in ("all", "prompt", "generated") and not (_is_whole(positions) and positions >= 0):
         raise InputError(f"positions = {positions!r}: must be all, prompt, generated, or a number of 0 or more")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ from crosscode.stopping import check_not_stopped
 
 HarvestPath = Literal["auto", "modules", "bridge"]
 Keep = Callable[[int, torch.Tensor], None]
+_innermost: ContextVar[Keep | None] = ContextVar("innermost", default=None)
 
 
 class _EnoughComputed(Exception):
@@ -58,10 +60,11 @@ class ModuleRun:
         if positions_HS is not None:
             kwargs["position_ids"] = positions_HS.to(device)
         missing = set(range(len(self.taps_P)))
-        this_thread = threading.get_ident()
 
         def seen(p: int, act: torch.Tensor) -> None:
-            if threading.get_ident() != this_thread:
+            if (
+                _innermost.get() is not seen
+            ):  # of another thread, or of a run within this one (ablation reads the models once more)
                 return
             keep(p, act)
             missing.discard(p)
@@ -69,10 +72,13 @@ class ModuleRun:
                 raise _EnoughComputed
 
         with self.model.lock, torch.no_grad(), self._hooks(seen), _stopped_within(self._blocks):
+            token = _innermost.set(seen)
             try:
                 self.model.model(**kwargs)
             except _EnoughComputed:
                 return
+            finally:
+                _innermost.reset(token)
         if self._all_must_run:
             silent = self.taps_P[min(missing)]
             raise InputError(f"hookpoints: module {silent.module_path!r} of {self.model.name!r} did not run")

@@ -295,6 +295,9 @@ def test_a_run_steers_its_models_by_multiples_of_the_largest_activation(text_run
     for wrong, message in (
         (lambda: text_run.steer({0: 1.0}, models="three"), "models: 'three' is not one of this run's: one, two"),
         (lambda: text_run.steer({32: 1.0}), "latent = 32: must be between 0 and 31"),
+        (lambda: text_run.steer({0: float("nan")}), "strength = nan of latent 0: must be a finite number"),
+        (lambda: text_run.ablate([1.5]), "latent = 1.5: must be between 0 and 31"),
+        (lambda: text_run.ablate([0], positions=True), "positions = True: must be all"),
         (lambda: text_run.ablate([0], positions=-1), "positions = -1: must be all, prompt, generated, or a number"),
     ):
         with pytest.raises(InputError, match=message):

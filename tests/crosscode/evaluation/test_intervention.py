@@ -162,6 +162,15 @@ def test_ablation_takes_out_what_latents_write_and_keeps_the_error(activation, l
             assert_close(torch.cat([first.logits, rest], 1), expected)
 
 
+def test_what_is_read_under_ablation_is_what_is_left(interventions, lms):
+    name = RESID.format(2)
+    it = interventions("model_hookpoint_acausal", [name], 2)
+    a_SL, before_SMD = latents_by_hand(it, lms, [name]), it.harvester.harvest(IDS)[0, :, :, 0]
+    written_SMD = torch.einsum("sn,nmd->smd", a_SL[:, [3, 5]], it.model.W_dec_LXoDo.detach()[[3, 5], :, 0])
+    with it.ablate([3, 5], [0, 1]):
+        assert_close(it.harvester.harvest(IDS)[0, :, :, 0], before_SMD - written_SMD)
+
+
 def test_generation_under_steering_is_generation_by_hand(interventions, lms):
     it = interventions("sae", [RESID.format(2)])
     vector_D = 8.0 * it.model.W_dec_LXoDo[9].detach()

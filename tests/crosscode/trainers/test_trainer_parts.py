@@ -164,8 +164,11 @@ def test_a_run_directory_never_replaces_what_is_no_run(tmp_path):
     with pytest.raises(InputError, match="not empty"):
         RunDirectory(tmp_path).create("name: x")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(InputError, match=r"no config\.yaml"):
+    with pytest.raises(InputError, match=r"no config\.yaml there\)$"):
         open_run(tmp_path)
+    RunDirectory(tmp_path / "runs" / "a").create("name: a")
+    with pytest.raises(InputError, match=r"it holds runs: name one, such as .*runs/a$"):
+        open_run(tmp_path / "runs")
 
 
 def test_run_directory_lists_whole_checkpoints_only(tmp_path):
