@@ -13,6 +13,9 @@ class CrosscodeError(Exception):
 class Interrupted(CrosscodeError):
     """Training was asked to stop; the run is saved and can be resumed."""
 
+    signal: str | None = None
+    """name of what asked"""
+
 
 class RankLost(CrosscodeError):
     """One of several processes that train together ended, or does not answer."""

@@ -40,7 +40,11 @@ class StopSignals:
 
     def interrupted(self, step: int, n_steps: int, command: str, also: str = "") -> Interrupted:
         """What to raise once all is saved."""
-        return Interrupted(f"stopped by {self.received} after step {step} of {n_steps}{also}; continue with: {command}")
+        error = Interrupted(
+            f"stopped by {self.received} after step {step} of {n_steps}{also}; continue with: {command}"
+        )
+        error.signal = self.received
+        return error
 
     def __enter__(self) -> Self:
         global _active

@@ -6,6 +6,7 @@ Axes: M models · P hookpoints · D width · L latents.
 from __future__ import annotations
 
 import math
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -120,6 +121,8 @@ def _run_scheme(
         try:
             evaluation = trainer.train()
         except Interrupted as error:  # the run lies in a temporary folder: there is nothing to go on from
+            if error.signal is not None:
+                signal.raise_signal(signal.Signals[error.signal])
             raise CrosscodeError(f"synthetic: {scheme.name} was interrupted; nothing of it is kept") from error
         seconds = time.perf_counter() - started
     assert isinstance(evaluation, EvaluationResult)

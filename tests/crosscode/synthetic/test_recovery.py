@@ -126,9 +126,9 @@ def test_an_interrupted_scheme_does_not_promise_that_it_can_go_on(monkeypatch, c
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(BaseCrosscoder, "before_step", interrupt)
-    assert main(["synthetic", "topk_crosscoder", *SMALL_OPTIONS]) == 1
+    assert main(["synthetic", "topk_crosscoder", *SMALL_OPTIONS]) == 143
     last = capfd.readouterr().err.splitlines()[-1]
-    assert "topk_crosscoder was interrupted" in last and "resume" not in last
+    assert last == "crosscode: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(
