@@ -21,7 +21,8 @@ from torch import Tensor
 from crosscode.build.heldout import AnyExperiment, HeldoutBatch
 from crosscode.config.arrays import ArrayFile, ArraysSource
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.data.arrays.heldout_file import read_header, write_heldout
+from crosscode.data.arrays.heldout_file import Sections, read_header, write_heldout
+from crosscode.data.arrays.in_order import BATCHES
 from crosscode.data.arrays.opening import open_input, open_safetensors
 from crosscode.data.arrays.random_access import ArrayInput
 from crosscode.data.arrays.rows import Arrays
@@ -190,8 +191,7 @@ class ArrayExperiment(AnyExperiment):
             raise InputError("acts: no row is left for evaluation; give more of them, or `heldout`")
         first_row = 0 if self.arrays.n_rows is None or self.heldout_arrays else self.arrays.n_rows - self.n_heldout
         dtype = (self.heldout_arrays or self.arrays).inputs[0].dtype
-        sections: dict[str, tuple[str, tuple[int, ...], int]] = {}
-        sections["acts"] = (_TAGS[dtype], (n_rows, *self.dims), dtype.itemsize)
+        sections: Sections = {"acts": (_TAGS[dtype], (n_rows, *self.dims), dtype.itemsize)}
         parts: Iterator[Any] = (rows.contiguous().flatten(1).view(torch.uint8).numpy() for rows in chunks)
         tokens = None if self.given is None else self.given.tokens
         tail: list[Any] = []
@@ -248,10 +248,10 @@ def open_arrays(
         return ArrayExperiment(config=config, split=split)
     if given is None:
         if not source.files:
-            raise InputError(
-                f"data.source: the activations were {source.origin}, which no file holds; pass them again: "
-                f"crosscode.open({str(config.run_path())!r}).resume(acts)"
-            )
+            again = f"; pass them again: crosscode.open({str(config.run_path())!r}).resume(acts)"
+            if BATCHES in source.origin:
+                again = " and which has no position to go on from; begin a new run in Python, with finetune_from"
+            raise InputError(f"data.source: the activations were {source.origin}, which no file holds{again}")
         heldout = _opened(source.heldout_files, "heldout_files") if source.heldout_files else None
         given = GivenArrays(_opened(source.files, "files"), heldout)
     arrays = Arrays(given.inputs, *config.n_positions())

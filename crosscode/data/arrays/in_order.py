@@ -20,6 +20,8 @@ from crosscode.errors import InputError
 _STREAMED: Any = {"buffer_size": 1 << 20, "pre_buffer": False}
 """How a parquet file is opened, so that a row group of any size is read by pages; else pyarrow reads its column whole."""
 
+BATCHES = "batches of "
+
 
 class ParquetInput:
     """A column of lists (of lists) of numbers: read in order, a few rows at a time."""
@@ -88,7 +90,7 @@ class BatchesInput:
     n_rows = None
 
     def __init__(self, batches: Iterable[Any]):
-        self.origin = f"batches of {type(batches).__name__}"
+        self.origin = f"{BATCHES}{type(batches).__name__}"
         self._batches, self._head = batches, list[torch.Tensor]()
         self.is_once = isinstance(batches, Iterator)
         self._iterator = iter(batches) if self.is_once else None
