@@ -202,7 +202,7 @@ class HarvestConfig(ConfigModel):
     device: str = "auto"
     """device of the crosscoder, and of language models that name none: auto, cpu, cuda, cuda:1, mps"""
     language_models: list[LanguageModelConfig] = Field(default=[])
-    """models to harvest; one of another tokenizer reads the same text in tokens of its own"""
+    """models to harvest; each reads the text in its own tokens"""
     hookpoints: list[str] = Field(default=[])
     """names of TransformerLens (blocks.5.hook_resid_post) or modules (model.layers.5.mlp)"""
     data: DataConfig

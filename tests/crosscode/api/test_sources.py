@@ -106,7 +106,7 @@ def test_a_part_of_the_rows(form, acts, tmp_path):
 
 
 def test_a_parquet_file_of_one_row_group_is_not_read_whole(tmp_path):
-    values = np.random.default_rng(0).standard_normal(1 << 21, dtype=np.float32)
+    values = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32)
     rows = pa.FixedSizeListArray.from_arrays(values, 128)
     pq.write_table(pa.table({"acts": rows}), tmp_path / "acts.parquet", row_group_size=len(rows))
     del rows
