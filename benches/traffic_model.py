@@ -17,6 +17,8 @@ import torch
 from crosscode_kernels.triton_common import heuristics as h
 from static_cases import Case
 
+from crosscode.build.plan import GPUS
+
 
 class Device(NamedTuple):
     """Peaks of a GPU: bytes/s, dense FLOP/s in 16 bits and in float32 (IEEE: `train.tf32` is off unless it is given), and
@@ -29,10 +31,10 @@ class Device(NamedTuple):
     cache: float
 
 
-DEVICES = (
-    Device("H100 SXM", 3.35e12, 989e12, 67e12, 50e6),
-    Device("A100 80GB", 2.04e12, 312e12, 19.5e12, 40e6),
-    Device("MI300X", 5.3e12, 1307e12, 163e12, 256e6),
+CACHES = {"h100": 50e6, "a100": 40e6, "mi300x": 256e6}
+DEVICES = tuple(
+    Device(GPUS[name].name, GPUS[name].bandwidth, GPUS[name].flops_16, GPUS[name].flops_32, cache)
+    for name, cache in CACHES.items()
 )
 GEMM_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.85
 CACHE_SHARE = 0.7
