@@ -4,7 +4,8 @@
     python benches/diffing.py score [same options]     rows of benches/results/diffing.json
     python benches/diffing.py table                    print the table of docs/diffing.md
 
-Both go on where they were stopped: what is there already is left out. Everything but the rows lies in --work.
+Both go on where they were stopped: what is there already is left out, and nothing is made for it. Everything but the rows lies in
+--work.
 
 A latent is *true* where at least half of its summed activation on held-out text is at known positions: those that announce
 the planted behaviour or belong to it. The ranking is that of the verdict (`crosscode.analysis.verdict`).
@@ -144,7 +145,10 @@ def difference_lens(pair: Pair, seed: int) -> BaseCrosscoder:
 
 
 def stored() -> dict[str, Any]:
-    return json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}}
+    """What was kept; rows that were ranked while the verdict asked for another bound of nu are as if they were not there."""
+    results: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}}
+    results["rows"] = {name: row for name, row in results["rows"].items() if row.get("threshold") == THRESHOLD}
+    return results
 
 
 def keep(name: str, row: dict[str, Any]) -> None:
@@ -167,11 +171,7 @@ def table() -> str:
         ]
         for method in METHODS:
             found = [row for name, row in rows.items() if name.rpartition("/")[0] == f"{plant}/{method}"]
-            mark = "" if all(row.get("threshold") == THRESHOLD for row in found) else " †"
-            lines.append(
-                f"| {method}{mark} | {' | '.join(_shown(found))} |" if found else f"| {method} | not run |||||||"
-            )
-    lines.append("\n† at least one seed was ranked while the verdict asked for another bound of ν.")
+            lines.append(f"| {method} | {' | '.join(_shown(found))} |" if found else f"| {method} | not run |||||||")
     return "\n".join(lines)
 
 
@@ -207,19 +207,23 @@ def main() -> None:
         print(table())
         return
     for plant in options.plants:
+        cells = [(method, seed) for method in options.methods for seed in options.seeds]
+        if options.what == "score":
+            cells = [cell for cell in cells if "{}/{}/{}".format(plant, *cell) not in stored()["rows"]]
+        if not cells:
+            continue
         pair = open_pair(plant, options.work)
-        for method in options.methods:
-            for seed in options.seeds:
-                name, start = f"{plant}/{method}/{seed}", time.monotonic()
-                if method == "difference_lens":
-                    model, architecture, figures = difference_lens(pair, seed), "diff_sae", {}
-                else:
-                    run = train(pair, method, seed, options.work / plant / f"{method}_{seed}")
-                    model, architecture, summary = run.model, run.config.crosscoder.type, run.summary
-                    figures = {figure: summary[figure] for figure in ("fvu_by_position", "l0", "dead_fraction")}
-                if options.what == "score" and name not in stored()["rows"]:
-                    keep(name, figures | score(pair, model, architecture))
-                print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        for method, seed in cells:
+            name, start = f"{plant}/{method}/{seed}", time.monotonic()
+            if method == "difference_lens":
+                model, architecture, figures = difference_lens(pair, seed), "diff_sae", {}
+            else:
+                run = train(pair, method, seed, options.work / plant / f"{method}_{seed}")
+                model, architecture, summary = run.model, run.config.crosscoder.type, run.summary
+                figures = {figure: summary[figure] for figure in ("fvu_by_position", "l0", "dead_fraction")}
+            if options.what == "score":
+                keep(name, figures | score(pair, model, architecture))
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,45 +7,70 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from crosscode.analysis.latents_pass import LatentsPass
 from crosscode.analysis.records import LatentRecords
 from crosscode.analysis.tokens import TokenDisplay
-from crosscode.analysis.verdict import NO_DIFFERENCE
+from crosscode.analysis.verdict import NO_DIFFERENCE, Verdict
 
 N_LATENTS, N_COMMON, N_TOKENS = 3, 10, 4
 _BEFORE, _AFTER = 8, 4
 _RUN, _LONGEST = 4, 60
 """Tokens of a text that latents have in common: fewest and most."""
 
-Steered = Callable[[int], str]
-"""What adding a latent does to the second model, as a sentence."""
+Steered = Callable[[int, str], str]
+"""What adding a latent does to a model, of which the name is given, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A heading, and a sentence for each of the first latents."""
+
+    heading: str
+    sentences: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        return [self.heading, *self.sentences]
 
 
 def first_looks(
     study: LatentsPass, records: LatentRecords, tokenizer: Any, steered: Steered | None = None
-) -> list[str]:
-    """A heading, and a sentence for each of the first latents in the ranking of the second model; nothing where two models
-    are not compared, or where nothing is specific to the second one and their activations are the same."""
-    verdict = study.verdicts[0] if study.verdicts else None
-    if verdict is None:
-        return []
+) -> list[Look]:
+    """For each two models that are compared, about the first latents in the ranking of the second one; none where nothing is
+    specific to it and their activations are the same."""
+    several, show = len(study.verdicts) > 1, TokenDisplay(tokenizer)
+    found = (_look(study, records, show, verdict, steered, several=several) for verdict in study.verdicts)
+    return [look for look in found if look is not None]
+
+
+def _look(
+    study: LatentsPass,
+    records: LatentRecords,
+    show: TokenDisplay,
+    verdict: Verdict,
+    steered: Steered | None,
+    *,
+    several: bool,
+) -> Look | None:
     a, b = verdict.name_a, verdict.name_b
-    specific, show = verdict.specific(b), TokenDisplay(tokenizer)
+    specific = verdict.specific(b)
     latents = (specific or verdict.ranking(b))[:N_LATENTS]
     if not latents or (not specific and verdict.difference < NO_DIFFERENCE):
-        return []
+        return None
     heading = f"Where {b} differs most from {a}:"
     if specific:
         one, text = len(specific) == 1, _text(study, show, specific[:N_COMMON])
         found = f"{len(specific):,} of {len(verdict.tag):,} learned features (latents) {'is' if one else 'are'} specific to it"
-        heading = f"{b} has something of its own. {found}: {a} has less than two thirds of {'it' if one else 'each'}."
+        against = f", against {a}" if several else ""
+        heading = f"{b} has something of its own{against}. {found}: {a} has less than two thirds of {'it' if one else 'each'}."
         if text:
             who, end = "It fires" if one else "Most of them fire", "" if text.endswith(".") else "."
             heading += f" {who} most around “{text}”{end}"
         heading += "" if one else " The first:"
-    return [heading, *(_sentence(study, records, show, latent, steered) for latent in latents)]
+    return Look(heading, [_sentence(study, records, show, verdict, latent, steered) for latent in latents])
 
 
 def _text(study: LatentsPass, show: TokenDisplay, latents: Sequence[int]) -> str:
@@ -77,7 +102,12 @@ def _runs(tokens: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _sentence(
-    study: LatentsPass, records: LatentRecords, show: TokenDisplay, latent: int, steered: Steered | None
+    study: LatentsPass,
+    records: LatentRecords,
+    show: TokenDisplay,
+    verdict: Verdict,
+    latent: int,
+    steered: Steered | None,
 ) -> str:
     strongest = study.top.examples(latent)[0]
     shown = [token for token in show(strongest.tokens, strongest.strengths, strongest.peak) if not token.is_special]
@@ -87,10 +117,10 @@ def _sentence(
         for token in shown[max(0, peak - _BEFORE) : peak + _AFTER + 1]
     )
     parts = [f"Latent {study.name_of(latent)} fires most on “{text.strip()}”."]
-    logits = records.logits.get(study.verdicts[0].table_of(latent).name_b)
+    logits = records.logits.get(verdict.table_of(latent).name_b)
     if logits is not None:
         top = [(logits.display or show).text(int(token)) for token in logits.top_id_LE[latent][:N_TOKENS]]
         parts.append(f"It promotes the next tokens {', '.join(f'“{token}”' for token in top)}.")
     if steered is not None:
-        parts.append(steered(latent))
+        parts.append(steered(latent, verdict.table_of(latent).name_b.rpartition("/")[0]))
     return " ".join(parts)

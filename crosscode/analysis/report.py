@@ -14,7 +14,7 @@ from typing import Any
 
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
-from crosscode.analysis.first_look import Steered, first_looks
+from crosscode.analysis.first_look import Look, Steered, first_looks
 from crosscode.analysis.jinja import environment
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
 from crosscode.analysis.latents_pass import MAX_PAIRS, LatentsPass, with_own_text
@@ -100,7 +100,8 @@ def write_report(
     records: LatentRecords | None = None
     tokenizer: Any = None
     tokenizers: Mapping[str, Any] = {}
-    reason, looks = None, []
+    reason: str | None = None
+    looks: list[Look] = []
     try:
         if model is None:
             model = BaseCrosscoder.load(record.path / "final")
@@ -111,7 +112,7 @@ def write_report(
             study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed, **more)
             study = with_own_text(study, model, text.own_text, text.split)
             looks = first_looks(study, records, tokenizer, text.steered)
-            for line in looks:
+            for line in (line for look in looks for line in look.lines):
                 say(line)
             for one in study.verdicts:
                 say(f"{one.name_a} against {one.name_b}: " * (len(study.verdicts) > 1) + one.headline())
@@ -144,7 +145,7 @@ def write_explorer(
     tokenizer: Any,
     record: RunRecord,
     model: BaseCrosscoder | None,
-    looks: Sequence[str] = (),
+    looks: Sequence[Look] = (),
     tokenizers: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """`index.html` and what it reads, into a folder that only this fills; the page comes last."""
@@ -171,7 +172,7 @@ def render(
     tokenizer: Any,
     no_latents_reason: str | None = None,
     explorer: Explorer | None = None,
-    looks: Sequence[str] = (),
+    looks: Sequence[Look] = (),
 ) -> str:
     """The page as text."""
     problems = list(record.problems)

@@ -119,12 +119,12 @@ def report_run(
         )
 
 
-def _steered(run: FinishedRun, prompt: str, latent: int) -> str:
-    """Which next token of the second model becomes likelier when a latent is added, beside a random vector as long."""
+def _steered(run: FinishedRun, prompt: str, latent: int, model: str) -> str:
+    """Which next token of a model becomes likelier when a latent is added, beside a random vector as long."""
     from crosscode.analysis.wording import percent_text
     from crosscode.commands.parts.steering import compare_steered
 
-    ((name, found),) = compare_steered(run, prompt, {latent: STEERED}, models=[1], n_tokens=1).items()
+    ((name, found),) = compare_steered(run, prompt, {latent: STEERED}, models=[model], n_tokens=1).items()
     effect, random = (
         f"“{token}” from {percent_text(before)} to {percent_text(after)}"
         for token, before, after in (

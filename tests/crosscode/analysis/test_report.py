@@ -103,15 +103,15 @@ def test_the_page_names_first_where_the_models_differ_most(make_run, make_model,
     text = dataclasses.replace(
         heldout_text(sizes=(30,)),
         unembed=lambda x, vectors_ND: torch.arange(300.0).expand(len(vectors_ND), 300),
-        steered=lambda latent: asked.append(latent) or f"Added, {EVIL} happens.",
+        steered=lambda latent, model: asked.append((latent, model)) or f"Added, {EVIL} happens.",
     )
     run = make_run(make_model())
     page = page_of(run, heldout=text, say=said.append)
     study = study_latents(BaseCrosscoder.load(run / "final"), text.batches, text.split, text.position_names)
-    assert asked == study.verdicts[0].ranking("tuned")[:3] and len(asked) == 3
+    assert asked == [(latent, "tuned") for latent in study.verdicts[0].ranking("tuned")[:3]] and len(asked) == 3
     heading, *looks, headline = said
     assert heading == "Where tuned differs most from base:" and headline == study.verdicts[0].headline()
-    for latent, look in zip(asked, looks, strict=True):
+    for (latent, _), look in zip(asked, looks, strict=True):
         peak = study.top.examples(latent)[0]
         shown = TokenDisplay(text.tokenizer)([int(peak.tokens[peak.peak])], [1.0])[0].text
         assert look.startswith(f"Latent {latent} fires most on “")

@@ -230,6 +230,7 @@ def test_text_that_specific_latents_have_in_common_is_named(make_heldout):
     batch.acts_HSMPD[::2, 45, :, 0, 11] += torch.tensor([1.4, 1])
     study = study_latents(model, [batch], SPLIT, NAMES)
     assert study.verdicts[0].specific("tuned") == [GREW, TUNED_ONLY]
-    heading = first_looks(study, LatentRecords(*[None] * 4), None)[0]
+    (look,) = first_looks(study, LatentRecords(*[None] * 4), None)
+    heading = look.heading
     text = "".join(f"[{token}]" for token in sentence.tolist())
     assert heading.endswith(f"two thirds of each. Most of them fire most around “{text}”. The first:")
