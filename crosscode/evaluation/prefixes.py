@@ -12,7 +12,6 @@ from torch import Tensor
 from crosscode.evaluation.fvu import FvuAccumulator
 from crosscode.evaluation.raw_model import RawModel
 from crosscode.models.base import BaseCrosscoder, ForwardResult
-from crosscode.models.prefixes import first_latents
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class PrefixSums:
             return
         model = raw_model.model
         y_BSXoDo = model.decode_prefixes(result.latents_of_parts, result.input_BXiDi, self.sizes)
+        counts = [latents.firing_counts_L() for latents in result.latents_of_parts]
         for s, size in enumerate(self.sizes):
             self.fvus[s].update(raw_target_BXoDo, raw_model.raw(y_BSXoDo[:, s]))
-            for latents in result.latents_of_parts:
-                own = first_latents(latents, size // len(model.parts))
-                self.n_active[s] = (own.value > 0).sum() + self.n_active[s]
+            for counts_L in counts:
+                self.n_active[s] = counts_L[: size // len(model.parts)].sum() + self.n_active[s]
 
     def result(self, n_tokens: int) -> list[PrefixFigures]:
         """Waits for the device."""

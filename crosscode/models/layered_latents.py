@@ -1,4 +1,4 @@
-"""Latents of several source layers as the latents of one dictionary, and back.
+"""Latents of several source layers as the latents of one dictionary, and back; those of a batch from its parts.
 
 The latents of layer s have the ids `s * L` to `(s + 1) * L - 1`.
 
@@ -21,9 +21,9 @@ def concat_latents(layers: Sequence[Latents]) -> Latents:
     """One batch of latents with `S * L` latents. Differentiable; no host sync."""
     if len(layers) == 1:
         return layers[0]
-    if any(isinstance(layer, DenseLatents) for layer in layers):
-        # An encoder may choose either form by the density of its layer.
-        return DenseLatents(torch.cat([layer.to_dense() for layer in layers], 1))
+    for layer in layers:  # an encoder may choose either form by the density of its layer
+        if isinstance(layer, DenseLatents):
+            return layer.beside(layers)
     sparse = [_sparse(layer) for layer in layers]
     value_N = torch.cat([layer.value_N for layer in sparse])
     source_N = _source_of_entry_N(sparse)
@@ -33,12 +33,32 @@ def concat_latents(layers: Sequence[Latents]) -> Latents:
     return SparseLatents(row_ptr_B1, id_N[source_N], value_N[source_N], n_latents, padded=padded)
 
 
+def concat_tokens(parts: Sequence[Latents]) -> Latents:
+    """The latents of a batch from those of its parts, detached."""
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        if isinstance(part, DenseLatents):
+            return part.above(parts)
+    sparse = [part for part in parts if isinstance(part, SparseLatents)]
+    offsets, n_entries = [sparse[0].row_ptr_B1[:1]], 0
+    for part in sparse:
+        offsets.append(part.row_ptr_B1[1:] + n_entries)
+        n_entries += part.value_N.shape[0]
+    return replace(
+        sparse[0],
+        row_ptr_B1=torch.cat(offsets),
+        latent_idx_N=torch.cat([part.latent_idx_N for part in sparse]),
+        value_N=torch.cat([part.value_N.detach() for part in sparse]),
+        by_latent=None,
+        deficit_L=None,
+        preacts_N=None,
+    )
+
+
 def layer_of_latents(latents: Latents, layer: int, n_layers: int) -> Latents:
     """The latents of one source layer. Entries of other layers stay stored, with value 0."""
     n_latents = latents.n_latents // n_layers
-    if isinstance(latents, DenseLatents):
-        columns = slice(layer * n_latents, (layer + 1) * n_latents)
-        return DenseLatents(latents.value_BL[:, columns])
     return latents.slice_latents(layer * n_latents, (layer + 1) * n_latents)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from crosscode_kernels.sparse import DenseLatents, Latents
+from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -40,8 +40,6 @@ def sizes_of(given: Sequence[float], n_latents: int, n_parts: int = 1) -> tuple[
 
 def first_latents(latents: Latents, n_latents: int) -> Latents:
     """Only the latents below `n_latents`."""
-    if isinstance(latents, DenseLatents):
-        return DenseLatents(latents.value_BL[:, :n_latents])
     return latents.slice_latents(0, n_latents)
 
 

@@ -32,8 +32,8 @@ class Group:
     """All ranks. `bytes_sent` counts what this one has sent in `n_calls`, where collectives go round a ring."""
 
     def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if (own := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():  # else all of it is on CPUs
+            torch.cuda.set_device(own)
         if not dist.is_initialized():
             with _said_in_one_line():
                 _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -75,6 +75,14 @@ class Group:
         self._carry(dist.all_gather, parts, tensor)
         self.bytes_sent += tensor.nbytes * (self.size - 1)
         return parts
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """Of each rank the share of its rows that stands where this rank does among all; one behind the other. All have one
+        shape, of which the ranks divide the first size."""
+        mixed = torch.empty_like(tensor := tensor.detach().contiguous())
+        self._carry(dist.all_to_all_single, mixed, tensor)
+        self.bytes_sent += tensor.nbytes * (self.size - 1) // self.size
+        return mixed
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """That of rank 0."""
@@ -151,13 +159,18 @@ def _said_in_one_line() -> Iterator[None]:
 # ---- what a gradient passes through
 
 
+def _sum_of(group: Group, tensor: Tensor) -> Tensor:
+    """Over ranks; NCCL takes what lies in order."""
+    return group.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
+
+
 class _Summed(torch.autograd.Function):
     """Forward the sum over ranks. The sum is the same everywhere, and so is its gradient: that of each summand."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         group, tensor = arguments
-        return group.all_reduce_(tensor.clone())
+        return _sum_of(group, tensor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,7 +203,10 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.needs_input_grad[1:], grads, strict=True)
-        return None, *(ctx.group.all_reduce_(grad.contiguous().clone()) if needs else None for needs, grad in pairs)
+        return None, *(
+            ctx.group.all_reduce_(grad.clone(memory_format=torch.contiguous_format)) if needs else None
+            for needs, grad in pairs
+        )
 
 
 def summed(group: Group, tensor: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The op set of a model whose encoder and decoder rows are spread over ranks.
 
-Every rank is given the same batch and holds some rows of `W_enc` and `W_dec`; whatever has one number a latent or an entry
-(biases, thresholds, norms, selected latents) is whole everywhere, and so are outputs. A rank encodes and decodes with its own
-rows; what it selects of them, and adds to the output, goes to all. Selection is exact, and of equal values the lowest index
-wins, as in one process: the k largest latents of a token are among the k largest of each rank; those of a batch are found by
-histograms (`selection`).
+Every rank is given the same batch and holds some rows of `W_enc` and `W_dec`; whatever has one number a latent (biases,
+thresholds, norms) is whole everywhere, and so are selected latents and outputs. A rank encodes and decodes with its own rows;
+what it selects of them, and adds to the output, goes to all. Selection is exact (`selection`), and of equal values the lowest
+index wins, as in one process. Where nothing is selected, each rank keeps the latents of its own rows (`SpreadLatents`), and
+what is summed over latents is summed over ranks.
 
-Axes: B tokens · I, O flattened input and output dims · L latents · R rows of this rank · K kept per token · C candidates ·
-N stored entries · S prefixes.
+Axes: B tokens · I, O flattened input and output dims · L latents · R rows of this rank · k kept per token · K offered per token ·
+C candidates · N stored entries · S prefixes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from crosscode_kernels.decoder_norms import DecoderNorms
 from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.selection.torch_impl import first_of_equal_topk, row_topk
 from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
+from crosscode_kernels.step_l0 import StepL0
 from torch import Tensor
 
 from crosscode.parallel.group import Group, gathered, shared, summed
-from crosscode.parallel.selection import collected, kept_of_all
+from crosscode.parallel.latents import Piece, SpreadLatents
+from crosscode.parallel.selection import collected, kept_of_all, largest_of_all
 
 
 class ShardedOps(OpSet):
@@ -92,11 +94,11 @@ class ShardedOps(OpSet):
     ) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
         scale_R = None if rank_scale_L is None else rank_scale_L[self.own]
-        return self._all_columns(self.local.encode_threshold(x_BI, W_enc_RI, b_R, threshold, scale_R), x_BI, b_enc_L)
+        return self._spread(self.local.encode_threshold(x_BI, W_enc_RI, b_R, threshold, scale_R))
 
     def encode_relu(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        return self._all_columns(self.local.encode_relu(x_BI, W_enc_RI, b_R), x_BI, b_enc_L)
+        return self._spread(self.local.encode_relu(x_BI, W_enc_RI, b_R))
 
     def encode_jumprelu(
         self,
@@ -112,7 +114,7 @@ class ShardedOps(OpSet):
         x_BI, b_enc_L, b_R, t_L = self._inputs(x_BI, b_enc_L, t_L)
         t_R = t_L[self.own]
         found = self.local.encode_jumprelu(x_BI, W_enc_RI, b_R, t_R, eps, ste, input_gradient=input_gradient)
-        return self._all_columns(found, x_BI, b_enc_L, t_L)
+        return self._spread(found, t_R)
 
     # ---- decoders
 
@@ -160,13 +162,41 @@ class ShardedOps(OpSet):
         norms = self.local.decoder_norms(W_dec_RO, segments, mode)
         return DecoderNorms(*(gathered(self.group, rows, self.n_latents) for rows in norms))
 
+    # ---- what is summed over latents
+
+    def weighted_l1(self, latents: Latents, n_L: Tensor, lambda_L: Tensor) -> Tensor:
+        return self._over_latents("weighted_l1", latents, n_L, lambda_L)
+
+    def weighted_tanh(self, latents: Latents, n_L: Tensor, lambda_L: Tensor, c: float) -> Tensor:
+        return self._over_latents("weighted_tanh", latents, n_L, lambda_L, c=c)
+
+    def pre_act_penalty(self, latents: Latents, t_L: Tensor, n_L: Tensor, lambda_L: Tensor) -> Tensor:
+        return self._over_latents("pre_act_penalty", latents, n_L, lambda_L, with_thresholds=True)
+
+    def step_l0(self, latents: Latents, t_L: Tensor, eps: float) -> StepL0:
+        assert isinstance(latents, SpreadLatents)
+        ((own, n_latents, t_R),) = latents.pieces
+        l0_B, firing_R = self.local.step_l0(own, t_R, eps)
+        return StepL0(summed(self.group, l0_B), gathered(self.group, firing_R, n_latents))
+
+    def _over_latents(
+        self, op: str, latents: Latents, n_L: Tensor, lambda_L: Tensor, *, with_thresholds: bool = False, **options: Any
+    ) -> Tensor:
+        """Norms are `decoder_norms`, of which a rank passes on the gradient of its own rows."""
+        if not isinstance(latents, SpreadLatents):  # selected latents: the same everywhere
+            return getattr(self.local, op)(latents, n_L, lambda_L, **options)
+        losses = []
+        for (own, _, t_R), vectors in latents.own_of_each(n_L, lambda_L):
+            losses.append(getattr(self.local, op)(own, *([t_R] if with_thresholds else []), *vectors, **options))
+        return summed(self.group, torch.stack(losses).sum())
+
     # ---- gradients
 
     def total_norm(self, norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
-        is_part_P = torch.tensor([getattr(param, "holds_own_rows", False) for param in params]).to(norms_P.device)
-        squares_P = norms_P.square()
-        of_rows = self.group.all_reduce_((squares_P * is_part_P).sum())
-        return (of_rows + (squares_P * ~is_part_P).sum()).sqrt()
+        of_rows, of_all = norms_P.new_zeros(()), norms_P.new_zeros(())
+        for square, param in zip(norms_P.square().unbind(), params, strict=True):
+            (of_rows if getattr(param, "holds_own_rows", False) else of_all).add_(square)
+        return (self.group.all_reduce_(of_rows) + of_all).sqrt()
 
     def rows_of(self, value_R: Tensor, latents_N: Tensor) -> Tensor:
         row_N = latents_N - self.own.start
@@ -182,9 +212,12 @@ class ShardedOps(OpSet):
         x_BI, b_enc_L, *vectors = shared(self.group, (x_BI, b_enc_L, *vectors_L))  # pyright: ignore[reportAssignmentType]
         return [x_BI, b_enc_L, None if b_enc_L is None else b_enc_L[self.own], *vectors]
 
+    def _spread(self, found: Latents, t_R: Tensor | None = None) -> SpreadLatents:
+        return SpreadLatents(self.group, [Piece(found, self.n_latents, t_R)])
+
     def _own_latents(self, latents: Latents) -> Latents:
-        if isinstance(latents, DenseLatents):
-            return DenseLatents(latents.value_BL[:, self.own])
+        if isinstance(latents, SpreadLatents) and len(latents.pieces) == 1:
+            return latents.pieces[0].own
         return latents.slice_latents(self.own.start, self.own.stop)
 
     def _k_largest(self, found: Latents, k: int, *beside: Tensor | None) -> Latents:
@@ -197,32 +230,17 @@ class ShardedOps(OpSet):
             n_found = found.value_N.shape[0] // max(n_tokens, 1)
             row_BK = found.latent_idx_N.long().view(n_tokens, n_found)
             value_BK = found.value_N.view(n_tokens, n_found)
-        value_BC, latent_BC = self._candidates(value_BK, row_BK + self.own.start, k_most, *beside)
-        kept_BK = _largest(value_BC.detach(), latent_BC, k)
-        kept = SparseLatents.from_topk(latent_BC.gather(1, kept_BK), value_BC.gather(1, kept_BK), self.n_latents)
-        return replace(kept, padded=True)
-
-    def _candidates(
-        self, value_BK: Tensor, index_BK: Tensor, n_most: int, *beside: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`value_BC, index_BC` of all ranks, each filled up with zeros to `n_most` of a row."""
-        missing = (0, n_most - value_BK.shape[1])
+        missing = (0, k_most - value_BK.shape[1])
+        latent_BK = torch.nn.functional.pad(row_BK + self.own.start, missing, value=self.n_latents)
         value_BK = torch.nn.functional.pad(_tied(value_BK, *beside), missing)
-        index_BK = torch.nn.functional.pad(index_BK, missing)
-        value_CB = gathered(self.group, value_BK.T, n_most * self.group.size)
-        return value_CB.T, torch.cat(self.group.all_gather(index_BK.int()), 1).long()
-
-    def _all_columns(self, found: Latents, *beside: Tensor | None) -> DenseLatents:
-        def of_all(part_BR: Tensor | None) -> Tensor | None:
-            if part_BR is None or part_BR.dim() == 1:
-                return None if part_BR is None else gathered(self.group, part_BR, self.n_latents)
-            return gathered(self.group, part_BR.T, self.n_latents).T.contiguous()
-
-        value_BL = of_all(_tied(found.to_dense(), *beside))
-        assert value_BL is not None
-        if isinstance(found, SparseLatents):
-            return DenseLatents(value_BL)
-        return DenseLatents(value_BL, of_all(found.preacts_BL), of_all(found.deficit_L))
+        kept_Bk, latent_Bk = largest_of_all(self.group, value_BK.detach(), latent_BK, k)
+        latent_Bk = latent_Bk.masked_fill(kept_Bk == 0, 0)  # padding
+        latent_BK, order_BK = latent_BK.sort(dim=1)
+        place_Bk = torch.searchsorted(latent_BK, latent_Bk).clamp(max=k_most - 1)
+        is_own_Bk = (latent_BK.gather(1, place_Bk) == latent_Bk) & (kept_Bk != 0)
+        # The same numbers, but a gradient passes to those of this rank.
+        value_Bk = torch.where(is_own_Bk, value_BK.gather(1, order_BK.gather(1, place_Bk)), kept_Bk)
+        return replace(SparseLatents.from_topk(latent_Bk, value_Bk, self.n_latents), padded=True)
 
 
 def _tied(tensor: Tensor, *others: Tensor | None) -> Tensor:
@@ -236,13 +254,3 @@ def _tied(tensor: Tensor, *others: Tensor | None) -> Tensor:
 def _scaled(value: Tensor, scale: Tensor) -> Tensor:
     dtype = acc_dtype(value.dtype)
     return value.to(dtype) * scale.to(dtype)
-
-
-def _largest(rank_BC: Tensor, index_BC: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row stand (no negative values); of equal ones the lowest index."""
-    if rank_BC.dtype != torch.float64:
-        bits_BC = rank_BC.float().abs().view(torch.int32).long()
-        return ((bits_BC << 32) | (0xFFFFFFFF - index_BC)).topk(k, dim=1).indices
-    by_index_BC = index_BC.argsort(dim=1, stable=True)
-    order_BC = rank_BC.gather(1, by_index_BC).sort(dim=1, descending=True, stable=True).indices
-    return by_index_BC.gather(1, order_BC)[:, :k]

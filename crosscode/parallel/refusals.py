@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
@@ -39,6 +42,9 @@ def refusal(config: ExperimentConfig, ranks: int, *, to_train: bool = True) -> s
 
 def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[str]:
     train, coder = config.train, config.crosscoder
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if available_device(config.device).type == "cuda" and n_here > (n_gpus := torch.cuda.device_count()):
+        yield f"device = {config.device!r}: {n_here} processes on this machine, which has {n_gpus} GPU(s); one each is wanted"
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
     if train.compile and to_train:
         yield "train.compile = True: is for one process"

@@ -14,12 +14,12 @@ from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.models.base import ForwardResult
+from crosscode.models.layered_latents import concat_tokens
 from crosscode.objectives.base import NOT_LOOKED_AT, Loss, WholeBatch
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
     OfPart,
     batch_cuts,
-    concat_tokens,
     look_at_whole_batch,
     needs_whole_batch,
     tracks_batches,

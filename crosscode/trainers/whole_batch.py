@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
+from crosscode_kernels.sparse import Latents, SparseLatents
 from torch import Tensor
 
 from crosscode.models.activations.batch_topk import Cut
@@ -213,25 +213,3 @@ class _Moments:
 
     def variance(self) -> Tensor:
         return torch.as_tensor(self._squares) / max(self._n, 1)
-
-
-def concat_tokens(parts: Sequence[Latents]) -> Latents:
-    """The latents of a batch from those of its parts, detached."""
-    if len(parts) == 1:
-        return parts[0]
-    sparse = [part for part in parts if isinstance(part, SparseLatents)]
-    if len(sparse) < len(parts):
-        return DenseLatents(torch.cat([part.to_dense().detach() for part in parts]))
-    offsets, n_entries = [sparse[0].row_ptr_B1[:1]], 0
-    for part in sparse:
-        offsets.append(part.row_ptr_B1[1:] + n_entries)
-        n_entries += part.value_N.shape[0]
-    return replace(
-        sparse[0],
-        row_ptr_B1=torch.cat(offsets),
-        latent_idx_N=torch.cat([part.latent_idx_N for part in sparse]),
-        value_N=torch.cat([part.value_N.detach() for part in sparse]),
-        by_latent=None,
-        deficit_L=None,
-        preacts_N=None,
-    )

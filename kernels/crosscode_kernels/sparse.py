@@ -9,6 +9,8 @@ entries are padding (`padded`), they belong to no latent: sorted by latent they 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -94,6 +96,35 @@ class DenseLatents:
     def columns_BN(self, latents_N: Tensor) -> Tensor:
         """Values of some latents, dense."""
         return self.value_BL[:, latents_N]
+
+    def of_entries(self, value_L: Tensor) -> Tensor:
+        """For each of `value`, that of its latent; there may be more of them behind the last latent."""
+        return value_L[: self.n_latents]
+
+    def places(self, stride: int) -> Tensor:
+        """`token * stride + latent` of each of `value`, int64."""
+        token_B, latent_L = (torch.arange(n, device=self.value.device) for n in (self.batch_size, self.n_latents))
+        return token_B[:, None] * stride + latent_L
+
+    def with_value(self, value: Tensor) -> DenseLatents:
+        """The same with other values."""
+        return replace(self, value_BL=value)
+
+    def smallest_positive(self, value: Tensor) -> Tensor:
+        """Of what there is one of for each of `value`; a scalar, inf where none is."""
+        return _smallest_positive(value)
+
+    def slice_latents(self, start: int, stop: int) -> DenseLatents:
+        """Latents `start <= l < stop`, numbered from 0."""
+        return DenseLatents(self.value_BL[:, start:stop])
+
+    def beside(self, layers: Sequence[Latents]) -> DenseLatents:
+        """The latents of all `layers`, of which this is one, of the same tokens."""
+        return DenseLatents(torch.cat([layer.to_dense() for layer in layers], 1))
+
+    def above(self, parts: Sequence[Latents]) -> DenseLatents:
+        """The tokens of all `parts`, of which this is one, of the same latents; detached."""
+        return DenseLatents(torch.cat([part.to_dense().detach() for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -201,6 +232,22 @@ class SparseLatents:
         dense_BN = self.value_N.new_zeros(self.batch_size, latents_N.shape[0])
         return dense_BN.index_put((self.token_idx_N()[keep_N], column_N[keep_N]), self.value_N[keep_N], accumulate=True)
 
+    def of_entries(self, value_L: Tensor) -> Tensor:
+        """For each of `value`, that of its latent."""
+        return value_L[self.latent_idx_N.long()]
+
+    def places(self, stride: int) -> Tensor:
+        """`token * stride + latent` of each of `value`, int64."""
+        return self.token_idx_N() * stride + self.latent_idx_N.long()
+
+    def with_value(self, value: Tensor) -> SparseLatents:
+        """The same with other values."""
+        return replace(self, value_N=value)
+
+    def smallest_positive(self, value: Tensor) -> Tensor:
+        """Of what there is one of for each of `value`; a scalar, inf where none is."""
+        return _smallest_positive(value)
+
     def transpose(self) -> LatentOrder:
         """Entries sorted by latent: `by_latent` where it is there, else one stable sort."""
         if self.by_latent is not None:
@@ -239,6 +286,10 @@ class SparseLatents:
         latent_idx_N = torch.where(inside_N, self.latent_idx_N - start, 0)
         value_N = torch.where(inside_N, self.value_N, 0)
         return SparseLatents(self.row_ptr_B1, latent_idx_N, value_N, stop - start, padded=True)
+
+
+def _smallest_positive(value: Tensor) -> Tensor:
+    return value.masked_fill(value <= 0, math.inf).amin() if value.numel() else value.new_full((), math.inf)
 
 
 def padding_last(latent_idx_N: Tensor, value_N: Tensor, n_latents: int) -> Tensor:

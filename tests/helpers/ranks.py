@@ -140,14 +140,19 @@ def check_traffic() -> None:
     of_batch = (
         3 * ring(4 << 16) + (n - 1) * 8 + ring(8 * k * B) + ring(4 * k * B)
     )  # two digits of a value, one of a place
-    of_each = {
-        "encode_topk": (n - 1) * B * min(k, rows) * 8, "encode_batch_topk": of_batch, "encode_relu": (n - 1) * 4 * B * rows
-    }  # fmt: skip
+    share = -(-B // n)
+    of_tokens = (n - 1) * share * 8 * (min(k, rows) + k)
+    of_each = {"encode_topk": of_tokens, "encode_batch_topk": of_batch, "encode_relu": 0}
     for encode, selected in of_each.items():
         before = group.bytes_sent
         latents = getattr(ops, encode)(x, W, b, *(() if encode == "encode_relu" else (k,)))
         ops.decode_recon_loss(latents, D, None, torch.zeros(B, d_out), [d_out]).loss.backward()
         assert group.bytes_sent - before == selected + ring(4 * B * d_out) + ring(4 * L), encode
+    before, latents = group.bytes_sent, ops.encode_relu(x, W, b)
+    assert latents.value.shape == (B, own.stop - own.start)  # nothing of size B x L is held
+    ops.weighted_tanh(latents, torch.ones(L), torch.ones(L), 4.0)
+    latents.firing_counts_L()
+    assert group.bytes_sent - before == ring(4) + (n - 1) * rows * 4
     before = group.bytes_sent
     ops.decoder_norms(D, [4, 4], "sum")
     assert group.bytes_sent - before == (n - 1) * rows * 4 * 3

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from crosscode_kernels import OpSet
-from crosscode_kernels.sparse import Latents, SparseLatents
+from crosscode_kernels.sparse import Latents
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
@@ -43,19 +43,11 @@ class Cut:
 
     def without_later_ties(self, latents: Latents, scale_L: Tensor | None) -> Latents:
         """Of all that reaches the threshold, what is kept; the rest is 0, and gets no gradient."""
-        if isinstance(latents, SparseLatents):
-            latent_N = latents.latent_idx_N.long()
-            place_N = latents.token_idx_N() * self.stride + latent_N
-            keep_N = self._kept(latents.value_N, None if scale_L is None else scale_L[latent_N], place_N)
-            return replace(latents, value_N=latents.value_N * keep_N)
-        B, L = latents.value_BL.shape
-        token_B, latent_L = (torch.arange(n, device=latents.value_BL.device) for n in (B, L))
-        keep_BL = self._kept(latents.value_BL, scale_L, token_B[:, None] * self.stride + latent_L)
-        return replace(latents, value_BL=latents.value_BL * keep_BL)
-
-    def _kept(self, value: Tensor, scale: Tensor | None, place: Tensor) -> Tensor:
-        rank = value.detach() if scale is None else value.detach() * scale
-        return (rank != self.threshold) | (place < self.end)
+        rank = latents.value.detach()
+        if scale_L is not None:
+            rank = rank * latents.of_entries(scale_L)
+        kept = (rank != self.threshold) | (latents.places(self.stride) < self.end)
+        return latents.with_value(latents.value * kept)
 
 
 @ACTIVATIONS.register
@@ -124,17 +116,12 @@ class BatchTopkActivation(AnnealedK):
     @torch.no_grad()
     def after_step(self, latents: Latents, n_L: Tensor | None = None) -> None:
         rank = self.ranks(latents, n_L)
-        if rank.numel():
-            self._update_threshold(rank.masked_fill(rank <= 0, math.inf).amin().to(self.threshold.dtype))
+        self._update_threshold(latents.smallest_positive(rank).to(self.threshold.dtype))
         self.n_steps.add_(1)
 
     def ranks(self, latents: Latents, n_L: Tensor | None = None) -> Tensor:
         scale_L = self._rank_scale(n_L)
-        if scale_L is None:
-            return latents.value
-        if isinstance(latents, SparseLatents):
-            return latents.value_N * scale_L[latents.latent_idx_N.long()]
-        return latents.value * scale_L[: latents.n_latents]
+        return latents.value if scale_L is None else latents.value * latents.of_entries(scale_L)
 
     def _update_threshold(self, smallest: Tensor) -> None:
         """Device-side only, for a step must not wait for a value, and in few ops. `smallest`: inf where there is none."""

@@ -1,16 +1,19 @@
 """Several processes do what one does; all recipes and more processes: tests/check/test_ranks.py."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from crosscode_kernels import DenseLatents, OpSet, SparseLatents
 
 from crosscode.build.schema import check_config, read_yaml
 from crosscode.commands.cli import main
 from crosscode.errors import InputError
-from crosscode.parallel.opset import _largest
+from crosscode.models import SAEOrTranscoder, TopkActivation
 from crosscode.parallel.refusals import for_ranks
+from crosscode.parallel.selection import LAST, first_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
@@ -35,14 +38,28 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 def test_the_largest_are_those_of_a_stable_sort():
     generator = torch.Generator().manual_seed(1)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        rank_BC = torch.randint(0, 4, (6, 40), generator=generator).to(dtype)
-        index_BC = torch.stack([torch.randperm(40, generator=generator) for _ in range(6)])
-        for k in (1, 7, 40):
-            found = index_BC.gather(1, _largest(rank_BC, index_BC, k))
-            for values, index, kept in zip(rank_BC.tolist(), index_BC.tolist(), found.tolist(), strict=True):
+    value_BC = torch.randint(0, 4, (6, 40), generator=generator)
+    index_BC = torch.stack([torch.randperm(40, generator=generator) for _ in range(6)])
+    for k in (1, 7, 40):
+        for keys in ([value_BC, LAST - index_BC], [(value_BC << 32) | (LAST - index_BC)]):
+            found = index_BC.gather(1, first_of(keys, k))
+            for values, index, kept in zip(value_BC.tolist(), index_BC.tolist(), found.tolist(), strict=True):
                 order = sorted(zip(values, index, strict=True), key=lambda pair: (-pair[0], pair[1]))
-                assert {i for _, i in order[:k]} == set(kept)
+                assert [i for _, i in order[:k]] == kept
+
+
+def test_one_process_has_the_op_set_of_its_backend_and_nothing_below_knows_of_ranks():
+    model = SAEOrTranscoder(3, 3, 8, TopkActivation(2, 8), backend="torch")
+    assert type(model.ops) is OpSet and type(model.ops.encode_relu(torch.ones(2, 3), torch.ones(8, 3), None)) in (
+        DenseLatents,
+        SparseLatents,
+    )
+    root = Path(__file__).parents[3]
+    for folder in ("crosscode/models", "crosscode/objectives", "kernels/crosscode_kernels"):
+        for file in (root / folder).rglob("*.py"):
+            assert not re.search(r"torch\.distributed|crosscode\.parallel|WORLD_SIZE|all_reduce", file.read_text()), (
+                file
+            )
 
 
 @pytest.mark.parametrize(

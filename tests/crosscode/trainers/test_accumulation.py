@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 import torch
 
-from crosscode.trainers.whole_batch import batch_cuts, concat_tokens, needs_whole_batch
+from crosscode.models.layered_latents import concat_tokens
+from crosscode.trainers.whole_batch import batch_cuts, needs_whole_batch
 
 AUXK = {"recon": {}, "auxk": {"k_aux": 4, "dead_after_tokens": 40}}
 SCHEMES = {
