@@ -61,6 +61,10 @@ class SyntheticConfig(ConfigModel):
     """training steps of each run"""
     batch_size: PositiveInt = 512
     """activations of a step"""
+    lr: PositiveFloat | None = None
+    """learning rate of every scheme; null: each one's own, tuned for some hundred latents"""
+    dec_init_norm: PositiveFloat | None = None
+    """norm of decoder vectors at the start, of the schemes that begin with `anthropic_transpose`; null: 0.1"""
     resample: ResampleConfig | None = None
     """give dead latents new weights, as `train.resample` does; null: never"""
     n_heldout_tokens: PositiveInt = 16_384

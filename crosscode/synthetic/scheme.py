@@ -25,7 +25,16 @@ class SyntheticScheme:
     Coefficients are tuned by hand to about 8 active latents on the default dictionary.
     """
 
-    def __init__(self, name: str, k: int, n_latents: int, shared_fraction: float, penalty: float = 1.0):
+    def __init__(
+        self,
+        name: str,
+        k: int,
+        n_latents: int,
+        shared_fraction: float,
+        penalty: float = 1.0,
+        lr: float | None = None,
+        dec_init_norm: float | None = None,
+    ):
         if name not in SCHEMES:
             raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
         self.name, self.n_latents, self.penalty = name, n_latents, penalty
@@ -34,6 +43,10 @@ class SyntheticScheme:
         parts = SCHEMES[name](k, n_latents, penalty)
         self.is_penalised = bool(parts["objective"].keys() & {"l1", "tanh"})
         self.parts = parts
+        if lr is not None:
+            parts["optimizer"] = parts["optimizer"] | {"lr": lr}
+        if dec_init_norm is not None and parts["init"]["type"] == "anthropic_transpose":
+            parts["init"] = parts["init"] | {"dec_init_norm": dec_init_norm}
         if is_diffing:
             parts["init"] = {"type": "identical_latents", "first": parts["init"]}
 
@@ -42,7 +55,8 @@ class SyntheticScheme:
         """A scheme as a config asks for it; `penalty` in place of the config's."""
         k = config.wanted_l0()
         n_latents = config.n_latents or k * math.ceil(1.25 * config.planted.n_features / k)
-        return cls(name, k, n_latents, config.shared_fraction, config.penalty if penalty is None else penalty)
+        penalty = config.penalty if penalty is None else penalty
+        return cls(name, k, n_latents, config.shared_fraction, penalty, config.lr, config.dec_init_norm)
 
     def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
         """An uninitialised crosscoder over `(M, P, D)`."""

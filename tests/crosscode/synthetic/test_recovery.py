@@ -13,6 +13,7 @@ from crosscode.errors import InputError
 from crosscode.models import BaseCrosscoder
 from crosscode.synthetic.planted import PlantedConfig
 from crosscode.synthetic.runs import SyntheticConfig, markdown_table, next_penalty, run_synthetic
+from crosscode.synthetic.scheme import SyntheticScheme
 from crosscode.synthetic.schemes import SCHEMES
 
 SMALL = PlantedConfig(n_features=24, n_exclusive=8, d_model=8, mean_active=2)
@@ -155,3 +156,20 @@ def test_the_help_of_the_command_names_schemes_and_fields(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for text in ("feb_update_diffing_jumprelu", "--planted.zipf_exponent float", "--json FILE", "--max_runs int"):
         assert text in shown
+
+
+def test_lr_and_the_norm_at_the_start_are_those_of_every_scheme_that_has_one():
+    plain = SyntheticConfig(planted=PlantedConfig(n_features=64))
+    given = plain.model_copy(update={"lr": 1e-3, "dec_init_norm": 0.6})
+    for name in SCHEMES:
+        own, told = (
+            SyntheticScheme.of(SyntheticConfig(planted=PlantedConfig(n_features=64)), name),
+            SyntheticScheme.of(given, name),
+        )
+        assert own.train_config(given).optimizer.lr > told.train_config(given).optimizer.lr == 1e-3
+        model = told.model((2, 1, 16), "torch")
+        if "jumprelu" not in own.parts["activation"]["type"]:
+            model.init_weights(told.init(), 0)
+            torch.testing.assert_close(model.W_dec_LXoDo.norm(dim=-1), torch.full((model.n_latents, 2, 1), 0.6))
+        else:
+            assert told.parts["init"] == own.parts["init"]
