@@ -146,11 +146,12 @@ def save_tensors(tensors: dict[str, Any], file: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, index: str) -> Iterator[Path]:
+def new_folder(path: Path, index: str, replaces: str = "") -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     Where there is a folder at `path`, the new files take their places in it once all are complete, and whatever else
-    lies there stays. `index` is the file without which the rest counts for nothing: it goes first and comes last.
+    lies there stays, but for names that match `replaces` and are not written anew. `index` is the file without which the rest
+    counts for nothing: it goes first and comes last.
 
     Raises:
         InputError: `path` is a link.
@@ -167,6 +168,9 @@ def new_folder(path: Path, index: str) -> Iterator[Path]:
             _sync(file)
         if path.exists():
             (path / index).unlink(missing_ok=True)
+            for old in path.iterdir() if replaces else ():
+                if re.fullmatch(replaces, old.name) and not (temporary / old.name).exists():
+                    remove(old)
             for file in files:
                 os.replace(file, path / file.name)
             temporary.rmdir()

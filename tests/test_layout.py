@@ -35,7 +35,18 @@ ARROWS = {
     "commands": BUILD_DOWN | {"analysis", "synthetic"},
     "api": BUILD_DOWN | {"analysis", "commands"},
 }
-OPEN_TO_ALL = {"checksums", "errors", "files", "formats", "groups", "recipes", "seeds", "stopping", "stored"}
+OPEN_TO_ALL = {
+    "checksums",
+    "errors",
+    "files",
+    "formats",
+    "groups",
+    "recipes",
+    "seeds",
+    "stopping",
+    "stored",
+    "weight_files",
+}
 
 # What a fresh `import NAME` must not pull in from outside.
 FORBIDDEN = {

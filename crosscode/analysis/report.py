@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from crosscode.analysis import cards, header, latent_plots
 from crosscode.analysis.encoded import HeldoutBatch
 from crosscode.analysis.first_look import Look, Steered, first_looks
@@ -27,6 +29,7 @@ from crosscode.analysis.wording import join_and
 from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import write_text
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import load_model
 from crosscode.models.split import Split
 
 log = logging.getLogger("crosscode")
@@ -76,6 +79,7 @@ def write_report(
     latents_parquet: Path | None = None,
     also: Callable[[LatentsPass, LatentRecords], object] | None = None,
     say: Callable[[str], None] = lambda _: None,
+    is_checked: bool = False,
 ) -> Path:
     """Write `report.html` of a run, finished or not, and beside it, where latents can be looked at, `report/index.html`.
 
@@ -87,6 +91,7 @@ def write_report(
         latents_csv, latents_parquet: also write the table of all latents there.
         also: what else is made of the same pass.
         say: is told what was found, a line at a time.
+        is_checked: every byte of `final/` was compared with its checksums just now.
 
     Returns:
         Path of the page.
@@ -104,7 +109,8 @@ def write_report(
     looks: list[Look] = []
     try:
         if model is None:
-            model = BaseCrosscoder.load(record.path / "final")
+            place = {"backend": "auto", "device": torch.device("cpu")}
+            model = load_model(BaseCrosscoder, record.path / "final", **place, checked=is_checked)
         if heldout is not None:
             text = heldout()
             tokenizer, tokenizers = text.tokenizer, text.tokenizers

@@ -100,7 +100,7 @@ def write_run_around(
         with run.held():
             run.begin()
             experiment.keep_heldout_in(run.path)
-            model.save(run.final, model_metadata(experiment))
+            model.save(run.final, model_metadata(experiment), max_shard_size=config.train.max_shard_size)
             run.write_evaluation(result.to_json())
             counts = {"step": 0, "tokens": 0, "seconds": 0.0}
             run.write_summary(summary(model, counts, Metrics([]), experiment.output_names(), result))

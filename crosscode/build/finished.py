@@ -38,6 +38,7 @@ from crosscode.runs.directory import open_run
 from crosscode.stored import Evaluation, read_json
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.warm_start import find_model, load_folded
+from crosscode.weight_files import has_weights
 
 log = logging.getLogger("crosscode")
 
@@ -53,6 +54,7 @@ class FinishedRun:
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
         self.directory, self._trust_remote_code = open_run(local(path)), trust_remote_code
         self.path, self._seen = self.directory.path, self.directory.seen()
+        self._is_checked = False
 
     @cached_property
     def config(self) -> ExperimentConfig:
@@ -75,6 +77,7 @@ class FinishedRun:
         if self.directory.has_final():
             self.directory.check_final()
             check_undamaged(self.directory.final)
+            self._is_checked = True
 
     @cached_property
     def model(self) -> BaseCrosscoder:
@@ -88,9 +91,10 @@ class FinishedRun:
     def _whole_model(self) -> BaseCrosscoder:
         folder, device = self.model_folder, available_device(self.config.device)
         try:
-            return load_folded(folder, self.config.backend, device)
+            checked = self._is_checked and folder == self.directory.final
+            return load_folded(folder, self.config.backend, device, checked=checked)
         except (InputError, OSError):
-            if (folder / "model.safetensors").exists():
+            if has_weights(folder):
                 raise
         # A process that trains here has a newer checkpoint, and removed this one.
         return load_folded(self.model_folder, self.config.backend, device)

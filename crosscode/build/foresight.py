@@ -23,6 +23,7 @@ from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
 from crosscode.parallel.group import n_ranks
 from crosscode.trainers.optimizers import OPTIMIZERS
+from crosscode.weight_files import shape_and_dtype, tensor_names
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -105,10 +106,23 @@ def check_weights(
 def _weights(config: LanguageModelConfig, skeleton: LanguageModel) -> tuple[str, bool, int, float]:
     """The dtype, whether it is packed, how many there are, and the bytes that they take: at least so many, as packed weights of
     4 bits are the smallest."""
-    dtype = str(skeleton.config.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    dtype = run_dtype(config, skeleton)
     packed = bool(config.quantization or getattr(skeleton.model.config, "quantization_config", None))
     n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
     return dtype, packed, n_weights, n_weights * (0.5 if packed else DTYPE_BYTES.get(dtype, 2))
+
+
+def run_dtype(config: LanguageModelConfig, skeleton: LanguageModel) -> str:
+    """In which a model runs. Where `auto` is asked for and its configuration names none, `transformers` takes that of the first
+    weight of its files; float32 where they are not here to be looked at."""
+    if config.dtype != "auto":
+        return config.dtype
+    found = skeleton.config.dtype
+    if found is None:
+        file = min(Path(locate(config.path)).expanduser().glob("*.safetensors"), default=None)
+        dtypes = [] if file is None else [shape_and_dtype(file, name)[1] for name in tensor_names(file)]
+        found = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    return str(found).removeprefix("torch.")
 
 
 def weight_bytes(config: LanguageModelConfig, skeleton: LanguageModel) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from crosscode.build.experiment import build_model, build_objective
-from crosscode.build.foresight import DTYPE_BYTES, skeleton_of, weight_bytes
+from crosscode.build.foresight import DTYPE_BYTES, run_dtype, skeleton_of, weight_bytes
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
@@ -130,7 +130,7 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     link = OF_LINK * (gpu.link if ranks <= OF_NODE else gpu.network)
     seconds["exchange"] = sent["step"] / link + group.n_calls * SECONDS_A_CALL * math.log2(ranks)
     seconds["harvest"] = sum(
-        2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, DTYPE_BYTES.get(lm.dtype, 2)))
+        2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, DTYPE_BYTES.get(run_dtype(lm, of), 2)))
         for lm, of in zip(config.language_models, models, strict=True)
     ) + sent["harvest"] / link  # fmt: skip
     return Plan(ranks, None, memory, sent, seconds)

@@ -27,7 +27,8 @@ log = logging.getLogger("crosscode")
 NO_EFFECT_ON_WEIGHTS = (
     "name", "run_dir", "overwrite", "finetune_from", "crosscoder.init.*", "evaluation.*",
     "data.n_tokens_for_norm_estimate", "data.equal_models", "train.log_every", "train.histogram_every",
-    "train.checkpoint_every", "train.keep_*", "train.max_skipped_steps", "train.wandb_project", "train.tensorboard",
+    "train.checkpoint_every", "train.keep_*", "train.max_shard_size", "train.max_skipped_steps",
+    "train.wandb_project", "train.tensorboard",
     "data.prefetch", "data.token_workers", "data.cache.shard_mb",
 )  # fmt: skip
 ROUNDING = (

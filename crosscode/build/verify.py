@@ -18,13 +18,13 @@ from crosscode.data.store.reader import ActivationCache, positions
 from crosscode.data.store.writer import read_position
 from crosscode.errors import InputError, first_line
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import WEIGHTS_FILE
 from crosscode.runs.checkpoints import find_step_damage
 from crosscode.runs.directory import FIGURES, RunDirectory, open_run
 from crosscode.runs.loggers import count_lines
 from crosscode.runs.run_files import ASIDE, read_marker
 from crosscode.stored import SweepRow, read_json
 from crosscode.trainers.progress import Progress
+from crosscode.weight_files import has_weights
 
 Finding = tuple[str, str | None]
 """What was looked at, and what is wrong with it."""
@@ -42,7 +42,7 @@ def verify(path: Path) -> Iterator[Finding]:
         yield from _store(path)
     elif (path / "sweep.json").exists():
         yield from _sweep(path)
-    elif (path / WEIGHTS_FILE).exists():
+    elif has_weights(path):
         yield _found(".", partial(_model, path))
     elif (path / "config.yaml").exists() or (path / ASIDE).exists():
         yield from _run(path)

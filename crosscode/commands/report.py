@@ -115,7 +115,13 @@ def report_run(
     n_shown = n_tokens or run.config.evaluation.n_tokens
     with run.directory.held(), Progress(n_shown, what="report", unit="token") as shown:
         return write_report(
-            run.path, heldout=heldout, latents_csv=latents_csv, latents_parquet=latents_parquet, also=also, say=say
+            run.path,
+            heldout=heldout,
+            latents_csv=latents_csv,
+            latents_parquet=latents_parquet,
+            also=also,
+            say=say,
+            is_checked=run.directory.has_final(),
         )
 
 

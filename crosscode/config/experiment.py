@@ -24,6 +24,7 @@ from pydantic import (
 
 from crosscode.config.data import HarvestConfig
 from crosscode.config.registry import Component, ConfigModel, Printable
+from crosscode.weight_files import MAX_SHARD_SIZE, n_bytes_of
 
 DEFAULT_ARCHITECTURE = "model_hookpoint_acausal"
 
@@ -111,6 +112,9 @@ class TrainConfig(ConfigModel):
     """how many of the newest checkpoints are kept"""
     keep_every: PositiveInt | None = None
     """checkpoints at multiples of this step are kept for ever; null: none is"""
+    max_shard_size: str = MAX_SHARD_SIZE
+    """largest file of saved weights, such as 500MB; more are several files beside an index. A tensor is not cut: one that is
+    larger has a file of its own"""
     max_skipped_steps: NonNegativeInt = 0
     """steps with a loss or gradient that is not finite are left out; after more than this many training stops"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -132,6 +136,12 @@ class TrainConfig(ConfigModel):
             return {"type": "adam", **optimizer}
         config = getattr(optimizer, "config", optimizer)
         return config.model_dump() if isinstance(config, BaseModel) and not isinstance(config, Component) else optimizer
+
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _is_a_size(cls, size: Any) -> str:
+        n_bytes_of(size)
+        return str(size)
 
     @model_validator(mode="after")
     def _whole_parts(self) -> TrainConfig:

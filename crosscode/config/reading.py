@@ -12,6 +12,7 @@ import yaml
 from crosscode.errors import InputError, readable
 from crosscode.formats import today
 from crosscode.recipes import recipe_path
+from crosscode.weight_files import INDEX_FILE, WEIGHTS_FILE
 
 MAX_DEPTH = 50
 MAX_VALUES = 100_000
@@ -133,7 +134,7 @@ def read_trusted(config: str | Path, trust_remote_code: bool, *, is_of_run: bool
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is a run, or looks like one from before there was a marker."""
-    beside = ("final", "checkpoints", "model.safetensors", "manifest.json")
+    beside = ("final", "checkpoints", WEIGHTS_FILE, INDEX_FILE, "manifest.json")
     marked = (folder / ".crosscode").exists()
     return marked or ((folder / "config.yaml").exists() and any((folder / name).exists() for name in beside))
 

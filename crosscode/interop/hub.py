@@ -17,16 +17,18 @@ from crosscode.data.hub import look_for_hub
 from crosscode.errors import InputError, first_line
 from crosscode.files import check_can_be_made, check_is_no_link, check_may_be_filled, new_folder, write_text
 from crosscode.interop.format import ABOUT, FORMATS
-from crosscode.models.checkpoint import CONFIG_FILE, MODEL_FILES, check_undamaged, read_config
+from crosscode.models.checkpoint import CONFIG_FILE, check_undamaged, read_config
 from crosscode.runs.run_files import CONFIG_FILE as RUN_CONFIG
 from crosscode.runs.run_files import write_marker
 from crosscode.stored import Evaluation, Summary, read_json
+from crosscode.weight_files import INDEX_FILE, WEIGHTS_FILE, weight_files
 
 log = logging.getLogger("crosscode")
 
 CARD = "README.md"
 _OF_RUN = (RUN_CONFIG, "summary.json", "evaluation.json", "report.html")
-_PULLED = (*MODEL_FILES, CHECKSUMS_FILE, CARD, *_OF_RUN)
+_PULLED = (CONFIG_FILE, CHECKSUMS_FILE, CARD, *_OF_RUN)
+_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,7 +53,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub(name):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PULLED)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_PULLED, *_WEIGHTS]))
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"hub {name!r}: no saved model there (no {CONFIG_FILE} at its top)")
     return folder
@@ -74,9 +76,10 @@ def _copied(found: Path, out: Path) -> Path:
         if is_run:
             (folder / "final").mkdir()
             write_marker(folder, "run", made_by="pull")
-        for file in _PULLED:
+        of_model = (CONFIG_FILE, *weight_files(found), CHECKSUMS_FILE)
+        for file in dict.fromkeys((*_PULLED, *of_model)):
             if (found / file).is_file():
-                inner = "final" if is_run and file in (*MODEL_FILES, CHECKSUMS_FILE) else ""
+                inner = "final" if is_run and file in of_model else ""
                 shutil.copyfile(found / file, folder / inner / file)
     return out
 
@@ -127,7 +130,7 @@ def contents(
     """
     _check_name(name)
     check_undamaged(model_folder)
-    found: dict[str, Path | str] = {file: model_folder / file for file in MODEL_FILES}
+    found: dict[str, Path | str] = {file: model_folder / file for file in (CONFIG_FILE, *weight_files(model_folder))}
     if (model_folder / CHECKSUMS_FILE).is_file():
         found[CHECKSUMS_FILE] = model_folder / CHECKSUMS_FILE
     for file in _OF_RUN if run is not None else ():

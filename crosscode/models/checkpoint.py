@@ -1,21 +1,20 @@
-"""A model on disk: `model.safetensors` + `config.json`. Never pickles."""
+"""A model on disk: its weights (`weight_files`) and `config.json`. Never pickles."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from crosscode_kernels import AnyBackend, Backend
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from crosscode.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from crosscode.errors import InputError, first_line
-from crosscode.files import new_folder, save_tensors, write_json
+from crosscode.files import new_folder, write_json
 from crosscode.formats import MODEL, STATE_TENSORS
 from crosscode.models.activations.base import ACTIVATIONS
 from crosscode.models.architecture import class_of_kind, split_for
@@ -23,30 +22,43 @@ from crosscode.models.coder import Coder
 from crosscode.models.elsewhere import elsewhere
 from crosscode.models.folding import fold_scaling_
 from crosscode.stored import SavedModel, check, read_json
+from crosscode.weight_files import (
+    MAX_SHARD_SIZE,
+    WEIGHTS,
+    row_pieces,
+    shape_and_dtype,
+    tensor_files,
+    weight_files,
+    write_weights,
+)
 
 log = logging.getLogger("crosscode")
 
 ModelT = TypeVar("ModelT", bound=Coder)
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+CONFIG_FILE = "config.json"
 OF_MODELS = ("W_enc_LXiDi", "W_dec_LXoDo")
 """Weights of which a partition says something."""
 Scaling = tuple[Tensor, Tensor]
 """`scaling_in_Xi, scaling_out_Xo`: what `fold_activation_scaling_into_weights_` takes."""
 
 
-def save_model(model: Coder, path: Path, metadata: dict[str, Any]) -> None:
-    with new_folder(path, CONFIG_FILE) as folder:
-        write_model(model, folder, metadata)
+def save_model(model: Coder, path: Path, metadata: dict[str, Any], max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    with new_folder(path, CONFIG_FILE, WEIGHTS) as folder:
+        write_model(model, folder, metadata, max_shard_size=max_shard_size)
         write_checksums(folder)
 
 
-def write_model(model: Coder, folder: Path, metadata: dict[str, Any], scaling: Scaling | None = None) -> None:
-    """Write the two files into an existing folder, which is to have checksums. `scaling`: what the activations of an
+def write_model(
+    model: Coder,
+    folder: Path,
+    metadata: dict[str, Any],
+    scaling: Scaling | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write weights and config into an existing folder, which is to have checksums. `scaling`: what the activations of an
     unfolded model in training are multiplied with, so that `load` can fold it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(tensors, folder / WEIGHTS_FILE)
+    write_weights(model.state_dict(), folder, max_shard_size)
     config = {**MODEL.stamp(), "has_checksums": True, "model": model_config(model), "metadata": metadata}
     if scaling is not None:
         config["scaling"] = [factors.tolist() for factors in scaling]
@@ -118,15 +130,31 @@ def check_undamaged(path: Path) -> None:
     if not (path / CHECKSUMS_FILE).exists() and not read_config(path).get("has_checksums"):
         log.warning("%s: no %s there: nothing tells whether the model is as it was written", path, CHECKSUMS_FILE)
         return
-    damage = find_damage(path, MODEL_FILES)
+    damage = find_model_damage(path)
     if damage is not None:
         raise InputError(f"model path {str(path)!r}: damaged ({damage})")
 
 
+def find_model_damage(path: Path, beside: Sequence[str] = ()) -> str | None:
+    """What is wrong with a saved model that has checksums, or with the files `beside` it; or None."""
+    try:
+        files = weight_files(path)
+    except (InputError, OSError) as error:
+        return first_line(error)
+    return find_damage(path, (CONFIG_FILE, *files, *beside))
+
+
 def load_model(
-    cls: type[ModelT], path: Path, *, backend: AnyBackend, device: torch.device, fold: bool = True
+    cls: type[ModelT],
+    path: Path,
+    *,
+    backend: AnyBackend,
+    device: torch.device,
+    fold: bool = True,
+    checked: bool = False,
 ) -> ModelT:
-    """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training."""
+    """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training. `checked`: by
+    `check_undamaged`, just now, which reads every byte."""
     if not path.exists() and elsewhere("is_repo")(str(path)):
         path = elsewhere("fetch")(str(path))
     foreign: Any = None if is_own(path) or not path.exists() else elsewhere("load")(path)
@@ -136,7 +164,8 @@ def load_model(
         foreign.backend = Backend.parse(backend)
         return foreign.to(device).eval()
     config = read_config(path)
-    check_undamaged(path)
+    if not checked:
+        check_undamaged(path)
     spec, metadata = config["model"], config.get("metadata") or {}
     model_class = class_of_kind(spec["kind"])
     if model_class is None or cls not in model_class.__mro__:
@@ -147,9 +176,9 @@ def load_model(
         raise
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # fields or sizes of no such model
         raise InputError(f"{path / CONFIG_FILE}: no such model can be made ({first_line(error)})") from error
-    model.load_state_dict(_checked_tensors(path / WEIGHTS_FILE, model.state_dict()))
+    _read_weights_(model, path)
     if model.partition is not None:
-        model.partition.check_clear({f"{path / WEIGHTS_FILE}: {name}": model.get_parameter(name) for name in OF_MODELS})
+        model.partition.check_clear({f"{path}: {name}": model.get_parameter(name) for name in OF_MODELS})
     model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
     if fold and not spec["is_folded"] and (scaling := _scaling_of(path, config)) is not None:
         fold_scaling_(model, *scaling)
@@ -170,22 +199,22 @@ def _scaling_of(path: Path, config: dict[str, Any]) -> Scaling | None:
         return split_for(architecture).scaling(tensors.get_tensor(name)) if name in tensors.keys() else None  # noqa: SIM118
 
 
-def _checked_tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, after checking names, shapes and dtypes against the model's."""
-    try:
-        found = load_file(file)
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: missing; a saved model has {WEIGHTS_FILE} beside {CONFIG_FILE}") from error
-    except SafetensorError as error:
-        raise InputError(f"{file}: damaged ({error})") from error
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is not part of this model" for name in found.keys() - expected.keys()]
-    for name in sorted(expected.keys() & found.keys()):
-        want, have = expected[name], found[name]
-        if "activation_fn" in name and torch.promote_types(want.dtype, have.dtype) == want.dtype:
-            found[name] = have = have.to(want.dtype)  # earlier, thresholds were as narrow as the weights
-        if (want.shape, want.dtype) != (have.shape, have.dtype):
-            problems.append(f"{name} is {have.dtype} {tuple(have.shape)}, expected {want.dtype} {tuple(want.shape)}")
+def _read_weights_(model: Coder, path: Path) -> None:
+    """Fill a model, after checking names, shapes and dtypes against its own; rows after rows, so that no second copy of them is
+    ever in memory."""
+    expected = model.state_dict()
+    files = tensor_files(path)
+    problems = [f"{name} is missing" for name in expected.keys() - files.keys()]
+    problems += [f"{name} is not part of this model" for name in files.keys() - expected.keys()]
+    for name in sorted(expected.keys() & files.keys()):
+        (shape, dtype), want = shape_and_dtype(files[name], name), expected[name]
+        if "activation_fn" in name and torch.promote_types(want.dtype, dtype) == want.dtype:
+            dtype = want.dtype  # earlier, thresholds were as narrow as the weights
+        if (tuple(want.shape), want.dtype) != (shape, dtype):
+            problems.append(f"{name} is {dtype} {shape}, expected {want.dtype} {tuple(want.shape)}")
     if problems:
-        raise InputError(f"{file}: {'; '.join(sorted(problems))}")
-    return found
+        raise InputError(f"{next(iter(files.values()), path)}: {'; '.join(sorted(problems))}")
+    for name, file in files.items():
+        for first, rows in row_pieces(file, name):
+            own = expected[name]
+            (own[first : first + len(rows)] if own.dim() else own).copy_(rows)

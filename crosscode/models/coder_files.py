@@ -16,13 +16,25 @@ from crosscode.models.weights import CoderWeights
 class CoderFiles(CoderWeights):
     """The part of `BaseCrosscoder` that knows of files."""
 
-    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        metadata: dict[str, Any] | None = None,
+        *,
+        max_shard_size: int | str = checkpoint.MAX_SHARD_SIZE,
+    ) -> None:
         """Write `model.safetensors` and `config.json` into the folder `path`, whole or not at all.
 
         Args:
             metadata: JSON values that belong to the weights, such as models and hookpoints; default: `self.metadata`.
+            max_shard_size: bytes, or "500MB"; where weights are more, they are several files, `model-00001-of-00003.safetensors`,
+                beside `model.safetensors.index.json`. A tensor is not cut: a larger one has a file of its own.
+
+        Raises:
+            InputError: `max_shard_size` is no size, or `path` a link.
         """
-        checkpoint.save_model(self, Path(path), dict(self.metadata if metadata is None else metadata))
+        about = dict(self.metadata if metadata is None else metadata)
+        checkpoint.save_model(self, Path(path), about, max_shard_size)
 
     def export(self, to: str, path: str | Path, *, position: str | None = None, overwrite: bool = False) -> Path:
         """Write the model into the new folder `path` as another library has it; returns that folder.

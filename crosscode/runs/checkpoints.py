@@ -9,12 +9,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from crosscode.checksums import CHECKSUMS_FILE, find_damage, write_checksums
+from crosscode.checksums import CHECKSUMS_FILE, write_checksums
 from crosscode.errors import CrosscodeError, InputError
 from crosscode.files import new_folder
-from crosscode.models.checkpoint import MODEL_FILES, read_config
+from crosscode.models.checkpoint import find_model_damage, read_config
 from crosscode.runs.directory import RunDirectory
 from crosscode.runs.state import STATE_FILES, check_state
+from crosscode.weight_files import WEIGHTS
 
 log = logging.getLogger("crosscode")
 
@@ -45,7 +46,10 @@ class Checkpoints:
         path = self.run.checkpoint(step)
         advice = f"free some disk space under {str(self.run.path)!r}, or set train.keep_last lower"
         last = f"the last one is {self.newest_name()}"
-        with saving(f"checkpoint of step {step}", f"{last}; {advice}"), new_folder(path, CHECKSUMS_FILE) as folder:
+        with (
+            saving(f"checkpoint of step {step}", f"{last}; {advice}"),
+            new_folder(path, CHECKSUMS_FILE, WEIGHTS) as folder,
+        ):
             write(folder)
             write_checksums(folder)
         self._rotate()
@@ -98,7 +102,7 @@ def saving(what: str, advice: str) -> Iterator[None]:
 
 def find_step_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    damage = find_damage(folder, (*MODEL_FILES, *STATE_FILES))
+    damage = find_model_damage(folder, STATE_FILES)
     if damage is not None:
         return damage
     try:

@@ -28,10 +28,10 @@ from crosscode.runs.run_files import (
     write_marker,
 )
 from crosscode.stored import SEAL, Checksums, Evaluation, Summary, read_json, seal_of
+from crosscode.weight_files import WEIGHTS_FILE, has_weights, weights_digest
 
 log = logging.getLogger("crosscode")
 
-WEIGHTS_FILE = "model.safetensors"
 FIGURES = {"summary.json": Summary, "evaluation.json": Evaluation}
 
 
@@ -76,8 +76,9 @@ class RunDirectory:
 
     def is_finished(self) -> bool:
         """Whether the trained model is there, and the figures that are written after it."""
-        names = ("final/config.json", "final/model.safetensors", "summary.json")
-        return all((self.path / name).is_file() for name in names)
+        return has_weights(self.final) and all(
+            (self.path / name).is_file() for name in ("final/config.json", "summary.json")
+        )
 
     # ---- making, replacing
 
@@ -242,7 +243,7 @@ class RunDirectory:
         """That of the trained model's weights, as its checksums have it."""
         file = self.final / CHECKSUMS_FILE
         files = read_json(file, Checksums)["files"] if file.is_file() else {}
-        return files.get(WEIGHTS_FILE, {}).get("sha256")
+        return weights_digest(files)
 
     def has_final(self) -> bool:
         """Whether there is a trained model, whole or not."""
@@ -250,7 +251,7 @@ class RunDirectory:
 
     def check_final(self) -> None:
         """Raise `InputError` where `final/` lacks its weights, or figures beside it are of another model."""
-        if not (self.final / WEIGHTS_FILE).is_file():
+        if not has_weights(self.final):
             raise InputError(f"model path {str(self.final)!r}: damaged ({WEIGHTS_FILE} is missing)")
         self.check_figures()
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from crosscode.errors import InputError
 from crosscode.files import check_is_no_link, check_is_plain, is_temporary, remove, write_json
-from crosscode.formats import RUN
+from crosscode.formats import RUN, STATE_TENSORS
 from crosscode.stored import Marker, read_json
+from crosscode.weight_files import WEIGHTS
 
 MARKER, ASIDE, LOCK_FILE, CONFIG_FILE = ".crosscode", ".crosscode-old", "lock", "config.yaml"
 _TOP = (
@@ -31,8 +32,6 @@ _TOP = (
     "report.html",
     "heldout.safetensors",
 )
-_MODEL = ("config.json", "model.safetensors", "checksums.json")
-_STATE = ("trainer_state.json", "trainer_state.safetensors")
 _EXPLORER = ("index.html", "tabulator.min.js", "tabulator.LICENSE", "notes.json")
 
 
@@ -40,12 +39,16 @@ def _any(names: tuple[str, ...]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
+_MODEL = f"{_any(('config.json', 'checksums.json'))}|{WEIGHTS}"
+_STEP = f"{_MODEL}|{_any(('trainer_state.json', STATE_TENSORS))}"
+
+
 # Folders, and what is ours in each. wandb links to its newest run and its logs, all within its own folder.
 _FOLDERS = {
     r"\.": _any(_TOP),
-    r"final": _any(_MODEL),
+    r"final": _MODEL,
     r"checkpoints": r"(?!)",
-    r"checkpoints/(damaged_)?step_\d+": _any((*_MODEL, *_STATE)),
+    r"checkpoints/(damaged_)?step_\d+": _STEP,
     r"report": _any(_EXPLORER),
     r"report/data": r"(table|texts|records-\d+)\.js",
     r"tokenizer": r".+\.(json|jinja|txt|model)",
@@ -132,7 +135,7 @@ def _remove_empty(root: Path, folders: list[Path]) -> None:
 
 def step_files(folder: Path) -> Iterator[Path]:
     """The files of ours in the folder of one checkpoint."""
-    return (path for path in sorted(folder.iterdir()) if path.name in (*_MODEL, *_STATE) or is_temporary(path))
+    return (path for path in sorted(folder.iterdir()) if re.fullmatch(_STEP, path.name) or is_temporary(path))
 
 
 # ---- the marker

@@ -28,6 +28,7 @@ class Saver:
         recent: the last activations, by which saved thresholds are set.
         parts: all but these and the model that has a `state_dict`, by its name in checkpoints.
         evaluated: within it the model has the weights that are kept (`OptimizerPlan.evaluated`).
+        max_shard_size: of a file with weights.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Saver:
         recent: RecentActivations,
         parts: Mapping[str, Any],
         evaluated: Callable[[], AbstractContextManager[None]],
+        max_shard_size: str,
     ):
         self.checkpoints, self.model, self.metadata, self.scaling = checkpoints, model, metadata, scaling
         self.recent, self.parts = recent, {**parts, "recent": recent}
-        self.saved_step, self.evaluated = -1, evaluated
+        self.saved_step, self.evaluated, self.max_shard_size = -1, evaluated, max_shard_size
 
     def save(self, counts: Mapping[str, float], *, or_warn: bool = False) -> None:
         """`checkpoints/step_N/`: the unfolded model, the state of all parts, and `counts`, of which one is `step`.
@@ -56,7 +58,7 @@ class Saver:
         def write(folder: Path) -> None:
             write_state(folder, state)
             with self.evaluated(), self.recent.settled():
-                write_model(self.model, folder, self.metadata, self.scaling())
+                write_model(self.model, folder, self.metadata, self.scaling(), self.max_shard_size)
 
         try:
             self.checkpoints.save(state["step"], write)

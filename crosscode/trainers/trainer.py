@@ -111,6 +111,7 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts,
             lambda: self.optimizer_plan.evaluated(self.optimizer, lambda: constrain(self.constraints, model)),
+            self.config.max_shard_size,
         )  # fmt: skip
 
     # ---- the loop
@@ -226,7 +227,7 @@ class Trainer:
         self.model.fold_activation_scaling_into_weights_(*self.split.scaling(self.data.scaling_MP))
         self.run.drop_figures()
         with saving("the trained model", f"free some space, then: crosscode train --resume {self.run.path}"):
-            self.model.save(self.run.final, self.metadata)
+            self.model.save(self.run.final, self.metadata, max_shard_size=self.config.max_shard_size)
         self.callbacks.checkpoint(self, self.run.final)
         self.run.drop_put_by()
         if (evaluation := self._evaluate(None)) is not None:

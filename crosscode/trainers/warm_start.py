@@ -16,10 +16,12 @@ from torch import Tensor
 from crosscode.errors import InputError, readable
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.base import BaseCrosscoder
+from crosscode.models.checkpoint import load_model
 from crosscode.models.elsewhere import elsewhere
 from crosscode.models.initialization.base import SampleBatches
 from crosscode.runs.checkpoints import Checkpoints
 from crosscode.runs.directory import RunDirectory
+from crosscode.weight_files import has_weights
 
 log = logging.getLogger("crosscode")
 
@@ -66,7 +68,7 @@ def find_model(source: str, field: str = "finetune_from") -> Path:
 
 def _find_model(source: str, field: str) -> Path:
     path = Path(source).expanduser()
-    if (path / "model.safetensors").is_file():
+    if has_weights(path):
         return path
     run = RunDirectory(path)
     if run.has_final():
@@ -97,9 +99,9 @@ def _check_fits(source: str, old: BaseCrosscoder, new: BaseCrosscoder) -> None:
         raise InputError(f"finetune_from = {source!r}: the saved model does not fit this config: {reason}")
 
 
-def load_folded(folder: Path, backend: AnyBackend, device: torch.device) -> BaseCrosscoder:
-    """A saved model of which it is known that it takes raw activations."""
-    model = BaseCrosscoder.load(folder, backend=backend, device=device)
+def load_folded(folder: Path, backend: AnyBackend, device: torch.device, *, checked: bool = False) -> BaseCrosscoder:
+    """A saved model of which it is known that it takes raw activations. `checked`: as of `load_model`."""
+    model = load_model(BaseCrosscoder, folder, backend=backend, device=device, checked=checked)
     if not model.is_folded:
         raise InputError(
             f"{str(folder)!r} is a model without folded scaling, and nothing there says what the scaling was; take the "

@@ -1,10 +1,17 @@
 """`crosscode plan`; that the bytes are those that processes send: tests/crosscode/parallel, tests/check/test_ranks.py."""
 
-import pytest
+import json
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from crosscode.build.foresight import weight_bytes
 from crosscode.build.plan import GPUS, plan
 from crosscode.build.schema import check_config, read_yaml
 from crosscode.commands.cli import main
+from crosscode.config.language_models import LanguageModelConfig
+from crosscode.data.harvest.loading import load_skeleton
 
 
 def test_memory_of_the_coder_falls_with_the_ranks():
@@ -22,3 +29,18 @@ def test_the_command_shows_a_line_for_each_number_of_ranks_and_names_what_is_ref
     assert [int(line.split()[0]) for line in lines] == [1, 2, 3, *(2**i for i in range(2, 10))]
     assert "crosscoder.n_latents = 300: must be at least one for each process" in lines[-1]
     assert "predictions" in said and "one of 3:" in said and "A100" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_language_model_counts_in_the_dtype_it_runs_in(dtype, named, tmp_path):
+    """Also where its configuration names none: then it is that of its files."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape)).to(dtype)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values if named else {k: v for k, v in values.items() if k != "dtype"}))
+    n_bytes = sum(weight.nbytes for weight in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    config = LanguageModelConfig(path=str(tmp_path))
+    assert weight_bytes(config, load_skeleton(str(tmp_path))) == n_bytes
