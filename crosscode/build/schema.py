@@ -13,6 +13,7 @@ from crosscode.config.checked import checked
 from crosscode.config.experiment import DEFAULT_ARCHITECTURE, CrosscoderConfig, ExperimentConfig, TrainConfig
 from crosscode.config.reading import dump_yaml, read_trusted, read_yaml
 from crosscode.config.registry import FIELDS, ConfigModel, Registry
+from crosscode.data.store.place import absolute
 from crosscode.models import ACTIVATIONS, ARCHITECTURES, INITIALIZATIONS
 from crosscode.objectives import TERMS
 from crosscode.trainers.constraints import CONSTRAINTS
@@ -127,9 +128,9 @@ def _make_data_absolute(data: dict[str, Any]) -> None:
             _make_source_absolute(part["source"] or {"type": None})
         for file in [*(source or {}).get("files", ()), *(source or {}).get("heldout_files", ())]:
             _make_absolute(file)
-    data["join"] = [str(Path(path).expanduser().resolve()) for path in data["join"]]
+    data["join"] = [absolute(path) for path in data["join"]]
     for store in [*data["stores"], *([data["cache"]] if data["cache"] else [])]:
-        store["path"] = str(Path(store["path"]).expanduser().resolve())
+        store["path"] = absolute(store["path"])
 
 
 def _make_source_absolute(source: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.data.store.beginning import check_can_write
 from crosscode.data.store.joined import JoinedStores
 from crosscode.data.store.manifest import Manifest, check_same_content, dtype_name, make_manifest
+from crosscode.data.store.place import is_url, place
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.rows import StoredRows
-from crosscode.data.store.writer import check_can_write
 from crosscode.data.text.documents import DocumentSource
 from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.tokens import TokenSequenceLoader
@@ -54,7 +55,8 @@ class Stores:
         }
         cache, written = config.data.cache, None
         if cache is not None:
-            check_may_be_filled(cache.path, "data.cache.path")
+            if not is_url(cache.path):
+                check_may_be_filled(str(place(cache.path)), "data.cache.path")
             dtypes = {"dtype": cache.dtype, "activation_dtype": config.data.activation_dtype}
             with at_field("data.cache"):
                 written = check_can_write(cache.path, {**wanted, **dtypes})
@@ -74,7 +76,7 @@ class Stores:
         if cache is not None and self.written is not None:
             wanted = _of_text(self.wanted, documents.fingerprint)
             with at_field("data.cache"):
-                check_same_content(Path(cache.path), self.written, wanted, to_append=True, partly=True)
+                check_same_content(place(cache.path), self.written, wanted, to_append=True, partly=True)
         self._check_all(self.wanted, documents, partly=True)
 
     def rows(self, tokens: TokenSequenceLoader, harvester: ActivationHarvester) -> StoredRows:
@@ -109,7 +111,7 @@ def check_stores_outside(config: ExperimentConfig) -> None:
     paths |= {f"data.join.{i}": path for i, path in enumerate(config.data.join)}
     paths |= {} if cache is None else {"data.cache.path": cache.path}
     for field, path in paths.items():
-        if Path(path).resolve().is_relative_to(run):
+        if not is_url(path) and Path(str(place(path))).resolve().is_relative_to(run):
             raise InputError(
                 f"{field} = {path!r}: is inside the run directory {str(config.run_path())!r}; put the store beside it"
             )

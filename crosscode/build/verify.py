@@ -14,8 +14,9 @@ from crosscode.build.schema import load_config
 from crosscode.checksums import CHECKSUMS_FILE
 from crosscode.data.arrays.heldout_file import read_header
 from crosscode.data.rollouts import RolloutFolder
-from crosscode.data.store.reader import ActivationCache, positions
-from crosscode.data.store.writer import read_position
+from crosscode.data.store.place import Place, RemotePath
+from crosscode.data.store.positions import positions, read_position
+from crosscode.data.store.reader import ActivationCache
 from crosscode.errors import InputError, first_line
 from crosscode.models.base import BaseCrosscoder
 from crosscode.runs.checkpoints import find_step_damage
@@ -30,13 +31,15 @@ Finding = tuple[str, str | None]
 """What was looked at, and what is wrong with it."""
 
 
-def verify(path: Path) -> Iterator[Finding]:
+def verify(path: Place) -> Iterator[Finding]:
     """One finding after the other; nothing is written.
 
     Raises:
         InputError: nothing of ours lies there.
     """
-    if any(path.glob("rollouts-*.jsonl")):
+    if isinstance(path, RemotePath):
+        yield from _store(path)
+    elif any(path.glob("rollouts-*.jsonl")):
         yield _found("rollouts", lambda: bool(RolloutFolder(path, {}).whole()))
     elif (path / "manifest.json").exists():
         yield from _store(path)
@@ -112,12 +115,12 @@ def _sweep(path: Path) -> Iterator[Finding]:
             yield f"{folder.name}/{name}", problem
 
 
-def _store(path: Path) -> Iterator[Finding]:
+def _store(path: Place) -> Iterator[Finding]:
     def rows() -> None:
         with closing(ActivationCache(path)) as store, Progress(store.n_rows, what="verify", unit="row") as shown:
             store.verify(lambda n_rows: shown.show(n_rows, ""))
 
-    def position(file: Path, n_written: int) -> str | None:
+    def position(file: Place, n_written: int) -> str | None:
         read_position(file)
         n_shards = len(list(path.glob("shard-*.safetensors")))
         return f"{n_written} shards were written, {n_shards} are there" if n_shards < n_written else None

@@ -72,8 +72,10 @@ def _dispatch(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
-        if name not in ("train", "evaluate") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(f"{name}: runs in one process; under torchrun there are `crosscode train` and `evaluate`")
+        if name not in ("train", "evaluate", "harvest") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                f"{name}: runs in one process; under torchrun there are `crosscode train`, `evaluate`, `harvest`"
+            )
         from crosscode.commands.parts.start import start
 
         start(load_command(name), name, rest)

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 TEXT = """write activations to a store ahead of training
 The activations of a config's text go to the store `data.cache`. CONFIG.yaml is that of a run (a file, a run directory, a
 recipe's name), of which only the fields below are read; without it, give these as options. What was stopped or killed
-goes on after its last whole shard with the same command. A run reads the store with --data.stores DIR, or reads and
-completes it with --data.cache.path DIR."""
+goes on after its last whole shard with the same command. Under torchrun each rank harvests shards of its own. A run reads
+the store with --data.stores DIR, or reads and completes it with --data.cache.path DIR."""
 
 
 class Options(ConfigModel):
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """what to take the fields below from"""
     store: str | None = Field(default=None, title="DIR")
-    """the folder of the store; short for --data.cache.path"""
+    """the folder of the store, or a URL such as s3://bucket/store; short for --data.cache.path"""
     n_tokens: PositiveInt | None = None
     """where to stop; null: after one pass over the text"""
     models: list[NonNegativeInt] | None = Field(default=None, title="NUMBER")
@@ -47,7 +47,11 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
         merged(read_trusted(options.config, options.trust_remote_code) if options.config else {}, typed), options.models
     )
     quiet_libraries()
-    cache = run_harvest(config, options.n_tokens)
+    from crosscode.parallel.group import is_first
+
+    cache = run_harvest(config, options.n_tokens, progress=is_first())
+    if not is_first():
+        return
     M, P, D = cache.dims
     print(f"store       {cache.path}")
     print(f"activations {cache.n_rows} of {M} x {P} x {D}, {cache.layout.dtype}")
@@ -85,14 +89,20 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     """
     from crosscode.build.data import Activations, build_token_loader, open_activations
     from crosscode.build.foresight import check_language_models
-    from crosscode.data.store.harvest import harvest_to_store
+    from crosscode.data.store.harvest import HarvestThroughStore, harvest_to_store
     from crosscode.data.store.reader import ActivationCache
+    from crosscode.parallel.group import joined
+    from crosscode.parallel.harvest import alone
+    from crosscode.parallel.refusals import check_harvest
+    from crosscode.parallel.store import harvest_over_ranks
     from crosscode.stopping import Stopped, StopSignals, check_not_stopped
     from crosscode.trainers.progress import Progress
 
     cache = config.data.cache
     assert cache is not None
+    check_harvest(config)
     check_language_models(config)
+    group = joined()
     activations = Activations(config=config, **open_activations(config))
     with (
         StopSignals() as stop,
@@ -105,16 +115,14 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
             check_not_stopped()
 
         try:
-            store = harvest_to_store(
-                build_token_loader(activations, heldout=False),
-                activations.harvester,
-                cache.path,
-                **cache.arguments(),
-                max_rows=n_tokens,
-                on_progress=on_progress,
-            )
+            harvested = build_token_loader(activations, heldout=False), alone(activations.harvester), cache.path
+            if group is None:
+                store = harvest_to_store(*harvested, **cache.arguments(), max_rows=n_tokens, on_progress=on_progress)
+            else:
+                through = HarvestThroughStore(*harvested, **cache.arguments())
+                store = harvest_over_ranks(group, through, max_rows=n_tokens, on_progress=on_progress)
         except Stopped:
-            n_rows = ActivationCache(cache.path).n_rows
+            n_rows = ActivationCache(cache.path, unfinished=True).n_rows
             if n_rows == 0:
                 raise
             stopped = f"stopped by {stop.received} at {n_rows} activations; the same command goes on"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
 from pydantic import Field
 
@@ -14,18 +13,19 @@ from crosscode.errors import CrosscodeError, InputError
 
 
 class Options(ConfigModel):
-    path: Path = Field(title="RUN|STORE")
-    """a run, a sweep, a saved model, or a store; or a repository USER/NAME"""
+    path: str = Field(title="RUN|STORE")
+    """a run, a sweep, a saved model, or a store (a folder or a URL); or a repository USER/NAME"""
 
 
 def run(options: Options) -> None:
     quiet_libraries()
     from crosscode.build.verify import verify
+    from crosscode.data.store.place import is_url, place
     from crosscode.interop.hub import local
     from crosscode.trainers.progress import at_work
 
-    path = local(options.path)
-    if not path.is_dir():
+    path = place(options.path) if is_url(options.path) else local(options.path)
+    if not is_url(options.path) and not path.is_dir():
         raise InputError(f"verify: {str(options.path)!r}: no such folder")
     n_all = n_bad = 0
     with at_work("verify") if not (path / "manifest.json").exists() else nullcontext():

@@ -23,7 +23,8 @@ class CacheConfig(ConfigModel):
     """A store of activations on disk that a run writes while it trains, or `crosscode harvest` writes ahead."""
 
     path: Printable
-    """folder; a store that is there already is read and continued, if it holds the same"""
+    """folder, or a URL of any fsspec file system (s3://bucket/store); a store that is there already is read
+    and continued, if it holds the same"""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """dtype on disk; int8 has one scale for each vector. Training sees the stored values, from the first epoch on"""
     shard_mb: PositiveInt = 256
@@ -41,7 +42,7 @@ class StoreConfig(ConfigModel):
     """A store to read; its path alone will do."""
 
     path: Printable
-    """folder that `crosscode harvest` or a run with `data.cache` has written"""
+    """folder or URL that `crosscode harvest` or a run with `data.cache` has written"""
     weight: PositiveFloat | None = None
     """how often an activation comes from it, relative to the other stores; null in all: in proportion to their sizes"""
 

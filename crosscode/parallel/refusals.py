@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
@@ -48,14 +49,7 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
     get = lambda part, name: getattr(part, name, None)  # noqa: E731
     if train.compile and to_train:
         yield "train.compile = True: is for one process"
-    named = [("device", config.device)]
-    for i, lm in enumerate(config.language_models):
-        named.append((f"language_models.{i}.device", lm.device or ""))
-        if lm.device_map is not None:
-            yield f"language_models.{i}.device_map = {lm.device_map!r}: each process would take the GPUs of all; leave it out"
-    for field, device in named:
-        if ":" in device:
-            yield f"{field} = {device!r}: each process has a GPU of its own; write {device.partition(':')[0]!r}"
+    yield from _devices(config)
     n_latents: Any = get(coder, "n_latents")
     if n_latents and n_latents < ranks:
         yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"
@@ -64,3 +58,20 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
         for name, value in (("activation.k", activation.k), ("n_latents", n_latents)):
             if value is not None and value % ranks:
                 yield f"crosscoder.{name} = {value}: GroupMax needs a number that the processes divide"
+
+
+def check_harvest(config: HarvestConfig) -> None:
+    """Raise InputError for what several processes cannot harvest."""
+    if (ranks := n_ranks()) > 1 and (problem := next(_devices(config), None)):
+        raise InputError(f"{problem} (torchrun started {ranks} processes)")
+
+
+def _devices(config: HarvestConfig) -> Iterator[str]:
+    named = [("device", config.device)]
+    for i, lm in enumerate(config.language_models):
+        named.append((f"language_models.{i}.device", lm.device or ""))
+        if lm.device_map is not None:
+            yield f"language_models.{i}.device_map = {lm.device_map!r}: each process would take the GPUs of all; leave it out"
+    for field, device in named:
+        if ":" in device:
+            yield f"{field} = {device!r}: each process has a GPU of its own; write {device.partition(':')[0]!r}"

@@ -19,6 +19,7 @@ from crosscode.data.arrays.random_access import (
     TensorInput,
     numpy_dtype,
 )
+from crosscode.data.store.place import is_url
 from crosscode.data.store.reader import ActivationCache
 from crosscode.errors import InputError
 
@@ -38,6 +39,8 @@ def open_input(given: Any, key: str | None = None) -> ArrayInput:
         return NumpyInput(given)
     if isinstance(given, ActivationCache):
         return StoreInput(given)
+    if isinstance(given, str) and is_url(given):
+        return StoreInput(ActivationCache(given))
     if isinstance(given, (str, Path)):
         return _open_path(Path(given).expanduser(), key)
     if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):

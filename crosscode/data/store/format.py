@@ -13,15 +13,14 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from crosscode.data.schemas import ShardHeader, ShardInfo
+from crosscode.data.store.place import Place, read_range, write_whole
 from crosscode.errors import InputError
-from crosscode.files import write_parts
 from crosscode.stored import parse_json
 
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -30,6 +29,7 @@ LABELS_BYTES = 12
 """Of a row."""
 _CHECKSUM_OF_ZEROS = 0x5BD1E995
 _MAX_HEADER_BYTES = 1 << 20
+_FEWEST_HEADER_BYTES = 4096
 
 
 class StoreError(InputError):
@@ -129,7 +129,7 @@ def shard_name(index: int) -> str:
 
 
 def write_shard(
-    folder: Path,
+    folder: Place,
     index: int,
     layout: Layout,
     rows: list[PackedRows],
@@ -145,16 +145,17 @@ def write_shard(
     arrays += [part.scales_RMP.numpy() for part in rows if part.scales_RMP is not None]
     arrays += [part.acts_RE.numpy() for part in rows]
     arrays += [] if labels_R3 is None else [labels_R3]
-    write_parts(folder / shard_name(index), [header, *arrays])
+    write_whole(folder / shard_name(index), [header, *arrays], new=True)
     return len(header) + sum(array.nbytes for array in arrays)
 
 
-def read_shard_header(path: Path, index: int, layout: Layout) -> tuple[int, int, dict[str, Any]]:
+def read_shard_header(path: Place, index: int, layout: Layout) -> tuple[int, int, dict[str, Any]]:
     """(rows, offset of the data, info) of a shard. Raises StoreError if anything about it is not as written."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+        begin = read_range(path, 0, _FEWEST_HEADER_BYTES)
+        length = int.from_bytes(begin[:8], "little")
+        rest = read_range(path, len(begin), 8 + length) if len(begin) < 8 + length <= _MAX_HEADER_BYTES else b""
+        text = (begin + rest)[8 : 8 + length] if length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
         raise StoreError(f"store: shard {str(path)!r} cannot be read ({error.strerror or error})") from error
     where = f"store: the header of shard {str(path)!r} is damaged"

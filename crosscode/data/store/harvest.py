@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from crosscode.data.permutation import permuted
 from crosscode.data.rows import HarvestedRows, Rows, RowStream
 from crosscode.data.store.format import StoreError, StoreNotWritten
 from crosscode.data.store.manifest import layout_of, make_manifest
+from crosscode.data.store.place import Place, place
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.tokens import TokenSequenceLoader
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 def harvest_to_store(
     token_loader: TokenSequenceLoader,
     harvester: ActivationHarvester,
-    path: str | Path,
+    path: str | Place,
     *,
     max_rows: int | None = None,
     on_progress: Progress | None = None,
@@ -54,7 +54,7 @@ def harvest_to_store(
         if n_rows:
             log.info("store %s: checking the %d activations that it holds", path, n_rows)
             with interruptible():
-                ActivationCache(path).verify()
+                ActivationCache(path, unfinished=True).verify()
         stream = through.harvested.open(writer.resume_state)
         while not writer.finished and not writer.full and (max_rows is None or n_rows < max_rows):
             with interruptible():
@@ -87,7 +87,7 @@ class HarvestThroughStore:
         self,
         token_loader: TokenSequenceLoader,
         harvester: ActivationHarvester,
-        path: str | Path,
+        path: str | Place,
         *,
         dtype: str = "float32",
         shard_bytes: int = 256 << 20,
@@ -95,7 +95,7 @@ class HarvestThroughStore:
     ) -> None:
         self.epochs = token_loader.policy.epochs
         self.seed = token_loader.policy.seed
-        self.path = Path(path)
+        self.path = place(path)
         self.harvested = HarvestedRows(token_loader.fresh(epochs=1), harvester)
         self.manifest = make_manifest(self.harvested.token_loader, harvester, dtype=dtype)
         self.dtype_on_disk = dtype
@@ -110,8 +110,8 @@ class HarvestThroughStore:
         """It fills the store as any other pass does: what an estimate has seen is not harvested again."""
         return _ThroughStream(self, None, 1)
 
-    def open_writer(self) -> ActivationCacheWriter:
-        return ActivationCacheWriter(self.path, self.manifest, **self._sizes)
+    def open_writer(self, **of_ranks: Any) -> ActivationCacheWriter:
+        return ActivationCacheWriter(self.path, self.manifest, **self._sizes, **of_ranks)
 
     def settings(self) -> dict[str, Any]:
         return {**self.harvested.settings(), "store.dtype": self.dtype_on_disk}
@@ -160,7 +160,7 @@ class _ThroughStream:
     def _read(self) -> torch.Tensor:
         """Stored rows, in stored order in the first epoch and in any that began before the store was whole."""
         if self._cache is None:
-            self._cache = ActivationCache(self._source.path)
+            self._cache = ActivationCache(self._source.path, unfinished=True)
         elif self._cache.n_rows != self._writer.n_rows:
             self._cache.refresh()
         n_rows = self._cache.n_rows

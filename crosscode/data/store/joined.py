@@ -6,7 +6,6 @@ R rows, ascending · B rows asked for at once · M models · P hookpoints · E b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.nn.functional import pad
 from crosscode.config.nested import flatten
 from crosscode.data.store.format import Layout, PackedRows, StoreError, unpack
 from crosscode.data.store.manifest import Manifest
+from crosscode.data.store.place import Place
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.text.labels import Labels
 
@@ -30,7 +30,7 @@ class JoinedStores:
     the hash of the token ids where the shards have it), in one dtype, and no model and hookpoint twice.
     """
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Place]) -> None:
         self.stores = [ActivationCache(path) for path in paths]
         for store in self.stores:
             store.check_not_empty()
@@ -44,6 +44,10 @@ class JoinedStores:
     @property
     def n_rows(self) -> int:
         return self.stores[0].n_rows
+
+    @property
+    def is_remote(self) -> bool:
+        return any(store.is_remote for store in self.stores)
 
     def __str__(self) -> str:
         return "the join of " + " and ".join(map(str, self.stores))
@@ -69,8 +73,9 @@ class JoinedStores:
     def read_ascending(self, index_R: np.ndarray, out: PackedRows | None = None) -> PackedRows:
         """As `ActivationCache.read_ascending`."""
         out = PackedRows.empty(len(index_R), self.layout) if out is None else out
-        for first in range(0, len(index_R), _ROWS_AT_ONCE):
-            part = slice(first, first + _ROWS_AT_ONCE)
+        n_at_once = max(1, len(index_R)) if self.is_remote else _ROWS_AT_ONCE
+        for first in range(0, len(index_R), n_at_once):
+            part = slice(first, first + n_at_once)
             rows = [store.read_ascending(index_R[part]) for store in self.stores]
             vectors = [one.acts_RE.view(len(one.acts_RE), *store.dims[:2], -1) for one, store in self._zip(rows)]
             widest = max(one.shape[-1] for one in vectors)  # in bytes: narrower vectors end in zeros

@@ -16,13 +16,15 @@ from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.schemas import StoreManifest
 from crosscode.data.store.format import STORE_DTYPES, Layout, StoreError
+from crosscode.data.store.place import Place, RemotePath, write_whole
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
-from crosscode.files import write_parts
 from crosscode.formats import STORE
-from crosscode.stored import check, read_json
+from crosscode.stored import check, parse_json
 
 _FILE = "manifest.json"
+UNFINISHED = "manifest.unfinished.json"
+"""Its name until the harvest ends, where a manifest says that a store is there: remotely, and where ranks write."""
 _FORMAT = "crosscode-activations"
 _ONLY_NAMES = (".name", ".revision")
 _HOW_IT_IS_WRITTEN = ("version",)
@@ -81,17 +83,17 @@ def layout_of(manifest: Manifest) -> Layout:
     return Layout((M, P, D), manifest["dtype"])
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Place, manifest: Manifest, name: str = _FILE) -> None:
     text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
-    write_parts(folder / _FILE, [text.encode()])
+    write_whole(folder / name, [text.encode()])
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place, name: str = _FILE) -> Manifest | None:
     """The manifest of a store, or None where there is none. Raises StoreError for a damaged or a foreign one."""
-    path = folder / _FILE
+    path = folder / name
     if not path.exists():
         return None
-    manifest = read_json(path, dict[str, Any], StoreError)
+    manifest = parse_json(path.read_bytes(), dict[str, Any], str(path), StoreError)
     checksum = manifest.pop("checksum", None)
     if manifest.get("format") != _FORMAT:
         raise StoreError(f"store: {str(path)!r} is not the manifest of an activation store")
@@ -110,7 +112,7 @@ def check_same_content(
     To read, the order of the rows and their rounding (on disk and before) are no matter; to append, they are.
     `partly`: fields that `wanted` does not have are no matter either.
     """
-    named = f"store {str(store)!r}" if isinstance(store, Path) else str(store)
+    named = f"store {str(store)!r}" if isinstance(store, (Path, RemotePath)) else str(store)
     ignored = _HOW_IT_IS_WRITTEN if to_append else (*_HOW_IT_IS_WRITTEN, *_ROUNDING, *_ORDER_OF_ROWS)
     names_stored, names_wanted = ([model["name"] for model in manifest["models"]] for manifest in (stored, wanted))
     if len(names_stored) != len(names_wanted):

@@ -29,10 +29,11 @@ from crosscode.data.store.format import (
     shard_name,
     unpack,
 )
-from crosscode.data.store.manifest import Manifest, check_same_content, content_id, layout_of, read_manifest
+from crosscode.data.store.manifest import UNFINISHED, Manifest, check_same_content, content_id, layout_of, read_manifest
+from crosscode.data.store.place import Place, RemotePath, for_each, place, read_range, read_remote_runs
+from crosscode.data.store.positions import positions
 from crosscode.data.text.labels import Labels
 
-_POSITION = re.compile(r"resume-(\d{6,})-[0-9a-f]{8}\.safetensors")
 _MAX_OPEN_SHARDS = 128
 _ROWS_PER_CHECK = 8192
 _BYTES_AT_ONCE = 1 << 20
@@ -47,7 +48,7 @@ class Shard:
     earlier stores.
     """
 
-    path: Path
+    path: Place
     n_rows: int
     offset: int
     norm_sum_MP: torch.Tensor
@@ -55,25 +56,27 @@ class Shard:
     labels: str | None = None
 
 
-def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
+def list_shards(folder: Place, manifest: Manifest) -> list[Shard]:
     """Every whole shard, in order. Raises StoreError for a missing or truncated one, and for one of another manifest.
 
+    A shard that is missing behind the last position is not missing: see `ahead`.
     Shards carry the `content_id` that they were written for; of earlier ones, without it, nothing is known.
     """
     layout, content = layout_of(manifest), content_id(manifest)
     # Before the shards are listed: a process that writes here removes a position only after the next shard is whole.
     n_written = min(positions(folder).values(), default=0)
-    names = sorted(path.name for path in folder.glob("shard-*.safetensors"))
+    paths = sorted(folder.glob("shard-*.safetensors"))
+    whole = [path for index, path in enumerate(paths) if path.name == shard_name(index)]
+    if len(whole) < len(paths) and not (0 < n_written <= len(whole) and all(map(is_shard, paths))):
+        missing = folder / shard_name(len(whole))
+        raise StoreError(f"store: shard {str(missing)!r} is missing, though {paths[len(whole)].name} is there")
+    headers = for_each(lambda of: read_shard_header(of[1], of[0], layout), enumerate(whole), folder)
     shards = []
-    for index, name in enumerate(names):
-        path = folder / shard_name(index)
-        if name != path.name:
-            raise StoreError(f"store: shard {str(path)!r} is missing, though {name} is there")
-        n_rows, offset, info = read_shard_header(path, index, layout)
+    for path, (n_rows, offset, info) in zip(whole, headers, strict=True):
         theirs = info.get("content", content)
         if theirs != content:
             raise StoreError(
-                f"store {str(folder)!r}: shard {name} was written for another manifest ({theirs}) than the one in "
+                f"store {str(folder)!r}: shard {path.name} was written for another manifest ({theirs}) than the one in "
                 f"this folder ({content}); one of the two was copied here"
             )
         norm_sum_MP = torch.tensor(info["norm_sums"], dtype=torch.float64)
@@ -83,15 +86,18 @@ def list_shards(folder: Path, manifest: Manifest) -> list[Shard]:
     return shards
 
 
-def positions(folder: Path) -> dict[Path, int]:
-    """The files that hold positions of the data, and the number of shards before each."""
-    found = {path: _POSITION.fullmatch(path.name) for path in folder.glob("resume-*.safetensors")}
-    return {path: int(match[1]) for path, match in found.items() if match is not None}
+def is_shard(path: Place) -> bool:
+    return re.fullmatch(r"shard-\d{6,}\.safetensors", path.name) is not None
 
 
-def check_no_links(folder: Path) -> None:
+def ahead(folder: Place, n_shards: int) -> list[Place]:
+    """Shards behind a gap, of ranks that were ahead of another when all ended: nobody reads them."""
+    return [path for path in sorted(folder.glob("shard-*.safetensors"))[n_shards:] if is_shard(path)]
+
+
+def check_no_links(folder: Place) -> None:
     """Raise StoreError for a link in a store: what is read, written or removed through it would lie elsewhere."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(folder.iterdir()) if isinstance(folder, Path) and folder.is_dir() else []:
         if path.is_symlink():
             raise StoreError(f"store: {str(path)!r} is a link, which is not followed; put what it names here")
         if not (path.is_file() or path.is_dir()):
@@ -105,7 +111,7 @@ class ActivationCache:
     content is refused by the field that differs. Rows of `dims` = (M, P, D) may be read in any order, are checked
     against their checksums each time, and are handed out as float32 (bfloat16 for a bfloat16 store). Files are read by
     position and never mapped, so that nothing of a store counts as this process's memory but the rows that it asked
-    for.
+    for. Of a remote store (`path` is a URL) many are asked for at a time.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.
@@ -114,12 +120,19 @@ class ActivationCache:
         StoreError: no store there, or one of other content.
     """
 
-    def __init__(self, path: str | Path, *, expected: Manifest | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place, *, expected: Manifest | None = None, unfinished: bool = False) -> None:
+        self.path = place(path)
         check_no_links(self.path)
         manifest = read_manifest(self.path)
+        draft = read_manifest(self.path, UNFINISHED) if manifest is None else None
+        manifest = draft if unfinished and draft is not None else manifest
         if manifest is None:
-            raise StoreError(f"store {str(path)!r}: no such store (there is no manifest.json in that folder)")
+            why = (
+                "its harvest has not ended; the same command goes on"
+                if draft
+                else "there is no manifest.json in that folder"
+            )
+            raise StoreError(f"store {str(path)!r}: no such store ({why})")
         if expected is not None:
             check_same_content(self.path, manifest, expected, to_append=False)
         self.manifest = manifest
@@ -141,6 +154,11 @@ class ActivationCache:
     def n_rows(self) -> int:
         """Rows in whole shards."""
         return int(self._ends[-1]) if self.shards else 0
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reads are worth being made ahead."""
+        return isinstance(self.path, RemotePath)
 
     def __len__(self) -> int:
         return self.n_rows
@@ -174,9 +192,8 @@ class ActivationCache:
             if shard.labels is None:
                 return None
             size = shard.n_rows * LABELS_BYTES
-            with open(shard.path, "rb") as file:
-                file.seek(-size, os.SEEK_END)
-                content = file.read()
+            end = shard.path.stat().st_size
+            content = read_range(shard.path, end - size, end)
             if len(content) != size or f"{zlib.crc32(content):08x}" != shard.labels:
                 raise StoreError(f"store: the labels of shard {str(shard.path)!r} do not match their checksum")
             parts.append(torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, 3))
@@ -201,17 +218,19 @@ class ActivationCache:
             raise StoreError(f"store {str(self.path)!r}: row {asked} asked for, but it has {self.n_rows}")
         out = PackedRows.empty(len(index_R), self.layout) if out is None else out
         n_at_once = max(_FEWEST_ROWS_AT_ONCE, _BYTES_AT_ONCE // self.layout.row_bytes)
+        n_at_once = max(n_at_once, len(index_R)) if self.is_remote else n_at_once
         with self._lock:
             for first in range(0, len(index_R), n_at_once):
                 part = slice(first, first + n_at_once)
                 self._read_checked(index_R[part], out[part])
         return out
 
-    def verify(self, done: Callable[[int], None] = lambda _: None) -> None:
-        """Read every row once; `done` is told how many are. Raises StoreError at the first that does not match its
-        checksum."""
-        for first in range(0, self.n_rows, _ROWS_PER_CHECK):
-            last = min(first + _ROWS_PER_CHECK, self.n_rows)
+    def verify(self, done: Callable[[int], None] = lambda _: None, rows: tuple[int, int] | None = None) -> None:
+        """Read every row once, or those from `rows[0]` to before `rows[1]`; `done` is told how many are. Raises StoreError at
+        the first that does not match its checksum."""
+        begin, end = rows or (0, self.n_rows)
+        for first in range(begin, end, _ROWS_PER_CHECK):
+            last = min(first + _ROWS_PER_CHECK, end)
             self.read_rows(torch.arange(first, last))
             done(last)
         self.labels()
@@ -235,7 +254,9 @@ class ActivationCache:
         section_at_N = self._offsets[shard_N]
         for section_RE in (sums_R.view(torch.uint8).view(-1, 4), *out.sections()):
             E = section_RE.shape[1]
-            if not read_runs(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()):
+            if not (read_remote_runs if self.is_remote else read_runs)(
+                files_N, section_at_N + E * local_N, first_N, section_RE.numpy()
+            ):
                 raise self._cut(shard_N)
             section_at_N = section_at_N + E * self._sizes[shard_N]
         wrong_R = np.flatnonzero(row_sums(out) != sums_R.numpy())
@@ -250,8 +271,10 @@ class ActivationCache:
         """Numbers of rows within their shards."""
         return index - (self._ends - self._sizes)[shard]
 
-    def _files(self, shard_N: np.ndarray) -> list[int]:
-        """Descriptors of open files."""
+    def _files(self, shard_N: np.ndarray) -> list[Any]:
+        """Descriptors of open files; of a remote store, where they are."""
+        if self.is_remote:
+            return [self.shards[shard].path for shard in shard_N.tolist()]
         descriptors = {}
         for shard in np.unique(shard_N).tolist():
             if shard not in self._open:

@@ -128,6 +128,7 @@ class _StoreStream:
             StoreWindow(store, block=source.read_block, window=max(1, round(source.window * weight)))
             for store, weight in zip(source.stores, self._weights_W.tolist(), strict=True)
         ]
+        self._epochs = epochs
         self._limit = None if epochs is None else epochs * self._n_rows
 
     def __iter__(self) -> Iterator[Rows]:
@@ -160,9 +161,10 @@ class _StoreStream:
             epoch, position = divmod(taken, size)
             n_part = min(n_rows, size - position)
             if self._source.shuffle:
-                parts.append(
-                    self._windows[w].read(position, n_part, n_rows=size, seed=derived_seed(self._source.seed, w, epoch))
-                )
+                seed, after = (derived_seed(self._source.seed, w, each) for each in (epoch, epoch + 1))
+                is_last = self._epochs is not None and len(self._windows) == 1 and epoch + 1 >= self._epochs
+                then = None if is_last else after
+                parts.append(self._windows[w].read(position, n_part, n_rows=size, seed=seed, then=then))
             else:
                 parts.append(store.read_rows(torch.arange(position, position + n_part)))
             taken, n_rows = taken + n_part, n_rows - n_part
@@ -177,6 +179,8 @@ class _StoreStream:
         }
 
     def close(self) -> None:
+        for window in self._windows:
+            window.close()
         for store in self._source.stores:
             store.close()
 

@@ -11,7 +11,8 @@ R rows of a window, as they lie on disk · B rows handed out · M models · P ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,7 +87,8 @@ class WindowedOrder:
 class StoreWindow:
     """Reads a store in windowed order and keeps one window in memory, in the dtype on disk.
 
-    A position in the middle of a window reads that window again.
+    A position in the middle of a window reads that window again. Of a remote store the next window is read while this one is
+    used: two are in memory then.
     """
 
     def __init__(self, store: RowStore, *, block: int, window: int) -> None:
@@ -95,9 +97,13 @@ class StoreWindow:
         self.window = window
         self._held: tuple[Any, ...] | None = None
         self._rows_R = PackedRows.empty(0, store.layout)
+        self._spare_R = self._rows_R
+        self._coming: tuple[Any, Future[PackedRows]] | None = None
+        self._reader = ThreadPoolExecutor(1, "crosscode-window") if getattr(store, "is_remote", False) else None
 
-    def read(self, place: int, n: int, *, n_rows: int, seed: int) -> torch.Tensor:
-        """`acts_BMPD` at places `place` to `place + n` of the order of the store's first `n_rows` rows that `seed` names.
+    def read(self, place: int, n: int, *, n_rows: int, seed: int, then: int | None = None) -> torch.Tensor:
+        """`acts_BMPD` at places `place` to `place + n` of the order of the store's first `n_rows` rows that `seed` names. `then`:
+        the seed of the order that comes after.
 
         Raises StoreError as `ActivationCache.read_rows` does.
         """
@@ -107,6 +113,7 @@ class StoreWindow:
         while done < n:
             first, end = order.bounds(place + done)
             self._hold(order, first, end)
+            self._read_ahead(order, end, then)
             n_here = min(n - done, end - place - done)
             places_B = torch.arange(place + done, place + done + n_here)
             self._take(order.picks_B(first, end, places_B).numpy(), out_BMPD[done : done + n_here])
@@ -119,11 +126,44 @@ class StoreWindow:
         if self._held == wanted:
             return
         self._held = None
-        if self._rows_R.acts_RE.shape[0] < end - first:
-            self._rows_R = PackedRows.empty(0, self.store.layout)
-            self._rows_R = PackedRows.empty(end - first, self.store.layout)
-        self.store.read_ascending(order.rows_R(first, end).numpy(), self._rows_R[: end - first])
+        if (coming := self._taken(wanted)) is not None:
+            self._rows_R, self._spare_R = coming, self._rows_R
+        else:
+            rows_R, self._rows_R = self._rows_R, PackedRows.empty(0, self.store.layout)
+            self._rows_R = self._filled(order, first, end, rows_R)
         self._held = wanted
+
+    def _filled(self, order: WindowedOrder, first: int, end: int, rows_R: PackedRows) -> PackedRows:
+        if rows_R.acts_RE.shape[0] < end - first:
+            rows_R = PackedRows.empty(0, self.store.layout)
+            rows_R = PackedRows.empty(end - first, self.store.layout)
+        self.store.read_ascending(order.rows_R(first, end).numpy(), rows_R[: end - first])
+        return rows_R
+
+    def _read_ahead(self, order: WindowedOrder, first: int, then: int | None) -> None:
+        if self._reader is None or self._coming is not None:
+            return
+        if first == order.n_rows:
+            if then is None:
+                return
+            order, first = replace(order, seed=then), 0
+        first, end = order.bounds(first)
+        if end - first < order.n_rows:  # else it is this one
+            rows_R, self._spare_R = self._spare_R, PackedRows.empty(0, self.store.layout)
+            self._coming = (order, first), self._reader.submit(self._filled, order, first, end, rows_R)
+
+    def _taken(self, wanted: Any) -> PackedRows | None:
+        """What was read ahead, if it is that; in any case nothing is being read any more."""
+        if self._coming is None:
+            return None
+        (what, future), self._coming = self._coming, None
+        if what == wanted:
+            return future.result()
+        wait([future])
+        return None
+
+    def close(self) -> None:
+        self._taken(None)
 
     def _take(self, picks_B: np.ndarray, out_BMPD: torch.Tensor) -> None:
         """On the CPU by numpy: see `ShuffleBuffer`."""

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from crosscode.data import ActivationCache, ActivationCacheWriter
 from crosscode.data.permutation import permuted
+from crosscode.data.store.beginning import check_can_write
 from crosscode.data.store.format import Layout, StoreError, pack, row_sums, unpack
 from crosscode.data.store.rows import StoredRows
 from crosscode.data.store.window import WindowedOrder
-from crosscode.data.store.writer import check_can_write
 from crosscode.errors import InputError
 
 DIMS = (2, 1, 12)
