@@ -5,8 +5,8 @@
 
 planted: `crosscode synthetic` as it ships, L0 8. demo: recipes as they ship, on 250k tokens, L0 32: `k` if there is one,
 else the target of the term that draws L0 (a controller where that is a penalty). dead: 2,048 planted features, 16,384 latents,
-L0 32 (L1 and tanh: what their penalty gives), 300 steps of 256 tokens; once more as the schemes are tuned for 320 latents. What
-is stored is not trained again.
+L0 32 (L1 and tanh: what their penalty gives), 300 steps of 256 tokens, as the schemes are tuned for 320 latents, and (all but
+JumpReLU) with an lr and a norm at the start for so many. What is stored is not trained again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def planned(data: str) -> dict[str, Any]:
     return {
         name + said: lambda seed, name=name, fields=fields: synthetic(name, seed, n_features=2048, **DEAD, **fields)
         for said, fields in (("", OF_MANY_LATENTS), (", as for 320 latents", {}))
-        for name in SCHEMES
+        for name, parts in SCHEMES.items()
+        if not fields or "jumprelu" not in parts(1, 1, 1.0)["activation"]["type"]
     }
 
 
