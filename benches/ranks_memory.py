@@ -1,9 +1,11 @@
-"""What each process holds while 1, 2 and 4 of them train one SAE: a TopK of 32 of L latents, width D, Adam, batches of B tokens.
+"""What each process holds while 1, 2 and 4 of them train one SAE: L latents (a TopK of 32, ReLU or JumpReLU), width D, Adam,
+batches of B tokens.
 
-    python benches/ranks_memory.py [--n-latents 32768] [--width 512] [--tokens 256]
+    python benches/ranks_memory.py [--activation topk|relu|jumprelu] [--n-latents 32768] [--width 512] [--tokens 256]
 
-By tensors: weights, gradients and Adam's moments behind three steps. By the system: resident memory then, and at its peak, over
-that before the model was made; of the process that took most. On CPUs, through gloo.
+By tensors: weights, gradients and Adam's moments behind three steps; and what a forward pass keeps for its backward pass. By the
+system: resident memory then, and at its peak, over that before the model was made; of the process that took most. On CPUs,
+through gloo.
 
 Axes: B tokens · D width · L latents.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 from data_common import report
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def status(field: str) -> int:
@@ -26,15 +29,18 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def of_one(n_latents: int, width: int, tokens: int) -> dict[str, int]:
-    from crosscode.models import AnthropicTransposeInit, SAEOrTranscoder, TopkActivation
+def of_one(activation: str, n_latents: int, width: int, tokens: int) -> dict[str, int]:
+    from crosscode.models import AnthropicTransposeInit, SAEOrTranscoder
+    from crosscode.models.activations.base import ACTIVATIONS
     from crosscode.parallel import joined
     from crosscode.parallel.training import shard_
 
     torch.set_num_threads(1)
     group, before = joined(), status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    model = SAEOrTranscoder(width, width, n_latents, TopkActivation(32, n_latents), backend="torch")
+    config = {"type": activation} | ({"k": 32} if activation == "topk" else {})
+    function = ACTIVATIONS.build(config, n_latents=n_latents)
+    model = SAEOrTranscoder(width, width, n_latents, function, backend="torch")
     model.init_weights(AnthropicTransposeInit(), 0)
     if group is not None:
         shard_(model, group)
@@ -42,12 +48,22 @@ def of_one(n_latents: int, width: int, tokens: int) -> dict[str, int]:
     x_BD = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         optimizer.zero_grad()
-        model.forward_train(x_BD).recon_loss(x_BD).loss.backward()
+        kept: dict[int, int] = {}  # each storage once
+
+        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.forward_train(x_BD).recon_loss(x_BD).loss
+        loss.backward()
         optimizer.step()
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     held = [*model.parameters(), *(param.grad for param in model.parameters() if param.grad is not None)]
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return {
         "tensors": sum(tensor.nbytes for tensor in held),
+        "kept": sum(n for at, n in kept.items() if at not in weights),
         "resident": status("VmRSS") - before,
         "peak": status("VmHWM") - before,
     }
@@ -58,6 +74,7 @@ def main() -> None:
     sizes = {"n_latents": 32_768, "width": 512, "tokens": 256}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--activation", choices=("topk", "relu", "jumprelu"), default="topk")
     parser.add_argument("--into", type=Path)
     given = vars(parser.parse_args())
     if into := given.pop("into"):

@@ -6,8 +6,10 @@ Axes: R rows · L latents.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from crosscode.errors import RankLost
+
+PATIENCE = timedelta(seconds=60)
+"""How long a process waits for the others to begin."""
 
 
 def n_ranks() -> int:
@@ -118,9 +123,16 @@ class Group:
 def _meet(backend: str) -> None:
     """As `init_process_group`, at a place of its own for each attempt of `torchrun --max-restarts`: its store outlives the
     processes, and in it new ones would find the addresses of those that have ended."""
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     apart = dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+    apart.set(f"here {rank}", "")
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not apart.check([f"here {other}" for other in range(size)]):  # not `wait`, which would hear no signal
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all of the {size} processes have come within {PATIENCE.total_seconds():.0f} s")
+        time.sleep(0.05)
+    apart.set_timeout(dist.default_pg_timeout)
     dist.init_process_group(backend, store=apart, rank=rank, world_size=size)
 
 

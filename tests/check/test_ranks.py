@@ -150,6 +150,35 @@ def test_a_rank_that_is_killed_at_any_moment_ends_the_other_and_costs_nothing(tm
     assert all(torch.equal(one[name], resumed[name]) for name in one)
 
 
+def test_a_rank_that_is_killed_before_all_have_met_ends_the_other(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(CONFIG.replace("RUN", str(tmp_path / "run")))
+    processes = spawn(2, words=[str(Path(sys.executable).with_name("crosscode")), "train", str(config)])
+    processes[1].kill()
+    said = processes[0].communicate(timeout=120)[0]  # it waits for 60 s, behind its imports
+    assert processes[0].returncode == 74 and "Traceback" not in said, said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n_rows", [0, 6, 9])  # in the first step, and where checkpoints are written
+def test_of_four_ranks_one_that_is_killed_ends_all(tmp_path, n_rows):
+    crosscode, config, run = str(Path(sys.executable).with_name("crosscode")), tmp_path / "c.yaml", tmp_path / "run"
+    config.write_text(CONFIG.replace("RUN", str(run)).replace("n_tokens: 2560", "n_tokens: 1280"))
+    processes, rows = spawn(4, words=[crosscode, "train", str(config)]), run / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") >= n_rows):
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.01)
+    processes[n_rows % 4].kill()
+    killed, said = time.monotonic(), [process.communicate(timeout=60)[0] for process in processes]
+    assert time.monotonic() - killed < 60
+    assert sorted(process.returncode for process in processes) == [-9, 74, 74, 74], said
+    assert not any("Traceback" in text for text in said), said
+    finish(spawn(4, words=[crosscode, "train", "--resume", str(run)]))
+    finish(spawn(4, words=[crosscode, "train", str(config), "--run_dir", str(tmp_path / "whole")]))
+    one, other = (load_file(path / "final" / "model.safetensors") for path in (run, tmp_path / "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_run_goes_on_at_another_number_of_ranks(tmp_path, uninterrupted):
     processes, _ = begun(tmp_path, tmp_path / "run")
     while not (tmp_path / "run" / "checkpoints" / "step_6").exists():
