@@ -286,9 +286,7 @@ def check(value: Any, kind: Any, where: str, error: type[InputError] = InputErro
     return value
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)
 
 
 def _said(problem: Exception) -> str:
