@@ -3,6 +3,7 @@
 R rows · B batch · M models · P hookpoints · D model dimension.
 
     python benches/data_store.py [rounds] [folder]
+    python benches/data_store.py distant          # a store that takes 20 ms a request, against a local one
 
 Real activations of SmolLM2-135M (blocks.14.hook_resid_post) are harvested once and written several times over, so
 that the store is larger than any processor cache; everything is read from the page cache, in one thread.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -68,6 +70,42 @@ def main(rounds: int, folder: Path) -> None:
             store = stores[row["way"]]
             row |= {"on_disk_MB": size_of(store) / 1e6, "overhead_percent": overhead(store), **memory(store)}
     report("data_store", table, hookpoint=HOOKPOINT, batch=B, rounds=rounds, codec=codec_errors(acts_RMPD))
+
+
+def distant(folder: Path, n_rows: int = 400_000, width: int = 576) -> None:
+    """Activations per second out of memory behind 20 ms a request, and out of a local folder: shuffled batches, one epoch, and no
+    work on them."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Distant(MemoryFileSystem):
+        protocol, cachable, store, pseudo_dirs = "distant", False, {}, [""]
+
+        def cat_file(self, path: str, start: Any = None, end: Any = None, **options: Any) -> bytes:
+            time.sleep(0.02)
+            return super().cat_file(path, start=start, end=end)
+
+    fsspec.register_implementation("distant", Distant)
+    manifest = {
+        "format": "crosscode-activations", "version": 2, "models": [{"name": "a", "weights": "1", "dtype": "float32",
+                    "revision": None}],
+        "tokenizer": "t", "hookpoints": ["h"], "dims": [1, 1, width], "dtype": "float32", "activation_dtype": "float32",
+        "tokens": {"sequence_length": 8, "seed": 0, "dataset": "d"}, "sources": [{"name": "s"}],
+    }  # fmt: skip
+    places = {"local": str(folder / "near"), "20 ms": "distant://bucket/store"}
+    for where in places.values():
+        with ActivationCacheWriter(where, manifest, shard_bytes=64 << 20) as writer:
+            for i in range(0, n_rows, 10_000):
+                writer.append(torch.randn(10_000, 1, 1, width), {"next": i})
+    for block in (None, 256):
+        loaders = {
+            name: ActivationsDataloader(StoredRows(ActivationCache(where), read_block=block), batch_size=B)
+            for name, where in places.items()
+        }
+        actions = {name: partial(take, iter(loader), n_rows // B) for name, loader in loaders.items()}
+        times = interleaved(actions, 3)
+        rates = {name: n_rows // B * B / time.wall for name, time in times.items()}
+        print(f"read_block {block}: {rates}, share of local {rates['20 ms'] / rates['local']:.2f}", flush=True)
 
 
 def token_loader(tokenizer: Any) -> TokenSequenceLoader:
@@ -164,6 +202,7 @@ def fraction(error_RD: torch.Tensor, acts_RD: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    n_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    is_distant = sys.argv[1:2] == ["distant"]
+    n_rounds = int(sys.argv[1]) if len(sys.argv) > 1 and not is_distant else 5
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as temporary:
-        main(n_rounds, Path(temporary))
+        distant(Path(temporary)) if is_distant else main(n_rounds, Path(temporary))

@@ -56,6 +56,7 @@ def _opened(group: Group, through: HarvestThroughStore) -> ActivationCacheWriter
     owns = lambda index: index % group.size == group.rank  # noqa: E731
     if group.is_first:
         writer = through.open_writer(owns=owns)
+        writer.begin(through.harvested.token_loader.fresh().state_dict())
         token[: len(writer.token)] = torch.tensor([*writer.token.encode()], dtype=torch.uint8)
     group.broadcast_(token)
     return writer or through.open_writer(owns=owns, token=bytes(token.tolist()).rstrip(b"\0").decode())

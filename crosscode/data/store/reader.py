@@ -64,10 +64,10 @@ def list_shards(folder: Place, manifest: Manifest) -> list[Shard]:
     """
     layout, content = layout_of(manifest), content_id(manifest)
     # Before the shards are listed: a process that writes here removes a position only after the next shard is whole.
-    n_written = min(positions(folder).values(), default=0)
+    n_written = min(written := [*positions(folder).values()], default=0)
     paths = sorted(folder.glob("shard-*.safetensors"))
     whole = [path for index, path in enumerate(paths) if path.name == shard_name(index)]
-    if len(whole) < len(paths) and not (0 < n_written <= len(whole) and all(map(is_shard, paths))):
+    if len(whole) < len(paths) and not (written and n_written <= len(whole) and all(map(is_shard, paths))):
         missing = folder / shard_name(len(whole))
         raise StoreError(f"store: shard {str(missing)!r} is missing, though {paths[len(whole)].name} is there")
     headers = for_each(lambda of: read_shard_header(of[1], of[0], layout), enumerate(whole), folder)

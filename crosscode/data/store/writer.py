@@ -150,6 +150,11 @@ class ActivationCacheWriter:
             self._take(rows, n_bytes, state, tokens_R, labels)
         return unpack(rows, self.layout)
 
+    def begin(self, state: dict[str, Any]) -> None:
+        """Before ranks write: the position before shard 0, which may come after others."""
+        if self.resume_state is None:
+            self._guarded(write_position, self.path, 0, state, False)
+
     def pass_over(self, n_rows: int, state: dict[str, Any], tokens_R: torch.Tensor, labels: Labels | None) -> None:
         """In place of `append`, for rows of a shard that another rank writes."""
         n_bytes = self._fitting(n_rows, labels)
