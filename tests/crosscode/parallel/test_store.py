@@ -1,6 +1,8 @@
-"""Ranks write the store that one process writes, byte for byte."""
+"""Ranks write the store that one process writes, byte for byte; a rank that dies leaves what the same command goes on from."""
 
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,22 @@ def test_two_ranks_write_what_one_process_does(one, tmp_path):
     assert len(one) > 4
     assert "activations" in said[0]
     assert "mean norm" not in said[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("killed", "resumed_by"), [(0, 2), (1, 3), (1, 1)])
+def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(one, tmp_path, killed, resumed_by):
+    folder = tmp_path / "store"
+    ranks = harvest(2, folder)
+    while not any(folder.glob("shard-*")):
+        assert all(each.poll() is None for each in ranks), [each.communicate()[0] for each in ranks]
+        time.sleep(0.01)
+    ranks[killed].send_signal(signal.SIGKILL)
+    other = ranks[1 - killed].communicate(timeout=120)[0]
+    ranks[killed].communicate()
+    if ranks[1 - killed].returncode != 0:  # else it was done before
+        assert ranks[1 - killed].returncode == 74, other
+        assert "another rank has ended" in other.splitlines()[-1], other
+        assert not (folder / "manifest.json").exists()
+    finish(harvest(resumed_by, folder))
+    assert contents(folder) == one
