@@ -62,6 +62,10 @@ SECONDS_A_CALL = 1e-5
 """Assumed: what a collective takes beside its bytes, for each doubling of the ranks."""
 
 
+COUNTED = "torch"
+"""The backend whose ops are counted: the only one that runs on tensors without content."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Of one rank of `ranks`. `refused`: why this many cannot train it; then nothing else is known."""
@@ -151,7 +155,7 @@ def counted_step(
     with torch.device("meta"):
         model = build_model(config, width).to(dtype)
         for part in {model, *model.parts}:
-            part.backend = Backend("torch")
+            part.backend = Backend(COUNTED)
         if group.size > 1:
             shard_(model, group)
         firing, objective = FiringTracker(model.n_latents), build_objective(config)

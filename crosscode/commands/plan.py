@@ -35,7 +35,7 @@ class Options(ConfigModel):
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
-    from crosscode.build.plan import GPUS, plan
+    from crosscode.build.plan import COUNTED, GPUS, plan
     from crosscode.build.schema import check_config, experiment_class
 
     quiet_libraries()
@@ -43,7 +43,10 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     gpu, wanted = GPUS[options.gpu], options.ranks
     counts = {1 << i for i in range(10)} | ({wanted} if wanted else set())
     plans = plan(config, sorted(counts), gpu)
-    print(f"{config.name} on {gpu.name}: a step of {config.train.batch_size} tokens; times are predictions")
+    print(
+        f"{config.name} on {gpu.name}: a step of {config.train.batch_size} tokens, counted with backend "
+        f"{COUNTED}; times are predictions"
+    )
     print(f"{'ranks':>5}  {'memory':>9}  {'sent a step':>11}  {'harvest':>10}  {'step':>10}  most of it")
     for one in plans:
         print(_line(one, gpu.memory))
