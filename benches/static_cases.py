@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_entries
 from crosscode_kernels.encoder import Encoder
+from crosscode_kernels.fused_adam.triton_impl import norm_of_rows, update_rows
 from crosscode_kernels.penalties import PreActTerm
 from crosscode_kernels.registration import kernel_of
+from crosscode_kernels.segments.deferred import SegmentGrad
 from crosscode_kernels.sparse import Entries
 from crosscode_kernels.triton_common.launch import Launch, recorded_launches
 from torch import Tensor
@@ -118,6 +120,18 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
+def _adam(t: Tensors) -> tuple[Tensor, ...]:
+    """A step over the encoder with the gradients of main and dead latents, and the norm before it."""
+    grad = SegmentGrad.of(t.entries, t.x_BI) + SegmentGrad.of(t.entries, t.x_BI)
+    weight = t.W_enc_LI.float()
+    param, mean, square = weight.clone(), weight.clone(), weight * weight
+    number_4 = torch.full((4,), 0.5, device=weight.device)
+    copy = torch.empty_like(t.W_enc_LI)
+    norm = norm_of_rows(grad)
+    update_rows(param, grad, mean, square, copy, number_4, (0.9, 0.999), 1e-8)
+    return norm, param, mean, square, copy
+
+
 def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Callable[[], Any]]:
     """Every kernel of "triton" by its registered name (with a suffix where it has variants), ready to call; or what "torch"
     has under that name (for encode_threshold always the former)."""
@@ -145,6 +159,7 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "nested_decode unbiased": call("nested_decode", t.in_segments(entries), t.W_dec_LO, None, N_PREFIXES),
         "gather_dot": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),
+        "fused_adam": lambda: _adam(t),
         "encode_threshold": lambda: _threshold_select(case, t, None),
         "encode_threshold scaled": lambda: _threshold_select(case, t, t.n_L),
         "segment_rows": call("segment_rows", entries, t.x_BI),

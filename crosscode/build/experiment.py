@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from crosscode_kernels import Backend, BackendName, resolve_backend
+from crosscode_kernels.backend import resolve
 from torch import Tensor
 
 from crosscode.build.arrays import GivenArrays, open_arrays
@@ -60,8 +61,14 @@ def backend_of(config: ExperimentConfig) -> Backend:
     wanted = Backend.parse(config.backend)
     if config.sparse_below is not None:
         wanted = replace(wanted, sparse_below=config.sparse_below)
-    if OPTIMIZERS.build(config.train.optimizer).row_sparse is not True:
-        return wanted
+    plan = OPTIMIZERS.build(config.train.optimizer)
+    if plan.row_sparse is not True:
+        is_triton = wanted.name == "triton" or (
+            wanted.name == "auto" and resolve(wanted, available_device(config.device)).name == "triton"
+        )
+        if plan.fused is True and not is_triton:
+            raise InputError(f"train.optimizer.fused = True: needs the triton backend, got {config.backend!r}")
+        return replace(wanted, name="triton", options=("deferred",)) if is_triton and plan.fused else wanted
     if wanted.name in ("triton", "reference"):
         raise InputError(
             f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"

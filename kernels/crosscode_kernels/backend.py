@@ -19,7 +19,9 @@ from crosscode_kernels.sparse import Latents
 
 _logger = logging.getLogger("crosscode_kernels")
 
-BackendName = Literal["auto", "triton", "torch", "reference", "torch:screened", "torch:rows", "torch:screened+rows"]
+BackendName = Literal[
+    "auto", "triton", "torch", "reference", "triton:deferred", "torch:screened", "torch:rows", "torch:screened+rows"
+]
 """How a user spells a backend; what follows a colon are options."""
 SPARSE_BELOW = 0.12
 """Share of active latents under which sparse products are taken on a CPU where it was not measured: they take 0.5 to 0.7 of a
@@ -28,12 +30,14 @@ step's time at this share and all of it at 0.22 (two cores, widths 512 to 3072, 
 
 @dataclass(frozen=True)
 class Backend:
-    """`name`: "triton", "torch" or "reference" ("auto" until it is resolved). `options`, of torch only:
+    """`name`: "triton", "torch" or "reference" ("auto" until it is resolved). `options`, of torch:
 
     "screened": pre-activations of `encode_topk` are screened in bfloat16 and only candidates computed in full; rows where that
     is not proven to give the same selection are done densely. A speed-up where bfloat16 products are fast.
     "rows": weight gradients of sparse latents are sparse COO tensors over the touched rows, for `RowSparseAdam`, where a batch
     touches few. Eager only: while compiling they are dense.
+
+    And of triton: "deferred": they are not computed before the optimizer does (`FusedAdam`), or somebody else looks at them.
     """
 
     name: str
@@ -60,6 +64,11 @@ class Backend:
     def is_row_sparse(self) -> bool:
         """Whether weight gradients are sparse over rows. Their shapes depend on the data, so never while tracing."""
         return "rows" in self.options and not torch.compiler.is_compiling()
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether weight gradients are handed on without being computed; not where gradients of them are wanted."""
+        return "deferred" in self.options and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why this backend cannot serve tensors of `dtype` on `device`; "" where it can."""

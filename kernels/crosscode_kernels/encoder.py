@@ -12,16 +12,17 @@ from torch import Tensor
 
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.checks import autocast_dtype, check_dims, check_float
+from crosscode_kernels.copies import in_dtype
 
 
 def autocast(backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors of a product in the autocast dtype where autocast is on, as PyTorch's own products have them. The
-    reference leaves that to PyTorch."""
+    """The tensors of a product in the autocast dtype where autocast is on, as PyTorch's own products have them; weights are cast
+    once a step. The reference leaves that to PyTorch."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     dtype = autocast_dtype(device)
     if backend.name == "reference" or dtype is None:
         return tensors
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(None if tensor is None else in_dtype(tensor, dtype) for tensor in tensors)
 
 
 def may_look(x_BI: Tensor) -> bool:

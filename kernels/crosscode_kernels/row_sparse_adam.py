@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels.fused_adam import FusedAdam, deferred_norm
+from crosscode_kernels.segments.deferred import SegmentGrad, computed
+
 _CPU_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 17, 1 << 26
 """How many numbers of a parameter are updated at a time: what stays in cache over the passes; and on a device, where each
 pass is a launch, what its temporaries may take (a quarter GiB each in float32)."""
@@ -190,10 +193,13 @@ def grad_norm(
 
 def _grad_values(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     takes_sparse = optimizer is None or isinstance(optimizer, RowSparseAdam)
+    takes_deferred = isinstance(optimizer, FusedAdam)
     values = []
     for param in parameters:
         if param.grad is None:
             continue
+        if not takes_deferred:
+            param.grad = computed(param.grad)
         if param.grad.is_sparse and not takes_sparse:  # of rows alone: nothing else moved this weight
             param.grad = param.grad.to_dense()
         if param.grad.is_sparse:
@@ -209,12 +215,14 @@ def _norm(values: list[Tensor], parameters: Sequence[Tensor], total_norm: TotalN
         return torch.zeros(())
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
     # On the CPU by rows first: one long sum has one vector of accumulators, which is slow and off by 1e-3 in float32.
+    whole = [value for value in values if not isinstance(value, SegmentGrad)]
     parts = [
         torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=dtype)
         if value.device.type == "cpu" and value.dim() > 1
         else value
-        for value in values
+        for value in whole
     ]
-    norms = torch._foreach_norm(parts, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+    of_whole = iter(torch._foreach_norm(parts, 2, dtype) if parts else [])  # pyright: ignore[reportPrivateImportUsage]
+    norms = [deferred_norm(value, dtype) if isinstance(value, SegmentGrad) else next(of_whole) for value in values]
     norms_P = torch.stack([norm.to(values[0].device) for norm in norms])
     return total_norm(norms_P, [param for param in parameters if param.grad is not None])

@@ -6,6 +6,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
+from crosscode_kernels.fused_adam import FusedAdam
 from crosscode_kernels.row_sparse_adam import RowSparseAdam
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -42,6 +43,9 @@ class Adam(OptimizerPlan):
         """update only the rows of weights that a batch touches: the same numbers for a sparse activation, a third less
         memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend. auto: what is faster,
         tried out when a run begins, whose own config then says it"""
+        fused: bool | Literal["auto"] = False
+        """with the Triton backend, sum the gradients of weights where they are used: norm, update and 16-bit copies of the
+        weights take one pass less each, and no such gradient lies in memory. auto: with that backend"""
 
         @model_validator(mode="after")
         def _momentum_moves_every_row(self) -> Adam.Config:
@@ -65,6 +69,8 @@ class Adam(OptimizerPlan):
                     "every row; make it with backend=Backend('torch', ('rows',))"
                 )
             return RowSparseAdam(groups, lr=lr, beta2=self.betas[1], eps=self.eps)
+        if "deferred" in model.backend.options:
+            return FusedAdam(groups, lr=lr, betas=self.betas, eps=self.eps)
         fused = all(param.device.type in ("cpu", "cuda", "mps") for param in model.parameters())
         return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
 

@@ -18,6 +18,8 @@ class OptimizerPlan(Configured, ABC):
 
     row_sparse: bool | str = False
     """Whether it wants gradients of weights that hold only the rows that a batch touches; "auto": not yet known, so no."""
+    fused: bool | str = False
+    """Whether it takes gradients that are not computed yet ("deferred" of the Triton backend); "auto": where they are given."""
     states_per_weight: int = 1
     """Numbers that it keeps for each weight."""
 

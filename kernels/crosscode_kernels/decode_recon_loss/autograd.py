@@ -18,7 +18,7 @@ _WIDE = (torch.float32, torch.float64)
 
 def _backward(a: Arguments, d_loss: Tensor | None, d_per_x_X: Tensor | None, _: None) -> dict[str, Tensor | None]:
     entries, residual_BO = entries_of(a), a.residual_BO
-    if d_loss is not None and d_per_x_X is None and "target_BO" not in a.needs and residual_BO.dtype in _WIDE:
+    if d_loss is not None and d_per_x_X is None and "target_BO" not in a.needs and a.W_LO.dtype in _WIDE:
         # The gradient of the output is one number times the residual: that number goes to the entries, no pass over B x O.
         # Not in half precision, where a scaled value may underflow that a scaled residual would not.
         scale = d_loss * (2 / max(residual_BO.shape[0], 1))
@@ -26,7 +26,7 @@ def _backward(a: Arguments, d_loss: Tensor | None, d_per_x_X: Tensor | None, _: 
         grads = decode_grads(residual_BO, scaled, a.W_LO, a.needs, a.backend)
         return grads | {key: None if grads[key] is None else grads[key] * scale for key in ("value_N", "b_O")}
     dy_BO = residual_grad(d_loss, d_per_x_X, residual_BO, a.segments, a.backend)
-    grads = decode_grads(dy_BO, entries, a.W_LO, a.needs, a.backend)
+    grads = decode_grads(dy_BO.to(a.W_LO.dtype), entries, a.W_LO, a.needs, a.backend)
     return grads | {"target_BO": -dy_BO if "target_BO" in a.needs else None}
 
 

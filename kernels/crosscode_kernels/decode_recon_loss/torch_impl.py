@@ -16,4 +16,4 @@ def decode_recon(
     entries: Entries, W_LO: Tensor, b_O: Tensor | None, target_BO: Tensor, segments: list[int]
 ) -> tuple[Tensor, Tensor]:
     """`per_x_X, residual_BO`. The bits are those of `sparse_decode`: 0 where that equals the target."""
-    return errors(sparse_decode(entries, W_LO, b_O).sub_(target_BO), segments)
+    return errors(sparse_decode(entries, W_LO, b_O).to(target_BO.dtype).sub_(target_BO), segments)

@@ -11,6 +11,7 @@ from torch import Tensor
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.registration import define_op
 from crosscode_kernels.segments import torch_impl
+from crosscode_kernels.segments.deferred import SegmentGrad
 from crosscode_kernels.sparse import Entries, LatentOrder, SparseLatents
 
 ROWS_UP_TO = 0.5
@@ -49,9 +50,15 @@ def order_of(latents: SparseLatents, backend: Backend) -> LatentOrder:
     return LatentOrder(*latent_order(latents.sort_key_N(), latents.n_latents, backend=backend))
 
 
-def weight_grad(entries: Entries, rows_BI: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-    """`segment_rows` as a weight's gradient: with the option "rows" a sparse COO tensor over the touched rows, unless these are
-    so many that gathering them costs more than one pass over all."""
+def weight_grad(
+    entries: Entries, rows_BI: Tensor, backend: Backend, want_sum: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`segment_rows` as a weight's gradient, and the sums of weights, where wanted: with the option "rows" a sparse COO tensor
+    over the touched rows, unless these are so many that gathering them costs more than one pass over all; with "deferred"
+    none that is computed yet."""
+    if backend.is_deferred and entries.order_N.shape[0] and rows_BI.shape[1]:
+        sum_L = segment_rows(entries, rows_BI[:, :1], backend=backend)[1] if want_sum else None
+        return SegmentGrad.of(entries, rows_BI.contiguous()), sum_L
     if rows_BI.shape[1] == 0:  # the sums of weights are still there
         out_LI, sum_L = weight_grad(entries, rows_BI.new_zeros(rows_BI.shape[0], 1), backend)
         return out_LI[:, :0], sum_L

@@ -91,7 +91,7 @@ def encode_grads(
     if "x_BI" in needs:
         dx_BI = entries_decode(entries, W_enc_LI, None, backend=backend)
     if "W_enc_LI" in needs or "b_enc_L" in needs:
-        dW_LI, db_L = weight_grad(entries, x_BI, backend)
+        dW_LI, db_L = weight_grad(entries, x_BI, backend, want_sum="b_enc_L" in needs)
     return {
         "x_BI": dx_BI,
         "W_enc_LI": dW_LI if "W_enc_LI" in needs else None,

@@ -29,11 +29,11 @@ def decode_grads(
     """Gradients of value_N, W_LO and b_O, as far as they are among `needs`."""
     dy_BO = dy_BO.contiguous()
     db_O = dy_BO.sum(0) if "b_O" in needs else None
-    if "value_N" in needs and "W_LO" in needs and not backend.is_row_sparse:
+    if "value_N" in needs and "W_LO" in needs and not (backend.is_row_sparse or backend.is_deferred):
         dvalue_N, dW_LO = _sparse_decode_backward(entries, dy_BO, W_LO, backend=backend)
     else:
         dvalue_N = _gather_dot(entries, dy_BO, W_LO, backend=backend) if "value_N" in needs else None
-        dW_LO = weight_grad(entries, dy_BO, backend)[0] if "W_LO" in needs else None
+        dW_LO = weight_grad(entries, dy_BO, backend, want_sum=False)[0] if "W_LO" in needs else None
     return {"value_N": dvalue_N, "W_LO": dW_LO, "b_O": db_O}
 
 

@@ -84,6 +84,9 @@ def sparse_decode(entries: Entries, W_LO: Tensor, b_O: Tensor | None) -> Tensor:
 
 
 def gather_dot(entries: Entries, dy_BO: Tensor, W_LO: Tensor) -> Tensor:
+    """By latent where entries are sorted so: a row of W is read once, and what is read many times is dy, which L2 holds."""
+    if entries.order_N.shape[0]:
+        return reduce_by_latent(entries, dy_BO, W_LO, want_out=False)[2]
     n_tokens, width = dy_BO.shape
     dot_N = W_LO.new_empty(entries.latent_idx_N.shape[0])
     config = decode_config(1, width, W_LO.element_size())
