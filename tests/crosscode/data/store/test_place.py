@@ -281,3 +281,29 @@ def test_files_are_local_folders(tmp_path, monkeypatch):
     assert place(f"file://{tmp_path}/a") == tmp_path / "a"
     assert absolute("a") == absolute(f"file://{tmp_path}/a") == str(tmp_path / "a")
     assert absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_s3_holds_what_a_folder_does(tmp_path, monkeypatch):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    pytest.importorskip("s3fs")
+    server.start()
+    try:
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "me"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}"),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        with pytest.raises(StoreError, match="no such store"):
+            ActivationCache("s3://bucket/store")
+        write("s3://bucket/store", rows_of(95)[:45], finish=False)
+        for path in (tmp_path, "s3://bucket/store"):
+            cache = write(path, rows_of(95))
+        cache.verify()
+        assert torch.equal(cache.read_rows(torch.arange(95)), rows_of(95))
+        writer = ActivationCacheWriter("s3://bucket/other", MANIFEST)
+        with pytest.raises(FileExistsError):
+            (place("s3://bucket/other") / claim.MARKER).write(b"", new=True)
+        writer.close()
+    finally:
+        server.stop()
