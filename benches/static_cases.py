@@ -120,11 +120,17 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
-def _adam(t: Tensors) -> tuple[Tensor, ...]:
+def _adam(t: Tensors, backend: str) -> tuple[Tensor, ...]:
     """A step over the encoder with the gradients of main and dead latents, and the norm before it."""
-    grad = SegmentGrad.of(t.entries, t.x_BI) + SegmentGrad.of(t.entries, t.x_BI)
     weight = t.W_enc_LI.float()
     param, mean, square = weight.clone(), weight.clone(), weight * weight
+    if backend == "torch":
+        grad_LI = 2 * kernel_of("segment_rows", "torch")(t.entries, t.x_BI.float())[0]
+        norm, grad_LI = grad_LI.norm(), grad_LI / 2
+        mean, square = mean.lerp(grad_LI, 0.1), 0.999 * square + 0.001 * grad_LI * grad_LI
+        param = param - 0.5 * mean / (square.sqrt() / 0.5 + 1e-8)
+        return norm, param, mean, square, param.to(t.W_enc_LI.dtype)
+    grad = SegmentGrad.of(t.entries, t.x_BI) + SegmentGrad.of(t.entries, t.x_BI)
     number_4 = torch.full((4,), 0.5, device=weight.device)
     copy = torch.empty_like(t.W_enc_LI)
     norm = norm_of_rows(grad)
@@ -159,7 +165,7 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "nested_decode unbiased": call("nested_decode", t.in_segments(entries), t.W_dec_LO, None, N_PREFIXES),
         "gather_dot": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),
-        "fused_adam": lambda: _adam(t),
+        "fused_adam": lambda: _adam(t, backend),
         "encode_threshold": lambda: _threshold_select(case, t, None),
         "encode_threshold scaled": lambda: _threshold_select(case, t, t.n_L),
         "segment_rows": call("segment_rows", entries, t.x_BI),
