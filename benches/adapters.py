@@ -1,9 +1,9 @@
 """Two LoRA adapters on one base: bytes of weights, and harvest time against two merged models.
 
-A random model of SmolLM2-135M's shape (fewer layers), adapters of random weights on all its linear modules. CPU time of all
-threads, as medians of pairs that take turns.
+A random llama, of SmolLM2-135M's width (576x1536) unless told otherwise, adapters of random weights on all its linear modules.
+CPU time of all threads, as medians of pairs that take turns.
 
-    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE [ADAPTER_DTYPE]]]]]]
+    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE [ADAPTER_DTYPE [WIDTHxMLP]]]]]]]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from crosscode.data import ActivationHarvester, load_language_model, wrap_langua
 from crosscode.data.harvest.language_models import LanguageModel
 
 
-def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_dtype: str) -> None:
+def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_dtype: str, width: str) -> None:
     H, S = map(int, shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = (Path(folder) / name for name in ("base", "one", "two"))
-        save(base, adapters, n_layers, rank, dtype)
+        save(base, adapters, n_layers, rank, dtype, width)
         loaded: dict[object, LanguageModel] = {}
         plain, *adapted = (
             load_language_model(str(base), adapter=adapter and str(adapter), adapter_dtype=adapter_dtype, loaded=loaded)
@@ -59,18 +59,19 @@ def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_
             }
             for label, time in times.items()
         ]
-        said = {"rank": rank, "dtype": dtype, "adapter_dtype": adapter_dtype, "relative_error": error}
+        said = {"rank": rank, "dtype": dtype, "adapter_dtype": adapter_dtype, "width": width, "relative_error": error}
         report("adapters", rows, layers=n_layers, shape=shape, rounds=rounds, **said)
 
 
-def save(base: Path, adapters: list[Path], n_layers: int, rank: int, dtype: str) -> None:
+def save(base: Path, adapters: list[Path], n_layers: int, rank: int, dtype: str, width: str) -> None:
+    d_model, d_mlp = map(int, width.split("x"))
     config = LlamaConfig(
         vocab_size=8192,
-        hidden_size=576,
-        intermediate_size=1536,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
         num_hidden_layers=n_layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=d_model // 64,
+        num_key_value_heads=d_model // 192 if d_model % 192 == 0 else d_model // 256,
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
@@ -88,6 +89,6 @@ def bytes_of(models: list[LanguageModel]) -> int:
 
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32", "float32")[len(sys.argv) - 1 :]]
+    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32", "float32", "576x1536")[len(sys.argv) - 1 :]]
     torch.set_num_threads(1)
     main(int(given[0]), int(given[1]), given[2], int(given[3]), *given[4:])

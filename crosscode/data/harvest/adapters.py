@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -137,7 +137,8 @@ def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0, dty
     if before != _states(base.model):
         raise InputError(f"adapter {adapter.name!r}: {_kind(config)} would change the weights of {base.name!r} itself")
     unused = [key for key in result.unexpected_keys if not _is_said_twice(key, tensors)]
-    for what, keys in (("unexpected", unused), ("missing", result.missing_keys)):
+    missing = _never_loaded(whole, result.missing_keys)
+    for what, keys in (("unexpected", unused), ("missing", missing)):
         if keys:
             place = f"its files are not for {base.name!r} ({type(base.model).__name__})"
             raise InputError(f"adapter {adapter.name!r}: {place}: {len(keys)} weights are {what} ({min(keys)}, ...)")
@@ -179,7 +180,9 @@ def _lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> tor
 
 def _prepared_tree(model: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """A tree over the same weights, but for those that the adapter's files replace, with embeddings of their size."""
-    if getattr(config, "init_lora_weights", True) not in _KEEPS_BASE:
+    takes_from_base = getattr(config, "init_lora_weights", True) not in _KEEPS_BASE
+    targets = getattr(config, "target_modules", None)
+    if takes_from_base and (not targets or targets == "all-linear"):
         return copy.deepcopy(model)
     brought = {key.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
     copied_by_peft = getattr(config, "modules_to_save", None) or ()
@@ -188,6 +191,8 @@ def _prepared_tree(model: Any, config: Any, tensors: Mapping[str, torch.Tensor])
         for name, weight in model.named_parameters(remove_duplicate=False)
         if name in brought and not any(part in copied_by_peft for part in name.split("."))
     }
+    if takes_from_base:
+        private |= {id(weight) for module in _targeted(model, config) for weight in module.parameters()}
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     table = brought.get(f"{name}.weight")
@@ -200,6 +205,13 @@ def _prepared_tree(model: Any, config: Any, tensors: Mapping[str, torch.Tensor])
     return tree
 
 
+def _targeted(model: Any, config: Any) -> list[Any]:
+    """The modules that an adapter is put on."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return [module for name, module in model.named_modules() if check_target_module_exists(config, name)]
+
+
 def _is_said_twice(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Of modules that are saved whole, resized ones stand three times: as they are, again, and as they were."""
     for infix in (".modules_to_save.", ".original_module."):
@@ -207,6 +219,13 @@ def _is_said_twice(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         if infix in key and again is not None:
             return infix == ".original_module." or torch.equal(tensors[key], again)
     return False
+
+
+def _never_loaded(whole: Any, missing: Collection[str]) -> list[str]:
+    """Of the names that the files do not hold, those of weights that no other name loaded (VBLoRA's modules share a bank)."""
+    weights = whole.state_dict(keep_vars=True)
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    return [name for name in missing if id(weights.get(name)) not in loaded]
 
 
 def _states(model: Any) -> list[tuple[int, int]]:
