@@ -87,6 +87,7 @@ class Column:
 class LatentTable:
     """Cells are (shown, sort key)."""
 
+    heading: str
     columns: list[Column]
     rows: list[list[tuple[str, float | None]]]
     css: list[str]
@@ -154,15 +155,19 @@ def _snippet(show: TokenDisplay, example: Example, largest: float) -> Snippet:
 # ---- table
 
 
-def latent_table(study: LatentsPass) -> LatentTable:
-    """Rows for the first latents of both rankings, or from the most frequent ones to the rarest."""
+def latent_tables(study: LatentsPass) -> list[LatentTable]:
+    """For each two models that are compared rows for the first latents of both rankings; where none are, one table from the most
+    frequent latents to the rarest."""
     alive = int((study.firing.counts_L > 0).sum())
     if not study.verdicts:
         order = spread_over_density(study.firing, N_TABLE_ROWS, 1)
         rows = [_density_row(study, latent) for latent in order]
         note = f"{len(rows)} of {alive:,} active latents, evenly spaced from frequent to rare."
-        return LatentTable(_DENSITY_COLUMNS, rows, ["shared"] * len(rows), note)
-    verdict = study.verdicts[0]
+        return [LatentTable("Table of latents", _DENSITY_COLUMNS, rows, ["shared"] * len(rows), note)]
+    return [_pair_table(study, verdict, alive) for verdict in study.verdicts]
+
+
+def _pair_table(study: LatentsPass, verdict: Verdict, alive: int) -> LatentTable:
     a, b = verdict.name_a, verdict.name_b
     firsts = {name: verdict.ranking(name)[: N_TABLE_ROWS // 2] for name in (b, a)}
     columns = [
@@ -182,11 +187,10 @@ def latent_table(study: LatentsPass) -> LatentTable:
     note = f"Of {alive:,} active latents the {counts}, by rank."
     if len(verdict.tables) > 1:
         note += " Norms, cosines and ν are those of the hookpoint from which the verdict is read."
-    if len(study.verdicts) > 1:
-        note += f" {a} against {b}: other pairs are in the table of all latents."
     order = [latent for some in firsts.values() for latent in some]
     css = [CSS_OF_TAG.get(verdict.tag[latent], "shared") for latent in order]
-    return LatentTable(columns, [_pair_row(study, verdict, latent) for latent in order], css, note)
+    heading = "Table of latents" + (f": {a} against {b}" if len(study.verdicts) > 1 else "")
+    return LatentTable(heading, columns, [_pair_row(study, verdict, latent) for latent in order], css, note)
 
 
 _DENSITY_COLUMNS = [

@@ -202,7 +202,7 @@ def render(
         "groups": [] if study is None else cards.card_groups(study, tokenizer),
         "looks": looks,
         "explorer": explorer,
-        "table": None if study is None else cards.latent_table(study),
+        "tables": [] if study is None else cards.latent_tables(study),
     }
     template = environment().get_template("report.html.j2")
     script = template.render(context, content_security_policy="").rpartition("<script>")[2].partition("</script>")[0]

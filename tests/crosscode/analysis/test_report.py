@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from crosscode.analysis.cards import card_groups, latent_table
+from crosscode.analysis.cards import card_groups, latent_tables
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import pairs_to_compare, spread_over_density, study_latents
 from crosscode.analysis.report import HeldoutText, write_report
@@ -184,7 +184,7 @@ def test_listed_latents_fire_enough_and_lean_the_right_way(make_model, heldout_t
             assert study.firing.counts_L[card.latent] >= MIN_FIRINGS and leans(table.relative_norm[card.latent])
             assert 0 < len(card.top) <= 8 and card.why
     (verdict,) = study.verdicts
-    rows = latent_table(study).rows
+    rows = latent_tables(study)[0].rows
     assert [int(row[0][0]) for row in rows] == [*verdict.ranking("tuned"), *verdict.ranking("base")]
 
 

@@ -12,7 +12,7 @@ from html import unescape
 import pytest
 import torch
 
-from crosscode.analysis.cards import card_groups, latent_table
+from crosscode.analysis.cards import card_groups, latent_tables
 from crosscode.analysis.first_look import first_looks
 from crosscode.analysis.latent_scaling import THRESHOLD
 from crosscode.analysis.latents_frame import latents_frame
@@ -195,7 +195,7 @@ def test_nothing_contradicts_the_verdict(make_run, heldout_text, make_heldout, t
         }
         assert (facts["relative norm"] > 0.5) == (card.latent in found["B-specific"])
         assert all(facts[f"ν {kind}"] < THRESHOLD for kind in ("error", "reconstruction", "activations"))
-    table = latent_table(study)
+    (table,) = latent_tables(study)
     titles = [column.title for column in table.columns]
     for row in table.rows:
         latent, lean = int(row[0][1] or 0), row[titles.index("relative norm")][1]
