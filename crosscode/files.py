@@ -21,8 +21,7 @@ from filelock import FileLock, Timeout
 from crosscode.errors import InputError, first_line
 
 _PREFIX = ".crosscode-tmp-"
-_VIEWS_PER_WRITE = 512
-_BYTES_HELD = 32 << 20
+_VIEWS_PER_WRITE, _BYTES_HELD = 512, 32 << 20
 _TEMPORARY = re.compile(r"\.crosscode-tmp-.+-[a-z0-9_]{8}")
 
 
@@ -106,10 +105,9 @@ def write_output(path: Path, content: bytes) -> None:
                 _write_all(stream.fileno(), [memoryview(content)])
                 return
     if path.exists() and not path.is_file():
-        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "wb", buffering=0):
-            os.set_blocking(handle, True)
-            _write_all(handle, [memoryview(content)])
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC), "wb", buffering=0) as stream:
+            os.set_blocking(stream.fileno(), True)
+            _write_all(stream.fileno(), [memoryview(content)])
     else:
         write_parts(path.resolve(), [content])
 
@@ -150,8 +148,7 @@ def new_folder(path: Path, index: str, replaces: str = "") -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     Where there is a folder at `path`, the new files take their places in it once all are complete, and whatever else
-    lies there stays, but for names that match `replaces` and are not written anew. `index` is the file without which the rest
-    counts for nothing: it goes first and comes last.
+    lies there stays, but for names that match `replaces`. `index`, without which the rest counts for nothing, comes last.
 
     Raises:
         InputError: `path` is a link.

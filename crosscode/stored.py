@@ -66,12 +66,6 @@ class Checksums(Stored):
     files: dict[str, FileSums]
 
 
-class WeightIndex(Stored):
-    """`model.safetensors.index.json`"""
-
-    weight_map: dict[str, str]
-
-
 class Marker(Stored):
     """`.crosscode`"""
 

@@ -18,7 +18,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from crosscode.errors import InputError, first_line
 from crosscode.files import save_tensors, write_json
-from crosscode.stored import WeightIndex, read_json
+from crosscode.stored import Stored, read_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -26,6 +26,12 @@ WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 MAX_SHARD_SIZE = "5GB"
 _BYTES_AT_ONCE = 64 << 20
 _SIZE = TypeAdapter(ByteSize)
+
+
+class WeightIndex(Stored):
+    """`model.safetensors.index.json`"""
+
+    weight_map: dict[str, str]
 
 
 def n_bytes_of(size: int | str) -> int:

@@ -23,8 +23,7 @@ class CacheConfig(ConfigModel):
     """A store of activations on disk that a run writes while it trains, or `crosscode harvest` writes ahead."""
 
     path: Printable
-    """folder, or a URL of any fsspec file system (s3://bucket/store); a store that is there already is read
-    and continued, if it holds the same"""
+    """folder or fsspec URL (s3://bucket/store); a store that is there already is read and continued, if it holds the same"""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """dtype on disk; int8 has one scale for each vector. Training sees the stored values, from the first epoch on"""
     shard_mb: PositiveInt = 256

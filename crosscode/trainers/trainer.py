@@ -58,8 +58,7 @@ class Trainer:
         data: batches `acts_BMPD` on that device; may lack what `as_source` says.
         split: how activations become the model's input and target.
         objective: what is minimised.
-        loggers: where metrics go.
-        progress: show how far it is.
+        loggers, progress: where metrics go; show how far it is.
         position_names: one for each position of the model's output.
         evaluate: gives held-out figures, every `evaluate_every` steps and at the end.
         n_steps: length of the run, in place of `config.n_steps`.
@@ -111,7 +110,7 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, model, self.metadata, lambda: split.scaling(data.scaling_MP), self.recent, parts,
             lambda: self.optimizer_plan.evaluated(self.optimizer, lambda: constrain(self.constraints, model)),
-            self.config.max_shard_size,
+            config.max_shard_size,
         )  # fmt: skip
 
     # ---- the loop
