@@ -39,7 +39,7 @@ def description(record: RunRecord) -> str:
     if not model:
         return "A run without a final model."
     activation = model.get("activation", {})
-    architecture = str(metadata.get("architecture", model.get("kind", "model")))
+    architecture = _architecture(record)
     kind = ARCHITECTURES.config_class(architecture).title if architecture in ARCHITECTURES else architecture
     k = f", k = {activation['k']}" if "k" in activation else ""
     scheme = str(activation.get("type", "?"))
@@ -48,6 +48,16 @@ def description(record: RunRecord) -> str:
     if language_models:
         text += f" on {join_and(language_models)}"
     return text + (f" at {join_and(hookpoints)}." if hookpoints else ".")
+
+
+def without_verdict(record: RunRecord) -> str:
+    """Why latents that were found between two models have no verdict; nothing where there is one, or nothing to judge."""
+    architecture = _architecture(record)
+    return ARCHITECTURES.config_class(architecture).without_verdict if architecture in ARCHITECTURES else ""
+
+
+def _architecture(record: RunRecord) -> str:
+    return str(record.metadata.get("architecture", record.model_config.get("model", {}).get("kind", "model")))
 
 
 def tiles(record: RunRecord) -> list[Tile]:

@@ -19,6 +19,8 @@ class ArchitectureConfig(CrosscoderConfig):
     model_config = ConfigDict(extra="forbid")
     title: ClassVar[str]
     """name in reports"""
+    without_verdict: ClassVar[str] = ""
+    """why its latents of two models have none, for reports"""
     split: ClassVar[Split]
     usual_init: ClassVar[str] = "anthropic_transpose"
     """the initialisation where none is given"""

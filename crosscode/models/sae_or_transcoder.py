@@ -30,6 +30,11 @@ class DiffSAEConfig(PreBiasConfig):
 
     type: Literal["diff_sae"] = "diff_sae"
     title = "SAE on the difference"
+    without_verdict = (
+        "Each latent is a part of the second model's activations minus the first's, with one vector for both: it says that they "
+        "differ there, not that one of them lacks something. So there is no verdict by model, and no calibrated bound; "
+        "steering shows what a latent does, and a crosscoder of the same two models says whose it is."
+    )
     split = Split(
         type, lambda p: (0, 0), lambda p: p == 1, "reads exactly one hookpoint of two models", difference=True
     )

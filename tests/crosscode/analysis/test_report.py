@@ -208,17 +208,20 @@ def test_a_model_that_never_fires(make_run, make_model, heldout_text):
 
 
 @pytest.mark.usefixtures("quick_plots")
-def test_a_run_of_a_single_position_shows_latents_by_density(make_run, heldout_text):
+@pytest.mark.parametrize(("architecture", "title"), [("sae", "An SAE"), ("diff_sae", "An SAE on the difference")])
+def test_a_run_of_a_single_position_shows_latents_by_density(make_run, heldout_text, architecture, title):
     torch.manual_seed(0)
     model = SAEOrTranscoder(d_in=8, d_out=8, n_latents=24, activation_fn=TopkActivation(4, 24), backend="torch")
     for param in model.parameters():
         param.data = torch.randn(param.shape)
     names = ["base/h"]
-    run = make_run(model, position_names=names, metadata={"architecture": "sae", "hookpoints": ["h"]})
-    page = page_of(run, heldout=heldout_text(names, "sae", n_models=1, sizes=(20,)))
+    run = make_run(model, position_names=names, metadata={"architecture": architecture, "hookpoints": ["h"]})
+    n_models = 1 + (architecture == "diff_sae")
+    page = page_of(run, heldout=heldout_text(names, architecture, n_models=n_models, sizes=(20,)))
     assert "Latents from frequent to rare" in page.headings() and "Latents" in page.headings()
     assert page.text_of["h3"][-1] == "Firing density" and len(page.has("article")) == 10
-    assert any("An SAE with 24 latents (TopK, k = 4)" in text for text in page.text_of["p"])
+    assert any(f"{title} with 24 latents (TopK, k = 4)" in text for text in page.text_of["p"])
+    assert any("no verdict by model" in text for text in page.text_of["p"]) == (architecture == "diff_sae")
 
 
 @pytest.mark.usefixtures("quick_plots")
