@@ -98,16 +98,16 @@ class DenseLatents:
         return self.value_BL[:, latents_N]
 
     def of_entries(self, value_L: Tensor) -> Tensor:
-        """For each of `value`, that of its latent; there may be more of them behind the last latent."""
+        """`[L]`: for each latent, that of it; there may be more of them behind the last latent."""
         return value_L[: self.n_latents]
 
     def places(self, stride: int) -> Tensor:
-        """`token * stride + latent` of each of `value`, int64."""
+        """`token * stride + latent` of each of `value`, `[B, L]`, int64."""
         token_B, latent_L = (torch.arange(n, device=self.value.device) for n in (self.batch_size, self.n_latents))
         return token_B[:, None] * stride + latent_L
 
     def with_value(self, value: Tensor) -> DenseLatents:
-        """The same with other values."""
+        """The same with other values: `value` is `[B, L]`."""
         return replace(self, value_BL=value)
 
     def smallest_positive(self, value: Tensor) -> Tensor:
@@ -233,15 +233,15 @@ class SparseLatents:
         return dense_BN.index_put((self.token_idx_N()[keep_N], column_N[keep_N]), self.value_N[keep_N], accumulate=True)
 
     def of_entries(self, value_L: Tensor) -> Tensor:
-        """For each of `value`, that of its latent."""
+        """`[N]`: for each of `value`, that of its latent."""
         return value_L[self.latent_idx_N.long()]
 
     def places(self, stride: int) -> Tensor:
-        """`token * stride + latent` of each of `value`, int64."""
+        """`token * stride + latent` of each of `value`, `[N]`, int64."""
         return self.token_idx_N() * stride + self.latent_idx_N.long()
 
     def with_value(self, value: Tensor) -> SparseLatents:
-        """The same with other values."""
+        """The same with other values: `value` is `[N]`."""
         return replace(self, value_N=value)
 
     def smallest_positive(self, value: Tensor) -> Tensor:

@@ -108,10 +108,10 @@ class ActivationCache:
     """A store of activations on disk, opened to read; `ActivationCacheWriter` makes one.
 
     `path`: its folder. `expected`: the manifest of the run that wants to read it (`make_manifest`); a store with other
-    content is refused by the field that differs. Rows of `dims` = (M, P, D) may be read in any order, are checked
-    against their checksums each time, and are handed out as float32 (bfloat16 for a bfloat16 store). Files are read by
-    position and never mapped, so that nothing of a store counts as this process's memory but the rows that it asked
-    for. Of a remote store (`path` is a URL) many are asked for at a time.
+    content is refused by the field that differs. `unfinished`: also one whose writer has not ended. Rows of `dims` =
+    (M, P, D) may be read in any order, are checked against their checksums each time, and are handed out as float32
+    (bfloat16 for a bfloat16 store). Files are read by position and never mapped, so that nothing of a store counts as this
+    process's memory but the rows that it asked for. Of a remote store (`path` is a URL) many are asked for at a time.
 
     Reading needs neither the models nor the writer's lock: a store may grow while it is read, and `refresh` takes
     notice. Several threads may read from one object; they take turns.

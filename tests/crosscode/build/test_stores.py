@@ -16,7 +16,7 @@ from crosscode.commands import cli
 from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.config.reading import load_yaml
 from crosscode.data import ActivationCache, ActivationHarvester
-from crosscode.data.store import reader, writer
+from crosscode.data.store import beginning, reader, writer
 from crosscode.errors import InputError
 
 
@@ -79,7 +79,7 @@ def test_a_run_reads_a_store_that_was_written_ahead(harvest, with_data, harvests
 @pytest.mark.parametrize("kind", ["stores", "cache"])
 def test_a_run_looks_through_a_store_once_before_it_reads(harvest, with_data, monkeypatch, kind):
     looked = []
-    for module in (reader, writer):
+    for module in (reader, writer, beginning):
         look = module.list_shards
         monkeypatch.setattr(module, "list_shards", lambda *args, look=look: looked.append(args[0]) or look(*args))
     path = harvest()

@@ -23,7 +23,7 @@ OPS = [
     "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk", "aux_topk unbiased",
     "sparse_decode",
     "sparse_decode unbiased", "nested_decode", "nested_decode unbiased", "decode_recon", "decode_recon unbiased",
-    "gather_dot", "sparse_decode_backward", "segment_rows", "decoder_norms",
+    "gather_dot", "gather_dot by latent", "sparse_decode_backward", "segment_rows", "decoder_norms",
     "decoder_norms_backward sum", "decoder_norms_backward joint", "recon_loss", "recon_loss_backward", "jumprelu",
     "jumprelu_backward anthropic", "jumprelu_backward gdm", "pre_act", "pre_act_backward",
     "dense_penalty l1", "dense_penalty_backward l1", "dense_penalty tanh", "dense_penalty_backward tanh",

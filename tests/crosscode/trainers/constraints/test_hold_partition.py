@@ -163,7 +163,7 @@ def test_a_saved_model_whose_foreign_weights_are_not_zero_is_refused(make_case, 
     with torch.no_grad():
         model.W_dec_LXoDo[5, 1] = 1
     model.save(tmp_path / "m")
-    with pytest.raises(InputError, match=r"model.safetensors: W_dec_LXoDo: the partition .* do not belong to model 1"):
+    with pytest.raises(InputError, match=r"/m: W_dec_LXoDo: the partition .* do not belong to model 1"):
         BaseCrosscoder.load(tmp_path / "m")
 
 
