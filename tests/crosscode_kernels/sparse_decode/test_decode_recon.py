@@ -129,8 +129,10 @@ def test_under_autocast(fast_backend, make_problem):
         apart = ops.recon_loss(y_BO, q.target_BO, (9,))
     fused.loss.backward()
     apart.loss.backward()
-    assert fused.loss == apart.loss
-    assert torch.equal(p.W_dec_LO.grad, q.W_dec_LO.grad)
+    rounding = 2**-8  # of what is reconstructed, which one kernel keeps in float32 until the target is subtracted
+    torch.testing.assert_close(fused.loss, apart.loss, rtol=2 * rounding, atol=0)
+    largest = q.W_dec_LO.grad.abs().max().item()
+    torch.testing.assert_close(p.W_dec_LO.grad, q.W_dec_LO.grad, rtol=0, atol=2 * rounding * largest)
 
 
 def test_compiled_in_one_graph(fast_backend, make_problem):
