@@ -126,18 +126,22 @@ def _spans_by_characters(
     """Places for a template that cuts or reorders contents (drops earlier thinking, puts the system into a turn).
 
     Each character of a content that is not `kept` (white space alone, or also the tags and brackets that templates look for)
-    is replaced by one for private use of its own; where these come out is where the content does. None where the text around
-    them is not that of the real contents, or where a content has no other character. A content that is changed, not cut, has
-    no span; where tags are not kept, None: they may have been looked for.
+    is replaced by one for private use of its own; where these come out is where the content does; of a content without another
+    character its tags are replaced as well. None where the text around them is not that of the real contents. A content that
+    is changed, not cut, has no span; where its tags are not kept, None: they may have been looked for.
     """
     originals: list[tuple[int, str, int]] = []  # by number: which text, the text, which character of it
     message_of: list[int] = []  # by text
+    without_tags: set[int] = set()  # texts
 
     def tagged(content: str, message: int) -> str:
         n_texts = len(message_of)
         message_of.append(message)
+        own = kept if kept.sub("", content) else _SPACE
+        if own is _SPACE:
+            without_tags.add(n_texts)
         parts, at = [], 0
-        for stays in [*kept.finditer(content), None]:
+        for stays in [*own.finditer(content), None]:
             end = len(content) if stays is None else stays.start()
             parts += [chr(_FIRST_PRIVATE + len(originals) + i) for i in range(end - at)]
             originals.extend((n_texts, content, i) for i in range(at, end))
@@ -147,7 +151,7 @@ def _spans_by_characters(
         return "".join(parts)
 
     contents = [text for one in messages for text in [*_texts(one.get("content")), *_reasoning(one).values()]]
-    if sum(map(len, contents)) > _N_PRIVATE or not all(kept.sub("", content) for content in contents):
+    if sum(map(len, contents)) > _N_PRIVATE:
         return None
     twins = []
     for number, message in enumerate(messages):
@@ -183,15 +187,18 @@ def _spans_by_characters(
         if last and last[0] == owner and last[1] < i and content[last[1] + 1 : i] == text[last[2] + 1 : place]:
             spans[-1] = (spans[-1][0], place + 1)
         else:
-            begin = content[:i].lstrip()  # tags and brackets at either end
-            begins_here = bool(begin) and text.endswith(begin, spans[-1][1] if spans else 0, place)
-            spans.append((place - (len(begin) if begins_here else 0), place + 1))
+            first, since = i, spans[-1][1] if spans else 0
+            for stays in reversed([*kept.finditer(content, 0, i)]):  # tags and brackets before it that came out, too
+                if stays.end() != first or not text.endswith(content[stays.start() : i], since, place):
+                    break
+                first = stays.start()
+            spans.append((place - len(content[first:i].lstrip()), place + 1))
             owners.append(owner)
         last = (owner, i, place)
         end = content[i + 1 :].rstrip()
         if end and not kept.sub("", end) and text.startswith(end, place + 1):
             spans[-1] = (spans[-1][0], place + 1 + len(end))
-    if changed and kept is _SPACE:
+    if changed & without_tags:
         return None
     return [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
 

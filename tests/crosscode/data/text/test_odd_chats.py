@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -29,6 +30,7 @@ TEMPLATES = {
         "{% if m.thinking %}{{ '<|analysis|>' + m.thinking }}{% endif %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}",
     ),
 }  # fmt: skip
+TAGS = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 WORDS = [
     "user",
     "assistant",
@@ -92,6 +94,37 @@ def test_a_character_is_its_whose_change_changes_it(name, tokenizer_of):
             if character.isalnum():
                 assert ROLES[flag >> ROLE_SHIFT] in expected.get(place, {"template"}), (chat, text, place)
     assert n_told >= 10
+
+
+def test_a_chat_is_refused_only_where_all_of_a_message_may_have_been_looked_for(tokenizer_of):
+    """Messages of tags alone, beside thinking that is cut: told by writing them down, unless the tag is what cuts."""
+    said = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}"
+    tokenizer = tokenizer_of(EACH.replace("BODY", "{{ '<|' + m.role + '|>' }}" + said))
+    rules = {"bos_id": None, "row_bos_id": None, "separator_id": None, "template_tokens": "keep"}
+    renderer = DocumentRenderer(tokenizer, **rules, positions=PositionRules(roles=["assistant"]))
+    rng = random.Random(0)
+    n_told = 0
+    for _ in range(200):
+        contents = [
+            "".join(rng.choices([*WORDS, "a</think>b"], k=rng.choice([0, 1, 1, 3]))) for _ in range(rng.randint(2, 5))
+        ]
+        chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        pieces = []
+        for i, one in enumerate(chat):
+            cut = one["role"] == "assistant" and i + 1 < len(chat)
+            pieces += [(f"<|{one['role']}|>", "template")]
+            pieces += [(one["content"].split("</think>")[-1] if cut else one["content"], one["role"])]
+        try:
+            ((_, flags_T, *_),) = renderer([chat], pad_to=None, pad_id=0)
+        except InputError:
+            assert any("</think>" in one and not TAGS.sub("", one).strip() for one in contents), chat
+            continue
+        n_told += 1
+        text, expected = "".join(piece for piece, _ in pieces), [role for piece, role in pieces for _ in piece]
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+        for character, flag, role in zip(text, flags_T.tolist(), expected, strict=True):
+            assert character.isspace() or ROLES[flag >> ROLE_SHIFT] == role, chat
+    assert n_told > 150
 
 
 def test_thinking_that_does_not_end_ends_with_its_message(tokenizer_of):
