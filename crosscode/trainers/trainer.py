@@ -58,7 +58,8 @@ class Trainer:
         data: batches `acts_BMPD` on that device; may lack what `as_source` says.
         split: how activations become the model's input and target.
         objective: what is minimised.
-        loggers, progress: where metrics go; show how far it is.
+        loggers: where metrics go.
+        progress: show how far it is.
         position_names: one for each position of the model's output.
         evaluate: gives held-out figures, every `evaluate_every` steps and at the end.
         n_steps: length of the run, in place of `config.n_steps`.
