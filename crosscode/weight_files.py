@@ -113,9 +113,9 @@ def shape_and_dtype(file: Path, name: str) -> tuple[tuple[int, ...], Any]:
         return shape, (tensors.get_slice(name)[:0] if shape else tensors.get_tensor(name)).dtype
 
 
-def row_pieces(file: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
-    """A tensor in pieces `(first row, rows_R...)`, of which one at a time is in memory; rows count from `start`. One without
-    rows is one piece. The pages of a file count as memory for as long as it is open, so that each piece opens it."""
+def row_pieces(file: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """A tensor in pieces `(first row, rows_R...)`, of which one at a time is in memory. One without rows is one piece.
+    The pages of a file count as memory for as long as it is open, so that each piece opens it."""
     from safetensors import safe_open
 
     shape, dtype = shape_and_dtype(file, name)
@@ -124,10 +124,9 @@ def row_pieces(file: Path, name: str, start: int = 0, stop: int | None = None) -
             yield 0, tensors.get_tensor(name)
         return
     step = max(1, _BYTES_AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
-    stop = shape[0] if stop is None else stop
-    for first in range(start, stop, step):
+    for first in range(0, shape[0], step):
         with safe_open(file, "pt") as tensors:
-            yield first - start, tensors.get_slice(name)[first : min(first + step, stop)]
+            yield first, tensors.get_slice(name)[first : min(first + step, shape[0])]
 
 
 def weights_digest(checksums: Mapping[str, Mapping[str, Any]]) -> str | None:
