@@ -116,11 +116,10 @@ class Split:
 
     def output_names(self, names_MP: Sequence[Sequence[str]]) -> list[str]:
         """Names of the output's crosscoding positions, flattened in the order of Xo."""
-        return self._names(names_MP, 1)
-
-    def input_names(self, names_MP: Sequence[Sequence[str]]) -> list[str]:
-        """Names of the input's crosscoding positions, flattened in the order of Xi."""
-        return self._names(names_MP, 0)
+        places = self._places(len(names_MP), len(names_MP[0]), 1)
+        return [
+            difference_name(names_MP[0][p], names_MP[1][p]) if self.difference else names_MP[m][p] for m, p in places
+        ]
 
     def output_places(self, n_models: int, n_hookpoints: int) -> list[tuple[int, int]]:
         """`(m, p)` of each output position, flattened in the order of Xo. A difference has the place of the second model,
@@ -144,12 +143,6 @@ class Split:
         models: Hookpoints = slice(None) if self.keeps_models else int(self.difference)
         in_, out = self.hookpoints(n_hookpoints)
         return (models, in_), (models, out)
-
-    def _names(self, names_MP: Sequence[Sequence[str]], side: int) -> list[str]:
-        places = self._places(len(names_MP), len(names_MP[0]), side)
-        return [
-            difference_name(names_MP[0][p], names_MP[1][p]) if self.difference else names_MP[m][p] for m, p in places
-        ]
 
 
 def difference_name(name_a: str, name_b: str) -> str:

@@ -248,8 +248,7 @@ class Trainer:
         return every is not None and (step % every == 0 or step == self.n_steps)
 
     def _log_training(self, figures: BatchFigures, loss: Loss, grad_norm: Tensor) -> None:
-        """Reads values from the device."""
-        self.guard.check(self.checkpoints.newest_name())
+        self.guard.check(self.checkpoints.newest_name())  # values are read from the device from here on
         self._log(training_metrics(self, figures.values(loss, self.position_names), grad_norm))
 
     def counts(self) -> dict[str, float]:

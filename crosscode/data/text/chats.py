@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crosscode.errors import InputError, first_line
@@ -20,21 +20,12 @@ _SPACE = re.compile(r"\s+")
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
-def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], roles: Container[str] | None = None
-) -> tuple[str, list[Span]]:
-    """The text of `messages`, and where in it what their contents say begins and ends, in order; of those of some roles, if
-    they are given.
+def message_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[Span, int]]]:
+    """The text of `messages`; where in it what their contents say begins and ends, in order, each with the number of its message.
 
     Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
     a way that leaves their places unknown.
     """
-    text, found = message_spans(tokenizer, messages)
-    return text, [span for span, i in found if roles is None or messages[i]["role"] in roles]
-
-
-def message_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[Span, int]]]:
-    """As `render_chat`, with the number of the message beside each place."""
     text = chat_text(tokenizer, messages)
     found = _spans_by_marks(tokenizer, messages, text)
     for kept in (_SPACE, _LOOKED_FOR):
@@ -68,7 +59,7 @@ def marked_by_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], te
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, to_answer: bool = False) -> str:
-    """The text of `messages`, with errors as `render_chat` has them. `to_answer`: up to where the answer begins."""
+    """The text of `messages`, with errors as `message_spans` has them. `to_answer`: up to where the answer begins."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("dataset: it holds chats, but the tokenizer has no chat template")
     for message in messages:

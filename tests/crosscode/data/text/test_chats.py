@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from crosscode.data import TokenSequenceLoader, wrap_documents
-from crosscode.data.text.chats import render_chat
+from crosscode.data.text.chats import message_spans
 from crosscode.errors import InputError
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content']|trim }} </s> {% endfor %}"
@@ -125,9 +125,9 @@ def test_turns_that_a_template_cuts_merges_or_reorders(template, contents, text,
         {"role": "system" if i == 0 and template is GEMMA else "r", "content": content}
         for i, content in enumerate(contents)
     ]
-    rendered, spans = render_chat(build_tokenizer(chat_template=template), messages)
+    rendered, found = message_spans(build_tokenizer(chat_template=template), messages)
     assert rendered == text
-    assert [rendered[begin:end] for begin, end in spans] == written
+    assert [rendered[begin:end] for (begin, end), _ in found] == written
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_turns_that_a_template_cuts_merges_or_reorders(template, contents, text,
 def test_a_template_that_leaves_no_place_known_is_refused(body, build_tokenizer):
     tokenizer = build_tokenizer(chat_template=LOOP.replace("BODY", body))
     with pytest.raises(InputError, match=r"rewrites a chat .* set template_tokens: keep"):
-        render_chat(tokenizer, [{"role": "r", "content": 'w1 "w2"'}])
+        message_spans(tokenizer, [{"role": "r", "content": 'w1 "w2"'}])
 
 
 def test_a_tokenizer_without_offsets_is_refused_in_words():
