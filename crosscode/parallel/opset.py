@@ -36,8 +36,7 @@ class ShardedOps(OpSet):
     """The ops that look at weights, of which this rank holds the rows `own` of `n_latents`. All others are the local ones."""
 
     def __init__(self, group: Group, n_latents: int, backend: AnyBackend, device: torch.device, dtype: torch.dtype):
-        # Dense where that depends on what is measured: ranks must agree, and measure different latents.
-        self.local = OpSet(replace(resolve(backend, device, dtype), sparse_below=0.0))
+        self.local = OpSet(resolve(backend, device, dtype))
         self.backend, self.group, self.n_latents = self.local.backend, group, n_latents
         self.own = slice(*group.bounds(n_latents))
 

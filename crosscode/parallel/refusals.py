@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from crosscode_kernels.backend import SPARSE_BELOW
 
 from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
@@ -33,7 +34,8 @@ def for_ranks(config: ExperimentConfig, *, to_train: bool = True) -> ExperimentC
     train = config.train.model_copy(update={"optimizer": optimizer})
     measured = config.backend == "auto" and available_device(config.device).type == "cpu"
     backend = "torch" if measured else config.backend
-    return config.model_copy(update={"backend": backend, "train": train})
+    below = SPARSE_BELOW if config.sparse_below is None else config.sparse_below
+    return config.model_copy(update={"backend": backend, "sparse_below": below, "train": train})
 
 
 def refusal(config: ExperimentConfig, ranks: int, *, to_train: bool = True) -> str | None:

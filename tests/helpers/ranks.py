@@ -119,6 +119,58 @@ def check_ties() -> None:
                 assert torch.equal(expected.to_dense(), found.to_dense()), (op, rest, name, dtype)
 
 
+def check_spread() -> None:
+    """ReLU, JumpReLU and what is summed over them have the values and gradients of one process in every form, also where the
+    form differs between ranks, one has no active latents, and there is one token or none."""
+    import torch
+    from crosscode_kernels import OpSet
+    from crosscode_kernels.backend import Backend
+
+    from crosscode.parallel import joined
+    from crosscode.parallel.opset import ShardedOps
+
+    group = joined()
+    if group is None:
+        return
+    generator, L, d_in, d_out = torch.Generator().manual_seed(0), 4 * group.size + 3, 5, 6
+    whole = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((L, d_in), (L, d_out), (L,))]
+    whole[2][: L // group.size] -= 100  # rank 0 has none
+    whole.append(torch.linspace(-1.5, 0.5, L, dtype=torch.float64))
+    own, vectors = slice(*group.bounds(L)), (torch.rand(L, generator=generator, dtype=torch.float64) for _ in range(2))
+    norms, lambdas = vectors
+
+    def run(ops, x_BI, encode, rows):
+        W_enc, W_dec, b, t = leaves = [
+            (of[rows] if n < 2 else of).clone().requires_grad_() for n, of in enumerate(whole)
+        ]
+        if encode == "encode_relu":
+            latents = ops.encode_relu(x_BI, W_enc, b)
+        else:
+            latents = ops.encode_jumprelu(x_BI, W_enc, b, t, 0.7, "gdm", input_gradient=encode == "window")
+        target_BO = torch.ones(len(x_BI), d_out, dtype=torch.float64)
+        total = ops.decode_recon_loss(latents, W_dec, None, target_BO, [d_out]).loss if len(x_BI) else 0
+        total = total + ops.weighted_l1(latents, norms, lambdas) + ops.weighted_tanh(latents, norms, lambdas, 3.0)
+        if encode != "encode_relu":
+            total = total + ops.pre_act_penalty(latents, t, norms, lambdas)
+            l0 = ops.step_l0(latents, t, 0.7)
+            total = total + l0.l0_B.square().sum() + (l0.firing_L * lambdas).sum()
+        total.backward()
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return [total.detach(), latents.to_dense().detach(), latents.l0_B(), latents.firing_counts_L(), *grads]
+
+    for n_tokens in (7, 1, 0):
+        x_BI = torch.randn(n_tokens, d_in, generator=generator, dtype=torch.float64)
+        for encode in ("encode_relu", "encode_jumprelu", "window"):
+            for below in (0.0, 0.4, 1.0) if n_tokens else (1.0,):
+                backend = Backend("torch", sparse_below=below)
+                ours = ShardedOps(group, L, backend, torch.device("cpu"), torch.float64)
+                expected, found = (
+                    run(ops, x_BI, encode, rows) for ops, rows in ((OpSet(backend), slice(None)), (ours, own))
+                )
+                for n, (one, several) in enumerate(zip(expected, found, strict=True)):
+                    torch.testing.assert_close(several, one[own] if n in (4, 5) else one, msg=f"{encode} {below} {n}")
+
+
 def check_traffic() -> None:
     """Bytes that a rank sends in a step, counted, are those of docs/scale.md."""
     import torch
@@ -206,6 +258,7 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
 
     torch.set_num_threads(1)
     check_ties()
+    check_spread()
     check_traffic()
     check_harvest()
     kept, dtype = {}, getattr(torch, dtype_name)

@@ -20,7 +20,7 @@ from crosscode.models.architecture import split_for
 
 N_STEPS, BATCH, WIDTH, N_LATENTS, K = 3, 8, 10, 24, 3
 CHANGES: dict[str, Any] = {}
-"""Fields of sections that a recipe is to have besides."""
+"""Fields of sections, and fields beside these, that a recipe is to have besides."""
 
 
 class StandIn:
@@ -71,7 +71,7 @@ def tiny(name: str, folder: Any, backend: str, device: str) -> dict[str, Any]:
     values["train"] |= {"n_tokens": N_STEPS * BATCH, "batch_size": BATCH, "log_every": 1, "checkpoint_every": None}
     values["evaluation"] = {"n_tokens": BATCH}
     for section, fields in CHANGES.items():
-        values[section] |= fields
+        values[section] = values[section] | fields if isinstance(fields, dict) else fields
     return values
 
 

@@ -23,7 +23,8 @@ from ranks import assert_as_one, planned_bytes, train_on
 RESAMPLED = '{"train": {"resample": {"every": 1, "until": 1.0, "dead_after_tokens": 8}}}'
 ROW_SPARSE = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "betas": [0, 0.999], "row_sparse": true}}}'
 RECIPES = (
-    f"sae_topk@torch@25@{RESAMPLED}", "sae_batch_topk@reference@25", "sae_jumprelu@torch@24", "topk_crosscoder@torch@7",
+    f"sae_topk@torch@25@{RESAMPLED}", "sae_batch_topk@reference@25", 'sae_jumprelu@torch@24@{"sparse_below": 0.5}',
+    "topk_crosscoder@torch@7",
     "dedicated_feature_crosscoder@torch@25", "feb_update_diffing_topk@torch@25", f"topk_crosscoder@torch@25@{ROW_SPARSE}",
 )  # fmt: skip
 
