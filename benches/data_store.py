@@ -72,7 +72,7 @@ def main(rounds: int, folder: Path) -> None:
     report("data_store", table, hookpoint=HOOKPOINT, batch=B, rounds=rounds, codec=codec_errors(acts_RMPD))
 
 
-def distant(folder: Path, n_rows: int = 400_000, width: int = 576) -> None:
+def distant(folder: Path) -> None:
     """Activations per second out of memory behind 20 ms a request, and out of a local folder: shuffled batches, one epoch, and no
     work on them."""
     import fsspec
@@ -86,26 +86,38 @@ def distant(folder: Path, n_rows: int = 400_000, width: int = 576) -> None:
             return super().cat_file(path, start=start, end=end)
 
     fsspec.register_implementation("distant", Distant)
-    manifest = {
-        "format": "crosscode-activations", "version": 2, "models": [{"name": "a", "weights": "1", "dtype": "float32",
-                    "revision": None}],
-        "tokenizer": "t", "hookpoints": ["h"], "dims": [1, 1, width], "dtype": "float32", "activation_dtype": "float32",
-        "tokens": {"sequence_length": 8, "seed": 0, "dataset": "d"}, "sources": [{"name": "s"}],
-    }  # fmt: skip
-    places = {"local": str(folder / "near"), "20 ms": "distant://bucket/store"}
-    for where in places.values():
-        with ActivationCacheWriter(where, manifest, shard_bytes=64 << 20) as writer:
-            for i in range(0, n_rows, 10_000):
-                writer.append(torch.randn(10_000, 1, 1, width), {"next": i})
-    for block in (None, 256):
-        loaders = {
-            name: ActivationsDataloader(StoredRows(ActivationCache(where), read_block=block), batch_size=B)
-            for name, where in places.items()
-        }
-        actions = {name: partial(take, iter(loader), n_rows // B) for name, loader in loaders.items()}
-        times = interleaved(actions, 3)
-        rates = {name: n_rows // B * B / time.wall for name, time in times.items()}
-        print(f"read_block {block}: {rates}, share of local {rates['20 ms'] / rates['local']:.2f}", flush=True)
+    table = []
+    for dims, n_rows in (((1, 1, 576), 400_000), ((1, 1, 128), 1_200_000), ((2, 2, 768), 150_000)):
+        manifest = {
+            "format": "crosscode-activations", "version": 2, "tokenizer": "t", "dims": list(dims), "dtype": "float32",
+            "models": [{"name": str(m), "weights": str(m), "dtype": "float32", "revision": None} for m in range(dims[0])],
+            "hookpoints": [f"h{p}" for p in range(dims[1])], "activation_dtype": "float32",
+            "tokens": {"sequence_length": 8, "seed": 0, "dataset": "d"}, "sources": [{"name": "s"}],
+        }  # fmt: skip
+        name = "x".join(map(str, dims))
+        near, far = str(folder / name), f"distant://bucket/{name}"
+        for where in (near, far):
+            with ActivationCacheWriter(where, manifest, shard_bytes=64 << 20) as writer:
+                for i in range(0, n_rows, 10_000):
+                    writer.append(torch.randn(10_000, *dims), {"next": i})
+        sources = {
+            "local": StoredRows(ActivationCache(near)), "20 ms": StoredRows(ActivationCache(far)),
+            "20 ms, blocks of a local store": StoredRows(ActivationCache(far), read_block=None),
+        }  # fmt: skip
+        n_batches = n_rows // B
+        loaders = {way: iter(ActivationsDataloader(source, batch_size=B)) for way, source in sources.items()}
+        times = interleaved({way: partial(take, batches, n_batches) for way, batches in loaders.items()}, 3)
+        for way, source in sources.items():
+            rate = n_batches * B / times[way].wall
+            table.append(
+                {
+                    "row": name, "way": way, "block": source.read_block, "activations_per_s": rate,
+                    "GB_per_s": rate * source.stores[0].layout.row_bytes / 1e9,
+                    "of_local": times["local"].wall / times[way].wall,
+                }
+            )  # fmt: skip
+        Distant.store.clear()
+    report("data_store_distant", table, batch=B, seconds_a_request=0.02)
 
 
 def token_loader(tokenizer: Any) -> TokenSequenceLoader:

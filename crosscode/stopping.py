@@ -15,6 +15,16 @@ from crosscode.errors import Interrupted
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def n_ranks() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all: the only one, or rank 0."""
+    return os.environ.get("RANK", "0") == "0" or n_ranks() == 1
+
+
 class Stopped(BaseException):
     """A signal came within `interruptible`. Where it leaves the block of `StopSignals`, nothing was there to save: the
     signal then has its usual effect."""
@@ -74,7 +84,8 @@ class StopSignals:
         # Not through a logger or a stream: the signal may have come while one of these was at work.
         text = f"crosscode: {name}: finishing the step and saving; a second signal ends at once\n"
         with suppress(OSError):
-            os.write(2, text.encode())
+            if is_first():
+                os.write(2, text.encode())
         if self.may_raise and not _agreed_on:
             raise Stopped
 

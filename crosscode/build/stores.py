@@ -22,6 +22,7 @@ from crosscode.data.text.mixture import parts_of
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field
 from crosscode.files import check_may_be_filled
+from crosscode.parallel.group import is_first
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Stores:
                 check_may_be_filled(str(place(cache.path)), "data.cache.path")
             dtypes = {"dtype": cache.dtype, "activation_dtype": config.data.activation_dtype}
             with at_field("data.cache"):
-                written = check_can_write(cache.path, {**wanted, **dtypes})
+                written = check_can_write(cache.path, {**wanted, **dtypes}, to_hold=is_first())
         opened: dict[str, ActivationCache | JoinedStores] = {}
         for i, named in enumerate(config.data.stores or [None] * bool(config.data.join)):
             field = "data.join" if named is None else f"data.stores.{i}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosscode.errors import CrosscodeError, InputError, Interrupted, RankLost
+from crosscode.stopping import is_first, n_ranks
 
 if TYPE_CHECKING:
     from crosscode.commands.parts.command import Command
@@ -72,7 +73,7 @@ def _dispatch(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
-        if name not in ("train", "evaluate", "harvest") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if name not in ("train", "evaluate", "harvest") and n_ranks() > 1:
             raise InputError(
                 f"{name}: runs in one process; under torchrun there are `crosscode train`, `evaluate`, `harvest`"
             )
@@ -94,14 +95,13 @@ def _guarded(command: Callable[[], None]) -> int:
         with _terminations_heard():
             command()
     except _Terminated as error:
-        return _say(f"stopped by {error.signal.name}", 128 + error.signal)
+        return _say_once(f"stopped by {error.signal.name}", 128 + error.signal)
     except Interrupted as error:
-        # Of several processes the first speaks; the run of the others is none that could be resumed.
-        return EXIT_INTERRUPTED if os.environ.get("RANK", "0") != "0" else _say(error, EXIT_INTERRUPTED)
+        return _say_once(error, EXIT_INTERRUPTED)  # the run of the others is none that could be resumed
     except RankLost as error:
         return _say(error, EXIT_RANK_LOST)
     except KeyboardInterrupt:
-        return _say("stopped by Ctrl-C", EXIT_CTRL_C)
+        return _say_once("stopped by Ctrl-C", EXIT_CTRL_C)
     except InputError as error:
         return _say(error, EXIT_BAD_INPUT)
     except CrosscodeError as error:
@@ -142,6 +142,11 @@ def _terminations_heard() -> Iterator[None]:
     finally:
         for number in heard:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _say_once(problem: object, code: int) -> int:
+    """Of several processes the first speaks."""
+    return _say(problem, code) if is_first() else code
 
 
 def _say(problem: object, code: int) -> int:

@@ -150,10 +150,11 @@ class DataConfig(TokenRules, TextConfig):
     join: list[str] = Field(default=[])
     """read these stores as one instead of harvesting: [FOLDER, FOLDER, ...], whose rows are of the same tokens and which hold
     the models one after another (`crosscode harvest --models`), or the hookpoints; stores of other tokens are refused"""
-    store_read_block: PositiveInt | None = None
+    store_read_block: PositiveInt | Literal["auto"] | None = "auto"
     """consecutive activations of a store that are read together; they end up apart, in one window of
-    shuffle_buffer_size. null: as many as 32 KiB hold, at most 16. A few hundred read a disk at its full speed; 1
-    shuffles without any such tie, slower"""
+    shuffle_buffer_size. auto: as many as 32 KiB hold, at most 16; of stores at a URL as many as 512 KiB hold, at most a
+    256th of the window. null: as auto for a folder, as runs of earlier versions have it. A few hundred read a disk at its
+    full speed; 1 shuffles without any such tie, slower"""
     token_workers: int = Field(default=0, ge=0, le=1024)
     """threads that tokenize ahead of the harvest; 0: none. Batches are the same for any number"""
     prefetch: int = Field(default=0, ge=0, le=1024)

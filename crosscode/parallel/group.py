@@ -18,19 +18,11 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from crosscode.errors import RankLost
+from crosscode.stopping import is_first as is_first
+from crosscode.stopping import n_ranks as n_ranks
 
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others to begin."""
-
-
-def n_ranks() -> int:
-    """How many processes `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all: the only one, or rank 0."""
-    return os.environ.get("RANK", "0") == "0" or n_ranks() == 1
 
 
 class Group:

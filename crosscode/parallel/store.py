@@ -16,7 +16,7 @@ from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.errors import RankLost, check_at_least
 from crosscode.parallel.group import Group
-from crosscode.stopping import interruptible, uninterrupted
+from crosscode.stopping import check_not_stopped, interruptible, uninterrupted
 
 
 def harvest_over_ranks(
@@ -33,17 +33,16 @@ def harvest_over_ranks(
     """
     check_at_least(1, max_rows=max_rows)
     try:
-        writer = _opened(group, through)
-        n_checked = writer.n_rows
-        if n_checked:
-            with interruptible():
-                ActivationCache(through.path, unfinished=True).verify(rows=group.bounds(n_checked))
-        _write(group, through, writer, max_rows, on_progress)
-        group.barrier()  # the manifest comes after the last shard
-        if group.is_first:
-            writer.close()
+        with _opened(group, through) as writer:
+            n_checked = writer.n_rows
+            if n_checked:
+                with interruptible():
+                    ActivationCache(through.path, unfinished=True).verify(rows=group.bounds(n_checked))
+            _write(group, through, writer, max_rows, on_progress)
+            group.barrier()  # the manifest comes after the last shard
         group.barrier()
     except RankLost as error:
+        check_not_stopped()  # a signal came to all, and another rank was the first to leave
         raise RankLost(
             "another rank has ended or does not answer; whole shards are kept, and the same command goes on"
         ) from error
@@ -54,6 +53,7 @@ def _opened(group: Group, through: HarvestThroughStore) -> ActivationCacheWriter
     """Rank 0 looks at the store first, mends and claims it."""
     token, writer = torch.zeros(16, dtype=torch.uint8), None
     owns = lambda index: index % group.size == group.rank  # noqa: E731
+    group.barrier()  # until all have looked at what is there, nobody writes
     if group.is_first:
         writer = through.open_writer(owns=owns)
         writer.begin(through.harvested.token_loader.fresh().state_dict())

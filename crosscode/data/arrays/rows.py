@@ -19,7 +19,7 @@ from crosscode.data.arrays.random_access import ROWS_AT_ONCE, ArrayInput, Random
 from crosscode.data.rows import Rows, RowSource, RowStream
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store.format import PackedRows
-from crosscode.data.store.rows import StoredRows
+from crosscode.data.store.rows import ReadBlock, StoredRows
 from crosscode.errors import InputError
 
 
@@ -196,7 +196,7 @@ class Arrays:
                 )
 
     def rows(
-        self, n_heldout: int, *, epochs: int | None, seed: int, window: int | None, read_block: int | None
+        self, n_heldout: int, *, epochs: int | None, seed: int, window: int | None, read_block: ReadBlock
     ) -> RowSource:
         """Rows to train on: all but the last `n_heldout`; of inputs that end nobody knows where, all but the first."""
         readers = [one for one in self.inputs if isinstance(one, RandomAccess)]

@@ -7,17 +7,20 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from crosscode.data.store.claim import MARKER, Claim
-from crosscode.data.store.format import StoreError
+from crosscode.data.store.format import StoreError, StoreNotWritten
 from crosscode.data.store.manifest import UNFINISHED, Manifest, check_same_content, read_manifest
 from crosscode.data.store.place import Place, RemotePath, place
 from crosscode.data.store.reader import check_no_links, list_shards
+from crosscode.errors import readable
 from crosscode.files import held, is_temporary
 
 
-def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
-    """Raise StoreError where a writer could not begin: nothing is made, and nothing is read but headers.
+def check_can_write(path: str | Path, wanted: Manifest, *, to_hold: bool = True) -> Manifest | None:
+    """Raise InputError (StoreError where it is the store's) if a writer could not begin: nothing is made, and nothing is read
+    but headers. Object stores tell only who writes there: a marker is created, and removed.
 
-    `wanted`: as much of the manifest as is known. Returns the manifest that is there already.
+    `wanted`: as much of the manifest as is known. `to_hold`: whether this process would hold the lock, not another one of
+    several that write together. Returns the manifest that is there already.
     """
     folder = place(path)
     if isinstance(folder, Path):
@@ -27,14 +30,20 @@ def check_can_write(path: str | Path, wanted: Manifest) -> Manifest | None:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise StoreError(f"store {str(path)!r} cannot be written: {str(nearest)!r} is read-only")
     check_no_links(folder)
-    stored = read_manifest(folder) or read_manifest(folder, UNFINISHED)
-    if stored is None:
-        check_free(folder)
-        return None
-    check_same_content(folder, stored, wanted, to_append=True, partly=True)
-    list_shards(folder, stored)
-    if any((folder / name).exists() for name in ("lock", MARKER)):
-        take_lock(folder)[0].close()
+    with readable(f"store {str(path)!r}"):
+        stored = read_manifest(folder) or read_manifest(folder, UNFINISHED)
+        if stored is None:
+            check_free(folder)
+        else:
+            check_same_content(folder, stored, wanted, to_append=True, partly=True)
+            list_shards(folder, stored)
+        to_try = isinstance(folder, RemotePath) and not folder.has_folders
+        to_hold &= to_try or any((folder / name).exists() for name in ("lock", MARKER))
+    if to_hold:
+        try:
+            take_lock(folder)[0].close()
+        except OSError as error:
+            raise StoreNotWritten(f"store {str(path)!r} cannot be written: {error.strerror or error}") from error
     return stored
 
 

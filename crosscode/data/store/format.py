@@ -174,6 +174,15 @@ def read_shard_header(path: Place, index: int, layout: Layout) -> tuple[int, int
     return n_rows, len(expected), info
 
 
+def read_labels(path: Place, n_rows: int, checksum: str | None) -> torch.Tensor:
+    """`labels_R3`, with which a shard ends. Raises StoreError where they are not as written."""
+    size, end = n_rows * LABELS_BYTES, path.stat().st_size
+    content = read_range(path, end - size, end)
+    if len(content) != size or f"{zlib.crc32(content):08x}" != checksum:
+        raise StoreError(f"store: the labels of shard {str(path)!r} do not match their checksum")
+    return torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, 3)
+
+
 def _header(layout: Layout, n_rows: int, info: dict[str, Any]) -> bytes:
     """The safetensors header, padded so that the data begins at a multiple of 8."""
     text = json.dumps(info, sort_keys=True)

@@ -65,6 +65,8 @@ def place(path: str | Path | RemotePath) -> Place:
         raise InputError(f"store {text!r}: the package for {protocol}:// is not installed; {advice}") from error
     except Exception as error:
         raise InputError(f"store {text!r}: {first_line(error)}") from error
+    if not inner.strip("/"):
+        raise InputError(f"store {text!r}: names no folder; write {protocol}://BUCKET/STORE")
     return RemotePath(text.rstrip("/"), files, inner.rstrip("/"))
 
 
@@ -96,6 +98,11 @@ class RemotePath:
 
     def __lt__(self, other: RemotePath) -> bool:
         return self.url < other.url
+
+    @property
+    def has_folders(self) -> bool:
+        """Which must be made; no object store does."""
+        return not self.files.async_impl
 
     def exists(self) -> bool:
         return self._info() is not None
@@ -132,7 +139,7 @@ class RemotePath:
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Object stores have no folders, and to make one there may make a bucket."""
-        if not self.files.async_impl:
+        if self.has_folders:
             self._tried(self.files.makedirs, self.inner, exist_ok=True)
 
     def unlink(self, missing_ok: bool = False) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +20,19 @@ import numpy as np
 import torch
 
 from crosscode.data.store.format import (
-    LABELS_BYTES,
     PackedRows,
     StoreError,
+    read_labels,
     read_shard_header,
     row_sums,
     shard_name,
     unpack,
 )
 from crosscode.data.store.manifest import UNFINISHED, Manifest, check_same_content, content_id, layout_of, read_manifest
-from crosscode.data.store.place import Place, RemotePath, for_each, place, read_range, read_remote_runs
+from crosscode.data.store.place import Place, RemotePath, for_each, place, read_remote_runs
 from crosscode.data.store.positions import positions
 from crosscode.data.text.labels import Labels
+from crosscode.errors import readable
 
 _MAX_OPEN_SHARDS = 128
 _ROWS_PER_CHECK = 8192
@@ -123,6 +123,11 @@ class ActivationCache:
     def __init__(self, path: str | Place, *, expected: Manifest | None = None, unfinished: bool = False) -> None:
         self.path = place(path)
         check_no_links(self.path)
+        with readable(f"store {str(path)!r}"):
+            self._open_manifest(expected, unfinished)
+            self.refresh()
+
+    def _open_manifest(self, expected: Manifest | None, unfinished: bool) -> None:
         manifest = read_manifest(self.path)
         draft = read_manifest(self.path, UNFINISHED) if manifest is None else None
         manifest = draft if unfinished and draft is not None else manifest
@@ -132,7 +137,7 @@ class ActivationCache:
                 if draft
                 else "there is no manifest.json in that folder"
             )
-            raise StoreError(f"store {str(path)!r}: no such store ({why})")
+            raise StoreError(f"store {str(self.path)!r}: no such store ({why})")
         if expected is not None:
             check_same_content(self.path, manifest, expected, to_append=False)
         self.manifest = manifest
@@ -140,7 +145,6 @@ class ActivationCache:
         self.dims, self.dtype = self.layout.dims, self.layout.read_dtype
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
-        self.refresh()
 
     def refresh(self) -> None:
         """Take notice of shards that were written since."""
@@ -187,17 +191,10 @@ class ActivationCache:
     def labels(self) -> Labels | None:
         """What each row is known by, in stored order: its role, its text (named in `manifest["sources"]`), its document. None in
         earlier stores. Raises StoreError where they do not match their checksum."""
-        parts = [torch.empty(0, 3, dtype=torch.int32)]
-        for shard in self.shards:
-            if shard.labels is None:
-                return None
-            size = shard.n_rows * LABELS_BYTES
-            end = shard.path.stat().st_size
-            content = read_range(shard.path, end - size, end)
-            if len(content) != size or f"{zlib.crc32(content):08x}" != shard.labels:
-                raise StoreError(f"store: the labels of shard {str(shard.path)!r} do not match their checksum")
-            parts.append(torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, 3))
-        return Labels.unpacked(torch.cat(parts))
+        if any(shard.labels is None for shard in self.shards):
+            return None
+        parts = for_each(lambda shard: read_labels(shard.path, shard.n_rows, shard.labels), self.shards, self.path)
+        return Labels.unpacked(torch.cat([torch.empty(0, 3, dtype=torch.int32), *parts]))
 
     def read_rows(self, index_B: torch.Tensor) -> torch.Tensor:
         """`acts_BMPD` of the rows `index_B` (int64). Raises StoreError if a row does not match its checksum."""

@@ -6,7 +6,7 @@ B indices at once · R rows that arrive together · W stores that are mixed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,8 +18,10 @@ from crosscode.data.store.window import RowStore, StoreWindow
 from crosscode.errors import InputError, check_at_least
 from crosscode.seeds import derived_seed
 
-_BYTES_PER_READ = 32 << 10
-_LONGEST_DEFAULT_BLOCK = 16
+_BYTES_PER_READ, _LONGEST_BLOCK = 32 << 10, 16
+_BYTES_PER_REQUEST, _FEWEST_BLOCKS = 512 << 10, 256
+"""Of a remote store: 64 requests at once that take 20 ms each are 1.6 GB/s; and a window holds blocks enough to shuffle."""
+ReadBlock = int | Literal["auto"] | None
 
 
 class StoredRows:
@@ -30,9 +32,10 @@ class StoredRows:
     `seed` decides the order; `shuffle=False` keeps the stored one.
 
     Rows are drawn from a `window` of rows in memory, which several stores share by their weights, and which is filled
-    with random blocks of `read_block` consecutive rows (`store_window` says what that gives up; None: as many as
-    32 KiB hold, at most 16). Longer blocks suit a disk; 1 makes any order of all rows possible, at the price of a read
-    a row. Memory grows with the window alone; a position holds no rows.
+    with random blocks of `read_block` consecutive rows (`store_window` says what that gives up). "auto": as many as
+    32 KiB hold, at most 16; of remote stores as many as 512 KiB hold, at most a 256th of the window. None: as "auto" of
+    local ones. Longer blocks suit a disk; 1 makes any order of all rows possible, at the price of a read a row. Memory
+    grows with the window alone; a position holds no rows.
 
     Raises:
         InputError: no store, an empty one, stores that do not go together, or a number that is too small.
@@ -46,14 +49,15 @@ class StoredRows:
         epochs: int | None = None,
         seed: int = 0,
         rows_per_read: int = 2048,
-        read_block: int | None = None,
+        read_block: ReadBlock = "auto",
         window: int = DEFAULT_CAPACITY,
         shuffle: bool = True,
     ) -> None:
         self.stores: list[RowStore] = list(stores) if isinstance(stores, Sequence) else [stores]
         if not self.stores:
             raise InputError("stores: at least one is needed")
-        check_at_least(1, rows_per_read=rows_per_read, read_block=read_block, window=window, epochs=epochs)
+        given_block = None if read_block == "auto" else read_block
+        check_at_least(1, rows_per_read=rows_per_read, read_block=given_block, window=window, epochs=epochs)
         for store in self.stores:
             store.check_not_empty()
         _check_mixable(self.stores)
@@ -66,7 +70,8 @@ class StoredRows:
         self.epochs = epochs
         self.seed = seed
         self.rows_per_read = rows_per_read
-        self.read_block = _default_block(self.stores) if read_block is None else read_block
+        are_remote = read_block == "auto" and any(getattr(store, "is_remote", False) for store in self.stores)
+        self.read_block = given_block or _default_block(self.stores, window if are_remote else None)
         self.window = window
         self.shuffle = shuffle
         self.shuffled = shuffle
@@ -185,10 +190,12 @@ class _StoreStream:
             store.close()
 
 
-def _default_block(stores: Sequence[RowStore]) -> int:
-    """Rows that make a read worth its overhead."""
-    row_bytes = max(store.layout.row_bytes for store in stores)
-    return min(_LONGEST_DEFAULT_BLOCK, max(1, _BYTES_PER_READ // row_bytes))
+def _default_block(stores: Sequence[RowStore], remote_window: int | None) -> int:
+    """Rows that make a read, or a request, worth its overhead."""
+    n_bytes, longest = _BYTES_PER_READ, _LONGEST_BLOCK
+    if remote_window is not None:
+        n_bytes, longest = _BYTES_PER_REQUEST, max(longest, remote_window // _FEWEST_BLOCKS)
+    return min(longest, max(1, n_bytes // max(store.layout.row_bytes for store in stores)))
 
 
 def _check_not_shrunk(stores: Sequence[RowStore], sizes: list[int]) -> list[int]:

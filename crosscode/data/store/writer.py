@@ -57,7 +57,8 @@ class ActivationCacheWriter:
     (`pass_over` in place of `append` for the shards of others); the one that owns shard 0 opens first, alone (`token` is then
     for the others), and closes last.
 
-    A context manager: leaving it writes the rows that wait, then releases the store.
+    A context manager: leaving it writes the rows that wait, then releases the store; where ranks write, an error leaves those
+    rows out, as other ranks may be elsewhere.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class ActivationCacheWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreError) or (error is not None and self._owns is not None):
             self._release()
         else:
             self.close()

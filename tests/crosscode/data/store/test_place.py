@@ -1,9 +1,11 @@
 """Stores on file systems of fsspec: what local ones do, and what latency, errors and other writers do to them."""
 
 import random
+import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -12,11 +14,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from crosscode.data import ActivationCache, ActivationCacheWriter, StoredRows, StoreError
 from crosscode.data.store import claim
+from crosscode.data.store.beginning import check_can_write
 from crosscode.data.store.format import Layout
 from crosscode.data.store.joined import JoinedStores
 from crosscode.data.store.place import absolute, place
 from crosscode.data.text.labels import Labels
 from crosscode.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
+
+from object_stores import s3_server
 
 DIMS = (2, 1, 12)
 MODELS = [{"name": n, "revision": None, "weights": w, "dtype": "float32"} for n, w in (("a", "11"), ("b", "22"))]
@@ -135,6 +142,14 @@ def test_rows_are_shuffled_and_resumed_as_local_ones(tmp_path, url):
         drawn[path] += [each.acts_RMPD for each in rows.open(state)]
     assert torch.equal(*map(torch.cat, drawn.values()))
     assert sum(map(len, drawn[url])) == 190
+
+
+def test_blocks_of_remote_stores_are_worth_a_request(tmp_path, url):
+    near, far = write(tmp_path, rows_of(95)), write(url, rows_of(95))
+    blocks = [StoredRows(of, read_block=block).read_block for of in (near, far) for block in ("auto", None, 7)]
+    assert blocks == [16, 16, 7, 256, 16, 7]  # null: as runs of earlier versions have it
+    assert StoredRows([near, far], window=1 << 21).read_block == (512 << 10) // far.layout.row_bytes
+    assert StoredRows(far, window=100).read_block == 16
 
 
 def test_joined_remote_stores_are_one(url):
@@ -260,6 +275,7 @@ def test_requests_are_many_at_once_and_bounded(faulty, monkeypatch):
     [
         ("nosuch://bucket/store", "nosuch"),
         ("ftp://me:secret@host/store", "has a password"),
+        ("memory://", "names no folder"),
     ],
 )
 def test_bad_places_are_one_line(path, said):
@@ -283,27 +299,64 @@ def test_files_are_local_folders(tmp_path, monkeypatch):
     assert absolute("s3://bucket/a") == "s3://bucket/a"
 
 
-def test_s3_holds_what_a_folder_does(tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    pytest.importorskip("s3fs")
-    server.start()
-    try:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "me"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}"),
-        ):  # fmt: skip
-            monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("bucket")
-        with pytest.raises(StoreError, match="no such store"):
-            ActivationCache("s3://bucket/store")
-        write("s3://bucket/store", rows_of(95)[:45], finish=False)
-        for path in (tmp_path, "s3://bucket/store"):
-            cache = write(path, rows_of(95))
-        cache.verify()
-        assert torch.equal(cache.read_rows(torch.arange(95)), rows_of(95))
-        writer = ActivationCacheWriter("s3://bucket/other", MANIFEST)
-        with pytest.raises(FileExistsError):
-            (place("s3://bucket/other") / claim.MARKER).write(b"", new=True)
-        writer.close()
-    finally:
-        server.stop()
+        yield "s3://bucket"
+
+
+def test_s3_holds_what_a_folder_does(s3, tmp_path):
+    with pytest.raises(StoreError, match="no such store"):
+        ActivationCache(f"{s3}/store")
+    write(f"{s3}/store", rows_of(95)[:45], finish=False)
+    for path in (tmp_path, f"{s3}/store"):
+        cache = write(path, rows_of(95))
+    cache.verify()
+    assert torch.equal(cache.read_rows(torch.arange(95)), rows_of(95))
+    writer = ActivationCacheWriter(f"{s3}/other", MANIFEST)
+    with pytest.raises(FileExistsError):
+        (place(f"{s3}/other") / claim.MARKER).write(b"", new=True)
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "a?b=1", "a#b", "a%20b", "a[1]*", "a&b+c"])
+def test_any_name_will_do(s3, url, name):
+    for folder in (f"{s3}/{name}", f"{url}/{name}"):
+        assert torch.equal(write(folder, rows_of(35)).read_rows(torch.arange(35)), rows_of(35))
+        assert len(contents(folder)) == 3
+
+
+def test_what_cannot_be_written_is_said_by_a_look(s3, monkeypatch):
+    wanted = {name: MANIFEST[name] for name in ("models", "hookpoints")}
+    with pytest.raises(StoreError, match=r"s3://nowhere/store' cannot be written: .*bucket does not exist"):
+        check_can_write("s3://nowhere/store", wanted)
+    assert check_can_write(f"{s3}/new", wanted) is None
+    assert fsspec.filesystem("s3").find("bucket/new") == []  # the marker went again
+    writer = ActivationCacheWriter(f"{s3}/held", MANIFEST)
+    with pytest.raises(StoreError, match="being written by another process"):
+        check_can_write(f"{s3}/held", wanted)
+    check_can_write(f"{s3}/held", wanted, to_hold=False)
+    writer.close()
+    monkeypatch.setattr(fsspec.filesystem("s3"), "pipe_file", refuse)
+    with pytest.raises(StoreError, match=r"cannot be written: may not"):
+        check_can_write(f"{s3}/read-only", wanted)
+
+
+def test_missing_credentials_are_one_line(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("crosscode.data.store.place._FIRST_PAUSE", 0.001)
+    fsspec.filesystem("s3").clear_instance_cache()
+    for begin in (lambda: ActivationCache(f"{s3}/store"), lambda: check_can_write(f"{s3}/store", MANIFEST)):
+        with pytest.raises(InputError, match="Unable to locate credentials") as error:
+            begin()
+        assert "\n" not in str(error.value)
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def refuse(*arguments, **options):
+    raise PermissionError("may not")
