@@ -46,6 +46,7 @@ OPEN_TO_ALL = {
     "stopping",
     "stored",
     "weight_files",
+    "widths",
 }
 
 # What a fresh `import NAME` must not pull in from outside.

@@ -139,7 +139,7 @@ def diff_latents(
         (nan_L[:, None].expand(-1, 2), nan_L) if W_enc_LXD is None else norms_and_cosine(W_enc_LXD, a, b)
     )
     pair = [a, b]
-    if model.widths_X[a] != model.widths_X[b]:
+    if model.widths.apart(a, b):
         cos_dec_L = cos_enc_L = nan_L
     return DiffTable(
         name_a=names[a],

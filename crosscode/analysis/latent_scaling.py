@@ -106,7 +106,7 @@ class LatentScaling:
         owner_L = norms_L2.argmax(1)
         own_first_L2 = torch.stack([owner_L, 1 - owner_L], 1)
         self._d_L2D = W_pair_L2D.gather(1, own_first_L2[..., None].expand_as(W_pair_L2D))
-        self._is_apart = model.widths_X[a] != model.widths_X[b]
+        self._is_apart = model.widths.apart(a, b)
         if self._is_apart:
             d_LD = (normalize(W_pair_L2D, dim=-1) * norms_L2.amax(1)[:, None, None]).flatten(1)
             self._d_L2D = torch.stack([d_LD, torch.zeros_like(d_LD)], 1)

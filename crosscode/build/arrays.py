@@ -32,6 +32,7 @@ from crosscode.errors import InputError, at_field
 from crosscode.files import new_folder
 from crosscode.models.split import Split
 from crosscode.trainers.callbacks import Callback
+from crosscode.widths import Widths
 
 HELDOUT_FILE, TOKENIZER = "heldout.safetensors", "tokenizer"
 _TAGS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -68,7 +69,7 @@ class ArrayExperiment(AnyExperiment):
         return n_models, n_hookpoints, open_safetensors(self._file, "acts").row_shape[-1]
 
     @property
-    def widths_MP(self) -> list[list[int]]:
+    def widths_MP(self) -> Widths:
         return super().widths_MP if self.arrays is None else self.arrays.widths_MP
 
     @property

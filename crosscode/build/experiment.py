@@ -36,19 +36,20 @@ from crosscode.parallel.harvest import alone
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.warm_start import find_model
+from crosscode.widths import Widths
 
 # ---- parts of a run
 
 
 def build_model(config: ExperimentConfig, width: int, widths_MP: Sequence[Sequence[int]] = ()) -> BaseCrosscoder:
-    """An uninitialised model on the default device, for activations of one width, or of these padded to it."""
+    """An uninitialised model on the default device, for activations of one width, or of `widths_MP` padded to it."""
     cc = cast(ArchitectureConfig, config.crosscoder)
     n_latents = cc.n_latents or int((cc.expansion_factor or 0) * width)
     model_class = ARCHITECTURES[cc.type]
     with in_section("crosscoder", type(cc).model_fields):
         return model_class(
             **model_class.dims_for(*config.n_positions(), width),
-            **({"widths": widths_MP} if len({w for row in widths_MP for w in row}) > 1 else {}),
+            **Widths.of(widths_MP, config.n_positions(), width).as_option(),
             n_latents=n_latents,
             activation_fn=ACTIVATIONS.build(cc.activation, n_latents=n_latents),
             backend=backend_of(config),
@@ -110,7 +111,7 @@ class Experiment(Activations, AnyExperiment):
         return self.harvester.dims
 
     @property
-    def widths_MP(self) -> list[list[int]]:
+    def widths_MP(self) -> Widths:
         return self.harvester.widths_MP
 
     @property

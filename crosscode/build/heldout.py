@@ -23,6 +23,7 @@ from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.split import Split
 from crosscode.trainers.callbacks import Callback
+from crosscode.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class AnyExperiment(ABC):
         """(M, P, D)."""
 
     @property
-    def widths_MP(self) -> list[list[int]]:
+    def widths_MP(self) -> Widths:
         """How wide the vectors of each position are without padding."""
-        M, P, D = self.dims
-        return [[D] * P] * M
+        *dims, D = self.dims
+        return Widths.of((), dims, D)
 
     @property
     @abstractmethod

@@ -101,8 +101,9 @@ def measure_closes(
         raise InputError("closes: needs a crosscoder that writes to two language models")
     if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
         raise InputError("closes: models of different tokenizers predict no common tokens")
-    if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
-        raise InputError("closes: vectors of one model cannot be added to another of a different width")
+    harvester.widths_MP.check_alike(
+        "closes: vectors of one model cannot be added to another of a different width", (model_a, model_b)
+    )
     latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)
     if not len(latents_N):
         raise InputError("closes: no latents to add")

@@ -84,11 +84,9 @@ def mean_differences(
     M, P, D = harvester.dims
     if model_a == model_b or not {model_a, model_b} <= set(range(M)):
         raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
-    if harvester.widths_MP[model_a] != harvester.widths_MP[model_b]:
-        widths = harvester.widths_MP[model_a], harvester.widths_MP[model_b]
-        raise InputError(
-            f"language_models: of widths {widths[0]} and {widths[1]}: vectors of different width have no difference"
-        )
+    harvester.widths_MP.check_alike(
+        "language_models: vectors of different width have no difference", (model_a, model_b)
+    )
     sums_K = [_Sums(P, D, None if k < n_first else groupings) for k in range(n_first + 1)]
     for part in text_parts(harvester, batches, n_tokens, limit):
         masks = _masks(part.mask_HS, part.segments_HS, n_first)

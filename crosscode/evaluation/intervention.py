@@ -87,8 +87,7 @@ class Interventions:
         vectors_NXD = self.vectors_NXD(latents)
         generator = torch.Generator().manual_seed(seed)
         random_NXD = torch.randn(vectors_NXD.shape, generator=generator).to(vectors_NXD)
-        D = random_NXD.shape[-1]
-        random_NXD[:, torch.arange(D) >= torch.tensor(self.model.widths_X)[:, None]] = 0
+        self.model.widths.clear_(random_NXD.unflatten(1, (len(self.model.widths), -1)))
         return random_NXD * (vectors_NXD.norm(dim=-1) / random_NXD.norm(dim=-1))[..., None]
 
     @contextmanager

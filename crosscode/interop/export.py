@@ -143,7 +143,7 @@ def _slice(coder: PlainCoder, index: int) -> PlainCoder:
     skip = part.W_skip_XiDiXoDo
     if skip is not None:
         skip = skip.reshape(W_enc_LXD.shape[1], coder.d_in, -1, coder.d_out)[index_in, :, index]
-    width = coder.widths_X[index]
+    width = coder.widths.flat_X[index]
     W_enc_LD, W_dec_LD = (
         W_enc_LXD[:, index_in, : width if coder.kind == CROSSCODER else None],
         W_dec_LXD[:, index, :width],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from crosscode.models.architecture import class_of_kind, split_for
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.coder import Coder
 from crosscode.models.split import Split
+from crosscode.widths import Widths
 
 SINGLE, CROSSCODER, CLT, COMPOUND = (
     "sae_or_transcoder",
@@ -87,9 +87,9 @@ class PlainCoder:
         return self.b_dec_XoDo.shape[-1]
 
     @property
-    def widths_X(self) -> list[int]:
-        """How wide the vectors at each output position (flattened) are without padding."""
-        return [*chain(*self.options.get("widths", ()))] or [self.d_out] * self.b_dec_XoDo[..., 0].numel()
+    def widths(self) -> Widths:
+        """Of the output positions, without padding."""
+        return Widths.of(self.options.get("widths", ()), self.b_dec_XoDo.shape[:-1], self.d_out)
 
     @property
     def has_skip(self) -> bool:
@@ -156,7 +156,10 @@ def metadata_of_one(coder: PlainCoder, output: int, source: int | None) -> dict[
         m, hook = coder.outputs[output]
         read = [] if source is None else [coder.inputs[source][1]]
         metadata["language_models"] = [metadata["language_models"][m]]
-        metadata |= {"hookpoints": [*read, hook], "widths": [[*(coder.d_in for _ in read), coder.widths_X[output]]]}
+        metadata |= {
+            "hookpoints": [*read, hook],
+            "widths": [[*(coder.d_in for _ in read), coder.widths.flat_X[output]]],
+        }
     return metadata
 
 
@@ -194,7 +197,7 @@ def from_model(model: BaseCrosscoder) -> PlainCoder:
         options={
             name: getattr(model, name) for name in ("own_layer", "later_layers", "topk_scope") if hasattr(model, name)
         }
-        | ({"widths": model.widths} if model.widths else {}),
+        | model.widths.as_option(),
         decoder_norm=model.decoder_norm,
         scaling_Xo=None if scaling is None else _plain(scaling),
     )

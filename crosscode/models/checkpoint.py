@@ -81,11 +81,9 @@ def model_config(model: Coder) -> dict[str, Any]:
         "is_folded": model.is_folded,
     }
     partition = {} if model.partition is None else {"partition": model.partition.as_config()}
-    if model.widths:
-        config["widths"] = [list(row) for row in model.widths]
     if model.prefixes:
         config["prefixes"] = list(model.prefixes)
-    return config | partition | ({"use_pre_bias": True} if model.use_pre_bias else {})
+    return config | partition | model.widths.as_option() | ({"use_pre_bias": True} if model.use_pre_bias else {})
 
 
 def model_from(spec: Mapping[str, Any], model_class: Any, backend: AnyBackend) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.partition import Partition
-from crosscode.models.widths import Widths
+from crosscode.widths import Widths
 
 
 class Coder(Protocol):
@@ -36,7 +36,7 @@ class Coder(Protocol):
     partition: Partition | None
     """Which latents belong to some models only; None: every latent belongs to all."""
     widths: Widths
-    """Of models and hookpoints, where these are not all of one width."""
+    """Of the output positions, without padding."""
     prefixes: tuple[int, ...]
     """Sizes of the nested dictionaries that must reconstruct alone, ascending, without the whole."""
     prefix_thresholds_S: Tensor | None
@@ -64,8 +64,6 @@ class Coder(Protocol):
     def W_dec_LO(self) -> Tensor: ...
     @property
     def segments(self) -> tuple[int, ...]: ...
-    @property
-    def widths_X(self) -> tuple[int, ...]: ...
     @property
     def spaces_match(self) -> bool: ...
     @property

@@ -19,7 +19,7 @@ from crosscode.models.initialization.base import InitStrategy, SampleBatches
 from crosscode.models.partition import BlockConfig, Partition, check_order
 from crosscode.models.split import Split
 from crosscode.models.weights import view
-from crosscode.models.widths import clear_, widths_of
+from crosscode.widths import Widths
 
 
 @ARCHITECTURES.register
@@ -34,7 +34,7 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         n_models: M.
         n_hookpoints: P.
         d_model: width D of all of them, or of the widest.
-        widths: the width of each model at each hookpoint, where they differ (see `crosscode.models.widths`).
+        widths: the width of each model at each hookpoint, where they differ (see `crosscode.widths`).
         n_shared_latents: the first latents, whose decoder vectors are tied over the two models (model diffing,
             Anthropic, February 2025 update); `TieSharedDecoders` keeps them so in training.
         partition: blocks of latents that belong to some models only, `{"models": [0], "n_latents": 64}` or with a
@@ -94,19 +94,16 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         super().__init__(dims, d_model, dims, d_model, n_latents, activation_fn, **options)
         self.n_models, self.n_hookpoints, self.d_model = n_models, n_hookpoints, d_model
         self.n_shared_latents = n_shared_latents
-        self.widths = widths_of(widths, n_models, n_hookpoints, d_model)
-        if n_shared_latents and len({*self.widths}) > 1:
-            raise InputError(
-                f"n_shared_latents = {n_shared_latents}: one decoder vector for models of different width {self.widths}; "
-                "must be 0"
-            )
+        self.widths = Widths.of(widths, dims, d_model)
+        if n_shared_latents:
+            self.widths.check_alike(f"n_shared_latents = {n_shared_latents}: must be 0 for models of different width")
         self.partition = Partition.of(partition, n_models, n_latents, n_shared_latents)
         check_order(self.prefixes, n_shared_latents, self.partition)
 
     def init_weights(self, strategy: InitStrategy, seed: int = 0, samples: SampleBatches | None = None) -> Self:
         super().init_weights(strategy, seed, samples)
         for weight_LMPD in (self.W_enc_LXiDi, self.W_dec_LXoDo):
-            clear_(weight_LMPD, self.widths)
+            self.widths.clear_(weight_LMPD)
             if self.partition is not None:
                 self.partition.clear_(weight_LMPD)
         return self

@@ -23,7 +23,7 @@ from crosscode.models.activations.base import ActivationFunction
 from crosscode.models.coder import Coder
 from crosscode.models.partition import Partition
 from crosscode.models.shapes import check_sizes
-from crosscode.models.widths import Widths
+from crosscode.widths import Widths
 
 
 def view(name: str) -> Any:
@@ -39,7 +39,6 @@ class CoderWeights(nn.Module, Coder):
     """The latent whose weights are in row 0 of the encoder and the decoder, which hold as many as they have rows."""
     n_shared_latents: int = 0
     partition: Partition | None = None
-    widths: Widths = ()
     prefixes: tuple[int, ...] = ()
     prefix_thresholds_S: Tensor | None
     use_pre_bias: bool = False
@@ -65,6 +64,7 @@ class CoderWeights(nn.Module, Coder):
         check_sizes(in_dims=in_dims, d_in=d_in, out_dims=out_dims, d_out=d_out, n_latents=n_latents)
         self.in_dims, self.out_dims = tuple(in_dims), tuple(out_dims)
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
+        self.widths = Widths.of((), self.out_dims, d_out)
         self.decoder_norm: NormMode = decoder_norm or self.default_decoder_norm
         self.backend = Backend.parse(backend)
         self.op_set_of: Callable[..., OpSet] = resolve_backend
@@ -107,13 +107,8 @@ class CoderWeights(nn.Module, Coder):
 
     @property
     def segments(self) -> tuple[int, ...]:
-        """Widths of the crosscoding positions along O."""
+        """Widths of the crosscoding positions along O, padding included."""
         return (self.d_out,) * math.prod(self.out_dims)
-
-    @property
-    def widths_X(self) -> tuple[int, ...]:
-        """How wide the vectors at each output position (flattened) are without padding."""
-        return tuple(width for row in self.widths for width in row) or self.segments
 
     @property
     def spaces_match(self) -> bool:
@@ -183,7 +178,7 @@ class CoderWeights(nn.Module, Coder):
         """Sizes, activation, backend and parameters, for `repr(model)`."""
         into, out = (*self.in_dims, self.d_in), (*self.out_dims, self.d_out)
         activation = self.parts[0].activation_fn
-        widths = f"widths {[list(row) for row in self.widths]}, " if self.widths else ""
+        widths = "".join(f"{name} {value}, " for name, value in self.widths.as_option().items())
         return (
             f"{into} -> {self.n_latents:,} latents -> {out}, {activation.type_name()}({activation.extra_repr()}), "
             f"backend={str(self.backend)!r}, {widths}"

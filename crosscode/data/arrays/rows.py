@@ -21,6 +21,7 @@ from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.store.format import PackedRows
 from crosscode.data.store.rows import ReadBlock, StoredRows
 from crosscode.errors import InputError
+from crosscode.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,11 @@ class Arrays:
                 f"acts: rows of shape {first.row_shape} x {len(self.inputs)} input(s) hold {held} position(s), but there "
                 f"are names for {n_models} model(s) x {n_hookpoints} hookpoint(s)"
             )
-        widths_X = [one.row_shape[-1] for one in self.inputs for _ in range(math.prod(positions))]
-        self.widths_MP = [widths_X[m * n_hookpoints : (m + 1) * n_hookpoints] for m in range(n_models)]
-        if positions and len({*widths_X}) > 1:
-            raise InputError(f"acts: vectors of widths {widths_X}: give one input for each position, (N, width)")
-        self.dims = (n_models, n_hookpoints, max(widths_X))
+        widths_X = tuple(one.row_shape[-1] for one in self.inputs for _ in range(math.prod(positions)))
+        self.widths_MP = Widths(widths_X[m * n_hookpoints : (m + 1) * n_hookpoints] for m in range(n_models))
+        if positions and self.widths_MP.padded:
+            raise InputError(f"acts: vectors of widths {list(widths_X)}: give one input for each position, (N, width)")
+        self.dims = (n_models, n_hookpoints, self.widths_MP.widest)
         self.n_rows = first.n_rows
         if self.n_rows is not None and self.n_rows < 2:
             raise InputError(f"acts: {first.origin} holds {self.n_rows} row(s): at least 2 are needed, one is held out")

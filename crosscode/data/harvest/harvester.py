@@ -16,6 +16,7 @@ from crosscode.data.harvest.probe import check_names, probe_widths
 from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
 from crosscode.stopping import interruptible
+from crosscode.widths import Widths
 
 _RESIDUAL_NUMBERS_PER_THREAD = 3 << 17
 
@@ -58,14 +59,14 @@ class ActivationHarvester:
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device) if device is not None else models[0].device
         self.runs = [make_run(model, self.hookpoints, path) for model in self.models]
-        self.widths_MP = [probe_widths(run, self.hookpoints) for run in self.runs]
+        self.widths_MP = Widths(probe_widths(run, self.hookpoints) for run in self.runs)
         for run in self.runs:
             check_names(run, self.hookpoints)
 
     @property
     def dims(self) -> tuple[int, int, int]:
         """(M, P, D), D of the widest."""
-        return len(self.models), len(self.hookpoints), max(max(widths_P) for widths_P in self.widths_MP)
+        return len(self.models), len(self.hookpoints), self.widths_MP.widest
 
     def tokenizer_of(self, m: int) -> Any:
         """Of the tokens that model m reads."""
@@ -117,9 +118,8 @@ class ActivationHarvester:
                 f"language_models: {', '.join(repr(model.name) for model in self.models)} have different tokenizers: token ids "
                 "of the first are not enough; harvest the batches of a token loader"
             )
-        n_widths = len({width for widths_P in self.widths_MP for width in widths_P})
-        allocate = torch.empty if n_widths == 1 else torch.zeros
-        out_HSMPD = allocate((H, S, *self.dims), dtype=self.dtype, device=self.device)
+        out_HSMPD = torch.empty((H, S, *self.dims), dtype=self.dtype, device=self.device)
+        self.widths_MP.clear_(out_HSMPD)
         for m, run in enumerate(self.runs):
             other = others[self.reads_M[m] - 1] if self.reads_M[m] else None
             own_HS, own_segments_HS = (

@@ -24,7 +24,7 @@ _NEURONS = {"mlp.hook_pre": "mlp.hook_in", "mlp.hook_pre_linear": "mlp.hook_in",
 """Names of neurons, and what a module without neurons of its own (a mixture of experts) gives in their place."""
 
 
-def probe_widths(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> list[int]:
+def probe_widths(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> tuple[int, ...]:
     """The width of each hookpoint, from the activations themselves: a name does not tell d_model from d_mlp.
 
     Two sequences that begin alike and end apart. Raises InputError for what is not one vector a position of each
@@ -55,7 +55,7 @@ def probe_widths(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> list[
                 "attention is bidirectional), and padding and neighbours with them; causal models, or a hookpoint "
                 "before the first attention, can be harvested"
             )
-    return [acts[p][0, 0].numel() for p in range(len(hookpoints))]
+    return tuple(acts[p][0, 0].numel() for p in range(len(hookpoints)))
 
 
 def check_names(run: ModuleRun | BridgeRun, hookpoints: Sequence[str]) -> None:

@@ -207,7 +207,7 @@ def _crosscoder_problem(coder: PlainCoder) -> str | None:
     part = coder.part
     if coder.has_skip:
         return "it has no linear skip; train without crosscoder.linear_skip"
-    if coder.options.get("widths"):
+    if coder.widths.padded:
         return "its crosscoders have one width; export one model's part of it by --position"
     if part.kind not in ("relu", "batch_topk"):
         way = "`crosscode convert RUN --activation batch_topk`" if part.kind == "topk" else "train with batch_topk"

@@ -33,7 +33,7 @@ class Kissane(Format):
             return "it holds crosscoders of two models at one hookpoint alone; take dictionary-learning for other crosscoders"
         if coder.part.kind != "relu":
             return f"it has ReLU alone, not {coder.part.kind}; dictionary-learning has BatchTopK, which a topk is converted to"
-        if coder.options.get("widths"):
+        if coder.widths.padded:
             return "its models have one width; export one model's part of it --to saelens by --position"
         if coder.has_skip:
             return "it has no linear skip; train without crosscoder.linear_skip"

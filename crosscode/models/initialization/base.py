@@ -15,7 +15,6 @@ from torch import Tensor
 from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError
 from crosscode.models.coder import Coder
-from crosscode.models.widths import trim_
 
 SampleBatches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """A function that starts an iterator of `(input_BXiDi, target_BXoDo)` batches, for initialisations that read data."""
@@ -51,7 +50,7 @@ class DecoderFirstInit(InitStrategy):
     def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         with torch.no_grad():
             self.init_decoder(model, generator)
-            trim_(model.W_dec_LXoDo, model.widths)
+            model.widths.trim_(model.W_dec_LXoDo)
             if model.partition is not None:
                 model.partition.clear_(model.W_dec_LXoDo)
             self.derive_encoder(model, generator, samples)

@@ -14,7 +14,6 @@ from crosscode.config.registry import Component, ConfigModel
 from crosscode.errors import InputError
 from crosscode.models.coder import Coder
 from crosscode.models.initialization.base import INITIALIZATIONS, DecoderFirstInit, InitStrategy, SampleBatches
-from crosscode.models.widths import trim_
 
 
 @INITIALIZATIONS.register
@@ -51,7 +50,7 @@ class IdenticalLatentsInit(InitStrategy):
     def init_weights(self, model: Coder, generator: torch.Generator, samples: SampleBatches | None = None) -> None:
         with torch.no_grad():
             self.first_init.init_decoder(model, generator)
-            trim_(model.W_dec_LXoDo, model.widths)
+            model.widths.trim_(model.W_dec_LXoDo)
             shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
             shared_SMPD.copy_(shared_SMPD[:, :1].clone().expand_as(shared_SMPD))
             if model.partition is not None:

@@ -38,8 +38,7 @@ class DeltaTerm(LossTerm):
         n_models = model.n_models if isinstance(model, ModelHookpointAcausalCrosscoder) else 1
         if n_models < 2:
             raise InputError("objective.delta: needs a crosscoder of at least two models (model_hookpoint_acausal)")
-        if len({*model.widths}) > 1:
-            raise InputError(f"objective.delta: models of different width {model.widths} have no difference")
+        model.widths.check_alike("objective.delta: models of different width have no difference")
         if self.reference >= n_models:
             raise InputError(f"objective.delta.reference = {self.reference}: must be below the {n_models} models")
 
