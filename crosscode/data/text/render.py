@@ -65,7 +65,9 @@ class DocumentRenderer:
     end with it already (None: neither). `row_bos_id` starts every sequence that is cut from them, in the same way.
     Where one token is BOS and separator, a document's own BOS goes: what stands before the document is one.
     `template_tokens="mask"` masks what a chat template adds around the messages, "answers" all that the assistant does not
-    say, plain text included. `positions` chooses among what is left. `with_chars`: say which characters tokens stand for.
+    say, plain text included; `masked_ids` are masked wherever they stand. `positions` chooses among what is left; `leaves_first`
+    and `isolates` say that the first position of a sequence, or of a document, will not be. `with_chars`: say which characters
+    tokens stand for.
     """
 
     def __init__(
@@ -77,6 +79,9 @@ class DocumentRenderer:
         separator_id: int | None,
         template_tokens: TemplateTokens,
         positions: PositionRules | None = None,
+        masked_ids: Sequence[int] = (),
+        leaves_first: bool = False,
+        isolates: bool = False,
         with_chars: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
@@ -86,8 +91,15 @@ class DocumentRenderer:
         self._separator_id = separator_id
         self._template_tokens = template_tokens
         self._positions = PositionRules() if positions is None else positions
+        self._masked_ids = torch.tensor(masked_ids, dtype=torch.long)
+        self._leaves_first, self._isolates = leaves_first, isolates
         self._with_chars = with_chars
         self._only_chats = template_tokens == "answers" or self._positions.of_chats
+
+    def masks_row_bos(self) -> bool:
+        """Whether a BOS before a sequence, which no document says, is left out wherever positions of documents are chosen."""
+        of_documents = self._only_chats or self._positions.at_most_per_document is not None
+        return of_documents or self._row_bos_id in self._masked_ids.tolist()
 
     def __call__(self, documents: Sequence[Document], *, pad_to: int | None, pad_id: int) -> list[Rendered]:
         """`pad_to`: the length of the sequences of which each document fills its own (None: documents share them)."""
@@ -201,11 +213,10 @@ class DocumentRenderer:
             own_T3 = torch.tensor([[int(chars_T3[:, 1].max()), NO_CHARACTERS, 0]], dtype=torch.int32)
             chars_T3 = torch.cat([chars_T3, own_T3])
         chars_T3[-1, 2] = 1
+        flags_T |= torch.isin(tokens_T, self._masked_ids).to(torch.uint8) * MASKED
         limit = self._positions.at_most_per_document
-        usable_U = (flags_T & MASKED == 0).nonzero()[:, 0]
-        if limit is not None and len(usable_U) > limit:
-            flags_T |= MASKED
-            flags_T[usable_U[torch.arange(limit) * len(usable_U) // limit]] ^= MASKED
+        if limit is not None:
+            self._spread(limit, tokens_T, flags_T, pad_to)
         flags_T[0] |= DOCUMENT_START
         if pad_to is not None:
             n_missing = row_ends(tokens_T, pad_to, self._row_bos_id)[-1] - tokens_T.numel()
@@ -213,6 +224,20 @@ class DocumentRenderer:
             flags_T = torch.nn.functional.pad(flags_T, (0, n_missing), value=PADDING)
             chars_T3 = torch.nn.functional.pad(chars_T3, (0, 0, 0, n_missing))
         return tokens_T, flags_T, chars_T3
+
+    def _spread(self, limit: int, tokens_T: torch.Tensor, flags_T: torch.Tensor, pad_to: int | None) -> None:
+        """Mask all but `limit` of a document's positions; none is wasted on a first position that will be left out."""
+        usable_U = (flags_T & MASKED == 0).nonzero()[:, 0]
+        if len(usable_U) <= limit:
+            return
+        first = [0] * (self._leaves_first and self._isolates)
+        if self._leaves_first and pad_to is not None:
+            begins = [0, *row_ends(tokens_T, pad_to, self._row_bos_id)[:-1]]
+            first = [at for at in begins if self._row_bos_id is None or int(tokens_T[at]) == self._row_bos_id]
+        usable_U = usable_U[~torch.isin(usable_U, torch.tensor(first, dtype=torch.long))]
+        n = min(limit, len(usable_U))
+        flags_T |= MASKED
+        flags_T[usable_U[torch.arange(n) * len(usable_U) // max(n, 1)]] ^= MASKED
 
 
 def _characters(ends: list[int]) -> torch.Tensor:

@@ -81,6 +81,9 @@ class TokenSequenceLoader:
             separator_id=frame.separator_id,
             template_tokens=policy.template_tokens,
             positions=policy.positions,
+            masked_ids=self.masked_ids,
+            leaves_first=not policy.keeps_first(),
+            isolates=policy.isolate_documents,
             with_chars=bool(others),
         )
         self.others = tuple(others)
@@ -216,10 +219,8 @@ class _SequenceIterator(Iterator[TokenBatch]):
                 tokens_HS[h, 0] = loader.row_bos_id or 0
                 whole.chars_T3[h, :at, 1:] = torch.tensor([NO_CHARACTERS, 0], dtype=torch.int32)
                 frame = TEMPLATE if int(flags_HS[h, 0]) >> ROLE_SHIFT else TEXT
-                flags_HS[h, 0] = DOCUMENT_START | frame << ROLE_SHIFT
+                flags_HS[h, 0] = DOCUMENT_START | frame << ROLE_SHIFT | MASKED * loader.render.masks_row_bos()
         mask_HS = (flags_HS & (PADDING | MASKED)) == 0
-        if loader.masked_ids:
-            mask_HS &= ~torch.isin(tokens_HS, torch.tensor(loader.masked_ids))
         segments_HS = None
         if policy.isolate_documents:
             starts_HS = (flags_HS & DOCUMENT_START) != 0

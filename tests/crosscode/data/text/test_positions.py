@@ -133,6 +133,38 @@ def test_at_most_so_many_of_each_document(tokenizer_of):
     assert {*few} < {*answer}
 
 
+@pytest.mark.parametrize("bos", ["sequence", "document", "none"])
+@pytest.mark.parametrize("rules", [{"roles": ["assistant"]}, {"thinking": "only"}, {"at_most_per_document": 2}, {}])
+def test_a_bos_before_each_sequence_is_nobodys(rules, bos, tokenizer_of):
+    """Rows of 8 of a document of many, whose first positions are kept: by the documents' own positions alone."""
+    tokenizer = tokenizer_of(TEMPLATES["chatml"])
+    tokenizer.bos_token = "~"
+    policy = {"sequence_length": 8, "epochs": 1, "separator": "none", "bos": bos, "shuffle": False}
+    loader = TokenSequenceLoader(
+        wrap_documents([CHAT], column=None), tokenizer, **policy, positions={**rules, "keep_first": True}
+    )
+    found = [token for batch in loader for token in batch.tokens_HS[batch.mask_HS].tolist()]
+    of_documents = bos == "document" and rules in ({}, {"at_most_per_document": 2})
+    assert (tokenizer.bos_token_id in found) == (of_documents or (bos == "sequence" and not rules))
+    if "at_most_per_document" in rules:
+        assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "more", [{"pack": False}, {"isolate_documents": True}, {"mask_special_tokens": True, "bos": "document"}]
+)
+def test_none_of_so_many_is_spent_on_a_position_that_is_left_out(more, tokenizer_of):
+    tokenizer = tokenizer_of(TEMPLATES["chatml"])
+    tokenizer.bos_token = "~"
+    policy = {"sequence_length": 64, "epochs": 1, "bos": "none", "separator": "none", "shuffle": False} | more
+    documents = wrap_documents(["abcdefghij", "klm", "~no"], column=None)
+    for n in (1, 2, 3):
+        loader = TokenSequenceLoader(documents, tokenizer, **policy, positions={"at_most_per_document": n})
+        found = [token for batch in loader for token in tokenizer.convert_ids_to_tokens(batch.tokens_HS[batch.mask_HS])]
+        of_each = [sum(token in document for token in found) for document in ("abcdefghij", "klm", "no")]
+        assert of_each == [n, min(n, 3 if "bos" in more else 2), min(n, 2)], (n, found)
+
+
 def test_plain_text_has_no_role(tokenizer_of):
     tokenizer = tokenizer_of(TEMPLATES["chatml"])
     for rules in ({"roles": ["user"]}, {"around_turn": [0, 3]}, {"thinking": "only"}):
