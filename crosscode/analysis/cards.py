@@ -14,6 +14,7 @@ from crosscode.analysis.example_pool import Example
 from crosscode.analysis.latent_plots import CSS_OF_TAG
 from crosscode.analysis.latent_scaling import Share
 from crosscode.analysis.latents_pass import LatentsPass, spread_over_density
+from crosscode.analysis.records import OtherText
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.analysis.verdict import MIN_FIRINGS, TAGS, Verdict
 from crosscode.analysis.wording import number_text
@@ -52,7 +53,8 @@ class ShownToken:
 @dataclass(frozen=True)
 class Snippet:
     value: str
-    tokens: list[ShownToken]
+    lines: list[tuple[str, list[ShownToken]]]
+    """the text in the tokens of each tokenizer, with the names of the models that read them where there are several"""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,30 @@ class LatentTable:
     note: str
 
 
-def card_groups(study: LatentsPass, tokenizer: Any) -> list[CardGroup]:
-    """The first latents of either side's ranking; for a single output position, latents from frequent to rare."""
-    show = TokenDisplay(tokenizer)
+@dataclass(frozen=True)
+class _Show:
+    """Examples in the tokens of each tokenizer."""
+
+    first: TokenDisplay
+    others: Sequence[OtherText]
+
+    def __call__(self, example: Example, largest: float) -> Snippet:
+        scale = 1 / largest if largest > 0 else 0.0
+        lines = [
+            (self.others[0].beside if self.others else "", self.first(example.tokens, example.strengths, example.peak))
+        ]
+        lines += [(other.names, other.shown(example)) for other in self.others]
+        shown = [
+            (names, [ShownToken(token, round(min(1.0, token.strength * scale), 3)) for token in tokens])
+            for names, tokens in lines
+        ]
+        return Snippet(number_text(example.value), shown)
+
+
+def card_groups(study: LatentsPass, tokenizer: Any, others: Sequence[OtherText] = ()) -> list[CardGroup]:
+    """The first latents of either side's ranking; for a single output position, latents from frequent to rare. `others`: the
+    text in other tokens than `tokenizer`'s."""
+    show = _Show(TokenDisplay(tokenizer), others)
     if not study.verdicts:
         latents = spread_over_density(study.firing, N_CARDS, MIN_FIRINGS)
         cards = [_card(study, show, latent, None) for latent in latents]
@@ -121,7 +144,7 @@ def _intro(name: str, specific: bool, any_cards: bool) -> str:
     return order if specific else f"No latent is specific to {name}. {order}"
 
 
-def _card(study: LatentsPass, show: TokenDisplay, latent: int, verdict: Verdict | None) -> Card:
+def _card(study: LatentsPass, show: _Show, latent: int, verdict: Verdict | None) -> Card:
     firing = study.firing
     largest = float(firing.max_L[latent])
     facts = [
@@ -137,19 +160,12 @@ def _card(study: LatentsPass, show: TokenDisplay, latent: int, verdict: Verdict 
         facts = [*((key, _cell(column[latent], form.format)[0]) for key, column, form in shown), *facts]
 
     def snippets(examples: Sequence[Example]) -> list[Snippet]:
-        return [_snippet(show, example, largest) for example in examples]
+        return [show(example, largest) for example in examples]
 
     shares = study.quantiles.examples(latent, n_quantiles=4, per_quantile=2)
     names = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
     in_range = [(name, snippets(share)) for name, share in zip(names, shares, strict=True) if share]
     return Card(latent, study.name_of(latent), css, tag, why, facts, snippets(study.top.examples(latent)), in_range)
-
-
-def _snippet(show: TokenDisplay, example: Example, largest: float) -> Snippet:
-    tokens = show(example.tokens, example.strengths, example.peak)
-    scale = 1 / largest if largest > 0 else 0.0
-    shown = [ShownToken(token, round(min(1.0, token.strength * scale), 3)) for token in tokens]
-    return Snippet(number_text(example.value), shown)
 
 
 # ---- table

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from crosscode.analysis.encoded import EncodedBatch, HeldoutBatch
+from crosscode.analysis.example_pool import Example
 from crosscode.analysis.geometry import decoder_vectors_LXD
 from crosscode.analysis.latents_pass import LatentsPass, study_latents
-from crosscode.analysis.tokens import TokenDisplay
+from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.groups import Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
@@ -73,6 +75,37 @@ class Texts:
                 (tokens_T[: int(usable_T.nonzero().max()) + 1].numpy(), place_S.numpy())
                 for tokens_T, usable_T, place_S in rows
             )
+
+    def in_others(self, tokenizers: Mapping[str, Any]) -> list[OtherText]:
+        """In the tokens of all tokenizers but the first, which are given by the names of their models."""
+        first, *rest = tokenizers or [""]
+        return [OtherText(one, first, TokenDisplay(tokenizers[one]), self.others[i]) for i, one in enumerate(rest)]
+
+
+@dataclass(frozen=True)
+class OtherText:
+    """The text in the tokens of another tokenizer, for the models that read these; sequences as `Texts.others` has them."""
+
+    names: str
+    beside: str
+    """names of the models that read the first tokenizer's tokens"""
+    display: TokenDisplay
+    rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+    def at(self, example: Example) -> int:
+        """The token at an example's peak."""
+        tokens_T, place_S = self.rows[example.sequence]
+        return int(tokens_T[place_S[example.position]])
+
+    def shown(self, example: Example) -> list[DisplayToken]:
+        """An example's window, from its first partner to its last, each with the strength there."""
+        tokens_T, place_S = self.rows[example.sequence]
+        first = example.position - example.peak
+        places = place_S[first : first + len(example.tokens)].tolist()
+        strength_at = {place: one for place, one in zip(places, example.strengths, strict=True) if place >= 0}
+        begin, end = min(strength_at), max(strength_at) + 1
+        strengths = [strength_at.get(place, 0.0) for place in range(begin, end)]
+        return self.display(tokens_T[begin:end].tolist(), strengths, places[example.peak] - begin)
 
 
 class CoFiring:

@@ -20,7 +20,7 @@ from crosscode.analysis.first_look import Look, Steered, first_looks
 from crosscode.analysis.jinja import environment
 from crosscode.analysis.latents_frame import latents_frame, write_csv, write_parquet
 from crosscode.analysis.latents_pass import MAX_PAIRS, LatentsPass, with_own_text
-from crosscode.analysis.records import LatentRecords, Unembed, study_records
+from crosscode.analysis.records import LatentRecords, OtherText, Unembed, study_records
 from crosscode.analysis.run_record import RunRecord, read_run
 from crosscode.analysis.site_data import scripts
 from crosscode.analysis.tokens import TokenDisplay
@@ -126,7 +126,8 @@ def write_report(
         reason = str(error)
     for problem in [*record.problems, *([f"latents were not looked at: {reason}"] if reason else [])]:
         log.warning("report: %s", problem)
-    page = render(record, model, study, tokenizer, reason, looks=looks)
+    others = [] if records is None else records.texts.in_others(tokenizers)
+    page = render(record, model, study, tokenizer, reason, looks=looks, others=others)
     path = output or record.path / "report.html"
     write_text(path, page)
     if study is not None and records is not None:
@@ -168,7 +169,9 @@ def write_explorer(
         for names in (("tabulator_simple.min.css", "app.css"), ("order.js", "parts.js", "app.js"))
     )
     explorer = Explorer(css, script)
-    write_text(folder / "index.html", render(record, model, study, tokenizer, explorer=explorer, looks=looks))
+    others = records.texts.in_others(tokenizers)
+    page = render(record, model, study, tokenizer, explorer=explorer, looks=looks, others=others)
+    write_text(folder / "index.html", page)
 
 
 def render(
@@ -179,6 +182,7 @@ def render(
     no_latents_reason: str | None = None,
     explorer: Explorer | None = None,
     looks: Sequence[Look] = (),
+    others: Sequence[OtherText] = (),
 ) -> str:
     """The page as text."""
     problems = list(record.problems)
@@ -200,7 +204,7 @@ def render(
         "latents": latent_plots.latents_section(study),
         "without_verdict": header.without_verdict(record),
         "pairs": [] if study is None else latent_plots.pair_sections(study),
-        "groups": [] if study is None else cards.card_groups(study, tokenizer),
+        "groups": [] if study is None else cards.card_groups(study, tokenizer, others),
         "looks": looks,
         "explorer": explorer,
         "tables": [] if study is None else cards.latent_tables(study),

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from numpy.typing import NDArray
-
 from crosscode.analysis.example_pool import Example
 from crosscode.analysis.latents_frame import latents_frame
 from crosscode.analysis.latents_pass import LatentsPass
-from crosscode.analysis.records import LatentRecords, LogitEnds
+from crosscode.analysis.records import LatentRecords, LogitEnds, OtherText
 from crosscode.analysis.tokens import TokenDisplay
 from crosscode.analysis.wording import distinct_labels
 
@@ -31,7 +29,7 @@ def scripts(
     """Names and texts of the files. `tokenizers`: as of `HeldoutText`."""
     vocabulary = _Vocabulary(TokenDisplay(tokenizer))
     texts = [[vocabulary.number(token) for token in sequence.tolist()] for sequence in records.texts.sequences]
-    others = [_Other(one, records.texts.others[i]) for i, one in enumerate([*tokenizers.values()][1:])]
+    others = [_Other(one) for one in records.texts.in_others(tokenizers)]
     search: list[str] = []
     n_latents = study.decoder_norm_LX.shape[0]
     for start in range(0, n_latents, RECORDS_PER_FILE):
@@ -71,19 +69,18 @@ class _Vocabulary:
 
 
 class _Other:
-    """The text in another tokenizer's tokens, each sequence with the partners of the first one's positions."""
+    """The text in another tokenizer's tokens, as scripts have it."""
 
-    def __init__(self, tokenizer: Any, rows: Sequence[tuple[NDArray, NDArray]]):
-        self._rows, self._vocabulary = rows, _Vocabulary(TokenDisplay(tokenizer))
+    def __init__(self, text: OtherText):
+        self._text, self._vocabulary = text, _Vocabulary(text.display)
 
     def at(self, example: Example) -> str:
         """The token at an example's peak."""
-        tokens_T, place_S = self._rows[example.sequence]
-        return self._vocabulary.text(int(tokens_T[place_S[example.position]]))
+        return self._vocabulary.text(self._text.at(example))
 
     def script(self) -> dict[str, Any]:
-        texts = [[self._vocabulary.number(token) for token in tokens_T.tolist()] for tokens_T, _ in self._rows]
-        places = [place_S.tolist() for _, place_S in self._rows]
+        texts = [[self._vocabulary.number(token) for token in tokens_T.tolist()] for tokens_T, _ in self._text.rows]
+        places = [place_S.tolist() for _, place_S in self._text.rows]
         return {"pieces": self._vocabulary.pieces, "texts": texts, "places": places}
 
 

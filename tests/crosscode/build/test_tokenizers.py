@@ -1,6 +1,8 @@
 """Models of different tokenizer in one crosscoder, end to end."""
 
+import html
 import json
+import re
 
 import pytest
 import torch
@@ -99,6 +101,17 @@ def check_examples_in_both_tokens(data):
     assert n_seen > 20
 
 
+def check_cards_in_both_tokens(page):
+    """A card shows each example in both tokenizers' tokens, outlined where the latent is largest, with equal shades."""
+    found = re.findall(r'<div class="lines">(.*?)</div>', page, re.DOTALL)
+    for lines in found:
+        word, letter = (html.unescape(one) for one in re.findall(r'class="hit peak"[^>]*>(.*?)<', lines))
+        assert len(letter.strip()) == 1 and word.endswith(letter.strip())
+        shades = [re.findall(r"--s:([0-9.]+)", code) for code in re.findall("<code>(.*?)</code>", lines, re.DOTALL)]
+        assert len(shades) == 2 and shades[0] == shades[1]
+    assert len(found) > 10 and len(found) == page.count('title="activation at the outlined token"')
+
+
 def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -115,7 +128,9 @@ def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
     recovered = figures.loss_recovered
     assert len(recovered) == 2
     assert recovered[run.model.position_names[1]].ce_clean == pytest.approx(ce_on_own_tokens(run), rel=1e-5)
-    assert "different tokenizers" in run.report().read_text()
+    page = run.report().read_text()
+    assert "different tokenizers" in page
+    check_cards_in_both_tokens(page)
     check_examples_in_both_tokens(run.path / "report" / "data")
     latents = run.latents("w1 w22 w3 w4")
     assert latents.tokens[-4:] == [" w1", " w22", " w3", " w4"]
