@@ -18,7 +18,7 @@ from crosscode.build.schema import check_config
 from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.data import load_language_model
 from crosscode.errors import InputError
-from crosscode.evaluation.splicing import logits_with
+from crosscode.evaluation.splicing import Splicer, logits_with
 
 peft = pytest.importorskip("peft")
 
@@ -156,3 +156,162 @@ def test_fields_of_an_adapter_that_say_nothing_are_refused(values):
     ):
         with pytest.raises(InputError, match=message):
             check_config({**values, "language_models": [{"path": "x", **changes}]})
+
+
+# As the models' tokenizers ship them, the date of Llama 3's without its lines on tools.
+LLAMA3 = (
+    "{{- bos_token }}{% for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}"
+    "{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+QWEN = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful assistant.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SIGNS = [
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
+WORDS = [*SIGNS, "user", "assistant", "system", "model", *(f"w{i}" for i in range(40))]
+CHAT = [
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3 w4"},
+    {"role": "user", "content": "w5 w6 w7"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_run(save_tiny_lm, tmp_path_factory):
+    """A run between a base and an adapter on it that talk, the folders of both, and the run's config."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("chats")
+    save_tiny_lm(folder / "base", words=WORDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SIGNS)})
+    tokenizer.chat_template = QWEN
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.mul_(8.0 if weight.ndim == 2 else 1.0)  # so that it says something
+    base.save_pretrained(folder / "base")
+    peft.get_peft_model(base, config).save_pretrained(folder / "lora")
+    chats = [
+        [{"role": role, "content": f"w{i % 40} w{i * 7 % 40} w{i * 3 % 40}"} for role in ("user", "assistant")]
+        for i in range(120)
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    values = {
+        "run_dir": str(folder / "run"), "backend": "torch", "device": "cpu", "hookpoints": ["blocks.1.hook_resid_post"],
+        "language_models": [{"path": str(folder / "base")}, {"path": str(folder / "base"), "adapter": str(folder / "lora")}],
+        "data": {
+            "source": {"type": "local", "path": str(folder / "chats.jsonl"), "column": "messages"},
+            "validation_fraction": 0.3, "sequence_length": 32, "n_tokens_for_norm_estimate": 128,
+        },
+        "crosscoder": {"n_latents": 32, "activation": {"type": "topk", "k": 4}, "init": {"type": "anthropic_transpose"}},
+        "objective": {"recon": {}},
+        "train": {"n_tokens": 640, "batch_size": 64},
+        "evaluation": {"n_tokens": 200},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return crosscode.train(folder / "config.yaml", progress=False), folder
+
+
+def plain_models(folder):
+    """The base, and the adapter on a base of its own, as `peft` runs it."""
+    from transformers import AutoModelForCausalLM
+
+    base, own = (AutoModelForCausalLM.from_pretrained(folder / "base").eval() for _ in range(2))
+    return base, peft.PeftModel.from_pretrained(own, str(folder / "lora")).eval().get_base_model()
+
+
+@torch.no_grad()
+def greedy(model, ids, n, delta_of=None):
+    """`n` tokens, one full pass each, with `delta_of(ids)` `[S, D]` added to the output of block 1; and the first logits."""
+    first = None
+    for _ in range(n):
+        added = None if delta_of is None else delta_of(ids)
+        handle = model.model.layers[1].register_forward_hook(lambda m, a, out, d=added: out if d is None else out + d)
+        logits_SV = model(torch.tensor([ids]), use_cache=False).logits[0]
+        handle.remove()
+        first = logits_SV[-1] if first is None else first
+        ids = [*ids, int(logits_SV[-1].argmax())]
+        if ids[-1] == 2:
+            break
+    return ids, first
+
+
+@pytest.mark.parametrize("template", [LLAMA3, GEMMA, QWEN], ids=["llama3", "gemma", "qwen"])
+def test_chats_are_steered_with_an_adapter_as_by_hooks_on_pefts_own(template, chat_run):
+    run, folder = chat_run
+    tokenizer = run.experiment.tokenizer
+    tokenizer.chat_template = template
+    ids = tokenizer.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True)["input_ids"]
+    bos, read = [1] * (ids[0] != 1), run.latents(CHAT)
+    asked = tokenizer.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+    assert run.experiment.harvester.models[0].tokenizer is tokenizer and len(read.tokens) == len(bos + asked)
+    n, latent = 6, int(read.values_SL.to_dense().amax(0).argmax())
+    W_enc_MD, W_dec_MD = run.model.W_enc_LXiDi[latent, :, 0].detach(), run.model.W_dec_LXoDo[latent, :, 0].detach()
+    assert W_enc_MD.shape == W_dec_MD.shape == (2, 16)
+    amount = 3.0 * float(run.max_activation_L[latent])
+    base, adapted = plain_models(folder)
+
+    def latents_of(ids):
+        """`a_S`, from both plain models."""
+        states = [m(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0] for m in (base, adapted)]
+        h_SL = torch.einsum("msd,lmd->sl", torch.stack(states), run.model.W_enc_LXiDi[:, :, 0]) + run.model.b_enc_L
+        kept = h_SL.topk(4, dim=1).indices
+        return (h_SL.relu() * torch.zeros_like(h_SL).scatter(1, kept, 1.0))[:, latent, None].detach()
+
+    changes = {
+        "steered": [lambda ids, m=m: amount * W_dec_MD[m] for m in (0, 1)],
+        "ablated": [lambda ids, m=m: -latents_of(ids) * W_dec_MD[m] for m in (0, 1)],
+    }
+    found = {
+        "steered": run.compare_steered(CHAT, {latent: 3.0}, n_tokens=n),
+        "ablated": run.compare_steered(CHAT, ablate=[latent], n_tokens=n),
+    }
+    for what, delta_M in changes.items():
+        for model, delta_of, one in zip((base, adapted), delta_M, found[what].values(), strict=True):
+            plain_ids, before_V = greedy(model, bos + ids, n)
+            changed_ids, after_V = greedy(model, bos + ids, n, delta_of)
+            shown = [
+                tokenizer.decode(some[len(bos + ids) :], skip_special_tokens=True) for some in (plain_ids, changed_ids)
+            ]
+            assert [one.plain[0].strip(), one.changed.continuations[0].strip()] == [text.strip() for text in shown]
+            change_V = after_V.softmax(-1) - before_V.softmax(-1)
+            assert float(change_V.abs().max()) > 1e-4
+            top = max(one.changed.tokens, key=lambda token: abs(token[2] - token[1]))
+            assert top[2] - top[1] == pytest.approx(float(change_V[change_V.abs().argmax()]), abs=1e-6)
+
+
+@torch.no_grad()
+def test_an_adapter_is_spliced_as_by_hooks_on_pefts_own(chat_run):
+    run, folder = chat_run
+    batch = next(run.experiment.heldout_batches())
+    replaced_HSD = torch.randn(*batch.tokens_HS.shape, 16, generator=torch.Generator().manual_seed(0))
+    for m, model in enumerate(plain_models(folder)):
+        acts_HSD = model(batch.tokens_HS, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(acts_HSD, batch.acts_HSMPD[:, :, m, 0])
+        new_HSD = torch.where(batch.mask_HS[..., None], replaced_HSD, acts_HSD)
+        handle = model.model.layers[1].register_forward_hook(lambda module, a, out, new=new_HSD: new)
+        expected_HSV = model(batch.tokens_HS, use_cache=False).logits
+        handle.remove()
+        spliced = Splicer(run.experiment.harvester, m).logits(batch.tokens_HS, None, {0: replaced_HSD}, batch.mask_HS)
+        torch.testing.assert_close(spliced, expected_HSV, rtol=0, atol=1e-5 * float(expected_HSV.abs().max()))
+        assert not torch.allclose(expected_HSV, model(batch.tokens_HS).logits, atol=0.1)
