@@ -31,7 +31,7 @@ types: $(VENV)/installed-dev  ## pyright
 # What Triton's interpreter runs: the kernels themselves, and what every backend must do. Two tests are left out for their
 # time: gradients of the encoders, which triton/test_parity.py has, and saved bytes, which need large sizes.
 INTERPRETED := tests/crosscode_kernels tests/crosscode/recipes/test_backends_agree.py tests/benches \
-	-k "triton and not values_and_gradients and not memory"
+	tests/crosscode/trainers/optimizers/test_adam.py -k "(triton or test_adam) and not values_and_gradients and not memory"
 
 # A GPU is hidden from the first two, so that they do the same on every machine; the third has it for itself.
 ON_CPU := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1
@@ -50,7 +50,8 @@ docs: $(VENV)/installed-docs  ## the site, in build/site; a broken link or an un
 	$(BIN)/python docs/tools/build_site.py
 
 soak: $(VENV)/installed-dev  ## tests that take hours: every crash point, every seed; kept with date and machine in benches/results/soak.txt
-	{ date -u; uname -srm; git rev-parse HEAD; $(ON_CPU) $(PYTEST) -m soak tests; } 2>&1 | tee benches/results/soak.txt
+	{ date -u; uname -srm; git rev-parse HEAD; $(ON_CPU) $(PYTEST) -m soak tests; \
+	  $(ON_CPU) TRITON_INTERPRET=1 $(PYTEST) -m soak $(INTERPRETED); } 2>&1 | tee benches/results/soak.txt
 	$(BIN)/python benches/equal_l0.py run
 
 BENCH = $(BIN)/python -m pytest -c benches/pytest.ini

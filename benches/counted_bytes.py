@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,40 @@ GATHERS: dict[Any, dict[int, int]] = {
 
 
 class CountedBytes(TorchDispatchMode):
-    """Within this mode `moved` grows by what each op reads and writes. Views are free; of a matrix that is gathered from,
-    the rows that are named count, once each; an `out` argument is written, not read."""
+    """Within this mode `moved` grows by what each op reads and writes, and `of_weights`, by the op's name, by what of that are
+    ops on tensors of at least `weight` numbers. Views are free; of a matrix that is gathered from, the rows that are named
+    count, once each; an `out` argument is written, not read."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: int = 0) -> None:
         super().__init__()
-        self.moved = 0
+        self.moved, self.weight, self.of_weights = 0, weight, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if not {Tensor, torch.nn.Parameter}.issuperset(
+            types
+        ):  # of a gradient that is not computed: what that does counts
+            return NotImplemented
+        before, out = self.moved, func(*args, **(kwargs or {}))
+        self._count(func, args, kwargs, out)
+        tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
+        if self.moved > before and any(tensor.numel() >= self.weight for tensor in tensors):
+            self.of_weights[str(func.overloadpacket)] += self.moved - before
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if func.overloadpacket in ALLOCATIONS:
-            return out
+            return
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if any(leaf.layout != torch.strided for leaf in (*written, *inputs)):
             if func.overloadpacket in (aten.addmm, aten.addmm_):
-                self.moved += _sparse_product_bytes(*args[:3], kwargs.get("beta", 1), out)
+                self.moved += _sparse_product_bytes(*args[:3], (kwargs or {}).get("beta", 1), out)
             elif func.overloadpacket is aten.sparse_sampled_addmm:
                 self.moved += _sampled_product_bytes(*args[:3])
-            return out  # everything else puts a sparse tensor together, or takes it apart
+            return  # everything else puts a sparse tensor together, or takes it apart
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         if not func._schema.is_mutable and all(one.untyped_storage().data_ptr() in storages for one in written):
-            return out
+            return
         gathered = GATHERS.get(func.overloadpacket, {})
         for place, value in enumerate(args):
             if place in gathered:
@@ -65,8 +78,14 @@ class CountedBytes(TorchDispatchMode):
                 self.moved += rows * _bytes(value) // max(value.shape[0], 1)
             else:
                 self.moved += sum(_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        if func._schema.is_mutable and not written:  # on lists of tensors, in place
+            written = [
+                leaf
+                for value, argument in zip(args, func._schema.arguments, strict=False)
+                if argument.alias_info is not None and argument.alias_info.is_write
+                for leaf in tree_leaves(value)
+            ]
         self.moved += sum(map(_bytes, written))
-        return out
 
 
 def _sparse_product_bytes(added: Tensor, sparse: Tensor, rows: Tensor, beta: float, out: Tensor) -> int:

@@ -23,7 +23,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "tests" / "helpers")]
-SECTIONS = ("machine", "ops", "recipes", "graphs", "op times", "step times", "other libraries", "whole run")
+SECTIONS = (
+    "machine",
+    "ops",
+    "optimizer",
+    "recipes",
+    "graphs",
+    "op times",
+    "step times",
+    "other libraries",
+    "whole run",
+)
 
 
 def section(name: str) -> Callable[..., Iterator[dict[str, Any]]]:
@@ -32,7 +42,8 @@ def section(name: str) -> Callable[..., Iterator[dict[str, Any]]]:
     import gpu_timings
 
     return {
-        "machine": machine, "ops": gpu_checks.ops_against_float64, "recipes": gpu_checks.recipes_without_waiting,
+        "machine": machine, "ops": gpu_checks.ops_against_float64, "optimizer": gpu_checks.fused_adam,
+        "recipes": gpu_checks.recipes_without_waiting,
         "graphs": gpu_checks.graph_capture, "op times": gpu_timings.op_times, "step times": gpu_timings.step_times,
         "other libraries": gpu_timings.other_libraries, "whole run": gpu_timings.whole_run,
     }[name]  # fmt: skip

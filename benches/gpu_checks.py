@@ -14,10 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import static_cases
 import torch
-from crosscode_kernels import DenseLatents, OpSet, SparseLatents, available_backends, resolve_backend
+from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, available_backends, resolve_backend
+from crosscode_kernels.fused_adam import FusedAdam
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_
-from gpu_device import Gpu
+from gpu_device import Gpu, median_ms
 from op_cases import OPS, Inputs, call, outputs
 from torch import Tensor
 from train_step import Case, Step, batch, make_params
@@ -141,6 +143,37 @@ def _errors(name: str, ops: OpSet, inputs: Inputs) -> dict[str, float]:
     return found
 
 
+# ---- optimizer
+
+
+def fused_adam(gpu: Gpu, quick: bool) -> Iterator[Row]:
+    """The kernels of `train.optimizer.fused` in each of their forms, against PyTorch's formulas in float32."""
+    if "triton" not in backends(gpu, torch.float32):
+        return
+    for size, case in (QUICK if quick else SIZES).items():
+        shape = static_cases.Case(size, case.B, case.I, (case.O,), case.L, case.k)
+        for dtype_name in ("float32",) if quick else ("float32", "bfloat16"):
+            for kind in ("", "row-sparse", "bfloat16"):
+                t = static_cases.Tensors(shape, DTYPES[dtype_name], gpu.device)
+                row: Row = {"kind": kind or "dense", "dtype": dtype_name, "size": size}
+                try:
+                    wanted, mine, again = (
+                        static_cases.fused_adam(t, name, kind) for name in ("torch", "triton", "triton")
+                    )
+                    pairs = [(one.double(), other.double()) for one, other in zip(mine, wanted, strict=True)]
+                    error = max(
+                        float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) for one, other in pairs
+                    )
+                    same = all(torch.equal(one, other) for one, other in zip(mine, again, strict=True))
+                    # A sum that is rounded otherwise may send a bfloat16 the other way.
+                    ok = same and error <= ALLOWED["bfloat16" if "bfloat16" in (kind, dtype_name) else "float32"]
+                    timed = median_ms(gpu, lambda t=t, kind=kind: static_cases.fused_adam(t, "triton", kind))
+                    yield row | {"error_of_largest": error, "same_bits": same, "ok": ok, **timed}
+                except Exception as error:
+                    yield row | {"ok": False, "error": error_text(error)}
+                gpu.free()
+
+
 # ---- training steps
 
 
@@ -151,11 +184,17 @@ def recipes_without_waiting(gpu: Gpu, quick: bool) -> Iterator[Row]:
     from crosscode.recipes import recipe_names
 
     for name in islice(recipe_names(), 2 if quick else None):
-        for backend in backends(gpu, torch.float32):
-            row: Row = {"recipe": name, "backend": backend}
+        for variant in variants(gpu):
+            if variant != variant.partition(",")[0] and "sign_sgd" in name:
+                continue
+            row: Row = {"recipe": name, "backend": variant}
+            backend, train = (
+                variant.partition(",")[0],
+                {"optimizer": OPTIMIZERS[variant]} if variant in OPTIMIZERS else {},
+            )
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    trainer = make_trainer(name, Path(folder) / "run", backend, gpu.device)
+                    trainer = make_trainer(name, Path(folder) / "run", backend, gpu.device, train=train)
                     trainer.start()
                     first, second = islice(trainer.data, 2)
                     trainer.train_step(first)
@@ -169,6 +208,30 @@ def recipes_without_waiting(gpu: Gpu, quick: bool) -> Iterator[Row]:
 
 
 SCHEMES = ("topk", "batch_topk", "groupmax", "l1", "jumprelu")
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "triton, fused": {"fused": True},
+    "triton, fused, bfloat16 moments": {"fused": True, "moments": "bfloat16"},
+}
+"""Variants of Triton by fields of `train.optimizer`."""
+
+
+def variants(gpu: Gpu) -> list[str]:
+    """The backends, and Triton with its own optimizer."""
+    names = backends(gpu, torch.float32)
+    return [*names, *(OPTIMIZERS if "triton" in names else ())]
+
+
+def make_variant(case: Case, variant: str, device: str, **adam: Any) -> tuple[Step, Tensor, Tensor]:
+    """`make_step` of one of `variants`, or of the reference; `adam` is for PyTorch's."""
+    name: Any = variant.partition(",")[0]
+    if variant not in OPTIMIZERS:
+        return make_step(case, resolve_backend(name, device), device, **adam)
+    step, x_BI, target_BO = make_step(case, OpSet(Backend("triton", ("deferred",))), device)
+    lr = torch.tensor(5e-5, device=device)
+    step.optimizer = FusedAdam(step.params.values(), lr, moments=DTYPES[OPTIMIZERS[variant].get("moments", "float32")])
+    return step, x_BI, target_BO
 
 
 def make_step(case: Case, ops: OpSet, device: str, **adam: Any) -> tuple[Step, Tensor, Tensor]:
@@ -185,14 +248,13 @@ def graph_capture(gpu: Gpu, quick: bool) -> Iterator[Row]:
     sizes = {"B": 8, "I": 12, "O": 16, "L": 64, "k": 4} if quick else {"B": 256, "I": 768, "O": 768, "L": 4096, "k": 32}
     for scheme in SCHEMES[:2] if quick else SCHEMES:
         case = Case(scheme, **sizes, l0=16.0 if scheme in ("l1", "jumprelu") else 0.0)
-        for backend in backends(gpu, torch.float32):
-            row: Row = {"scheme": scheme, "backend": backend}
-            ops = resolve_backend(backend, gpu.device)  # pyright: ignore[reportArgumentType]
+        for variant in variants(gpu):
+            row: Row = {"scheme": scheme, "backend": variant}
             try:
                 weights, n_warm_up = [], 3 if gpu.device == "cuda" else 1
                 for captures in (False, True):
                     adam = {"capturable": True} if gpu.device == "cuda" else {}
-                    step, x_BI, target_BO = make_step(case, ops, gpu.device, **adam)
+                    step, x_BI, target_BO = make_variant(case, variant, gpu.device, **adam)
                     run = _capturable(step, x_BI, target_BO)
                     if captures:
                         run = gpu.captured(run, n_warm_up)
@@ -210,7 +272,8 @@ def _capturable(step: Step, x_BI: Tensor, target_BO: Tensor) -> Any:
     def run() -> None:
         step.optimizer.zero_grad(set_to_none=True)
         step.forward(x_BI, target_BO).backward()
-        clip_grad_norm_(list(step.params.values()), 1.0)
+        fused = step.optimizer if isinstance(step.optimizer, FusedAdam) else None
+        clip_grad_norm_(list(step.params.values()), 1.0, fused)
         step.optimizer.step()
 
     return run

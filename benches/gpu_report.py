@@ -7,6 +7,7 @@ from typing import Any
 HEADINGS = {
     "machine": "Machine",
     "ops": "Ops against float64 (checks that failed)",
+    "optimizer": "Fused Adam against PyTorch's formulas (ms: norm and step, copies of tensors with them)",
     "recipes": "A training step of each recipe that may not wait for the device",
     "graphs": "Training steps captured as graphs",
     "op times": "Ops, ms (predicted: the traffic model, not a measurement)",

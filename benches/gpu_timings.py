@@ -21,11 +21,13 @@ from typing import Any
 import static_cases
 import torch
 from crosscode_kernels import OpSet, resolve_backend
-from gpu_checks import DTYPES, Row, backends, error_text, make_step
+from gpu_checks import DTYPES, OPTIMIZERS, Row, backends, error_text, make_variant, variants
 from gpu_device import Gpu, median_ms
 from op_cases import OPS, Inputs, Op, call
+from static_traffic import step_ms
+from step_model import Run
 from torch import Tensor
-from traffic_model import DEVICES, Device, Model, topk_step
+from traffic_model import DEVICES, Device, Model
 from train_step import Case, Step
 
 OP_CASE = Case("topk", B=4096, I=4608, O=4608, L=16384, k=64)
@@ -61,9 +63,8 @@ def model_device(gpu: Gpu) -> Device | None:
     return next((device for device in DEVICES if device.name.split()[0] in gpu.name()), None)
 
 
-def _model(case: Case, dtype: torch.dtype, device: Device) -> Model:
-    widths = (case.O // case.segments,) * case.segments
-    return Model(static_cases.Case("gpu", case.B, case.I, widths, case.L, case.k), dtype, device)
+def _static(case: Case) -> static_cases.Case:
+    return static_cases.Case("gpu", case.B, case.I, (case.O // case.segments,) * case.segments, case.L, case.k)
 
 
 def op_times(gpu: Gpu, quick: bool) -> Iterator[Row]:
@@ -79,7 +80,7 @@ def op_times(gpu: Gpu, quick: bool) -> Iterator[Row]:
                     row: Row = {"op": name, "backend": backend, "dtype": dtype_name, "backward": backward}
                     row |= _op_time(gpu, partial(_next_call, op, ops, batches, backward))
                     if card and name in PREDICTED and not backward and backend != "reference":
-                        terms = PREDICTED[name](_model(case, dtype, card))
+                        terms = PREDICTED[name](Model(_static(case), dtype, card))
                         row["predicted_ms"] = 1e3 * sum(term.seconds(card, dtype.itemsize) for term in terms)
                     yield row
             del batches
@@ -98,11 +99,11 @@ def _op_time(gpu: Gpu, run: Callable[[], Any]) -> Row:
 
 
 def step_times(gpu: Gpu, quick: bool) -> Iterator[Row]:
-    """Forward, backward, clipping and fused Adam on float32 weights, with and without bfloat16 autocast. `dense`: the reference;
-    `dense, compiled`: its forward and backward by torch.compile. None of them computes a gradient of x."""
+    """Forward, backward, clipping and Adam (PyTorch's fused one, or ours) on float32 weights, with and without bfloat16 autocast.
+    `dense`: the reference; `dense, compiled`: its forward and backward by torch.compile. None computes a gradient of x."""
     for name, case in ({"quick": QUICK_CASE} if quick else STEPS).items():
         for autocast in (True,) if quick else (False, True):
-            for variant in [*backends(gpu, torch.float32), "dense", "dense, compiled"]:
+            for variant in [*variants(gpu), "dense", "dense, compiled"]:
                 row: Row = {"step": name, "variant": variant, "autocast": autocast}
                 yield row | _step(gpu, quick, case, variant, autocast)
                 gpu.free()
@@ -126,9 +127,9 @@ def dense_forward(step: Step) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _step(gpu: Gpu, quick: bool, case: Case, variant: str, autocast: bool) -> Row:
-    backend: Any = "reference" if variant.startswith("dense") else variant
+    name = "reference" if variant.startswith("dense") else variant
     try:
-        step, x_BI, target_BO = make_step(case, resolve_backend(backend, gpu.device), gpu.device, fused=True)
+        step, x_BI, target_BO = make_variant(case, name, gpu.device, fused=True)
         step.clock = lambda: 0.0  # its parts are not timed, and no clock breaks a graph
         inner = step.forward
         if "compiled" in variant:
@@ -146,10 +147,11 @@ def _step(gpu: Gpu, quick: bool, case: Case, variant: str, autocast: bool) -> Ro
             "tokens_per_s": 1e3 * case.B / found["ms"],
         }
         card = model_device(gpu)
-        if card and case.scheme == "topk" and variant == "triton":
-            dtype = torch.bfloat16 if autocast else torch.float32
-            terms = topk_step(_model(case, dtype, card))
-            found["predicted_ms"] = 1e3 * sum(term.seconds(card, dtype.itemsize) for term in terms)
+        if card and case.scheme == "topk" and variant.startswith("triton"):
+            own = OPTIMIZERS.get(variant, {})
+            run = Run(torch.bfloat16 if autocast else torch.float32, fused=bool(own))
+            run = run._replace(moments=DTYPES[own.get("moments", "float32")])
+            found["predicted_ms"] = step_ms(_static(case), run, card)
         return found
     except Exception as error:
         return {"error": error_text(error)}

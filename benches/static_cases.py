@@ -120,22 +120,58 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
-def _adam(t: Tensors, backend: str) -> tuple[Tensor, ...]:
-    """A step over the encoder with the gradients of main and dead latents, and the norm before it."""
-    weight = t.W_enc_LI.float()
-    param, mean, square = weight.clone(), weight.clone(), weight * weight
+ADAM_STEP = 7
+"""What the optimizer's step is; every third row was brought up to date at step 4."""
+
+
+def fused_adam(t: Tensors, backend: str, kind: str = "") -> tuple[Tensor, ...]:
+    """A step over the encoder with the gradient of main latents (and, without `kind`, another of dead ones), and the norm before
+    it."""
+    weight, beta1, beta2 = t.W_enc_LI.float(), 0.0 if kind == "row-sparse" else 0.9, 0.999
+    moments = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    param, mean, square = weight.clone(), weight.to(moments, copy=True), (weight * weight).to(moments)
+    last_L = torch.full((weight.shape[0],), ADAM_STEP - 1, dtype=torch.int32, device=weight.device)
+    last_L[::3] = 4
     if backend == "torch":
-        grad_LI = 2 * kernel_of("segment_rows", "torch")(t.entries, t.x_BI.float())[0]
-        norm, grad_LI = grad_LI.norm(), grad_LI / 2
-        mean, square = mean.lerp(grad_LI, 0.1), 0.999 * square + 0.001 * grad_LI * grad_LI
-        param = param - 0.5 * mean / (square.sqrt() / 0.5 + 1e-8)
-        return norm, param, mean, square, param.to(t.W_enc_LI.dtype)
-    grad = SegmentGrad.of(t.entries, t.x_BI) + SegmentGrad.of(t.entries, t.x_BI)
-    number_4 = torch.full((4,), 0.5, device=weight.device)
-    copy = torch.empty_like(t.W_enc_LI)
-    norm = norm_of_rows(grad)
-    update_rows(param, grad, mean, square, copy, number_4, (0.9, 0.999), 1e-8)
-    return norm, param, mean, square, copy
+        entries = t.entries._replace(value_N=t.value_N.float())
+        grad_LI = kernel_of("segment_rows", "torch")(entries, t.x_BI.float())[0]
+        touched_L = t.order[1].diff() > 0 if kind == "row-sparse" else torch.ones_like(last_L, dtype=torch.bool)
+        decay_L1 = beta2 ** (ADAM_STEP - 1 - last_L).float()[:, None] if kind == "row-sparse" else 1.0
+        after = [mean.float().lerp(grad_LI, 1 - beta1), beta2 * decay_L1 * square.float() + (1 - beta2) * grad_LI**2]
+        moved = param - 0.5 * after[0] / (after[1].sqrt() / 0.5 + 1e-8)
+        if kind == "bfloat16":
+            noise_LI = _noise(weight.numel(), weight.device).view(weight.shape)
+            after = [_by_chance(one, noise_LI >> shift) for one, shift in zip(after, (0, 16), strict=True)]
+        found = [
+            torch.where(touched_L[:, None], *pair)
+            for pair in ((moved, param), *zip(after, (mean, square), strict=True))
+        ]
+        last_L = torch.where(touched_L, ADAM_STEP, last_L)
+        own = [found[0], found[2], last_L] if kind == "row-sparse" else found
+        return (grad_LI if kind else 2 * grad_LI).norm(), *own, found[0].to(t.W_enc_LI.dtype)
+    grad = SegmentGrad.of(t.entries, t.x_BI)
+    grad = grad if kind else grad + SegmentGrad.of(t.entries, t.x_BI)
+    number_5 = torch.full((5,), 0.5, device=weight.device)
+    number_5[2] = 1.0 if kind else 0.5
+    number_5[4] = ADAM_STEP
+    copy, norm = weight.to(t.W_enc_LI.dtype, copy=True), norm_of_rows(grad)
+    kept = (None, square, last_L) if kind == "row-sparse" else (mean, square, None)
+    update_rows(param, grad, *kept, copy, number_5, (beta1, beta2), 1e-8)
+    return norm, param, *(one for one in kept if one is not None), copy
+
+
+def _noise(n: int, device: torch.device) -> Tensor:
+    """What bfloat16 moments are rounded by."""
+    low = 0xFFFFFFFF
+    bits = (torch.arange(n, device=device) * 0x9E3779B1 + ADAM_STEP * 0x85EBCA77) & low
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & low
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & low
+    return bits ^ (bits >> 16)
+
+
+def _by_chance(value: Tensor, noise: Tensor) -> Tensor:
+    bits = (value.view(torch.int32).long() + (noise & 0xFFFF)) & 0xFFFF0000
+    return bits.int().view(torch.float32).bfloat16()
 
 
 def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Callable[[], Any]]:
@@ -166,7 +202,9 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "gather_dot": call("gather_dot", entries._replace(order_N=entries.order_N[:0]), t.y_BO, t.W_dec_LO),
         "gather_dot by latent": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),
-        "fused_adam": lambda: _adam(t, backend),
+        "fused_adam": lambda: fused_adam(t, backend),
+        "fused_adam row-sparse": lambda: fused_adam(t, backend, "row-sparse"),
+        "fused_adam bfloat16": lambda: fused_adam(t, backend, "bfloat16"),
         "encode_threshold": lambda: _threshold_select(case, t, None),
         "encode_threshold scaled": lambda: _threshold_select(case, t, t.n_L),
         "segment_rows": call("segment_rows", entries, t.x_BI),

@@ -6,7 +6,7 @@
 Needs no GPU. Arguments are specialised as the runtime would (pointers and sizes that are multiples of 16, sizes of 1).
 `static_binary.py` reads the figures. Exits with an error where a kernel does not compile, spills, exceeds shared memory,
 or has a hot load (one through an argument that is a whole matrix) that is narrower than 128 bits. An interrupted run goes
-on from what it had finished.
+on from what it had finished. Where not everything is compiled, the rows of `--join` (a stored matrix) are kept beside it.
 """
 
 from __future__ import annotations
@@ -251,6 +251,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def joined(rows: list[dict[str, Any]], stored: list[dict[str, Any]], every_case: bool) -> list[dict[str, Any]]:
+    """The rows, and of the stored ones those that they do not replace: of other kernels or targets, or (unless every case was
+    compiled) of other configurations."""
+
+    def configuration(row: dict[str, Any]) -> str:
+        keys = ("constants", "dtypes", "aligned", "num_warps")
+        return "" if every_case else json.dumps([row[key] for key in keys], sort_keys=True)
+
+    new = {(row["kernel"], row["target"], configuration(row)) for row in rows}
+    kept = [row for row in stored if (row["kernel"], row["target"], configuration(row)) not in new]
+    return kept + rows
+
+
+def versions_of(rows: list[dict[str, Any]]) -> str:
+    """Which compiler made which kernels."""
+    kernels: dict[str, set[str]] = {}
+    for row in rows:
+        kernels.setdefault(row["triton"], set()).add(f"`{row['kernel']}`")
+    most = max(kernels, key=lambda version: sum(row["triton"] == version for row in rows))
+    others = [f"{', '.join(sorted(names))}: {version}" for version, names in kernels.items() if version != most]
+    return f"Triton {most}{''.join(f'; {one}' for one in others)}."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -259,6 +282,9 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="*", default=None, help="names of kernels; default: all")
     parser.add_argument("--one-per-kernel", action="store_true", help="a quick look: one configuration of each kernel")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument(
+        "--join", type=Path, default=None, help="a stored compile_matrix.json, of which other rows are kept"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; the same command goes on")
     arguments = parser.parse_args()
     jobs = jobs_of(arguments.cases)
@@ -275,11 +301,14 @@ def main() -> int:
     if len(rows) < len(work):
         print(f"{len(rows)} of {len(work)} compilations done: the same command goes on")
         return 1
+    rows = [{**row, "triton": triton.__version__} for row in rows]
+    every_case = arguments.cases is None and not arguments.one_per_kernel
+    rows = joined(rows, json.loads(arguments.join.read_text()) if arguments.join else [], every_case)
     header = textwrap.dedent(f"""\
         # Compile matrix
 
-        Triton {triton.__version__}, no GPU involved. {len(jobs)} kernel configurations, {len(rows)}
-        compilations. Worst case over the configurations of a kernel; from hot loads on, where rows are aligned to 16 bytes.
+        {versions_of(rows)} No GPU involved. {len(rows)} compilations.
+        Worst case over the configurations of a kernel; from hot loads on, where rows are aligned to 16 bytes.
         Loads in flight and instructions per byte: of the loop that loads most, per thread (`static_loops.py`; NVIDIA only).
 
         """)

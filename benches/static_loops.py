@@ -16,10 +16,12 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 class LoopFacts(NamedTuple):
-    """`loads_in_flight`: most loads of the widest kind that are issued before the first of them is used. None without a load."""
+    """`loads_in_flight`: most loads of the widest kind that are issued before the first of them is used. `instructions_around`:
+    those of the loop around the hottest one, without the loops in it. None without a load, and without such a loop."""
 
     loads_in_flight: int | None
     instructions_per_byte: float | None
+    instructions_around: int | None
 
 
 def instructions(sass: str) -> tuple[list[str], list[range]]:
@@ -76,12 +78,18 @@ def _in_flight(body: list[str]) -> int:
 def loop_facts(sass: str) -> LoopFacts:
     """See the top of this file."""
     found, loops = instructions(sass)
-    inner = [one for one in loops if not any(other != one and set(other) < set(one) for other in loops)]
-    bodies = [[found[i] for i in one] for one in inner]
-    hottest = max(bodies, key=lambda body: sum(map(_n_bytes, body)), default=[])
-    if not any(map(_n_bytes, hottest)):
-        hottest = found
+
+    def within(one: range) -> list[range]:
+        return [other for other in loops if other != one and set(other) < set(one)]
+
+    inner = [one for one in loops if not within(one)]
+    hot = max(inner, key=lambda one: sum(_n_bytes(found[i]) for i in one), default=range(0))
+    if not any(_n_bytes(found[i]) for i in hot):
+        hot = range(len(found))
+    hottest = [found[i] for i in hot]
     n_bytes = sum(map(_n_bytes, hottest))
     if n_bytes == 0:
-        return LoopFacts(None, None)
-    return LoopFacts(_in_flight(hottest), round(len(hottest) / n_bytes, 2))
+        return LoopFacts(None, None, None)
+    outer = min((one for one in loops if hot in within(one)), key=len, default=None)
+    around = None if outer is None else len(set(outer).difference(*within(outer)))
+    return LoopFacts(_in_flight(hottest), round(len(hottest) / n_bytes, 2), around)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from static_cases import CASES, Case
+from step_model import Run, card, topk_step
 from traffic_model import (
     CACHE_SHARE,
     DEAD_FRACTION,
@@ -23,8 +24,8 @@ from traffic_model import (
     MEMORY_EFFICIENCY,
     Device,
     Model,
+    Term,
     judged,
-    topk_step,
 )
 
 
@@ -55,26 +56,67 @@ def _op_table(case: Case, dtype: torch.dtype, device: Device) -> list[str]:
     return lines
 
 
-def _step_table(case: Case, dtype: torch.dtype) -> list[str]:
-    name = str(dtype).removeprefix("torch.")
+RUNS = (
+    Run(), Run(fused=True), Run(fused=True, moments=torch.bfloat16), Run(fused=True, row_sparse=True),
+    Run(dead=6554), Run(fused=True, dead=6554), Run(torch.float32), Run(torch.float32, fused=True),
+    Run(torch.float32, tf32=True, fused=True),
+)  # fmt: skip
+"""Of which a step is predicted; 6554 are 5 % of 131,072."""
+
+
+def _where(case: Case) -> str:
+    return (
+        f"{case.name}, B={case.n_tokens}, I={case.input_width}, O={case.output_width}, L={case.n_latents}, k={case.k}"
+    )
+
+
+def step_terms(case: Case, run: Run, device: Device) -> dict[str, tuple[Term, float]]:
+    """By name: a term of the step and its predicted milliseconds."""
+    as_set = card(device, run)
+    terms = topk_step(case, run, as_set)
+    return {term.name: (term, 1e3 * term.seconds(as_set, run.dtype.itemsize)) for term in terms if term.moved}
+
+
+def step_ms(case: Case, run: Run, device: Device) -> float:
+    return sum(ms for _, ms in step_terms(case, run, device).values())
+
+
+def _slowest_ms(case: Case, run: Run, device: Device) -> float:
+    """If nothing that a kernel waits for overlapped."""
+    as_set = card(device, run)
+    return sum(1e3 * sum(term.bounds(as_set, run.dtype.itemsize).values()) for term in topk_step(case, run, as_set))
+
+
+def overview(case: Case) -> list[str]:
+    """Steps of all runs, on all devices."""
     lines = [
-        f"## Predicted TopK step: {case.name}, B={case.n_tokens}, I={case.input_width}, O={case.output_width}, "
-        f"L={case.n_latents}, k={case.k}, {name}", "",
-        "| term | " + " | ".join(f"{device.name} ms" for device in DEVICES) + " |",
-        "|---|" + "---|" * len(DEVICES),
+        f"## Predicted TopK steps: {_where(case)}", "",
+        "| run | " + " | ".join(f"{device.name} ms" for device in DEVICES) + " | H100 if nothing overlapped |",
+        "|---|" + "---|" * (len(DEVICES) + 1),
     ]  # fmt: skip
-    steps = [topk_step(Model(case, dtype, device)) for device in DEVICES]
-    times = [
-        [term.seconds(device, dtype.itemsize) * 1e3 for term in step]
-        for device, step in zip(DEVICES, steps, strict=True)
-    ]
-    for i, term in enumerate(steps[0]):
-        lines.append(f"| {term.name} | " + " | ".join(f"{column[i]:.2f}" for column in times) + " |")
-    lines.append("| **step** | " + " | ".join(f"**{sum(column):.2f}**" for column in times) + " |")
-    dominating = [
-        f"{device.name}: {steps[0][column.index(max(column))].name} ({max(column) / sum(column):.0%})"
-        for device, column in zip(DEVICES, times, strict=True)
-    ]
+    for run in RUNS:
+        cells = [f"{step_ms(case, run, device):.1f}" for device in DEVICES]
+        lines.append(f"| {run} | " + " | ".join(cells) + f" | {_slowest_ms(case, run, DEVICES[0]):.1f} |")
+    return [*lines, ""]
+
+
+def _step_table(case: Case, run: Run) -> list[str]:
+    lines = [
+        f"## Terms of the step: {_where(case)}, {run}", "",
+        "| term | MB moved | " + " | ".join(f"{device.name} ms" for device in DEVICES) + " | H100: decided by |",
+        "|---|---|" + "---|" * (len(DEVICES) + 1),
+    ]  # fmt: skip
+    columns = [step_terms(case, run, device) for device in DEVICES]
+    for name, (term, _) in columns[0].items():
+        cells = [f"{column[name][1]:.2f}" for column in columns]
+        decided = term.bound(card(DEVICES[0], run), run.dtype.itemsize)
+        lines.append(f"| {name} | {term.moved / 1e6:.0f} | " + " | ".join(cells) + f" | {decided} |")
+    sums = [sum(ms for _, ms in column.values()) for column in columns]
+    lines.append("| **step** | | " + " | ".join(f"**{ms:.2f}**" for ms in sums) + " | |")
+    dominating = []
+    for device, column, whole in zip(DEVICES, columns, sums, strict=True):
+        name = max(column, key=lambda name: column[name][1])
+        dominating.append(f"{device.name}: {name} ({column[name][1] / whole:.0%})")
     return [*lines, "", f"Dominating term: {'; '.join(dominating)}.", ""]
 
 
@@ -85,12 +127,16 @@ def report() -> str:
         f"GEMMs at {GEMM_EFFICIENCY:.0%} of peak (bf16, or IEEE float32), memory at {MEMORY_EFFICIENCY:.0%} of "
         f"peak bandwidth; {CACHE_SHARE:.0%} of the last cache holds what an op re-reads; parameters, gradients and "
         f"moments in float32 as the trainer has them, products in the dtype named; latents "
-        f"uniformly popular; {DEAD_FRACTION:.0%} of latents dead.", "",
+        f"uniformly popular; {DEAD_FRACTION:.0%} of latents dead. On NVIDIA cards also what the disassembly (compile matrix, "
+        "Triton 3.7.1) says of instructions and of loads that wait for one another (`benches/sass.py`); a term takes the "
+        "longest of these times, as if they overlapped.", "",
         f"The limit: an op moves at most {LIMIT} times the fewest bytes of its inputs and outputs. A GEMM may exceed it by "
         "reading x again from memory, where that takes less time than its arithmetic.", "",
     ]  # fmt: skip
+    lines += overview(CASES[0])
+    for run in RUNS:
+        lines += _step_table(CASES[0], run)
     for dtype in (torch.bfloat16, torch.float32):
-        lines += _step_table(CASES[0], dtype)
         lines += _op_table(CASES[0], dtype, DEVICES[0])
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from crosscode_kernels.triton_common import heuristics as h
+from sass import Constants, Work
 from static_cases import Case
 
 from crosscode.build.plan import GPUS
@@ -22,37 +23,48 @@ from crosscode.build.plan import GPUS
 
 class Device(NamedTuple):
     """Peaks of a GPU: bytes/s, dense FLOP/s in 16 bits and in float32 (IEEE: `train.tf32` is off unless it is given), and
-    bytes of its last cache."""
+    bytes of its last cache. For `sass.py`: what its kernels are compiled for, multiprocessors, and their clock."""
 
     name: str
     bandwidth: float
     flops_16: float
     flops_32: float
     cache: float
+    target: str = ""
+    units: int = 0
+    clock: float = 0.0
 
 
-CACHES = {"h100": 50e6, "a100": 40e6, "mi300x": 256e6}
+CACHES = {
+    "h100": (50e6, "sm_90", 132, 1.7e9),
+    "a100": (40e6, "sm_80", 108, 1.4e9),
+    "mi300x": (256e6, "gfx942", 304, 2.1e9),
+}
+"""Clocks are what such cards hold under load, not their highest."""
 DEVICES = tuple(
-    Device(GPUS[name].name, GPUS[name].bandwidth, GPUS[name].flops_16, GPUS[name].flops_32, cache)
-    for name, cache in CACHES.items()
+    Device(GPUS[name].name, GPUS[name].bandwidth, GPUS[name].flops_16, GPUS[name].flops_32, *others)
+    for name, others in CACHES.items()
 )
 GEMM_EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.85
 CACHE_SHARE = 0.7
 """Assumed: what a good GEMM reaches of the peak, streaming kernels of the bandwidth, and one op of the cache."""
 PROGRAMS, VENDOR_TILE = 264, 128
 """Assumed: GEMM programs that run at a time, two on each of 132 multiprocessors; rows and columns of the vendor's."""
+NEAR = 0.15
+"""Assumed: a load from a multiprocessor's own cache, of one from the last."""
 INDEX = 4
 FP32 = 4
 DEAD_FRACTION = 0.05
 
 
 class Term(NamedTuple):
-    """One op of the step."""
+    """One op of the step. `work`: how its kernel goes about it, where `sass.py` knows."""
 
     name: str
     flops: float
     fewest: float
     moved: float
+    work: Work | None = None
 
     @property
     def ratio(self) -> float:
@@ -61,10 +73,16 @@ class Term(NamedTuple):
 
     def seconds(self, device: Device, element_size: int, bytes_: float | None = None) -> float:
         """Predicted time with the bytes that are moved, or with other `bytes_`."""
+        return max(self.bounds(device, element_size, bytes_).values())
+
+    def bounds(self, device: Device, element_size: int, bytes_: float | None = None) -> dict[str, float]:
+        """Seconds by what may decide: "memory", "arithmetic"; and, from the disassembly, "issue" and "latency"."""
         peak = device.flops_16 if element_size == 2 else device.flops_32
-        compute = self.flops / (peak * GEMM_EFFICIENCY)
-        moved = self.moved if bytes_ is None else bytes_
-        return max(compute, moved / (device.bandwidth * MEMORY_EFFICIENCY))
+        found = {
+            "memory": (self.moved if bytes_ is None else bytes_) / (device.bandwidth * MEMORY_EFFICIENCY),
+            "arithmetic": self.flops / (peak * GEMM_EFFICIENCY),
+        }
+        return found if self.work is None else found | self.work.seconds(device, element_size)
 
     def excess(self, device: Device, element_size: int) -> float:
         """Predicted time over the time with the fewest bytes. Where memory decides, that is the ratio of bytes; bytes
@@ -72,9 +90,9 @@ class Term(NamedTuple):
         return self.seconds(device, element_size) / self.seconds(device, element_size, self.fewest)
 
     def bound(self, device: Device, element_size: int) -> str:
-        """What decides the predicted time: "memory" or "arithmetic"."""
-        without_bytes = self.seconds(device, element_size, 0)
-        return "memory" if self.seconds(device, element_size) > without_bytes else "arithmetic"
+        """What decides the predicted time."""
+        bounds = self.bounds(device, element_size)
+        return max(bounds, key=lambda name: bounds[name])
 
     def within_limit(self, device: Device, element_size: int) -> bool:
         """At most `LIMIT` times the fewest bytes; a GEMM may re-read what arithmetic hides."""
@@ -118,7 +136,8 @@ class Model:
         # A program reads its own maxima back at once, from the cache.
         maxima = self.B * self.L / config.CHUNK * self.e
         again = self._chunks_read_again(config.CHUNK) * config.CHUNK * self.e
-        return Term("row top-k", 0, matrix + self.entries, matrix + maxima + again + self.entries)
+        work = Work("_row_select_kernel", matrix + again, (("SCREEN", "True"),))
+        return Term("row top-k", 0, matrix + self.entries, matrix + maxima + again + self.entries, work)
 
     def batch_select(self) -> Term:
         config, layout = h.batch_select_config(self.L, self.case.k, self.e), h.key_layout(self.dtype)
@@ -156,26 +175,58 @@ class Model:
         # Fused: the target is read and the residual written instead of y.
         outputs = 2 * y if fused else y
         fewest = rows + self.entries + outputs + self.O * self.e
-        name = "decode + residual" if fused else "decode"
-        return Term(name, 2 * self.N * self.O, fewest, fewest + again)
+        name, kernel = ("decode + residual", "_decode_recon_kernel") if fused else ("decode", "_sparse_decode_kernel")
+        config = h.decode_config(self.L, self.O, self.e)
+        tiles = self.B * math.ceil(self.O / tile)
+        waits = tiles * (1 + (1 + NEAR) * math.ceil(self.case.k / config.BLOCK_K))
+        work = Work(kernel, self.N * self.O * self.e, waits=waits)
+        return Term(name, 2 * self.N * self.O, fewest, fewest + again, work)
 
-    def decode_backward(self) -> Term:
-        return self._segments("decode backward", self.O, dots=True)
+    def decode_backward(self, deferred: bool = False) -> Term:
+        """`deferred`: the weight's gradient is summed by the optimizer."""
+        return self._segments("decode backward", self.O, dots=True, out=not deferred)
 
     def encode_backward(self) -> Term:
-        return self._segments("encode weight gradient", self.I, dots=False)
+        return self._segments("encode weight gradient", self.I, dots=False, out=True)
 
-    def _segments(self, name: str, width: int, dots: bool) -> Term:
+    def _segments(self, name: str, width: int, dots: bool, out: bool) -> Term:
         config = h.segment_config(self.B, width, self.e)
         slices = math.ceil(width / config.slice_width)
-        rows, out = self.B * width * self.e, self.L * width * self.e
+        rows, written = self.B * width * self.e, self.L * width * self.e if out else 0
         weights = self.touched * width * self.e if dots else 0
         order = self.N * 2 * INDEX + self.L * 2 * INDEX
-        fewest = rows + out + weights + self.entries + order + (self.N * self.e if dots else self.L * self.e)
-        again = (self.N - self.B) * width * self.e * self.missed(self.B * config.slice_width * self.e)
+        fewest = rows + written + weights + self.entries + order + (self.N * self.e if dots else self.L * self.e)
+        again = self.rows_again(width)
         partial_dots = 2 * slices * self.N * FP32 if dots and slices > 1 else 0
         moved = fewest + again + partial_dots + (slices - 1) * (order + self.entries)
-        return Term(name, (4 if dots else 2) * self.N * width, fewest, moved)
+        work = self.gathers(width, dots=dots, out=out, streamed=weights)
+        return Term(name, (2 * dots + 2 * out) * self.N * width, fewest, moved, work)
+
+    def rows_again(self, width: int) -> float:
+        """What of the tokens' rows, read once for each entry, goes to memory again."""
+        config = h.segment_config(self.B, width, self.e)
+        return (self.N - self.B) * width * self.e * self.missed(self.B * config.slice_width * self.e)
+
+    def gathers(
+        self,
+        width: int,
+        *,
+        dots: bool = False,
+        out: bool = True,
+        outer: str = "",
+        of_outer: Constants = (),
+        streamed: float = 0.0,
+    ) -> Work:
+        """A walk over the entries of each latent: bounds and the first entry's token are waited for once; then, tile by tile and
+        batch by batch of entries, a token from the nearest cache and rows from the last."""
+        config = h.segment_config(self.B, width, self.e)
+        batches = self.touched * math.ceil(self.N / self.touched / config.BLOCK_E)
+        tiles, slices = math.ceil(width / config.BLOCK_O), math.ceil(width / config.slice_width)
+        loop = (("HAS_OUT", str(out)), ("HAS_DOT", str(dots)), ("OVERFLOW", "True"))
+        return Work(
+            "_segment_rows_kernel", self.N * width * self.e, loop, outer, of_outer, streamed,
+            waits=batches * tiles * (1 + NEAR) + 2 * self.touched * slices, around=self.touched * tiles,
+        )  # fmt: skip
 
     def latent_order(self) -> Term:
         # A radix sort of 32-bit keys with their positions: four passes, each reads and writes both.
@@ -224,27 +275,6 @@ class Model:
         again = self.N * (32 - self.e) * 2 * self.missed(self.N * self.e)
         return Term("sparse penalty backward", 0, fewest, fewest + again)
 
-    # ---- the rest of a training step, PyTorch's own; weights are float32 whatever the products are in
-    def chunks(self) -> Term:
-        """Candidates of each chunk of latents, written, joined and selected from; a chunk alone is no chunk."""
-        n = math.ceil(self.L / h.preacts_at_a_time(self.B, self.L))
-        bytes_ = 5 * n * self.entries if n > 1 else 0
-        return Term("candidates of chunks", 0, bytes_, bytes_)
-
-    def casts(self) -> Term:
-        # Both weights on their way to 16 bits, both gradients on their way back.
-        bytes_ = 2 * (FP32 + self.e) * self.L * (self.I + self.O) if self.e < FP32 else 0
-        return Term("casts of weights and gradients", 0, bytes_, bytes_)
-
-    def clip(self) -> Term:
-        bytes_ = self.L * (self.I + self.O) * FP32
-        return Term("gradient norm", 0, bytes_, bytes_)
-
-    def adam(self) -> Term:
-        # Parameter, both moments: read and written; gradient read. Clipping is folded in.
-        bytes_ = 7 * self.L * (self.I + self.O) * FP32
-        return Term("fused Adam", 0, bytes_, bytes_)
-
 
 OPS: tuple[Callable[[Model], Term], ...] = (
     Model.preacts, Model.row_select, Model.batch_select, Model.groupmax, Model.dead_preacts,
@@ -255,16 +285,6 @@ OPS: tuple[Callable[[Model], Term], ...] = (
 """Triton ops (and the vendor's encode GEMM) that must stay within `LIMIT` times the fewest bytes."""
 LIMIT = 1.3
 GEMMS = ("encode GEMM", "dead-row GEMM")
-
-
-def topk_step(model: Model) -> list[Term]:
-    """What a TopK training step runs, in order. In 16 bits (autocast) decode and loss are two ops, and the loss is float32."""
-    wide = Model(model.case, torch.float32, model.device)
-    return [
-        model.casts(), model.preacts(), model.row_select(), model.chunks(), model.latent_order(),
-        *([model.decode(False), wide.recon()] if model.e < FP32 else [model.decode(True)]), wide.recon_backward(),
-        model.decode_backward(), model.encode_backward(), model.clip(), model.adam(),
-    ]  # fmt: skip
 
 
 def judged(case: Case, dtype: torch.dtype, device: Device) -> list[Term]:

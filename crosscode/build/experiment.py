@@ -63,18 +63,20 @@ def backend_of(config: ExperimentConfig) -> Backend:
     if config.sparse_below is not None:
         wanted = replace(wanted, sparse_below=config.sparse_below)
     plan = OPTIMIZERS.build(config.train.optimizer)
-    if plan.row_sparse is not True:
-        if not plan.fused:
-            return wanted
+    if plan.fused:
         is_triton = wanted.name == "triton" or (
             wanted.name == "auto" and resolve(wanted, available_device(config.device)).name == "triton"
         )
         if plan.fused is True and not is_triton:
             raise InputError(f"train.optimizer.fused = True: needs the triton backend, got {config.backend!r}")
-        return replace(wanted, name="triton", options=("deferred",)) if is_triton else wanted
+        if is_triton:
+            return replace(wanted, name="triton", options=("deferred",))
+    if plan.row_sparse is not True:
+        return wanted
     if wanted.name in ("triton", "reference"):
         raise InputError(
-            f"train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', got {config.backend!r}"
+            "train.optimizer.row_sparse = True: needs backend 'torch', 'torch:screened' or 'auto', or 'triton' with "
+            f"train.optimizer.fused = True, got {config.backend!r}"
         )
     return replace(wanted, name="torch", options=tuple(dict.fromkeys((*wanted.options, "rows"))))
 

@@ -51,7 +51,7 @@ def training_metrics(trainer: Any, of_batch: dict[str, Any], grad_norm: Tensor) 
         **of_batch,
         **trainer.objective.figures(),
         "dead_fraction": trainer.firing.dead_fraction(trainer.config.dead_after_tokens).item(),
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "lr": float(trainer.optimizer.param_groups[0]["lr"]),
         "grad_norm": grad_norm.item(),
         "skipped_steps": trainer.guard.n_skipped,
         "tokens_per_s": tokens_per_s(trainer.counts()),

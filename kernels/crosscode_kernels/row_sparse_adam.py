@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode_kernels.fused_adam import FusedAdam, deferred_norm
+from crosscode_kernels.fused_adam import FusedAdam, deferred_norm, restore_states
 from crosscode_kernels.segments.deferred import SegmentGrad, computed
 
 _CPU_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 17, 1 << 26
@@ -46,12 +46,9 @@ class RowSparseAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """As PyTorch's, which would make step counts numbers of the parameter's dtype."""
         super().load_state_dict(state_dict)
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            if "last_step_R" in state_dict["state"].get(index, {}):
-                last_step_R = state_dict["state"][index]["last_step_R"]
-                self.state[param]["last_step_R"] = last_step_R.to(param.device, torch.int32, copy=True)
+        restore_states(self, state_dict)
+        for state in self.state.values():
+            state["step"] = int(state["step"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

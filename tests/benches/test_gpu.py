@@ -47,8 +47,12 @@ def test_a_dry_run_of_everything_with_triton_interpreted(tmp_path):
     found = json.loads((tmp_path / "gpu-dry-run.json").read_text())
     assert not [row for rows in found.values() for row in rows if "error" in row]
     assert {row["op"] for row in found["ops"]} == {row["op"] for row in found["op times"]}
-    assert all(row["ok"] for name in ("ops", "recipes", "graphs") for row in found[name])
-    assert all(row["same_bits"] for row in (*found["ops"], *found["graphs"]))
+    assert all(row["ok"] for name in ("ops", "optimizer", "recipes", "graphs") for row in found[name])
+    assert all(row["same_bits"] for row in (*found["ops"], *found["optimizer"], *found["graphs"]))
+    assert {row["kind"] for row in found["optimizer"]} == {"dense", "row-sparse", "bfloat16"}
+    fused = {row["variant"]: row["predicted_ms"] for row in found["step times"] if row["variant"].startswith("triton")}
+    assert fused.keys() == {"triton", "triton, fused", "triton, fused, bfloat16 moments"}
+    assert fused["triton, fused"] < fused["triton"]
     losses = {row["library"]: row["loss"] for row in found["other libraries"]}
     assert losses.keys() == {"crosscode", "dense", "sparsify", "flexsae"}
     assert all(loss == pytest.approx(losses["dense"], rel=1e-4) for loss in losses.values())

@@ -39,9 +39,31 @@ USE, OTHER_USE, BACK = "FADD R20, R9.reuse, R20", "FADD R21, R14, R21", "@!P0 BR
 )
 def test_of_the_loop_that_loads_most(loop_facts, body, in_flight, per_byte):
     text = sass(LOAD, OTHER, ".L_x_0:", "LDG.E R1, desc[UR4][R2.64]", "@P1 BRA `(.L_x_0)", ".L_x_1:", *body, "EXIT")
-    assert loop_facts(text) == (in_flight, round(per_byte, 2))
+    assert loop_facts(text) == (in_flight, round(per_byte, 2), None)
 
 
 def test_a_kernel_without_loops_is_taken_whole(loop_facts):
-    assert loop_facts(sass(LOAD, OTHER, USE, OTHER_USE, "EXIT", ".L_x_2:", "BRA `(.L_x_2)")) == (2, round(6 / 32, 2))
-    assert loop_facts(sass("STG.E.128 desc[UR4][R2.64], R8", "EXIT")) == (None, None)
+    assert loop_facts(sass(LOAD, OTHER, USE, OTHER_USE, "EXIT", ".L_x_2:", "BRA `(.L_x_2)")) == (
+        2,
+        round(6 / 32, 2),
+        None,
+    )
+    assert loop_facts(sass("STG.E.128 desc[UR4][R2.64], R8", "EXIT")) == (None, None, None)
+
+
+def test_of_the_loop_around_it_what_is_in_no_loop_counts(loop_facts):
+    short = (".L_x_0:", "LDG.E R1, desc[UR4][R2.64]", "@P1 BRA `(.L_x_0)")
+    text = sass(
+        OTHER,
+        ".L_x_2:",
+        "MOV R1, R2",
+        *short,
+        ".L_x_1:",
+        LOAD,
+        USE,
+        BACK,
+        "IADD R2, R2, 1",
+        "@P2 BRA `(.L_x_2)",
+        "EXIT",
+    )
+    assert loop_facts(text) == (1, round(3 / 16, 2), 3)

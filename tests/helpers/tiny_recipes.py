@@ -48,8 +48,9 @@ class StandIn:
         self.number = state["number"]
 
 
-def tiny(name: str, folder: Any, backend: str, device: str) -> dict[str, Any]:
-    """The recipe with fewer latents and tokens. Latents count as dead after one batch, so that AuxK has work to do."""
+def tiny(name: str, folder: Any, backend: str, device: str, train: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The recipe with fewer latents and tokens, and some fields of `train` changed (of its optimizer those that are named).
+    Latents count as dead after one batch, so that AuxK has work to do."""
     values = read_yaml(name)
     values |= {"run_dir": str(folder), "backend": backend, "device": device}
     crosscoder, activation = values["crosscoder"], values["crosscoder"]["activation"]
@@ -70,16 +71,20 @@ def tiny(name: str, folder: Any, backend: str, device: str) -> dict[str, Any]:
         )
     values["train"] |= {"n_tokens": N_STEPS * BATCH, "batch_size": BATCH, "log_every": 1, "checkpoint_every": None}
     values["evaluation"] = {"n_tokens": BATCH}
+    train = dict(train or {})
+    train["optimizer"] = values["train"]["optimizer"] | train.get("optimizer", {})
+    values["train"] |= train
     for section, fields in CHANGES.items():
         values[section] = values[section] | fields if isinstance(fields, dict) else fields
     return values
 
 
 def make_trainer(
-    name: str, folder: Any, backend: str, device: str, dtype: torch.dtype = torch.float32, resume: bool = False
-):
+    name: str, folder: Any, backend: str, device: str, dtype: torch.dtype = torch.float32, resume: bool = False,
+    train: dict[str, Any] | None = None,
+):  # fmt: skip
     """The trainer of a tiny recipe, its language models replaced by the stream."""
-    config = check_config(tiny(name, folder, backend, device))
+    config = check_config(tiny(name, folder, backend, device, train))
     dims = (len(config.language_models), len(config.hookpoints), WIDTH)
     models: Any = [SimpleNamespace(fingerprint=lambda: "none", facts=dict) for _ in config.language_models]
     harvester: Any = SimpleNamespace(dims=dims, models=models, widths_MP=[[WIDTH] * dims[1]] * dims[0])

@@ -41,11 +41,30 @@ class Adam(OptimizerPlan):
         least what lets them travel by 3 within the run"""
         row_sparse: bool | Literal["auto"] = False
         """update only the rows of weights that a batch touches: the same numbers for a sparse activation, a third less
-        memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend. auto: what is faster,
-        tried out when a run begins, whose own config then says it"""
+        memory, less time where few latents are touched; needs betas[0] = 0 and the torch backend, or triton with fused.
+        auto: what is faster, tried out when a run begins, whose own config then says it"""
         fused: bool | Literal["auto"] = False
         """with the Triton backend, sum the gradients of weights where they are used: norm, update and 16-bit copies of the
         weights take one pass less each, and no such gradient lies in memory. auto: with that backend"""
+        moments: Literal["float32", "bfloat16"] = "float32"
+        """what both moments of weights are kept in; bfloat16: a third less of the optimizer's memory traffic, rounded up or
+        down by chance (the same whenever a run is repeated); needs fused"""
+        lr_on_device: bool = False
+        """keep the learning rate in memory of the device, so that a loop of your own can capture its step as a CUDA graph;
+        with row_sparse needs fused"""
+
+        @model_validator(mode="after")
+        def _kernels_alone_can(self) -> Adam.Config:
+            if self.moments != "float32" and self.fused is not True:
+                raise ValueError(
+                    f"moments = {self.moments!r} needs fused = true, got fused = {str(self.fused).lower()}"
+                )
+            if self.lr_on_device and self.row_sparse and self.fused is not True:
+                raise ValueError(
+                    "lr_on_device = true with row_sparse needs fused = true: row-sparse updates of the torch "
+                    "backend read the learning rate in every step"
+                )
+            return self
 
         @model_validator(mode="after")
         def _momentum_moves_every_row(self) -> Adam.Config:
@@ -57,11 +76,17 @@ class Adam(OptimizerPlan):
             return self
 
     def setup(self) -> None:
-        self.states_per_weight = 1 if self.row_sparse is True else 2
+        self.states_per_weight = (1 if self.row_sparse is True else 2) / (2 if self.moments == "bfloat16" else 1)
 
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)
+        if self.lr_on_device:
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=model.device)
+        if "deferred" in model.backend.options:
+            kept = {"row_sparse": self.row_sparse is True, "moments": getattr(torch, self.moments)}
+            return FusedAdam(groups, lr=lr, betas=self.betas, eps=self.eps, **kept)
         if self.row_sparse is True:
             if "rows" not in model.backend.options:
                 raise InputError(
@@ -69,10 +94,9 @@ class Adam(OptimizerPlan):
                     "every row; make it with backend=Backend('torch', ('rows',))"
                 )
             return RowSparseAdam(groups, lr=lr, beta2=self.betas[1], eps=self.eps)
-        if "deferred" in model.backend.options:
-            return FusedAdam(groups, lr=lr, betas=self.betas, eps=self.eps)
         fused = all(param.device.type in ("cpu", "cuda", "mps") for param in model.parameters())
-        return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused)
+        capturable = fused and self.lr_on_device
+        return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused, capturable=capturable)
 
     def lr_factor(self, step: int, n_steps: int) -> float:
         if self.schedule == "constant":

@@ -20,8 +20,8 @@ class OptimizerPlan(Configured, ABC):
     """Whether it wants gradients of weights that hold only the rows that a batch touches; "auto": not yet known, so no."""
     fused: bool | str = False
     """Whether it takes gradients that are not computed yet ("deferred" of the Triton backend); "auto": where they are given."""
-    states_per_weight: int = 1
-    """Numbers that it keeps for each weight."""
+    states_per_weight: float = 1
+    """Numbers that it keeps for each weight, in float32's."""
 
     @abstractmethod
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
@@ -39,7 +39,9 @@ class OptimizerPlan(Configured, ABC):
         """Before a step. What must be able to travel goes on to the end: the weights' last steps move L0 as well."""
         factor = self.lr_factor(step, n_steps)
         for group in optimizer.param_groups:
-            group["lr"] = max(group["initial_lr"] * factor, group.get("travel", 0.0) / n_steps)
+            lr, before = max(group["initial_lr"] * factor, group.get("travel", 0.0) / n_steps), group["lr"]
+            is_tensor = isinstance(before, torch.Tensor)  # of a state that was read: on the CPU
+            group["lr"] = before.to(group["params"][0].device).fill_(lr) if is_tensor else lr
 
     def forget_rows(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, rows_R: torch.Tensor) -> None:
         """What is kept of rows of a parameter that were set anew begins anew as well.

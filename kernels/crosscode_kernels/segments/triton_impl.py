@@ -46,6 +46,52 @@ def with_partials(total, extra_ptr, partial_ptr, latent, offs_o, mask_o, width):
 
 
 @triton.jit
+def _item_sum(
+    order_ptr, token_ptr, weight_ptr, rows_ptr, w, weight_sum, dots, is_first, start, end, offs_o, mask_o, width,
+    HAS_OUT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DOT: tl.constexpr, ITEM: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Over a tile of columns: the sum of entries `start` to `end`. Added to: the sum of their weights where the tile `is_first`,
+    and their dots with `w`."""
+    acc = tl.zeros([BLOCK_E, BLOCK_O], dtype=tl.float32)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_block = tl.arange(0, ITEM // BLOCK_E)
+    for first in range(start, end, BLOCK_E):
+        mask_e = first + offs_e < end
+        entry = tl.load(order_ptr + first + offs_e, mask=mask_e, other=0)
+        token = tl.load(token_ptr + first + offs_e, mask=mask_e, other=0).to(tl.int64)
+        weight = tl.load(weight_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)  # [BLOCK_E]
+        row = tl.load(
+            rows_ptr + token[:, None] * width + offs_o[None, :], mask=mask_e[:, None] & mask_o[None, :], other=0.0
+        ).to(tl.float32)  # [BLOCK_E, BLOCK_O]
+        if HAS_OUT:
+            acc += weight[:, None] * row
+        if HAS_SUM:
+            weight_sum += tl.where(is_first, weight, 0.0)
+        if HAS_DOT:
+            dot = tl.sum(row * w[None, :], 1)
+            dots += tl.where(offs_block[:, None] == (first - start) // BLOCK_E, dot[None, :], 0.0)
+    return tl.sum(acc, 0), weight_sum, dots
+
+
+@triton.jit
+def row_sum(
+    order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, partial_ptr, latent, offs_o, mask_o, width,
+    HAS_OVERFLOW: tl.constexpr, ITEM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A tile of one latent's row of `segment_rows`, fp32, as `_segment_rows_kernel` would store it."""
+    start = tl.load(latent_ptr + latent)
+    end = tl.minimum(tl.load(latent_ptr + latent + 1), start + ITEM)
+    total, _, _ = _item_sum(
+        order_ptr, token_ptr, weight_ptr, rows_ptr, 0.0, 0.0, 0.0, False, start, end, offs_o, mask_o, width, True,
+        False, False, ITEM, BLOCK_E, BLOCK_O,
+    )  # [BLOCK_O]  # fmt: skip
+    if HAS_OVERFLOW:
+        total = with_partials(total, extra_ptr, partial_ptr, latent, offs_o, mask_o, width)
+    return total
+
+
+@triton.jit
 def _segment_rows_kernel(
     order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, W_ptr, out_ptr, sum_ptr, dot_ptr,
     partial_ptr, partial_sum_ptr, L, N, width, slice_width, OVERFLOW: tl.constexpr,
@@ -73,26 +119,14 @@ def _segment_rows_kernel(
     for first_o in range(first_s, tl.minimum(first_s + slice_width, width), BLOCK_O):
         offs_o = first_o + tl.arange(0, BLOCK_O)
         mask_o = offs_o < width
-        acc = tl.zeros([BLOCK_E, BLOCK_O], dtype=tl.float32)
+        w = tl.zeros([BLOCK_O], dtype=tl.float32)
         if HAS_DOT:
             w = tl.load(W_ptr + latent * width + offs_o, mask=offs_o < n_read, other=0.0).to(tl.float32)  # [BLOCK_O]
-        for first in range(start, end, BLOCK_E):
-            mask_e = first + offs_e < end
-            entry = tl.load(order_ptr + first + offs_e, mask=mask_e, other=0)
-            token = tl.load(token_ptr + first + offs_e, mask=mask_e, other=0).to(tl.int64)
-            weight = tl.load(weight_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)  # [BLOCK_E]
-            row = tl.load(
-                rows_ptr + token[:, None] * width + offs_o[None, :], mask=mask_e[:, None] & mask_o[None, :], other=0.0
-            ).to(tl.float32)  # [BLOCK_E, BLOCK_O]
-            if HAS_OUT:
-                acc += weight[:, None] * row
-            if HAS_SUM:
-                weight_sum += tl.where(first_o == first_s, weight, 0.0)
-            if HAS_DOT:
-                dot = tl.sum(row * w[None, :], 1)
-                dots += tl.where(offs_block[:, None] == (first - start) // BLOCK_E, dot[None, :], 0.0)
+        total, weight_sum, dots = _item_sum(
+            order_ptr, token_ptr, weight_ptr, rows_ptr, w, weight_sum, dots, first_o == first_s, start, end, offs_o,
+            mask_o, width, HAS_OUT, HAS_SUM, HAS_DOT, ITEM, BLOCK_E, BLOCK_O,
+        )  # fmt: skip
         if HAS_OUT:
-            total = tl.sum(acc, 0)  # [BLOCK_O]
             if OVERFLOW:
                 tl.store(partial_ptr + pid.to(tl.int64) * width + offs_o, total, mask=mask_o)
             else:
@@ -128,6 +162,52 @@ def _items(entries: Entries) -> tuple[Tensor, Tensor]:
     return token_of_entry(entries.row_ptr_B1, entries.order_N.shape[0])[entries.order_N], extra_ptr_L1
 
 
+class RowSums:
+    """`segment_rows`, not computed yet: what `row_sum` takes. Its overflow items are summed when they are first asked for."""
+
+    def __init__(self, entries: Entries, rows_BI: Tensor) -> None:
+        self.entries, self.rows_BI = entries, rows_BI
+        self.token_N, self.extra_ptr_L1 = _items(entries)
+        self.n_overflow = entries.order_N.shape[0] // ITEM
+        self._partial_TI: Tensor | None = None
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """`out_LI`."""
+        return reduce_by_latent(self.entries, self.rows_BI, None, dtype=dtype)[0]
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Pointers of `row_sum`."""
+        if self._partial_TI is None:
+            self._partial_TI = self.new_partials()
+            self.launch(True, self._partial_TI)
+        return *self._pointers(), self._partial_TI
+
+    def new_partials(self) -> Tensor:
+        return self.rows_BI.new_empty(self.n_overflow, self.rows_BI.shape[1], dtype=torch.float32)
+
+    def _pointers(self) -> tuple[Tensor, ...]:
+        _, _, weight_N, order_N, latent_ptr_L1 = self.entries
+        return order_N, self.token_N, latent_ptr_L1, self.extra_ptr_L1, weight_N, self.rows_BI
+
+    def launch(
+        self, overflow: bool, partial_TI: Tensor | None, out_LI: Tensor | None = None, *, W_LI: Tensor | None = None,
+        dot_SN: Tensor | None = None, sum_L: Tensor | None = None, partial_sum_T: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Overflow items into partials, or rows into what is given: sums of rows, of weights, dots with the rows of W."""
+        none, (n_tokens, width) = self.rows_BI, self.rows_BI.shape
+        n_latents = self.entries.latent_ptr_L1.shape[0] - 1
+        config = segment_config(n_tokens, width, none.element_size())
+        given = (none if one is None else one for one in (W_LI, out_LI, sum_L, dot_SN, partial_TI, partial_sum_T))
+        launch(
+            _segment_rows_kernel,
+            (self.n_overflow if overflow else n_latents, triton.cdiv(width, config.slice_width)), *self._pointers(),
+            *given, n_latents, self.entries.order_N.shape[0], width, config.slice_width, OVERFLOW=overflow,
+            HAS_OVERFLOW=self.n_overflow > 0, HAS_OUT=partial_TI is not None, HAS_SUM=sum_L is not None,
+            HAS_DOT=W_LI is not None, ITEM=ITEM, BLOCK_E=config.BLOCK_E, BLOCK_O=config.BLOCK_O,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
 def reduce_by_latent(
     entries: Entries,
     rows_BO: Tensor,
@@ -139,85 +219,23 @@ def reduce_by_latent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out_LO` of `dtype` (None: that of the rows), the sums of values `sum_L`, where wanted, and `dot_N` with the rows of W
     where that is given."""
-    _, _, weight_N, order_N, latent_ptr_L1 = entries
-    n_latents, n_entries, width = latent_ptr_L1.shape[0] - 1, order_N.shape[0], rows_BO.shape[1]
-    token_N, extra_ptr_L1 = _items(entries)
-    n_overflow = n_entries // ITEM
-    partial_TO = rows_BO.new_empty(n_overflow if want_out else 0, width, dtype=torch.float32)
-    partial_sum_T = rows_BO.new_empty(n_overflow, dtype=torch.float32)
+    sums, n_latents, width = RowSums(entries, rows_BO), entries.latent_ptr_L1.shape[0] - 1, rows_BO.shape[1]
     out_LO = rows_BO.new_empty(n_latents if want_out else 0, width, dtype=dtype or rows_BO.dtype)
     sum_L = rows_BO.new_empty(n_latents if want_sum else 0)
-    config = segment_config(rows_BO.shape[0], width, rows_BO.element_size())
-    n_slices = triton.cdiv(width, config.slice_width)
+    partial_TO = sums.new_partials() if want_out else None
+    partial_sum_T = rows_BO.new_empty(sums.n_overflow, dtype=torch.float32)
+    n_slices = triton.cdiv(width, segment_config(rows_BO.shape[0], width, rows_BO.element_size()).slice_width)
     dot_SN = rows_BO.new_zeros(  # padding is in no segment
-        n_slices, n_entries if W_LO is not None else 0, dtype=torch.float32 if n_slices > 1 else rows_BO.dtype
-    )
+        n_slices, entries.order_N.shape[0] if W_LO is not None else 0,
+        dtype=torch.float32 if n_slices > 1 else rows_BO.dtype,
+    )  # fmt: skip
     for overflow in (True, False):
-        launch(
-            _segment_rows_kernel, (n_overflow if overflow else n_latents, n_slices), order_N, token_N, latent_ptr_L1,
-            extra_ptr_L1, weight_N, rows_BO, rows_BO if W_LO is None else W_LO, out_LO, sum_L, dot_SN, partial_TO,
-            partial_sum_T, n_latents, n_entries, width, config.slice_width, OVERFLOW=overflow,
-            HAS_OVERFLOW=n_overflow > 0, HAS_OUT=want_out, HAS_SUM=want_sum, HAS_DOT=W_LO is not None, ITEM=ITEM,
-            BLOCK_E=config.BLOCK_E, BLOCK_O=config.BLOCK_O, num_warps=config.num_warps, num_stages=config.num_stages,
+        sums.launch(
+            overflow, partial_TO, out_LO, W_LI=W_LO, dot_SN=dot_SN, sum_L=sum_L if want_sum else None,
+            partial_sum_T=partial_sum_T,
         )  # fmt: skip
     dot_N = dot_SN[0] if n_slices == 1 else dot_SN.sum(0).to(rows_BO.dtype)
     return out_LO, sum_L, dot_N
-
-
-class RowSums:
-    """`segment_rows`, not computed yet: what `row_sum` takes. Its overflow items are summed when they are first asked for."""
-
-    def __init__(self, entries: Entries, rows_BI: Tensor) -> None:
-        self.entries, self.rows_BI = entries, rows_BI
-        self.token_N, self.extra_ptr_L1 = _items(entries)
-        self._partial_TI: Tensor | None = None
-
-    def total(self, dtype: torch.dtype) -> Tensor:
-        """`out_LI`."""
-        return reduce_by_latent(self.entries, self.rows_BI, None, dtype=dtype)[0]
-
-    def arguments(self) -> tuple[Tensor, ...]:
-        """Pointers of `row_sum`."""
-        _, _, weight_N, order_N, latent_ptr_L1 = self.entries
-        before = (order_N, self.token_N, latent_ptr_L1, self.extra_ptr_L1, weight_N, self.rows_BI)
-        if self._partial_TI is None:
-            n_tokens, width = self.rows_BI.shape
-            n_items, none = order_N.shape[0] // ITEM, self.rows_BI
-            self._partial_TI = self.rows_BI.new_empty(n_items, width, dtype=torch.float32)
-            config = segment_config(n_tokens, width, none.element_size())
-            launch(
-                _segment_rows_kernel, (n_items, triton.cdiv(width, config.slice_width)), *before, none, none, none, none,
-                self._partial_TI, none, latent_ptr_L1.shape[0] - 1, order_N.shape[0], width, config.slice_width,
-                OVERFLOW=True, HAS_OVERFLOW=True, HAS_OUT=True, HAS_SUM=False, HAS_DOT=False, ITEM=ITEM,
-                BLOCK_E=config.BLOCK_E, BLOCK_O=config.BLOCK_O, num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )  # fmt: skip
-        return *before, self._partial_TI
-
-
-@triton.jit
-def row_sum(
-    order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, partial_ptr, latent, offs_o, mask_o, width,
-    HAS_OVERFLOW: tl.constexpr, ITEM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """A tile of one latent's row of `segment_rows`, fp32, as `_segment_rows_kernel` would store it."""
-    start = tl.load(latent_ptr + latent)
-    end = tl.minimum(tl.load(latent_ptr + latent + 1), start + ITEM)
-    offs_e = tl.arange(0, BLOCK_E)
-    acc = tl.zeros([BLOCK_E, BLOCK_O], dtype=tl.float32)
-    for first in range(start, end, BLOCK_E):
-        mask_e = first + offs_e < end
-        entry = tl.load(order_ptr + first + offs_e, mask=mask_e, other=0)
-        token = tl.load(token_ptr + first + offs_e, mask=mask_e, other=0).to(tl.int64)
-        weight = tl.load(weight_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)  # [BLOCK_E]
-        row = tl.load(
-            rows_ptr + token[:, None] * width + offs_o[None, :], mask=mask_e[:, None] & mask_o[None, :], other=0.0
-        )  # [BLOCK_E, BLOCK_O]
-        acc += weight[:, None] * row.to(tl.float32)
-    total = tl.sum(acc, 0)  # [BLOCK_O]
-    if HAS_OVERFLOW:
-        total = with_partials(total, extra_ptr, partial_ptr, latent, offs_o, mask_o, width)
-    return total
 
 
 def latent_order(latent_idx_N: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

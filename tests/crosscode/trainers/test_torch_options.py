@@ -98,6 +98,18 @@ def test_both_together(train):
     assert both == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_learning_rate_on_the_device_is_the_same_one_and_survives_a_checkpoint(train, tmp_path):
+    own = {"type": "adam", "lr": 0.01}
+    plain, _ = train("plain", train__optimizer=own, train__log_every=1)
+    on_device, trainer = train("on_device", train__optimizer={**own, "lr_on_device": True}, train__log_every=1)
+    assert on_device == pytest.approx(plain, rel=1e-5)
+    assert all(isinstance(group["lr"], torch.Tensor) for group in trainer.optimizer.param_groups)
+    point = ResumePoint.find(tmp_path / "on_device")
+    resumed = build_trainer(open_experiment(point.config), resume=point, progress=False)
+    resumed.optimizer_plan.set_learning_rate(resumed.optimizer, 0, 10)
+    assert all(group["lr"].device == resumed.model.device for group in resumed.optimizer.param_groups)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -113,6 +125,14 @@ def test_both_together(train):
         (
             {"train": {"optimizer": ROWS}, "constraints": {"unit_norm_decoder": {}}},
             "row_sparse = True: UnitNormDecoder needs the whole gradient",
+        ),
+        (
+            {"train": {"optimizer": {"type": "adam", "moments": "bfloat16"}}},
+            "moments = 'bfloat16' needs fused = true, got fused = false",
+        ),
+        (
+            {"train": {"optimizer": {**ROWS, "lr_on_device": True}}},
+            "lr_on_device = true with row_sparse needs fused = true",
         ),
         ({"backend": "reference:screened"}, "backend"),
         ({"backend": "torch:fast"}, "backend"),

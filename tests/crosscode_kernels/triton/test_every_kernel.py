@@ -28,7 +28,7 @@ OPS = [
     "jumprelu_backward anthropic", "jumprelu_backward gdm", "pre_act", "pre_act_backward",
     "dense_penalty l1", "dense_penalty_backward l1", "dense_penalty tanh", "dense_penalty_backward tanh",
     "sparse_penalty l1", "sparse_penalty_backward l1", "sparse_penalty tanh", "sparse_penalty_backward tanh",
-    "encode_threshold", "encode_threshold scaled", "fused_adam",
+    "encode_threshold", "encode_threshold scaled", "fused_adam", "fused_adam row-sparse", "fused_adam bfloat16",
 ]  # fmt: skip
 FENCE = 8192
 

@@ -6,14 +6,19 @@ Axes: B tokens · I, O flattened widths · L latents · N entries.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from crosscode_kernels import Backend, OpSet, SparseLatents, copies
 from crosscode_kernels.fused_adam import FusedAdam
-from crosscode_kernels.row_sparse_adam import clip_grad_norm_
-from crosscode_kernels.segments.deferred import SegmentGrad
+from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
+from crosscode_kernels.segments.deferred import SegmentGrad, computed
+from crosscode_kernels.triton_common.launch import recorded_launches
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton_interpreter import repaired_interpreter
 
 L, X, D, B = 12, 2, 8, 70
@@ -151,6 +156,170 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(before, run.params, strict=True))
     for index, state in run.optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], states["state"][index][name]) for name in state)
+
+
+def matrix(**options: Any) -> tuple[nn.Parameter, nn.Parameter, FusedAdam]:
+    """A weight, a bias, and their optimizer."""
+    weight = nn.Parameter(torch.randn(L, 2 * D, generator=torch.Generator().manual_seed(5)))
+    bias = nn.Parameter(torch.zeros(L))
+    return weight, bias, FusedAdam([weight, bias], **options)
+
+
+def give_gradients(weight: Tensor, bias: Tensor, seed: int) -> None:
+    """Of a few tokens, which touch some rows alone."""
+    latents, rows_BI = entries_and_rows(seed)
+    idx_BK, value_BK = latents.latent_idx_N.view(B, -1)[:2], latents.value_N.view(B, -1)[:2]
+    few = SparseLatents.from_topk(idx_BK, value_BK, L).with_transpose()
+    weight.grad = SegmentGrad.of(few.entries(few.by_latent), rows_BI[:2].contiguous())
+    bias.grad = few.to_dense().sum(0)
+
+
+@pytest.mark.parametrize("kind", ["SegmentGrad", "dense"])
+def test_row_sparse_steps_are_those_of_adam_and_leave_other_rows_alone(kind):
+    options = {"lr": 0.01, "betas": (0.0, 0.9)}
+    weight, bias, optimizer = matrix(**options, row_sparse=True)
+    plain = [nn.Parameter(param.detach().clone()) for param in (weight, bias)]
+    adam = torch.optim.Adam(plain, fused=True, **options)
+    by_rows = [nn.Parameter(param.detach().clone()) for param in (weight, bias)]
+    rows = RowSparseAdam(by_rows, lr=0.01, beta2=0.9)
+    for step in range(6):
+        give_gradients(weight, bias, seed=step)
+        dense = [computed(weight.grad.clone()), bias.grad.clone()]
+        touched_L = (dense[0] != 0).any(1)
+        assert 0 < touched_L.sum() < L
+        for params in (plain, by_rows):
+            params[0].grad, params[1].grad = (grad.clone() for grad in dense)
+        by_rows[0].grad = dense[0].to_sparse(1)
+        if kind == "dense" and step == 3:
+            weight.grad = dense[0].clone()
+            touched_L[:] = True
+        before = weight.detach().clone()
+        for one in (optimizer, adam, rows):
+            one.step()
+        assert torch.equal(weight[~touched_L], before[~touched_L])
+        for mine, theirs in zip((weight, bias), plain, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        assert optimizer.state[weight]["last_step_R"].eq(step + 1).equal(touched_L)
+    state, theirs = optimizer.state[weight], rows.state[by_rows[0]]
+    assert state.keys() == theirs.keys()
+    if kind == "SegmentGrad":
+        torch.testing.assert_close(state["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-6, atol=0)
+        assert torch.equal(state["last_step_R"], theirs["last_step_R"])
+        resumed = RowSparseAdam(by_rows, lr=0.01, beta2=0.9)
+        resumed.load_state_dict(
+            copy.deepcopy(optimizer.state_dict()) | {"param_groups": rows.state_dict()["param_groups"]}
+        )
+        assert resumed.state[by_rows[0]]["step"] == 6
+
+
+def test_a_row_sparse_step_that_is_not_finite_changes_nothing():
+    weight, bias, optimizer = matrix(lr=0.01, betas=(0.0, 0.9), row_sparse=True)
+    give_gradients(weight, bias, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"]), weight.detach().clone()
+    give_gradients(weight, bias, 1)
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert torch.equal(weight, before[1])
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], before[0][index][name]) for name in state)
+
+
+def test_moments_in_bfloat16_have_the_right_mean_where_rounding_to_nearest_stands_still():
+    weight, _, optimizer = matrix(moments=torch.bfloat16)
+    signs = torch.randn(weight.shape).sign()
+    for _ in range(40):
+        weight.grad = 2 * signs
+        optimizer.step()
+        state = optimizer.state[weight]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+        if state["step"] == 1:
+            state["exp_avg_sq"].fill_(1.0)
+    nearest = torch.ones((), dtype=torch.bfloat16)
+    exact = torch.ones((), dtype=torch.float64)
+    for _ in range(39):
+        nearest = (0.999 * nearest.float() + 0.001 * 4).bfloat16()
+        exact = 0.999 * exact + 0.001 * 4
+    assert nearest == 1 and exact > 1.11
+    found = optimizer.state[weight]["exp_avg_sq"].double()
+    assert abs(found.mean() - exact) < 0.005 and found.std() < 0.05
+    torch.testing.assert_close(
+        optimizer.state[weight]["exp_avg"].float().abs().mean(), torch.tensor(1.97), rtol=0.01, atol=0
+    )
+
+
+def test_training_with_moments_in_bfloat16_goes_where_float32_goes_and_resumes_to_the_bit():
+    runs = [matrix(lr=0.01, moments=dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)]
+    for step in range(12):
+        if step == 5:  # as it is saved and read
+            saved = copy.deepcopy(runs[0][2].state_dict())
+            with torch.no_grad():
+                for mine, theirs in zip(runs[2][:2], runs[0][:2], strict=True):
+                    mine.copy_(theirs)
+            runs[2][2].load_state_dict(saved)
+            assert runs[2][2].state[runs[2][0]]["exp_avg_sq"].dtype == torch.bfloat16
+        for weight, bias, optimizer in runs[: 3 if step >= 5 else 2]:
+            give_gradients(weight, bias, step)
+            optimizer.step()
+    (in_16, _, optimizer), (in_32, *_), (resumed, _, other) = runs
+    assert torch.equal(in_16, resumed)
+    assert all(
+        torch.equal(optimizer.state[in_16][name], other.state[resumed][name]) for name in ("exp_avg", "exp_avg_sq")
+    )
+    assert not torch.equal(in_16, in_32)
+    torch.testing.assert_close(in_16, in_32, rtol=0, atol=0.01 * 12 * 2**-8)
+
+
+def test_step_hooks_are_called_once():
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # whose class then calls hooks too
+    weight, bias, optimizer = matrix()
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("behind"))
+    give_gradients(weight, bias, 0)
+    optimizer.step()
+    assert called == ["before", "behind"]
+
+
+def test_a_learning_rate_in_memory_is_read_by_the_step():
+    weight, bias, optimizer = matrix(lr=torch.tensor(0.5))
+    other, other_bias, with_numbers = matrix(lr=0.5)
+    for step, lr in enumerate((0.25, 0.125, 0.5)):
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        with_numbers.param_groups[0]["lr"] = lr
+        for pair, one in (((weight, bias), optimizer), ((other, other_bias), with_numbers)):
+            give_gradients(*pair, step)
+            one.step()
+        assert torch.equal(weight, other) and torch.equal(bias, other_bias)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """No op may take or give a tensor of the CPU: it would be copied to the device, or wait for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        on_cpu = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor) and leaf.is_cpu]
+        assert not on_cpu, func
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"row_sparse": True, "betas": (0.0, 0.999)}, {"moments": torch.bfloat16}])
+def test_norm_and_step_can_be_captured(options, static_cases):
+    """On tensors without content whatever reads one, or depends on what is in it, raises."""
+    case = static_cases.CASES[0]
+    t = static_cases.Tensors(case, torch.bfloat16)
+    weight, bias = nn.Parameter(t.W_enc_LI.float()), nn.Parameter(t.b_enc_L.float())
+    optimizer = FusedAdam([weight, bias], lr=0.1, **options)
+    with recorded_launches() as launches:
+        for step in range(2):
+            grad = SegmentGrad.of(t.entries, t.x_BI).view(weight.shape).to(torch.float32)
+            with OnOneDevice() if step else nullcontext():
+                weight.grad, bias.grad = grad, torch.empty_like(bias)
+                clip_grad_norm_([weight, bias], 1.0, optimizer)
+                optimizer.step()
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == 2 * ["_segment_rows_kernel", "_row_norms_kernel", "_adam_rows_kernel"]
+    assert launches[2].grid == launches[5].grid
 
 
 def test_sums_reshapes_and_casts_compute_nothing():

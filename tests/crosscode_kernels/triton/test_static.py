@@ -206,6 +206,6 @@ def test_the_gemm_counts_the_flops_that_pytorch_counts(static_cases, traffic_mod
 def test_the_prediction_names_what_dominates(static_traffic):
     text = static_traffic.report()
     assert "B=4096, I=4608, O=4608, L=131072, k=64" in text
-    for term in ("fused Adam", "encode GEMM"):  # bfloat16, float32
-        assert text.count(f"Dominating term: H100 SXM: {term}") == 1
+    for term, n in (("Adam", 1), ("sums and Adam", 3), ("encode GEMM", 3)):
+        assert text.count(f"Dominating term: H100 SXM: {term} (") >= n
     assert "prediction, not a measurement" in text.splitlines()[0]
