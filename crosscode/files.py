@@ -11,7 +11,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value) + "\n")
 
 
-def save_tensors(tensors: dict[str, Any], file: Path) -> None:
-    """As safetensors. What the disk refuses is an OSError, as everywhere; its mode is what the umask leaves."""
+class SpreadTensor(ABC):
+    """A tensor of which this process holds a part, and others the rest."""
+
+    @abstractmethod
+    def save(self, tensors: Mapping[str, Any], file: Path) -> None:
+        """As `save_tensors`, together with the others; `tensors` holds this one."""
+
+
+def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
+    """Tensors of any device, as safetensors. What the disk refuses is an OSError, as everywhere; its mode is what the umask
+    leaves."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    for tensor in tensors.values():
+        if isinstance(tensor, SpreadTensor):
+            tensor.save(tensors, file)
+            return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     try:

@@ -69,7 +69,7 @@ def write_weights(tensors: Mapping[str, Any], folder: Path, max_shard_size: int 
         max_shard_size=limit,
     )
     for file, names in split.filename_to_tensors.items():
-        save_tensors({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file)
+        save_tensors({name: tensors[name] for name in names}, folder / file)
     if split.is_sharded:
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 

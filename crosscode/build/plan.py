@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +23,15 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError
+from crosscode.evaluation.heldout import HeldoutSums
+from crosscode.evaluation.raw_model import RawModel
 from crosscode.models.architecture import split_for
-from crosscode.models.base import BaseCrosscoder
+from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.parallel.group import PaperGroup
 from crosscode.parallel.refusals import refusal
 from crosscode.parallel.training import shard_
+from crosscode.trainers.accumulation import BatchInParts
+from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -76,6 +80,8 @@ class Plan:
     """bytes, by what holds them; counted"""
     sent: dict[str, float] | None = None
     """bytes a step, of the harvest's share and of the step itself; counted"""
+    besides: dict[str, float] | None = None
+    """bytes of what is not in every step; counted"""
     seconds: dict[str, float] | None = None
     """a step, by what they go to; predicted"""
 
@@ -108,7 +114,7 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
         return Plan(ranks, why)
     group = PaperGroup(ranks)
     try:
-        model, saved = counted_step(config, width, group)
+        counted = counted_step(config, width, group)
     except InputError as error:
         return Plan(ranks, str(error))
     harvest = config.data.harvest_batch_size * config.data.sequence_length
@@ -116,14 +122,15 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     vector, B = M * P * width, config.train.batch_size
     stored = DTYPE_BYTES[config.data.activation_dtype]
     gathered = (ranks - 1) * -(-config.data.harvest_batch_size // ranks) * config.data.sequence_length * vector * stored
-    sent = {"harvest": gathered * B / harvest, "step": float(group.bytes_sent)}
+    sent = {"harvest": gathered * B / harvest, "step": float(counted.step)}
+    model, n_calls = counted.model, counted.n_calls
     buffer = config.data.shuffle_buffer_size
     states = OPTIMIZERS.build(config.train.optimizer).states_per_weight
     n_held = sum(param.numel() for param in model.parameters())
     memory = {
         "language models": sum(weight_bytes(lm, of) for lm, of in zip(config.language_models, models, strict=True)),
         "coder": 4.0 * n_held * (2 + states),
-        "batch": saved / config.train.grad_accumulation + 2 * 4.0 * B * vector + harvest * vector * stored,
+        "batch": counted.kept + 2 * 4.0 * B * vector + harvest * vector * stored,
         "shuffle buffer": float((DEFAULT_CAPACITY if buffer is None else buffer) * vector * stored),
     }
     if ranks > 1:  # each has the whole weights once before it keeps its rows
@@ -132,24 +139,44 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     seconds = _of_products(config, model, ranks, gpu)
     seconds["optimizer"] = 4.0 * n_held * (3 + 2 * states) / (OF_MEMORY * gpu.bandwidth)
     link = OF_LINK * (gpu.link if ranks <= OF_NODE else gpu.network)
-    seconds["exchange"] = sent["step"] / link + group.n_calls * SECONDS_A_CALL * math.log2(ranks)
+    seconds["exchange"] = sent["step"] / link + n_calls * SECONDS_A_CALL * math.log2(ranks)
     seconds["harvest"] = sum(
         2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, DTYPE_BYTES.get(run_dtype(lm, of), 2)))
         for lm, of in zip(config.language_models, models, strict=True)
     ) + sent["harvest"] / link  # fmt: skip
-    return Plan(ranks, None, memory, sent, seconds)
+    besides = {
+        "figures of a logged step": float(counted.figures),
+        "held-out batch of as many tokens": float(counted.evaluation),
+    }
+    return Plan(ranks, None, memory, sent, besides, seconds)
+
+
+class Counted(NamedTuple):
+    """Of one rank."""
+
+    model: BaseCrosscoder
+    """with its rows"""
+    kept: float
+    """bytes that are kept for backward at once"""
+    n_calls: int
+    """collectives of a step"""
+    step: int
+    """bytes that are sent for a step"""
+    figures: int
+    """bytes that a logged step sends besides"""
+    evaluation: int
+    """bytes that are sent for a held-out batch of as many tokens"""
 
 
 def counted_step(
     config: ExperimentConfig, width: int, group: PaperGroup, dtype: torch.dtype = torch.float32
-) -> tuple[BaseCrosscoder, float]:
-    """One step on the meta device, with dead latents where a term is about them. The model with the rows of one rank, and the
-    bytes that are kept for backward; `group` has counted what was sent."""
-    n_saved = 0
+) -> Counted:
+    """A step on the meta device, with dead latents where a term is about them, and a batch of an evaluation."""
+    kept = [0.0]
+    """of each part of the batch"""
 
     def count(tensor: Tensor) -> Tensor:
-        nonlocal n_saved
-        n_saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+        kept[-1] += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
         return tensor
 
     with torch.device("meta"):
@@ -163,16 +190,42 @@ def counted_step(
         forward = ForwardPass(model, objective, firing, config.train.model_copy(update={"compile": False}))
         acts_BMPD = torch.zeros(config.train.batch_size, *config.n_positions(), width, dtype=dtype)
         model.before_step(config.train.n_steps, config.train.n_steps)  # annealing is over
-        shown = split_for(config.crosscoder.type).activations(acts_BMPD)
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            result, terms = forward(*shown)
-        objective.weigh(terms, 0, config.train.n_steps).total.backward()
-        if tracks_batches(model):
-            model.after_step(result.latents)
-        if group.size > 1:
+        split, results = split_for(config.crosscoder.type), list[tuple[Tensor, ForwardResult]]()
+        input_BXiDi, target_BXoDo = split.activations(acts_BMPD)
+
+        def observe(target: Tensor, result: ForwardResult) -> None:
+            kept.append(0.0)
+            results.append((target, result))
+
+        def step() -> None:
+            with saved_tensors_hooks(count, lambda tensor: tensor):
+                if config.train.grad_accumulation > 1:
+                    in_parts = BatchInParts(forward, config.train.grad_accumulation)
+                    in_parts.backward(input_BXiDi, target_BXoDo, 0, config.train.n_steps, [observe])
+                else:
+                    result, terms = forward(input_BXiDi, target_BXoDo)
+                    objective.weigh(terms, 0, config.train.n_steps).total.backward()
+                    observe(target_BXoDo, result)
+                    if tracks_batches(model):
+                        model.after_step(result.latents)
             norms_P = torch.stack([param.new_zeros(()) for param in model.parameters()])
             model.ops.total_norm(norms_P, list(model.parameters()))
-    return model, float(n_saved)
+
+        def log() -> None:
+            for shown in results:
+                BatchFigures(model.out_dims).observe(*shown)
+
+        def evaluate() -> None:
+            with torch.no_grad(), RawModel(model, split, None) as raw_model:
+                HeldoutSums(model, {}).add(raw_model, acts_BMPD, None)
+
+        def sent_by(call: Callable[[], None]) -> int:
+            before = group.bytes_sent
+            call()
+            return group.bytes_sent - before
+
+        of_step, n_calls = sent_by(step), group.n_calls
+        return Counted(model, max(kept), n_calls, of_step, sent_by(log), sent_by(evaluate))
 
 
 def _row_numel(part: BaseCrosscoder) -> int:

@@ -74,6 +74,8 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"crosscode {version('crosscode')}")
     elif name in command_names():
         if name not in ("train", "evaluate", "harvest") and n_ranks() > 1:
+            if os.environ.get("RANK", "0") != "0":  # the first says it
+                raise SystemExit(EXIT_BAD_INPUT)
             raise InputError(
                 f"{name}: runs in one process; under torchrun there are `crosscode train`, `evaluate`, `harvest`"
             )

@@ -55,7 +55,7 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
             print(f"\none of {wanted}:")
             for name, n in one.memory.items():
                 print(f"  {n / 2**30:9.3f} GiB  {name}")
-            for name, n in one.sent.items():
+            for name, n in (one.sent | (one.besides or {})).items():
                 print(f"  {n / 1e6:9.3f} MB   sent for the {name}")
             for name, seconds in sorted(one.seconds.items(), key=lambda item: -item[1]):
                 print(f"  {1e3 * seconds:9.3f} ms   {name}")

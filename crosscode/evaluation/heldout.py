@@ -167,7 +167,7 @@ def measure_reconstruction(
     """
     if model.is_folded == (scaling_MP is not None):
         raise InputError("evaluate: give scaling_MP for a model without folded scaling, and only for such a model")
-    seen = _Seen(model, groupings or {})
+    seen = HeldoutSums(model, groupings or {})
     with RawModel(model, split, scaling_MP) as raw_model:
         for batch in raw_batches:
             whole_BMPD, group_BG = (batch, None) if isinstance(batch, Tensor) else batch
@@ -177,7 +177,7 @@ def measure_reconstruction(
     return seen.result(position_names)
 
 
-class _Seen:
+class HeldoutSums:
     """Sums over a held-out set."""
 
     def __init__(self, model: BaseCrosscoder, groupings: Groupings):

@@ -23,6 +23,8 @@ from crosscode.stopping import n_ranks as n_ranks
 
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for the others to begin."""
+BYTES_AT_ONCE = 64 << 20
+"""Of a tensor that goes through host memory."""
 
 
 class Group:
@@ -97,19 +99,26 @@ class Group:
     def barrier(self) -> None:
         self.all_reduce_(torch.zeros(1))
 
-    def whole_R(self, rows_R: Tensor, n_rows: int) -> Tensor:
-        """On rank 0 the rows of all ranks, on the CPU; elsewhere none."""
-        rows_R = rows_R.detach().cpu().contiguous()
-        with _said_in_one_line():
-            if not self.is_first:
-                dist.send(rows_R, 0)
-                self.bytes_sent += rows_R.nbytes
-                return rows_R[:0]
-            whole_R = rows_R.new_empty(n_rows, *rows_R.shape[1:])
-            whole_R[slice(*self.bounds(n_rows))] = rows_R
-            for rank in range(1, self.size):
-                dist.recv(whole_R[slice(*self.bounds(n_rows, rank))], rank)
-        return whole_R
+    def pieces(self, rows_R: Tensor, n_rows: int, rank: int, *, sent: bool = True) -> Iterator[tuple[int, Tensor]]:
+        """The rows that `rank` holds of `n_rows`, on the CPU in pieces `(first row, rows...)` of bounded size: where they are
+        `sent`, on rank 0, else on that rank; elsewhere nothing."""
+        start, stop = self.bounds(n_rows, rank)
+        step = max(1, BYTES_AT_ONCE * rows_R.shape[0] // max(1, rows_R.nbytes))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            if self.rank == rank:
+                piece = rows_R[first - start : last - start].cpu().contiguous()
+                if self.is_first or not sent:
+                    yield first, piece
+                    continue
+                with _said_in_one_line():
+                    dist.send(piece, 0)
+                self.bytes_sent += piece.nbytes
+            elif self.is_first and sent:
+                piece = torch.empty(last - first, *rows_R.shape[1:], dtype=rows_R.dtype)
+                with _said_in_one_line():
+                    dist.recv(piece, rank)
+                yield first, piece
 
 
 def _meet(backend: str) -> None:

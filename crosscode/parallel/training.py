@@ -23,6 +23,7 @@ from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.parallel.group import Group
 from crosscode.parallel.opset import ShardedOps
+from crosscode.parallel.rows import SpreadRows
 from crosscode.runs.directory import RunDirectory
 from crosscode.stopping import SIGNALS, pending, stop_all, stop_by_agreement
 
@@ -31,7 +32,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shard_(model: BaseCrosscoder, group: Group) -> None:
-    """Keep the rows of this rank. `state_dict` is whole on rank 0 and without rows elsewhere; a whole one can be loaded."""
+    """Keep the rows of this rank. In its `state_dict` they are `SpreadRows`, which are saved as a whole; a whole one can be
+    loaded."""
     for part in {model, *model.parts}:
         if part.n_latents < group.size:
             raise InputError(
@@ -49,7 +51,7 @@ def shard_(model: BaseCrosscoder, group: Group) -> None:
 
         def make_whole(part: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
             for name in OF_ROWS:
-                state[prefix + name] = group.whole_R(state[prefix + name], part.n_latents)
+                state[prefix + name] = SpreadRows(group, state[prefix + name], part.n_latents)
 
         def cut(part: Any, state: dict[str, Any], prefix: str, *arguments: Any, own: slice = own) -> None:
             for name in OF_ROWS:
@@ -60,7 +62,7 @@ def shard_(model: BaseCrosscoder, group: Group) -> None:
 
 
 def _shard_optimizer(optimizer: torch.optim.Optimizer, group: Group, n_latents_of: dict[Tensor, int]) -> None:
-    """As of a model: its state is whole on disk."""
+    """As of a model."""
 
     def each(state: dict[str, Any], change: Any) -> dict[str, Any]:
         params = [param for of in optimizer.param_groups for param in of["params"]]
@@ -73,7 +75,7 @@ def _shard_optimizer(optimizer: torch.optim.Optimizer, group: Group, n_latents_o
                 }
         return {**state, "state": changed}
 
-    optimizer.register_state_dict_post_hook(lambda _, state: each(state, group.whole_R))
+    optimizer.register_state_dict_post_hook(lambda _, state: each(state, partial(SpreadRows, group)))
     optimizer.register_load_state_dict_pre_hook(lambda _, state: each(state, lambda v, n: v[slice(*group.bounds(n))]))
 
 

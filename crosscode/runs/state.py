@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from crosscode.errors import InputError
-from crosscode.files import save_tensors, write_json
+from crosscode.files import SpreadTensor, save_tensors, write_json
 from crosscode.formats import STATE, STATE_TENSORS
 from crosscode.stored import TrainerState, check, read_json
 
@@ -24,12 +24,12 @@ _FLOAT_KEY = "__float__"  # JSON has no word for what is not finite
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write dicts, lists, tuples, tensors, numbers, strings and None. Tuples come back as lists."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor | SpreadTensor] = {}
 
     def strip(value: Any, path: str) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, SpreadTensor)):
             # Clones: safetensors refuses tensors that share storage.
-            tensors[path] = value.detach().cpu().contiguous().clone()
+            tensors[path] = value if isinstance(value, SpreadTensor) else value.detach().cpu().contiguous().clone()
             return {_TENSOR_KEY: path}
         if isinstance(value, dict):
             # Integer keys (optimizer states have them) would come back as strings.

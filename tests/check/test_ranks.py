@@ -39,7 +39,7 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
         assert all(torch.equal(two[0][recipe]["model"][k], v) for k, v in again[0][recipe]["model"].items())
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
         for several in (two, four) if "@torch" in recipe else ():  # a plan is one of that backend
-            assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype) > 0
+            assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype)
 
 
 def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):

@@ -69,8 +69,8 @@ def spelled_out(spelled: str) -> tuple[str, str]:
     return recipe, backend
 
 
-def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
-    """What `crosscode plan` says that a rank sends in a step."""
+def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> list[int]:
+    """What `crosscode plan` says that a rank sends in a step, for the figures of a logged one, and for a held-out batch."""
     from unittest.mock import patch
 
     import tiny_recipes
@@ -85,8 +85,8 @@ def planned_bytes(spelled: str, n_ranks: int, dtype: str) -> int:
             tiny_recipes.check_config(tiny_recipes.tiny(recipe, "nowhere", backend, "cpu")),
             PaperGroup(n_ranks),
         )
-        counted_step(config, tiny_recipes.WIDTH, group, getattr(torch, dtype))
-        return group.bytes_sent
+        counted = counted_step(config, tiny_recipes.WIDTH, group, getattr(torch, dtype))
+        return [counted.step, counted.figures, counted.evaluation]
 
 
 def check_ties() -> None:
@@ -249,16 +249,72 @@ def check_harvest() -> None:
         raise AssertionError("different texts were harvested")
 
 
+def check_saving(folder: Path) -> None:
+    """Each rank writes its rows into one file, or sends them where it does not see the file; the file is what was to be saved."""
+    from unittest.mock import patch
+
+    import torch
+    from safetensors.torch import load_file
+
+    from crosscode.files import save_tensors
+    from crosscode.parallel import group as groups
+    from crosscode.parallel.rows import SpreadRows
+
+    group = groups.joined()
+    if group is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randn(7, 2, 3, generator=generator), "b": torch.randn(1, 5, generator=generator, dtype=torch.float64),
+        "c": torch.randn(8, generator=generator).bfloat16(), "d": torch.randint(0, 9, (9,), generator=generator),
+        "e": torch.randn(5, 0), "f": torch.tensor(True), "g": torch.randn(3, generator=generator),
+    }  # fmt: skip
+    spread = {
+        name: SpreadRows(group, tensor[slice(*group.bounds(len(tensor)))], len(tensor)) if name < "f" else tensor
+        for name, tensor in tensors.items()
+    }
+    if not group.is_first:  # as the state of the data, which is on rank 0 alone
+        del spread["f"], spread["g"]
+    own = folder / f"of-rank-{group.rank}"
+    own.mkdir()
+    hidden = (
+        patch.object(Path, "is_file", lambda self: False)
+        if group.rank == 1
+        else patch.object(Path, "x", 0, create=True)
+    )
+    with patch.object(groups, "BYTES_AT_ONCE", 40):
+        save_tensors(spread, own / "each")
+        with hidden:
+            save_tensors(spread, own / "sent")
+        whole_c = spread["c"].whole()
+    for name in ("each", "sent"):
+        if group.is_first:
+            found = load_file(own / name)
+            assert found.keys() == tensors.keys() and torch.equal(whole_c, tensors["c"])
+            assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items()), name
+        else:
+            assert (own / name).stat().st_size == 0
+
+
+def whole(state: Any) -> Any:
+    """With all rows on rank 0."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return state.whole() if hasattr(state, "whole") else state
+
+
 def main(folder: str, dtype_name: str, *recipes: str) -> None:
     """Each of `recipes` is `spelled_out`."""
     import tiny_recipes
     import torch
 
+    from crosscode.evaluation.heldout import measure_reconstruction
     from crosscode.parallel import joined
 
     torch.set_num_threads(1)
     check_ties()
     check_spread()
+    check_saving(Path(folder))
     check_traffic()
     check_harvest()
     kept, dtype = {}, getattr(torch, dtype_name)
@@ -279,19 +335,33 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
         with torch.no_grad():
             latents_BL = trainer.model.encode(first_BXiDi)
         group = joined()
-        for _ in range(N_STEPS):
-            acts_BMPD = next(batches)
+        for _ in range(N_STEPS - 1):
+            trainer.train_step(next(batches))
+        n_bytes, model = [], trainer.model
+
+        def count(call, *arguments, n_bytes=n_bytes, group=group):
             before = 0 if group is None else group.bytes_sent
-            trainer.train_step(acts_BMPD)
+            call(*arguments)
+            n_bytes.append(0 if group is None else group.bytes_sent - before)
+
+        count(trainer.train_step, acts_BMPD := next(batches))
         kept[spelled] = {
-            "bytes": 0 if group is None else group.bytes_sent - before,
+            "bytes": n_bytes,
             "losses": torch.tensor(losses, dtype=torch.float64),
             "active": latents_BL > 0,
             "latents": latents_BL,
             "counts": trainer.firing.n_recent_L.clone(),
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict()["state"],
+            "model": whole(trainer.model.state_dict()),
+            "optimizer": whole(trainer.optimizer.state_dict()["state"]),
         }
+        trainer.config, trainer._log_training = (
+            trainer.config.model_copy(update={"log_every": 1, "checkpoint_every": 1 << 30}),
+            lambda *_: None,
+        )
+        count(trainer.train_step, acts_BMPD)
+        n_bytes[1] -= n_bytes[0]
+        names, scaling_MP = [str(n) for n in range(len(model.segments))], trainer.data.scaling_MP
+        count(measure_reconstruction, model, [acts_BMPD], trainer.split, names, scaling_MP)
     if os.environ.get("RANK", "0") == "0":
         torch.save(kept, Path(folder) / "kept.pt")
     else:

@@ -199,7 +199,7 @@ class BatchTopkActivation(AnnealedK):
         return n_L.detach()
 
     def _inference_threshold(self) -> Tensor:
-        if bool(self.threshold < 0):
+        if not self.threshold.is_meta and bool(self.threshold < 0):
             raise InputError(
                 "BatchTopkActivation has no inference threshold yet: it is tracked during training; "
                 "use model.train() or load a trained checkpoint"

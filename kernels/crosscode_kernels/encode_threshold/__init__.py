@@ -11,8 +11,9 @@ Ties: equal to the threshold is kept. NaN is kept, so that it is seen.
 Gradients: of the kept values, to W_enc, b_enc and, where x asks for it, to x.
 Errors (ValueError): a threshold that is not a scalar, shapes that do not match, mixed dtypes or devices.
 
-How many entries are kept depends on the data, so that this is composed from ops rather than being one; while tracing, where
-shapes may not depend on the data, latents are dense. Triton's kernels have no gradient: they serve inference.
+How many entries are kept depends on the data, so that this is composed from ops rather than being one; while tracing and
+on the meta device, where shapes may not depend on the data, latents are dense. Triton's kernels have no gradient: they are for
+inference.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def encode_threshold(
             f"encode_threshold: threshold is {threshold.dtype} of shape {tuple(threshold.shape)}; "
             "must be a floating-point scalar tensor"
         )
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or x_BI.is_meta
     wants_grad = torch.is_grad_enabled() and (x_BI.requires_grad or encoder.wants_weight_grad())
     if backend.name == "triton" and not (wants_grad or traced) and x_BI.shape[0] > 0:
         triton_impl = importlib.import_module("crosscode_kernels.encode_threshold.triton_impl")
