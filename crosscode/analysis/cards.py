@@ -151,7 +151,7 @@ def _card(study: LatentsPass, show: _Show, latent: int, verdict: Verdict | None)
         ("active on", f"{_percent(firing.density_L[latent])} of tokens"),
         ("largest activation", number_text(largest)),
     ]
-    css, tag, why = "shared", "", ""
+    css, tag, why = "shared", "undecided" if study.without_verdict else "", ""
     if verdict is not None:
         css, tag = CSS_OF_TAG.get(verdict.tag[latent], "shared"), verdict.name_of(verdict.tag[latent])
         table, why = verdict.table_of(latent), verdict.why[latent]

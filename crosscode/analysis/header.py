@@ -50,12 +50,6 @@ def description(record: RunRecord) -> str:
     return text + (f" at {join_and(hookpoints)}." if hookpoints else ".")
 
 
-def without_verdict(record: RunRecord) -> str:
-    """Why latents that were found between two models have no verdict; nothing where there is one, or nothing to judge."""
-    architecture = _architecture(record)
-    return ARCHITECTURES.config_class(architecture).without_verdict if architecture in ARCHITECTURES else ""
-
-
 def _architecture(record: RunRecord) -> str:
     return str(record.metadata.get("architecture", record.model_config.get("model", {}).get("kind", "model")))
 

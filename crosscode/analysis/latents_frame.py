@@ -30,8 +30,9 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     `density_on_text_of_NAME`, on what the model writes itself; `decoder_norm_NAME` of each output position, in the scale of
     training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in the sum of
     both norms (0: written to the first alone, 1: to the second alone), cosines and latent scaling; for each two models the
-    verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`. NAME is the model where the
-    models differ, else the hookpoint; where more than two models are compared, both names of a pair end its columns. Of a
+    verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`; of an SAE on a difference all are
+    undecided, and `why` says it. NAME is the model where the models differ, else the hookpoint; where more than two models are
+    compared, both names of a pair end its columns. Of a
     compound model `layer` and `index` name a latent. NaN: not defined.
     """
     import pandas
@@ -54,6 +55,8 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
         columns["_".join(filter(None, ("decoder_norm", labels[name])))] = study.decoder_norm_LX[:, x]
     for verdict in study.verdicts:
         columns |= _verdict_columns(verdict, several=len(study.verdicts) > 1)
+    if study.without_verdict:
+        columns |= {"tag": "undecided", "why": study.without_verdict}
     for pair in study.pairs:
         columns |= _pair_columns(pair, labels, several=len(study.pairs) > 1, several_models=len(study.verdicts) > 1)
     for kind, name, _ in groups:
@@ -63,8 +66,8 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
             columns |= {column: value for column, value in own.items() if not column.startswith("why")}
             for pair in verdict.tables:
                 columns |= _nu_columns(pair, labels, several=len(study.pairs) > 1, end=end)
-    if study.verdicts:  # sentences are long: the last column
-        columns |= {name: columns.pop(name) for name in list(columns) if name.startswith("why")}
+    # sentences are long: the last column
+    columns |= {name: columns.pop(name) for name in list(columns) if name.startswith("why")}
     plain = {as_cell(name): one.numpy() if isinstance(one, Tensor) else one for name, one in columns.items()}
     return pandas.DataFrame(plain, index=pandas.RangeIndex(study.decoder_norm_LX.shape[0], name="latent"))
 

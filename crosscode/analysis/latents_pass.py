@@ -23,6 +23,7 @@ from crosscode.analysis.verdict import Verdict, verdicts_on
 from crosscode.analysis.wording import latent_name
 from crosscode.config.hookpoints import layer_of
 from crosscode.groups import Groupings
+from crosscode.models.architecture import ARCHITECTURES
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import may_write_LX
 from crosscode.models.split import Split
@@ -42,6 +43,8 @@ class LatentsPass:
     pairs: list[DiffTable]
     verdicts: list[Verdict]
     """on each two models of `pairs` (or hookpoints of one model)"""
+    without_verdict: str
+    """why latents of two models have none, so that all of them are undecided; empty: they have, or there is nothing to judge"""
     layers: list[tuple[str, int]] | None
     """of a compound model each latent's source layer and its number there; None: the model is not compound"""
     top: TopExamples
@@ -126,7 +129,8 @@ def study_latents(
         kind: {name: verdicts_in(kind, name, own) for name, own in of_kind.items()}
         for kind, of_kind in firing.groups().items()
     }
-    found = LatentsPass(names, firing, norms_LX, tables, verdicts, layers, top, quantiles, apart)
+    reason = ARCHITECTURES.config_class(split.type).without_verdict
+    found = LatentsPass(names, firing, norms_LX, tables, verdicts, reason, layers, top, quantiles, apart)
     return replace(found, not_compared=others, readers=[*of_readers])
 
 

@@ -202,7 +202,7 @@ def render(
         "apart": header.group_table(record),
         "facts": header.facts(record),
         "latents": latent_plots.latents_section(study),
-        "without_verdict": header.without_verdict(record),
+        "without_verdict": "" if study is None else study.without_verdict,
         "pairs": [] if study is None else latent_plots.pair_sections(study),
         "groups": [] if study is None else cards.card_groups(study, tokenizer, others),
         "looks": looks,

@@ -18,6 +18,7 @@ from crosscode.models.architecture import split_for
 KINDS = {
     "sae": (1, 1, ["base/h"]),
     "transcoder": (1, 2, ["base/h"]),
+    "diff_sae": (2, 1, ["tuned - base/h"]),
     "model_hookpoint_acausal": (2, 1, ["base/h", "=tuned/h"]),
     "cross_layer_transcoder": (1, 3, ["base/g", "base/h"]),
     "compound_cross_layer_transcoder": (1, 4, ["base/g", "base/h"]),
@@ -54,6 +55,12 @@ def test_every_architecture_has_a_table_with_a_plain_header(kind, study_of, tmp_
     assert [int(row["firings"]) for row in rows] == study.firing.counts_L.tolist()
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "t.parquet").set_index("latent"), frame)
     assert set(rows[0]) == {"latent", *frame.columns}
+
+
+def test_each_latent_of_a_difference_is_undecided_and_says_why(study_of):
+    frame = latents_frame(study_of("diff_sae"))
+    assert (frame["tag"] == "undecided").all() and frame["why"].str.contains("no verdict by model").all()
+    assert frame.columns[-1] == "why" and "tag" not in latents_frame(study_of("sae"))
 
 
 def test_columns_name_the_models(study_of):

@@ -222,6 +222,7 @@ def test_a_run_of_a_single_position_shows_latents_by_density(make_run, heldout_t
     assert page.text_of["h3"][-1] == "Firing density" and len(page.has("article")) == 10
     assert any(f"{title} with 24 latents (TopK, k = 4)" in text for text in page.text_of["p"])
     assert any("no verdict by model" in text for text in page.text_of["p"]) == (architecture == "diff_sae")
+    assert page.text_of["span"].count("undecided") == 10 * (architecture == "diff_sae")
 
 
 @pytest.mark.usefixtures("quick_plots")
