@@ -30,9 +30,9 @@ def latents_frame(study: LatentsPass) -> pandas.DataFrame:
     `density_on_text_of_NAME`, on what the model writes itself; `decoder_norm_NAME` of each output position, in the scale of
     training; and for each pair of positions that is compared `relative_norm_NAME`, the share of the second one in the sum of
     both norms (0: written to the first alone, 1: to the second alone), cosines and latent scaling; for each two models the
-    verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`; of an SAE on a difference all are
-    undecided, and `why` says it. NAME is the model where the models differ, else the hookpoint; where more than two models are
-    compared, both names of a pair end its columns. Of a
+    verdict: `tag`, `rank_NAME` (place among those that lean to NAME, from 1), `effect` and `why`; of an SAE on a difference
+    all are undecided, and `why` says it. NAME is the model where the models differ, else the hookpoint; where more than two
+    models are compared, both names of a pair end its columns. Of a
     compound model `layer` and `index` name a latent. NaN: not defined.
     """
     import pandas

@@ -46,8 +46,7 @@ class Browser:
             raise
         self._at = f"{self._at}/session/{found['sessionId']}"
         if width < 500:  # windows have a least width, emulated screens have none
-            screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-            self.devtools("Emulation.setDeviceMetricsOverride", screen)
+            self.resize(width, height)
         if dark:
             self.devtools(
                 "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
@@ -71,6 +70,11 @@ class Browser:
 
     def devtools(self, command: str, parameters: dict[str, Any]) -> Any:
         return self._call("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def resize(self, width: int, height: int) -> None:
+        """The page, without the window's frame."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", screen)
 
     def open(self, url: str) -> None:
         self._call("/url", {"url": url})
