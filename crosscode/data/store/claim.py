@@ -8,6 +8,7 @@ for dead may still finish the one shard that is on its way.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -17,6 +18,8 @@ from contextlib import suppress
 
 from crosscode.data.store.format import StoreError
 from crosscode.data.store.place import RemotePath
+
+log = logging.getLogger("crosscode")
 
 MARKER = "writer"
 _BEAT = 5.0
@@ -47,6 +50,8 @@ class Claim:
             except FileExistsError:
                 self._marker.size = None
                 before, began = self._read(), time.monotonic()
+            if before:
+                log.info("%s? a marker lies there; it is watched for up to %.0f s", self._refusal, _LEASE)
             while before and time.monotonic() - began < _LEASE:
                 time.sleep(_BEAT / 5)
                 if (now := self._read()) != before:

@@ -26,6 +26,8 @@ from crosscode.files import write_parts
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _LOCAL = re.compile(r"(?:file|local)://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_PATIENCE = {protocol: {"requests_timeout": 60} for protocol in ("gs", "gcs")}
+"""Options of those that would wait for ever, in seconds."""
 _TRIES = 4
 _FIRST_PAUSE = 0.1
 """Seconds; each next one is four times as long. What a file system tries again by itself comes on top."""
@@ -58,7 +60,7 @@ def place(path: str | Path | RemotePath) -> Place:
 
     protocol = text.partition("://")[0]
     try:
-        files, inner = fsspec.core.url_to_fs(text)
+        files, inner = fsspec.core.url_to_fs(text, **_PATIENCE.get(protocol, {}))
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         advice = f"pip install 'crosscode[{extra}]'" if extra else first_line(error)
@@ -182,6 +184,9 @@ class RemotePath:
                 self.files.pipe_file(self.inner, content, **mode)
             except FileExistsError as error:
                 raise taken from error
+            except FileNotFoundError as error:
+                missing = error.strerror or "there is no such bucket or folder"
+                raise FileNotFoundError(errno.ENOENT, missing, self.url) from error
             if (size := self._size_now()) != len(content):
                 raise OSError(errno.EIO, f"{size} of {len(content)} bytes were written")
 
