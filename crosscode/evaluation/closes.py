@@ -60,6 +60,16 @@ class Closes:
     """of the predictions of each group's tokens, by kind and group, where there are several"""
 
 
+def check_common(harvester: ActivationHarvester, model_a: int, model_b: int) -> None:
+    """Raise `InputError` for models of which nothing can be closed: KL compares predictions of the same tokens, and what one
+    writes is added to the other's vectors."""
+    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
+        raise InputError("closes: models of different tokenizers predict no common tokens")
+    harvester.widths_MP.check_alike(
+        "closes: vectors of one model cannot be added to another of a different width", (model_a, model_b)
+    )
+
+
 @full_precision()
 @torch.no_grad()
 def measure_closes(
@@ -99,11 +109,7 @@ def measure_closes(
     hookpoints = [p for m, p in places if m == model_b]
     if model_a == model_b or not x_BP or len(x_AP) != (0 if split.difference else len(x_BP)):
         raise InputError("closes: needs a crosscoder that writes to two language models")
-    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
-        raise InputError("closes: models of different tokenizers predict no common tokens")
-    harvester.widths_MP.check_alike(
-        "closes: vectors of one model cannot be added to another of a different width", (model_a, model_b)
-    )
+    check_common(harvester, model_a, model_b)
     latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)
     if not len(latents_N):
         raise InputError("closes: no latents to add")

@@ -16,7 +16,7 @@ from crosscode.commands.parts.reading import text_experiment
 from crosscode.commands.parts.steering import Model, check_latent, chosen_models, model_names
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
-from crosscode.evaluation.closes import Closes, measure_closes
+from crosscode.evaluation.closes import Closes, check_common, measure_closes
 
 N_LEANING = 10
 N_TO_FIND_A_CHAT = 64
@@ -34,9 +34,9 @@ def closes_of(
     seed: int = 0,
 ) -> Closes:
     """See `Run.closes`. `study`: of the run, where it is there already."""
-    check_closes(run)
-    experiment = text_experiment(run, "closes")
+    experiment = check_closes(run)
     (a,), (b,) = (chosen_models(run, one) for one in (model_a, model_b))
+    check_common(experiment.harvester, a, b)
     if latents is None:
         if study is None:
             names = experiment.output_names()
@@ -77,10 +77,11 @@ def _answers(experiment: Experiment) -> TokenSequenceLoader | None:
     return build_token_loader(experiment, heldout=True).fresh(template_tokens="answers")
 
 
-def check_closes(run: FinishedRun) -> None:
-    """Raise `InputError` where there are no two language models to compare."""
+def check_closes(run: FinishedRun) -> Experiment:
+    """The experiment of a run with language models of which something can be closed; raises `InputError` for another."""
     if len(run.config.language_models) < 2:
         raise InputError("closes: needs a crosscoder between two language models")
+    return text_experiment(run, "closes")
 
 
 def latents_of_b(verdicts: Sequence[Verdict], name_a: str, name_b: str) -> list[int]:

@@ -84,6 +84,8 @@ def pieces_of(whole: Tokens, documents: Sequence[Mapping[int, Document]], has_ow
         edges = [0, *(s for s in is_first_HS[h, :n].nonzero()[:, 0].tolist() if s >= least), n]
         found.append([])
         for first, end in itertools.pairwise(edges):
+            if end - first > 1 and bool(whole.chars_T3[h, first, 2]):
+                first += 1  # what ends one document is the BOS of the next
             begin, ends_E = int(whole.chars_T3[h, first, 0]), whole.chars_T3[h, first:end, 1]
             number = int(whole.document_T[h, end - 1])
             found[-1].append(
@@ -131,7 +133,7 @@ class Aligner:
         self._known.clear()
         place_HS = torch.full((len(rows), length), -1)
         made = [self._row(pieces, place_HS[h]) for h, pieces in enumerate(rows)]
-        longest = max((len(ids) for ids, _ in made), default=0)
+        longest = max((len(ids) for ids, _ in made), default=0) or 1
         tokens_HT = torch.full((len(rows), longest), self._frame.pad_id)
         segments_HT = torch.zeros((len(rows), longest), dtype=torch.long)
         usable_HT = torch.zeros((len(rows), longest), dtype=torch.bool)
@@ -154,7 +156,9 @@ class Aligner:
         segments: list[int] = []
         for number, piece in enumerate(pieces):
             text, of_other, spans = self._texts(piece.document)
-            begin, end = (_across(edge, len(text), len(of_other), spans) for edge in (piece.begin, piece.end))
+            begin = _across(piece.begin, len(text), len(of_other), spans)
+            # The first tokenizer may have no token for how a document ends: white space, an accent.
+            end = len(of_other) if piece.is_last else _across(piece.end, len(text), len(of_other), spans)
             encoded = self.other(
                 of_other[begin:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )

@@ -6,13 +6,19 @@ Axes: B tokens · S prefixes · L latents.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import measure_reconstruction
-from crosscode.models import BaseCrosscoder
+from crosscode.models import (
+    BaseCrosscoder,
+    CompoundCrossLayerTranscoder,
+    ModelHookpointAcausalCrosscoder,
+    SAEOrTranscoder,
+)
 from crosscode.models.architecture import split_for
 from crosscode.models.prefixes import first_latents, sizes_of
 from crosscode.objectives import MatryoshkaTerm
@@ -204,13 +210,36 @@ def test_held_out_figures_of_a_prefix_are_those_of_the_prefix_alone(architecture
         assert found.as_metrics()[f"eval/fvu_of_first/{prefix.n_latents}"] == prefix.fvu
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
-def test_a_prefix_exports(activation, make_case, tmp_path):
-    case = make_case("sae", activation, prefixes=SIZES, dtype=torch.float32)
-    model = settled(case.model, case)
-    model.fold_activation_scaling_into_weights_(torch.tensor(1.5), torch.tensor(1.5))
-    lm = {"path": "gpt2", "name": "gpt2"}
-    model.metadata = {"language_models": [lm], "hookpoints": ["blocks.0.hook_resid_post"], "architecture": "sae"}
+LAYERS = [f"blocks.{p}.{hook}" for hook in ("mlp.hook_in", "hook_mlp_out") for p in range(3)]
+RESIDUAL = ["blocks.0.hook_resid_post"]
+EXPORTED = {
+    "sae": (partial(SAEOrTranscoder, 5, 5), "sae", RESIDUAL, "saelens"),
+    "transcoder": (partial(SAEOrTranscoder, 5, 5, linear_skip=True), "transcoder", LAYERS[::3], "circuit-tracer"),
+    "crosscoder": (partial(ModelHookpointAcausalCrosscoder, 2, 1, 5), None, RESIDUAL, "dictionary-learning"),
+    "compound": (partial(CompoundCrossLayerTranscoder, 3, 5, 5), None, LAYERS, "circuit-tracer"),
+    "set": (partial(CompoundCrossLayerTranscoder, 3, 5, 5, later_layers=False), None, LAYERS, "circuit-tracer"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_a_prefix_exports(name, activation, make_case, randomise, tmp_path):
+    make, architecture, hookpoints, to = EXPORTED[name]
+    case = make_case("sae", activation)
+    model = randomise(make(24, case.model.activation_fn, prefixes=SIZES))
+    x_BXiDi = torch.randn(16, *model.in_dims, 5)
+    settled(model, case, [x_BXiDi])
+    scaling = torch.tensor(1.5)
+    model.fold_activation_scaling_into_weights_(scaling.expand(model.in_dims), scaling.expand(model.out_dims))
+    language_models = [{"path": one, "name": one} for one in ("gpt2", "other")][: 1 + (name == "crosscoder")]
+    model.metadata = {
+        "language_models": language_models, "hookpoints": hookpoints, "architecture": architecture or model.kind,
+    }  # fmt: skip
     prefix = model.prefix(12)
-    again = BaseCrosscoder.load(prefix.export("saelens", tmp_path / "exported"))
-    torch.testing.assert_close(again(case.input_BXiDi), prefix(case.input_BXiDi))
+    if (name, activation) == ("crosscoder", "jumprelu"):
+        with pytest.raises(InputError, match="its crosscoders have ReLU and BatchTopK, not jumprelu"):
+            prefix.export(to, tmp_path / "exported")
+        return
+    again = BaseCrosscoder.load(prefix.export(to, tmp_path / "exported"))
+    assert type(again) is type(prefix) and again.n_latents == 12
+    torch.testing.assert_close(again(x_BXiDi), prefix(x_BXiDi))
