@@ -193,6 +193,8 @@ class _Writer:
         most, tokenizer = self._rules.prompt_tokens, self._tokenizer
         if not isinstance(content, str) and not isinstance(content[0], dict):
             return _Prompt(content, list(content[:most]), 0, "")  # pyright: ignore[reportArgumentType]
+        if isinstance(content, str) and tokenizer.bos_token_id is None and not _ids_of(tokenizer, content):
+            return _Prompt(content, [], 0, "")
         ids = prompt_ids(tokenizer, content, bos=True, to_answer=True, max_length=None)  # pyright: ignore[reportArgumentType]
         n_hidden = int(ids[0] == tokenizer.bos_token_id)
         if isinstance(content, str):
@@ -266,6 +268,10 @@ def _each_once(prompts: DocumentSource, n: int | None) -> Iterator[Document]:
             yield document
 
 
+def _ids_of(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def stop_ids(lm: LanguageModel) -> list[int]:
     """Token ids that end what a model writes: its own, its tokenizer's, and the one with which its chat template ends what
     the assistant says (a base under an adapter may not know it)."""
@@ -277,6 +283,6 @@ def stop_ids(lm: LanguageModel) -> list[int]:
             after = chat_text(lm.tokenizer, chat).rpartition(_END)[2]
         except InputError:
             after = ""
-        first = lm.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        first = _ids_of(lm.tokenizer, after)[:1]
         found += [token for token in first if token in lm.tokenizer.added_tokens_decoder]
     return [token for token in dict.fromkeys(found) if token is not None]

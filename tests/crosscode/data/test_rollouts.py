@@ -116,6 +116,16 @@ def test_an_adapter_writes_as_peft_does(tmp_path, build_model, build_tokenizer, 
     assert found != make(CHATS[:1], "plain", max_new_tokens=20).whole()
 
 
+def test_a_text_without_a_token_is_left_out(build_model, build_tokenizer, make):
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = None
+    without_bos = wrap_language_model(build_model("llama"), tokenizer, "tiny")
+    (one,) = make([" ", "w1 w2"], lm=without_bos, prompt_tokens=1).whole()
+    assert one.startswith("w1 ")
+    with pytest.raises(InputError, match="has none that can be used"):
+        make([" "], "none", lm=without_bos)
+
+
 def test_what_ends_an_answer(lm, build_tokenizer, build_model):
     assert stop_ids(lm) == [2, 3]  # </s>, and the <pad> with which the template ends a message
     model = build_model("llama")
