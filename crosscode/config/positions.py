@@ -21,9 +21,11 @@ class PositionRules(ConfigModel):
     thinking: Literal["keep", "only", "drop"] = "keep"
     """what the assistant writes from <think> to </think>, tags included"""
     keep_first: bool = False
-    """the first position of a sequence, too, as data.keep_first_position has it"""
+    """the first position of a sequence, too, as data.keep_first_position has it; not a BOS before it where the other rules
+    choose"""
     at_most_per_document: PositiveInt | None = None
-    """so many of a document's positions, evenly spread over those that the other rules leave"""
+    """so many of a document's positions, evenly spread over those that the other rules and masks leave; one of them may fall on
+    the first position of a sequence that documents share, and be left out"""
 
     @model_validator(mode="after")
     def _in_order(self) -> PositionRules:
