@@ -44,11 +44,13 @@ def static_cases() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def traffic_model(static_cases: ModuleType) -> ModuleType:
+    _bench_module("sass")
     return _bench_module("traffic_model")
 
 
 @pytest.fixture(scope="session")
 def static_traffic(traffic_model: ModuleType) -> ModuleType:
+    _bench_module("step_model")
     return _bench_module("static_traffic")
 
 
