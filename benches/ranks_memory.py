@@ -4,8 +4,8 @@ batches of B tokens.
     python benches/ranks_memory.py [--activation topk|relu|jumprelu] [--n-latents 32768] [--width 512] [--tokens 256]
 
 By tensors: weights, gradients and Adam's moments behind three steps; and what a forward pass keeps for its backward pass. By the
-system: resident memory then, and at its peak, over that before the model was made; of the process that took most. On CPUs,
-through gloo.
+system: resident memory then, and at its peak, over that before the model was made; and how much saving the model took besides;
+of the process that took most. On CPUs, through gloo.
 
 Axes: B tokens · D width · L latents.
 """
@@ -61,11 +61,17 @@ def of_one(activation: str, n_latents: int, width: int, tokens: int) -> dict[str
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     held = [*model.parameters(), *(param.grad for param in model.parameters() if param.grad is not None)]
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    resident, peak = status("VmRSS"), status("VmHWM")
+    with tempfile.TemporaryDirectory() as folder:
+        Path("/proc/self/clear_refs").write_text("5")
+        model.save(Path(folder) / "model")
+        saving = status("VmHWM") - resident
     return {
+        "saving": saving,
         "tensors": sum(tensor.nbytes for tensor in held),
         "kept": sum(n for at, n in kept.items() if at not in weights),
-        "resident": status("VmRSS") - before,
-        "peak": status("VmHWM") - before,
+        "resident": resident - before,
+        "peak": peak - before,
     }
 
 

@@ -37,7 +37,7 @@ from crosscode.runs.loggers import JsonlLogger, Logger
 from crosscode.runs.loggers_extra import TensorboardLogger, WandbLogger
 from crosscode.trainers.callbacks import Callback
 from crosscode.trainers.constraints import Constraint
-from crosscode.trainers.source import ActivationSource
+from crosscode.trainers.source import ActivationSource, as_source
 from crosscode.trainers.trainer import Trainer
 from crosscode.trainers.warm_start import warm_start
 
@@ -83,7 +83,7 @@ def build_trainer(
     if resume is None and isinstance(data, ActivationsDataloader) and (alike or group is None or group.is_first):
         check_models_differ(experiment, data.rows)
     if group is not None:
-        data = (AlikeSource if alike else SharedSource)(group, data, available_device(config.device))
+        data = (AlikeSource if alike else SharedSource)(group, as_source(data), available_device(config.device))
     given, width = model, experiment.dims[2]
     model = given or build_model(config, width, experiment.widths_MP).to(available_device(config.device))
     check_threshold_in_time(config, model)

@@ -42,6 +42,26 @@ def test_every_recipe_is_trained_as_by_one_process(tmp_path, dtype, tolerance):
             assert several[0][recipe]["bytes"] == planned_bytes(recipe, len(several), dtype)
 
 
+def test_every_kind_of_state_goes_on_at_another_number_of_ranks(tmp_path):
+    row_sparse = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "betas": [0, 0.999], "row_sparse": true}}}'
+    names = (
+        "sae_topk", "sae_batch_topk", "sae_jumprelu", "feb_update_diffing_topk", "tied_clt", "dedicated_feature_crosscoder",
+        "wanted_l0_sae", "sae_topk_sign_sgd",
+    )  # fmt: skip
+    recipes = [*(f"{name}@torch@25" for name in names), f"topk_crosscoder@torch@25@{row_sparse}"]
+    firsts = {n: train_on(n, tmp_path, "float32", recipes)[0] for n in (1, 2, 4)}
+    for (before, after), folder in zip(((1, 2), (2, 4), (2, 3), (4, 1)), ("1-0", "2-1", "2-1", "4-2"), strict=True):
+        resumed = train_on(after, tmp_path, "float32", recipes, tmp_path / folder)[0]
+        for recipe in recipes:
+            n_losses = len(resumed[recipe]["losses"])
+            assert 0 < n_losses < len(firsts[1][recipe]["losses"])
+            torch.testing.assert_close(
+                resumed[recipe]["losses"], firsts[1][recipe]["losses"][-n_losses:], rtol=1e-4, atol=1e-4,
+                msg=lambda text, case=(recipe, before, after): f"{case}: {text}",
+            )  # fmt: skip
+            assert torch.equal(resumed[recipe]["counts"], firsts[1][recipe]["counts"]), (recipe, before, after)
+
+
 def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):
     names = ("sae_topk", "sae_batch_topk", "sae_jumprelu")
     one = train_on(1, tmp_path, "float32", [f"{name}@torch@25" for name in names])

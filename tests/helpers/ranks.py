@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 N_STEPS = 20
+LAST_SAVED = 18
+"""Step of the last checkpoint: tiny recipes, which end after 3 steps, save one every 3."""
 
 
 def spawn(n_ranks: int, *arguments: str, words: list[str] | None = None) -> list[subprocess.Popen]:
@@ -37,12 +40,16 @@ def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[str]
     return said
 
 
-def train_on(n_ranks: int, folder: Path, dtype: str, recipes: Sequence[str]) -> list[Any]:
-    """What rank 0 kept of each recipe, and the losses that the others saw."""
+def train_on(n_ranks: int, folder: Path, dtype: str, recipes: Sequence[str], before: Path | None = None) -> list[Any]:
+    """What rank 0 kept of each recipe, and the losses that the others saw. `before`: the folder of such runs, of which the last
+    checkpoint but one goes on."""
     import torch
 
     own = folder / f"{n_ranks}-{len(list(folder.iterdir()))}"
     own.mkdir()
+    for run in before.glob("run-*") if before else ():
+        shutil.copytree(run, own / run.name)
+        shutil.rmtree(own / run.name / "checkpoints" / f"step_{LAST_SAVED}")
     finish(spawn(n_ranks, str(own), dtype, *recipes), timeout=3000)
     return [torch.load(own / name) for name in ("kept.pt", *(f"losses{rank}.pt" for rank in range(1, n_ranks)))]
 
@@ -320,7 +327,8 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
     kept, dtype = {}, getattr(torch, dtype_name)
     for spelled in recipes:
         recipe, backend = spelled_out(spelled)
-        trainer = tiny_recipes.make_trainer(recipe, Path(folder) / f"run-{len(kept)}", backend, "cpu", dtype)
+        run = Path(folder) / f"run-{len(kept)}"
+        trainer = tiny_recipes.make_trainer(recipe, run, backend, "cpu", dtype, resume=run.exists())
         batches = iter(trainer.data)
         losses: list[float] = []
         note = trainer.guard.before_optimizer
@@ -335,7 +343,7 @@ def main(folder: str, dtype_name: str, *recipes: str) -> None:
         with torch.no_grad():
             latents_BL = trainer.model.encode(first_BXiDi)
         group = joined()
-        for _ in range(N_STEPS - 1):
+        for _ in range(N_STEPS - 1 - trainer.step):
             trainer.train_step(next(batches))
         n_bytes, model = [], trainer.model
 

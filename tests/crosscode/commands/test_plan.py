@@ -22,6 +22,18 @@ def test_memory_of_the_coder_falls_with_the_ranks():
     assert one.sent["step"] == 0 and four.sent["step"] > 0
 
 
+def test_memory_never_grows_with_the_ranks_and_parts_of_a_batch_keep_less():
+    values = read_yaml("batch_topk_crosscoder")
+    changed = (values | {"train": values["train"] | {"grad_accumulation": n}} for n in (1, 4))
+    whole, in_parts = (plan(check_config(each), [1 << i for i in range(10)], GPUS["h100"]) for each in changed)
+    for plans in (whole, in_parts):
+        sums = [sum(one.memory.values()) for one in plans if one.memory]
+        assert len(sums) == 10 and sums == sorted(sums, reverse=True)
+    for one, other in zip(whole, in_parts, strict=True):
+        assert one.memory and other.memory and other.memory["batch"] < one.memory["batch"]
+        assert one.sent and other.sent and (one.ranks == 1 or other.sent["step"] > one.sent["step"])
+
+
 def test_the_command_shows_a_line_for_each_number_of_ranks_and_names_what_is_refused(capsys):
     assert main(["plan", "demo", "--ranks", "3", "--gpu", "a100", "--crosscoder.n_latents", "300"]) == 0
     said = capsys.readouterr().out
