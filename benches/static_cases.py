@@ -17,6 +17,7 @@ from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_ent
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.fused_adam.triton_impl import norm_of_rows, update_rows
 from crosscode_kernels.penalties import PreActTerm
+from crosscode_kernels.penalties.deferred import PenaltyTerm
 from crosscode_kernels.registration import kernel_of
 from crosscode_kernels.segments.deferred import SegmentGrad
 from crosscode_kernels.sparse import Entries
@@ -120,6 +121,19 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
+def _jumprelu_backward(t: Tensors, term: PenaltyTerm, backend: str) -> tuple[Tensor, ...]:
+    da_BL = t.da_BL
+    if backend == "torch" and term.g is not None:  # which is handed ordinary gradients alone
+        a_BL = kernel_of("jumprelu", "torch")(t.h_BL, t.t_L).float().requires_grad_()
+        weighted_BL = a_BL * term.n_L
+        if term.c is not None:
+            weighted_BL = (term.c * weighted_BL).tanh()
+        (term.g * (weighted_BL * term.lambda_L).sum() / a_BL.shape[0]).backward()
+        assert a_BL.grad is not None
+        da_BL, term = a_BL.grad + da_BL, PenaltyTerm()
+    return kernel_of("encode_jumprelu_backward", backend)(da_BL, t.lambda_L, t.h_BL, t.t_L, 2.0, False, term)
+
+
 ADAM_STEP = 7
 """What the optimizer's step is; every third row was brought up to date at step 4."""
 
@@ -184,8 +198,8 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
     penalty = (t.n_L, t.lambda_L)
     term = PreActTerm(t.t_L, t.n_L, t.lambda_L)
 
-    def call(op: str, *args: Any) -> Callable[[], Any]:
-        return lambda: kernel_of(op, backend)(*args)
+    def call(op: str, *args: Any, option: str = "") -> Callable[[], Any]:
+        return lambda: kernel_of(op, backend, option)(*args)
 
     calls = {
         "encode_topk": call("encode_topk", encoder, c.k),
@@ -212,6 +226,7 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "recon_loss": call("recon_loss", t.y_BO, t.target_BO, t.segments),
         "recon_loss_backward": call("recon_loss_backward", t.g_X, t.y_BO, t.segments),
         "jumprelu": call("jumprelu", t.h_BL, t.t_L),
+        "encode_jumprelu": call("encode_jumprelu", t.h_BL, t.t_L),
         "pre_act": call("pre_act", t.h_BL, term),
         "pre_act_backward": call("pre_act_backward", t.g, t.h_BL, term),
     }
@@ -219,6 +234,12 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         calls[f"decoder_norms_backward {'joint' if joint else 'sum'}"] = call(
             "decoder_norms_backward", t.norms_LX, t.lambda_L, t.W_dec_LO, t.norms_LX, t.n_L, t.segments, joint
         )
+    for kind, part in (
+        ("plain", PenaltyTerm()),
+        ("l1", PenaltyTerm(t.g, *penalty)),
+        ("tanh", PenaltyTerm(t.g, *penalty, 4.0)),
+    ):
+        calls[f"encode_jumprelu_backward {kind}"] = lambda part=part: _jumprelu_backward(t, part, backend)
     for gdm in (False, True):
         suffix = "gdm" if gdm else "anthropic"
         calls[f"jumprelu_backward {suffix}"] = call("jumprelu_backward", t.da_BL, t.h_BL, t.t_L, 2.0, gdm)

@@ -255,12 +255,12 @@ class Model:
 
     def jumprelu(self) -> Term:
         fewest = 2 * self.B * self.L * self.e + self.L * FP32
-        splits = math.ceil(self.B / h.dense_config(self.B, self.L).rows_per_split)
+        splits = math.ceil(self.B / h.dense_config(self.B, self.L, self.e).rows_per_split)
         return Term("JumpReLU", 0, fewest, fewest + (splits - 1) * self.L * FP32)
 
     def jumprelu_backward(self) -> Term:
         fewest = 3 * self.B * self.L * self.e + 2 * self.L * FP32
-        splits = math.ceil(self.B / h.dense_config(self.B, self.L).rows_per_split)
+        splits = math.ceil(self.B / h.dense_config(self.B, self.L, self.e).rows_per_split)
         # The threshold is read and partial column sums written for each split, then read to be added.
         moved = fewest + (splits - 1) * self.L * FP32 + 2 * splits * self.L * FP32
         return Term("JumpReLU backward", 0, fewest, moved)

@@ -70,7 +70,7 @@ def backend_of(config: ExperimentConfig) -> Backend:
         if plan.fused is True and not is_triton:
             raise InputError(f"train.optimizer.fused = True: needs the triton backend, got {config.backend!r}")
         if is_triton:
-            return replace(wanted, name="triton", options=("deferred",))
+            return replace(wanted, name="triton", options=(*wanted.options, "deferred"))
     if plan.row_sparse is not True:
         return wanted
     if wanted.name in ("triton", "reference"):

@@ -20,7 +20,16 @@ from crosscode_kernels.sparse import Latents
 _logger = logging.getLogger("crosscode_kernels")
 
 BackendName = Literal[
-    "auto", "triton", "torch", "reference", "triton:deferred", "torch:screened", "torch:rows", "torch:screened+rows"
+    "auto",
+    "triton",
+    "torch",
+    "reference",
+    "triton:deferred",
+    "triton:screened",
+    "triton:screened+deferred",
+    "torch:screened",
+    "torch:rows",
+    "torch:screened+rows",
 ]
 """How a user spells a backend; what follows a colon are options."""
 SPARSE_BELOW = 0.12
@@ -30,10 +39,13 @@ step's time at this share and all of it at 0.22 (two cores, widths 512 to 3072, 
 
 @dataclass(frozen=True)
 class Backend:
-    """`name`: "triton", "torch" or "reference" ("auto" until it is resolved). `options`, of torch:
+    """`name`: "triton", "torch" or "reference" ("auto" until it is resolved). `options`, of torch and triton:
 
     "screened": pre-activations of `encode_topk` are screened in bfloat16 and only candidates computed in full; rows where that
-    is not proven to give the same selection are done densely. A speed-up where bfloat16 products are fast.
+    is not proven to give the same selection are done densely. A speed-up where bfloat16 products are fast. float32 only.
+
+    Of torch:
+
     "rows": weight gradients of sparse latents are sparse COO tensors over the touched rows, for `RowSparseAdam`, where a batch
     touches few. Eager only: while compiling they are dense.
 
@@ -74,8 +86,8 @@ class Backend:
         """Why this backend cannot serve tensors of `dtype` on `device`; "" where it can."""
         if dtype not in FLOATS:
             return f"dtype {dtype} is not float16, bfloat16, float32 or float64"
-        if "screened" in self.options and (device.type != "cpu" or dtype != torch.float32):
-            return "screened encoding is for float32 on the CPU"
+        if "screened" in self.options and (dtype != torch.float32 or (device.type != "cpu" and self.name == "torch")):
+            return f"screened encoding is for float32{' on the CPU' if self.name == 'torch' else ''}"
         if self.name != "triton":
             return ""
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -37,11 +37,11 @@ def kernel_names() -> list[str]:
 
 
 @functools.cache
-def kernel_of(name: str, backend: str) -> Kernel:
-    """Kernel `name` of "torch" or "triton"."""
-    kernel = _KERNELS[name]
-    module = kernel.__module__.removesuffix("torch_impl") + f"{backend}_impl"
-    return getattr(importlib.import_module(module), kernel.__name__)
+def kernel_of(name: str, backend: str, option: str = "") -> Kernel:
+    """Kernel `name` of "torch" or "triton", or its variant for an option."""
+    file = f"{backend}_{option or 'impl'}".removeprefix("" if not option else "torch_")
+    module = importlib.import_module(_KERNELS[name].__module__.removesuffix("torch_impl") + file)
+    return getattr(module, f"{name}_{option}" if option else name)
 
 
 def define_op(
@@ -51,7 +51,7 @@ def define_op(
     empty: Callable[[Arguments], Any] = lambda a: None,
     finish: Callable[[Arguments, Any], Any] = lambda a, result: result,
     extra: Mapping[str, Any] | None = None,
-    variants: Mapping[str, Kernel] | None = None,
+    variants: Sequence[str] = (),
     saved: Callable[[Arguments, Any], dict[str, Tensor | None]] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
     n_results: int | None = None,
@@ -60,7 +60,8 @@ def define_op(
     (types by name, for what only backward needs), and `backend=`. The torch kernel's annotations are the schema.
 
     `empty` gives the result where there is nothing to compute, else None. `finish` makes the op's results (`n_results` of them)
-    of the kernel's. `variants`: kernels of the torch backend for one of its options. `saved` names what backward needs beside
+    of the kernel's. `variants`: options for which a backend has another kernel, `NAME_OPTION` in `OPTION.py` (of Triton
+    `triton_OPTION.py`). `saved` names what backward needs beside
     arguments that are no tensors; `backward(a, *grads)`, with `a.needs` the names of the arguments that want a gradient,
     returns gradients by name.
     """
@@ -87,7 +88,7 @@ def define_op(
         a = bind(values)
         if (nothing := empty(a)) is not None:
             return plain(nothing)
-        run = next((variant for option, variant in (variants or {}).items() if option in a.backend.options), None)
+        option = next((option for option in variants if option in a.backend.options), "")
         ready = {argument: contiguous(value) for argument, value in vars(a).items()}
         arguments = [
             groups[argument](*(ready[field] for field in groups[argument]._fields))
@@ -95,7 +96,7 @@ def define_op(
             else ready[argument]
             for argument in hints
         ]
-        return plain(finish(a, (run or kernel_of(name, a.backend.name))(*arguments)))
+        return plain(finish(a, kernel_of(name, a.backend.name, option)(*arguments)))
 
     op = torch.library.custom_op(
         f"crosscode::{name}", body, mutates_args=(), schema=f"({schema}, str backend, str[] options) -> {results}"

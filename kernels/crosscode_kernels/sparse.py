@@ -47,14 +47,14 @@ class Entries(NamedTuple):
 @dataclass(frozen=True)
 class DenseLatents:
     """`value_BL`, and what the encoder kept besides: the pre-activations `preacts_BL`; of a JumpReLU `deficit_L`, the sum over
-    the batch of `relu(theta - h)` (then `preacts_BL` has no gradient); `active` holds the same latents in sparse form,
-    without gradient, where the encoder found few of them.
-    """
+    the batch of `relu(theta - h)` (then `preacts_BL` has no gradient), and `fired_L`, the firing counts; `active` holds the
+    same latents in sparse form, without gradient, where the encoder found few of them."""
 
     value_BL: Tensor
     preacts_BL: Tensor | None = None
     deficit_L: Tensor | None = None
     active: SparseLatents | None = None
+    fired_L: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -86,7 +86,7 @@ class DenseLatents:
 
     def firing_counts_L(self) -> Tensor:
         """Number of tokens on which each latent is active, int64."""
-        return (self.value_BL > 0).sum(0)
+        return (self.value_BL > 0).sum(0) if self.fired_L is None else self.fired_L
 
     def max_L(self) -> Tensor:
         """Largest value of each latent, 0 where it is never active."""
@@ -108,7 +108,7 @@ class DenseLatents:
 
     def with_value(self, value: Tensor) -> DenseLatents:
         """The same with other values: `value` is `[B, L]`."""
-        return replace(self, value_BL=value)
+        return replace(self, value_BL=value, fired_L=None)
 
     def smallest_positive(self, value: Tensor) -> Tensor:
         """Of what there is one of for each of `value`; a scalar, inf where none is."""

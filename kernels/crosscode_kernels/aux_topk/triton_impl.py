@@ -18,6 +18,8 @@ from crosscode_kernels.selection.triton_impl import row_topk, token_chunks
 from crosscode_kernels.triton_common.heuristics import dead_gemm_config
 from crosscode_kernels.triton_common.launch import INTERPRETED, launch
 
+_TOKENS_AT_ONCE = 128
+
 
 @triton.jit
 def _dead_preacts_kernel(
@@ -53,7 +55,7 @@ def _dead_preacts_kernel(
     tl.store(h_ptr + offs_b[:, None] * C + offs_c[None, :], acc, mask=mask_b[:, None] & (offs_c < C)[None, :])
 
 
-def _compact(mask_L: Tensor) -> tuple[Tensor, Tensor]:
+def compact(mask_L: Tensor) -> tuple[Tensor, Tensor]:
     """Indices where the mask holds, ascending, then garbage up to capacity L; and their number. Both int32."""
     n_latents = mask_L.shape[0]
     slot_L = torch.where(mask_L, torch.cumsum(mask_L, 0) - 1, n_latents)
@@ -73,22 +75,40 @@ def _precision(x_BI: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def aux_topk(encoder: Encoder, dead_mask_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _preacts_of(encoder: Encoder, ids_C: Tensor, n_ids: Tensor, precision: str) -> Tensor:
+    """`h_BC` of the first `n_ids` (on the device) of these latents; what lies beyond means nothing."""
     x_BI, W_enc_LI, b_enc_L = encoder
-    (n_tokens, width), n_latents = x_BI.shape, W_enc_LI.shape[0]
-    config = dead_gemm_config(width, x_BI.element_size())
-    dead_C, n_dead = _compact(dead_mask_L)
+    (n_tokens, width), capacity = x_BI.shape, W_enc_LI.shape[0]
+    config, h_BC = dead_gemm_config(width, x_BI.element_size()), x_BI.new_empty(n_tokens, capacity)
+    launch(
+        _dead_preacts_kernel, (triton.cdiv(n_tokens, config.BLOCK_B), triton.cdiv(capacity, config.BLOCK_C)), x_BI,
+        W_enc_LI, W_enc_LI if b_enc_L is None else b_enc_L, ids_C, n_ids, h_BC, n_tokens, width, capacity,
+        HAS_BIAS=b_enc_L is not None, PRECISION=precision, WIDEN=INTERPRETED, BLOCK_B=config.BLOCK_B,
+        BLOCK_C=config.BLOCK_C, BLOCK_I=config.BLOCK_I, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return h_BC
+
+
+def topk_of_tokens(encoder: Encoder, tokens_C: Tensor, n_tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`encode_topk` of the first `n_tokens` (on the device) of these tokens, float32 products in full; the rest of the rows is
+    zeros. `_TOKENS_AT_ONCE` at a time, and where there are none left only the launches cost."""
+    n_latents, parts = encoder.W_enc_LI.shape[0], list[tuple[Tensor, Tensor]]()
+    latents_L = torch.arange(n_latents, dtype=torch.int32, device=tokens_C.device)
+    for start in range(0, tokens_C.shape[0], _TOKENS_AT_ONCE):
+        ids_R = tokens_C[start : start + _TOKENS_AT_ONCE]
+        limit_R = (torch.arange(start, start + ids_R.shape[0], device=ids_R.device) < n_tokens).int() * n_latents
+        some = encoder._replace(x_BI=encoder.x_BI.index_select(0, ids_R))
+        parts.append(row_topk(_preacts_of(some, latents_L, limit_R[:1], "ieee"), k, limit=limit_R))
+    column_CK, value_CK = (torch.cat(part) for part in zip(*parts, strict=True))
+    return column_CK, value_CK
+
+
+def aux_topk(encoder: Encoder, dead_mask_L: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    x_BI, n_latents = encoder.x_BI, encoder.W_enc_LI.shape[0]
+    dead_C, n_dead = compact(dead_mask_L)
     parts: list[tuple[Tensor, Tensor]] = []
-    for chunk in token_chunks(n_tokens, n_latents):
-        x_chunk = x_BI[chunk]
-        h_BC = x_BI.new_empty(x_chunk.shape[0], n_latents)
-        grid = (triton.cdiv(h_BC.shape[0], config.BLOCK_B), triton.cdiv(n_latents, config.BLOCK_C))
-        launch(
-            _dead_preacts_kernel, grid, x_chunk, W_enc_LI, W_enc_LI if b_enc_L is None else b_enc_L, dead_C, n_dead,
-            h_BC, h_BC.shape[0], width, n_latents, HAS_BIAS=b_enc_L is not None, PRECISION=_precision(x_BI),
-            WIDEN=INTERPRETED, BLOCK_B=config.BLOCK_B, BLOCK_C=config.BLOCK_C, BLOCK_I=config.BLOCK_I,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    for chunk in token_chunks(x_BI.shape[0], n_latents):
+        h_BC = _preacts_of(encoder._replace(x_BI=x_BI[chunk]), dead_C, n_dead, _precision(x_BI))
         parts.append(row_topk(h_BC, k, limit=n_dead))
     column_BK, value_BK = (torch.cat(part) for part in zip(*parts, strict=True))
     stored_K = torch.arange(k, device=x_BI.device) < n_dead

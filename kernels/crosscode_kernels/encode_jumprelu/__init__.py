@@ -51,12 +51,12 @@ def encode_jumprelu(
     encoder = checked_encoder("encode_jumprelu", backend, (x_BI, W_enc_LI, b_enc_L))
     check_per_latent("encode_jumprelu", x_BI, encoder.W_enc_LI.shape[0], t_L=t_L)
     check_straight_through("encode_jumprelu", eps, ste)
-    if backend.name != "torch" or input_gradient:
+    if backend.name == "reference" or input_gradient:
         h_BL = preacts(*encoder, backend=backend)
         a_BL = jumprelu(h_BL, t_L, eps, ste, backend=backend)
         return DenseLatents(with_input_gradient(a_BL, h_BL, t_L, eps) if input_gradient else a_BL, h_BL)
     refuse_tangents("encode_jumprelu", (*encoder, t_L))
-    measures = may_look(x_BI)
+    measures = backend.name == "torch" and may_look(x_BI)
     with torch.no_grad():
         h_BL = dense_preacts(encoder) if measures else preacts(*encoder, backend=backend)
     encode = measured.encode_jumprelu if measures else measured.encode_jumprelu_dense

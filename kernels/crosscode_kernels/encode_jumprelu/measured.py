@@ -78,8 +78,8 @@ def encode_jumprelu_dense(
     encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool, backend: Backend
 ) -> DenseLatents:
     """Dense latents with their deficit from the pre-activations `h_BL` (no gradient)."""
-    a_BL, deficit_L = _dense(h_BL, t_L, *encoder, eps, gdm, backend=backend)
-    return DenseLatents(a_BL, h_BL, deficit_L=deficit_L)
+    a_BL, deficit_L, fired_L = _dense(h_BL, t_L, *encoder, eps, gdm, backend=backend)
+    return DenseLatents(a_BL, h_BL, deficit_L=deficit_L, fired_L=fired_L)
 
 
 def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool, backend: Backend) -> Latents:

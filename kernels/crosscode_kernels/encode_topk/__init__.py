@@ -18,14 +18,14 @@ from torch import Tensor
 
 from crosscode_kernels.backend import AnyBackend, backend_for
 from crosscode_kernels.checks import check_k
-from crosscode_kernels.encode_topk import reference, screened, torch_impl
+from crosscode_kernels.encode_topk import reference, torch_impl
 from crosscode_kernels.encoder import checked_encoder
 from crosscode_kernels.opset import door
 from crosscode_kernels.preacts import preacts
 from crosscode_kernels.segments.encoders import define_encoder
 from crosscode_kernels.sparse import Latents
 
-_encode = define_encoder(torch_impl.encode_topk, variants={"screened": screened.encode_topk_screened})
+_encode = define_encoder(torch_impl.encode_topk, variants=("screened",))
 
 
 @door

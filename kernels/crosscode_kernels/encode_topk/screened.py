@@ -29,36 +29,48 @@ from crosscode_kernels.sparse import LatentOrder, SparseLatents
 _EPS_BF16 = 2.0**-8
 _ROUND_UP = 1 + 2 * _EPS_BF16
 _ACCUMULATION = 2.0**-22
-_CHUNK_ELEMENTS = 3 << 19
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ON_GPU = 3 << 19, 1 << 26
 _EXTRA_COLUMNS = 32
 _LARGEST_PRODUCT = 1e30
 
 
 def encode_topk_screened(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """As that of `torch_impl`. Other dtypes than float32, other devices and few latents take the dense way."""
-    x_BI, W_enc_LI, _ = encoder
-    n_latents = W_enc_LI.shape[0]
-    n_candidates = k + _spare_candidates(k, W_enc_LI.shape[1])
-    if x_BI.dtype != torch.float32 or x_BI.device.type != "cpu" or 8 * n_candidates > n_latents:
+    x_BI = encoder.x_BI
+    n_candidates = candidates_for(k, encoder)
+    if n_candidates == 0 or x_BI.device.type != "cpu":
         return dense_encode_topk(encoder, k)
-    bound_BL, largest_norm = _upper_bounds(encoder)
+    bound_BL, largest_norm = upper_bounds(encoder)
     latent_idx_BC, last_bound_B = _largest_bounds(bound_BL, n_candidates)
     value_BC = _exact_values(encoder, latent_idx_BC)
     value_BK, latent_idx_BK = first_k_of_equal(value_BC, latent_idx_BC, k)
-    finite_B = torch.linalg.vector_norm(x_BI, dim=1) * largest_norm < _LARGEST_PRODUCT
-    proven_B = finite_B & ((last_bound_B < value_BK[:, -1]) | (last_bound_B <= 0))
+    proven_B = proven_rows(x_BI, largest_norm, last_bound_B, value_BK[:, -1])
     redo_R = (~proven_B).nonzero().squeeze(1)
     if redo_R.shape[0]:
         latent_idx_BK[redo_R], value_BK[redo_R] = dense_encode_topk(encoder._replace(x_BI=x_BI[redo_R]), k)
     return latent_idx_BK, value_BK
 
 
-def _spare_candidates(k: int, width: int) -> int:
-    """Candidates beyond k. Too few and rows fail their proof; the bound's slack grows with the root of the width."""
-    return max(16, int(1.5 * k * (width / 1536) ** 0.5))
+def candidates_for(k: int, encoder: Encoder) -> int:
+    """How many: too few and rows fail their proof; the bound's slack grows with the root of the width. 0: encode densely."""
+    n_latents, width = encoder.W_enc_LI.shape
+    n_candidates = k + max(16, int(1.5 * k * (width / 1536) ** 0.5))
+    return 0 if encoder.x_BI.dtype != torch.float32 or 8 * n_candidates > n_latents else n_candidates
 
 
-def _upper_bounds(encoder: Encoder) -> tuple[Tensor, Tensor]:
+def proven_rows(x_BI: Tensor, largest_norm: Tensor, last_bound_B: Tensor, kth_value_B: Tensor) -> Tensor:
+    """Rows in which everything that is bounded by `last_bound_B` lies below the k-th value."""
+    finite_B = torch.linalg.vector_norm(x_BI, dim=1) * largest_norm < _LARGEST_PRODUCT
+    return finite_B & ((last_bound_B < kth_value_B) | (last_bound_B <= 0))
+
+
+def rounded_up(bound_B: Tensor) -> Tensor:
+    """An upper bound of what was rounded to this bfloat16 number, in float32."""
+    bound_B = bound_B.float()
+    return bound_B + bound_B.abs() * 2 * _EPS_BF16
+
+
+def upper_bounds(encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Bounds of all pre-activations before their own rounding to bfloat16, and the largest norm of an encoder row (inf or
     NaN where any weight or bias is)."""
     x_BI, W_enc_LI, b_enc_L = encoder
@@ -74,7 +86,8 @@ def _upper_bounds(encoder: Encoder) -> tuple[Tensor, Tensor]:
     x_BA[:, width + 2 : width + 4] = 1
     bound_BL = host_buffers.empty((n_tokens, n_latents), x_BA)
     largest = x_BI.new_zeros(())
-    chunk = min(max(_CHUNK_ELEMENTS // width, 64), n_latents)
+    at_once = _CHUNK_ELEMENTS if x_BI.device.type == "cpu" else _CHUNK_ELEMENTS_ON_GPU
+    chunk = min(max(at_once // max(width, 1), 64), n_latents)
     W_chunk = x_BA.new_zeros(chunk, width + _EXTRA_COLUMNS)
     for start in range(0, n_latents, chunk):
         W_lI = W_enc_LI[start : start + chunk]
@@ -97,8 +110,7 @@ def _largest_bounds(bound_BL: Tensor, n_candidates: int) -> tuple[Tensor, Tensor
     """Latents with the largest bounds of each row, and an upper bound of everything that is not among them."""
     # Positive bfloat16 numbers are ordered like their bits; negative ones cannot be kept, whatever their order.
     bits_BC, latent_idx_BC = topk_in_groups(bound_BL.view(torch.int16), n_candidates)
-    last_B = bits_BC.amin(1).view(torch.bfloat16).float()
-    return latent_idx_BC, last_B + last_B.abs() * 2 * _EPS_BF16
+    return latent_idx_BC, rounded_up(bits_BC.amin(1).view(torch.bfloat16))
 
 
 def _exact_values(encoder: Encoder, latent_idx_BC: Tensor) -> Tensor:

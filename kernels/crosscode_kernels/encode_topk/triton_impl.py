@@ -5,6 +5,8 @@ Axes: B tokens · I input width · L latents · K kept per token · C candidates
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from crosscode_kernels.selection.triton_impl import latent_chunks, preacts, row_
 
 
 def encode_topk(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
+    return topk_in_chunks(encoder, k, preacts)
+
+
+def topk_in_chunks(encoder: Encoder, k: int, preacts: Callable[[Encoder], Tensor]) -> tuple[Tensor, Tensor]:
+    """The k largest of what `preacts` gives for some latents at a time, their ids ascending."""
     idx_parts: list[Tensor] = []
     value_parts: list[Tensor] = []
     for chunk in latent_chunks(encoder.x_BI.shape[0], encoder.W_enc_LI.shape[0]):

@@ -30,16 +30,17 @@ def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
 
 
 def jumprelu_backward(da_BL: Tensor, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> tuple[Tensor, Tensor]:
-    return deficit_backward(da_BL, None, h_BL, t_L, eps, gdm)
+    return deficit_backward(da_BL, None, h_BL, t_L, eps, gdm)[:2]
 
 
 def deficit_backward(
     da_BL: Tensor, d_deficit_L: Tensor | None, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool
-) -> tuple[Tensor, Tensor]:
-    """`dh_BL, dt_L`; `d_deficit_L` is the gradient of `encode_jumprelu`'s deficit, where that is there."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dh_BL, dt_L`, the sum of `dh` over the tokens; `d_deficit_L` is the gradient of `encode_jumprelu`'s deficit, where that is
+    there."""
     theta_L = threshold(t_L, h_BL.dtype)
     dh_BL = torch.empty_like(h_BL)
-    into_window_L, n_silent_L = torch.zeros_like(theta_L), torch.zeros_like(theta_L)
+    into_window_L, n_silent_L, db_L = (torch.zeros_like(theta_L) for _ in range(3))
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L
         sign_RL = above_RL.sign()
@@ -49,11 +50,12 @@ def deficit_backward(
             n_silent_L += silent_RL.sum(0)
             dh_RL -= silent_RL.mul_(d_deficit_L)
         dh_BL[rows] = dh_RL
+        db_L += dh_RL.sum(0)
         into_window_L += window(above_RL, eps).mul_(da_BL[rows]).sum(0)
     dt_L = straight_through(into_window_L, theta_L, eps, gdm)
     if d_deficit_L is not None:
         dt_L += d_deficit_L * theta_L * n_silent_L
-    return dh_BL, dt_L.to(t_L.dtype)
+    return dh_BL, dt_L.to(t_L.dtype), db_L.to(h_BL.dtype)
 
 
 def window(above: Tensor, eps: float) -> Tensor:

@@ -17,5 +17,4 @@ def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
 
 
 def jumprelu_backward(da_BL: Tensor, h_BL: Tensor, t_L: Tensor, eps: float, gdm: bool) -> tuple[Tensor, Tensor]:
-    dh_BL, dt_L, _ = dense_backward(h_BL, da_BL, t_L=t_L, jump=True, gdm=gdm, eps=eps)
-    return dh_BL, dt_L
+    return dense_backward(h_BL, da_BL, t_L=t_L, jump=True, gdm=gdm, eps=eps)[:2]

@@ -63,18 +63,16 @@ def _sparse_penalty_bwd_kernel(
     tl.store(dn_ptr + offs_l, weight * tl.sum(dn, 1), mask=mask_l)
 
 
-def dense_penalty(a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None) -> Tensor:
-    return dense_forward(a_BL, n_L=n_L, lambda_L=lambda_L, **_part(c)).penalty
+def dense_penalty(a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
+    found = dense_forward(a_BL, n_L=n_L, lambda_L=lambda_L, slope=True, **part(c))
+    return found.penalty, found.slope_L
 
 
-def dense_penalty_backward(
-    g: Tensor, a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None
-) -> tuple[Tensor, Tensor]:
-    da_BL, _, dn_L = dense_backward(a_BL, g=g, n_L=n_L, lambda_L=lambda_L, **_part(c))
-    return da_BL, dn_L
+def dense_penalty_backward(g: Tensor, a_BL: Tensor, n_L: Tensor, lambda_L: Tensor, c: float | None) -> Tensor:
+    return dense_backward(a_BL, g=g, n_L=n_L, lambda_L=lambda_L, **part(c)).dh_BL
 
 
-def _part(c: float | None) -> dict[str, Any]:
+def part(c: float | None) -> dict[str, Any]:
     return {"l1": True} if c is None else {"tanh": True, "c": c}
 
 

@@ -16,4 +16,4 @@ def pre_act(h_BL: Tensor, term: PreActTerm) -> Tensor:
 
 
 def pre_act_backward(g: Tensor, h_BL: Tensor, term: PreActTerm) -> tuple[Tensor, Tensor, Tensor]:
-    return dense_backward(h_BL, g_pre=g, t_L=term.t_L, n_L=term.n_L, lambda_pre_L=term.lambda_L, pre=True)
+    return dense_backward(h_BL, g_pre=g, t_L=term.t_L, n_L=term.n_L, lambda_pre_L=term.lambda_L, pre=True)[:3]

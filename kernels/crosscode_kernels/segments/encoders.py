@@ -9,7 +9,7 @@ Saved for backward: x, W_enc, and the sparse batch with its transpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from crosscode_kernels.sparse import Entries, LatentOrder, SparseLatents, paddin
 from crosscode_kernels.sparse_decode.autograd import entries_decode, entries_of
 
 
-def define_encoder(kernel: Kernel, variants: Mapping[str, Kernel] | None = None) -> Callable[..., SparseLatents]:
+def define_encoder(kernel: Kernel, variants: Sequence[str] = ()) -> Callable[..., SparseLatents]:
     """Register an encoder of k entries per token, or of k * B in all. Its kernel takes an `Encoder` first and has an argument
     `k`; it returns latent_idx_BK and value_BK, or row_ptr_B1, latent_idx_N and value_N."""
     op = define_op(

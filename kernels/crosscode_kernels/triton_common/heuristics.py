@@ -122,8 +122,10 @@ def chunk_width(n_columns: int, kept_per_row: float, element_size: int) -> int:
 
 @dataclass(frozen=True)
 class RowSelectConfig:
-    """One program a row: tiles of `BLOCK` columns made of chunks of `CHUNK`; up to `CAPACITY` candidates are listed."""
+    """One program a row: a first pass over `SCAN` columns at a time, then tiles of `BLOCK`, both made of chunks of `CHUNK`; up to
+    `CAPACITY` candidates are listed."""
 
+    SCAN: int
     BLOCK: int
     CHUNK: int
     CAPACITY: int
@@ -132,9 +134,12 @@ class RowSelectConfig:
 
 
 def row_select_config(n_columns: int, k: int, element_size: int) -> RowSelectConfig:
-    """The list holds four times k (the k-th chunk maximum bounds the k-th value from below, so it rarely fills)."""
+    """The list holds four times k (the k-th chunk maximum bounds the k-th value from below, so it rarely fills). The first pass
+    has four loads in flight; two where rows of 16-bit numbers are not aligned to 16 bytes: each number then has an address."""
     block = clamp_power_of_2(n_columns, 128, 1024)
+    n_loads = 4 if element_size == 4 or rows_are_aligned(n_columns, element_size) else 2
     return RowSelectConfig(
+        SCAN=clamp_power_of_2(n_columns, block, n_loads * block),
         BLOCK=block,
         CHUNK=chunk_width(n_columns, k, element_size),
         CAPACITY=clamp_power_of_2(4 * k, 256, 8192),
@@ -227,12 +232,14 @@ class DenseConfig:
     num_stages: int = 2
 
 
-def dense_config(n_tokens: int, n_latents: int) -> DenseConfig:
-    """About 2048 programs, but 32 rows each at least, so that partial column sums stay near 3% of the matrix."""
+def dense_config(n_tokens: int, n_latents: int, element_size: int) -> DenseConfig:
+    """About 2048 programs, but 32 rows each at least, so that partial column sums stay near 3% of the matrix. Twice the threads
+    where rows are not aligned to 16 bytes: each number then has an address."""
     block = clamp_power_of_2(n_latents, 64, 1024)
     tiles = -(-n_latents // block)
     splits = max(1, 2048 // tiles)
-    return DenseConfig(BLOCK_L=block, rows_per_split=max(32, -(-n_tokens // splits)), num_warps=warps_for(block))
+    warps = warps_for(block) * (1 if rows_are_aligned(n_latents, element_size) else 2)
+    return DenseConfig(BLOCK_L=block, rows_per_split=max(32, -(-n_tokens // splits)), num_warps=warps)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def dense_and_screened(x_BI, W_LI, b_L, k=K):
 @settings(max_examples=40, deadline=None)
 def test_the_bound_holds_for_every_latent(B, I, L, seed, scale):  # noqa: E741
     x_BI, W_LI, b_L = problem(B, I, L, seed, scale)
-    bound_BL, largest = screened._upper_bounds(Encoder(x_BI, W_LI, b_L))
-    rounded_up_BL = bound_BL.double() + bound_BL.double().abs() * 2 * screened._EPS_BF16
+    bound_BL, largest = screened.upper_bounds(Encoder(x_BI, W_LI, b_L))
+    rounded_up_BL = screened.rounded_up(bound_BL).double()
     h_BL = x_BI.double() @ W_LI.double().T + b_L.double()
     assert (rounded_up_BL >= h_BL).all()
     assert largest >= W_LI.norm(dim=1).max() * 0.999

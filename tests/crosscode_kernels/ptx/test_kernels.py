@@ -50,10 +50,10 @@ def expected(op: str, case: Case, t: Tensors) -> list[Tensor]:
         kept_BL = (h_BL > 0) & (rank_BL >= threshold)
         return [kept_BL.sum(1), kept_BL.nonzero()[:, 1], t.h_BL[kept_BL]]
     if op == "dense_penalty l1":
-        return [(h_BL * n_L * lambda_L).sum() / case.n_tokens]
+        return [(h_BL * n_L * lambda_L).sum() / case.n_tokens, lambda_L * h_BL.sum(0) / case.n_tokens]
     if op == "dense_penalty_backward l1":
         coefficient_L = t.g * lambda_L / case.n_tokens
-        return [(coefficient_L * n_L).to(t.h_BL.dtype).expand_as(h_BL), coefficient_L * h_BL.sum(0)]
+        return [(coefficient_L * n_L).to(t.h_BL.dtype).expand_as(h_BL)]
     return parts(op_calls(case, t, "torch")[op]())
 
 

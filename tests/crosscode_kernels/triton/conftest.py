@@ -73,7 +73,7 @@ def same_bits() -> Callable[[Any, Any], None]:
         assert pairs
         for first, second in pairs:
             assert first.dtype == second.dtype and first.shape == second.shape
-            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[first.element_size()]
+            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
             assert torch.equal(first.contiguous().view(bits), second.contiguous().view(bits))
 
     return check
