@@ -21,6 +21,14 @@ class RankLost(CrosscodeError):
     """One of several processes that train together ended, or does not answer."""
 
 
+def rank_lost(error: Exception) -> RankLost:
+    """Said of what a collective raised."""
+    return RankLost(
+        "another rank has ended or does not answer: training stops here; go on from the last checkpoint with "
+        f"crosscode train --resume RUN ({str(error).splitlines()[0][:200]})"
+    )
+
+
 class NotFinite(CrosscodeError):
     """Activations, or figures of them, are NaN or infinite: which, and what would help."""
 

@@ -24,8 +24,8 @@ from crosscode.data.text.sources import load_documents, wrap_documents
 from crosscode.data.text.token_chunks import is_on_side
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError, at_field, in_section
-from crosscode.parallel import joined
 from crosscode.parallel.harvest import alone, over_ranks
+from crosscode.parallel.teams import Teams
 
 _ENOUGH_FOR_VALIDATION = 20
 """Expected documents of the validation split among so many that were read that one is there, but for e^-20."""
@@ -118,7 +118,7 @@ def open_activations(
         check_documents(config, documents)
         stores.check_text(documents)
     if models is None:
-        models = load_models(config.language_models, str(device))
+        models = load_models(config.language_models, str(device), Teams.of(config))
     if to_train:
         tokenizer, others = models[0].tokenizer, by_tokenizer(models)[1]
         check_usable(config, documents, tokenizer, others, field="data.source", least=batch_size)
@@ -127,7 +127,7 @@ def open_activations(
     harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
     return {
         "documents": documents, "heldout_documents": heldout_documents, "stores": stores,
-        "harvester": over_ranks(joined(), harvester),
+        "harvester": over_ranks(Teams.of(config), harvester),
     }  # fmt: skip
 
 

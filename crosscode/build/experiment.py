@@ -33,6 +33,7 @@ from crosscode.models.architecture import ArchitectureConfig, split_for
 from crosscode.objectives import Objective, objective_from
 from crosscode.parallel import joined
 from crosscode.parallel.harvest import alone
+from crosscode.parallel.teams import Teams
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.warm_start import find_model
@@ -179,6 +180,8 @@ class Experiment(Activations, AnyExperiment):
             self.norm_limit(),
             self.groupings(),
         )
+        if (teams := Teams.of(self.config)) is not None and teams.apart:
+            found = {name: one for of_rank in teams.group.objects_of_all(found) for name, one in of_rank.items()}
         layered = None
         if scaling_MP is None:
             layered = measure_replacement_model(

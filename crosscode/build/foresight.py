@@ -19,9 +19,11 @@ from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.language_models import LanguageModel, available_device
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
 from crosscode.data.harvest.loading_options import check_options
+from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
 from crosscode.parallel.group import n_ranks
+from crosscode.parallel.teams import Teams
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.weight_files import shape_and_dtype, tensor_names
 
@@ -54,7 +56,12 @@ def check_language_models(config: HarvestConfig) -> int | None:
                     f"{skeleton.vocab_size}"
                 )
         widths.append(skeleton.d_model)
-        check_weights(lm, f"language_models.{i}", skeleton, config.device, weights)
+        teams = Teams.of(config)
+        if teams is None or teams.holds(i):
+            n_together = 1 if teams is None else teams.size
+            check_weights(lm, f"language_models.{i}", skeleton, config.device, weights, n_together)
+        if config.parallel.model > 1:
+            check_tensor_parallel(skeleton, config.hookpoints, config.parallel.model)
         with at_field(f"language_models.{i}", LanguageModelConfig.model_fields):
             check_options(lm.device_map, lm.attn_implementation, lm.quantization, lm.trust_remote_code, skeleton)
     return max(widths, default=None)
@@ -74,13 +81,15 @@ def check_weights(
     skeleton: LanguageModel,
     default_device: str,
     weights: dict[torch.device | None, dict[str, int]],
+    n_together: int = 1,
 ) -> None:
     """Raise `InputError` where a model's weights, beside those before it, need more memory than is free.
 
     Args:
         weights: bytes by device and base; those of this model are added.
+        n_together: so many processes hold the model together.
     """
-    dtype, packed, n_weights, n_base = _weights(config, skeleton)
+    dtype, packed, n_weights, n_base = _weights(config, skeleton, n_together)
     with at_field(field, LanguageModelConfig.model_fields):
         path = locate(config.path)
         adapter = adapter_of(path, config.revision, config.gguf_file, config.adapter, config.adapter_revision)
@@ -99,16 +108,17 @@ def check_weights(
         raise InputError(
             f"{field}.path = {config.path!r}: {n_weights / 1e9:.3g} billion weights{form} take "
             f"{n_own / 2**30:.1f} GiB{beside}, more than the {there / 2**30:.1f} GiB that are free on "
-            f"{device or 'all devices'}; a smaller dtype, quantization, or device_map: auto over several GPUs may fit"
+            f"{device or 'all devices'}; a smaller dtype, quantization, device_map: auto or parallel.model over several GPUs "
+            "may fit"
         )
 
 
-def _weights(config: LanguageModelConfig, skeleton: LanguageModel) -> tuple[str, bool, int, float]:
-    """The dtype, whether it is packed, how many there are, and the bytes that they take: at least so many, as packed weights of
-    4 bits are the smallest."""
+def _weights(config: LanguageModelConfig, skeleton: LanguageModel, n_together: int = 1) -> tuple[str, bool, int, float]:
+    """The dtype, whether it is packed, how many there are (on one of several processes that hold it together), and the bytes
+    that they take: at least so many, as packed weights of 4 bits are the smallest."""
     dtype = run_dtype(config, skeleton)
     packed = bool(config.quantization or getattr(skeleton.model.config, "quantization_config", None))
-    n_weights = sum(weight.numel() for weight in skeleton.model.parameters())
+    n_weights = n_weights_of_a_rank(skeleton, n_together)
     return dtype, packed, n_weights, n_weights * (0.5 if packed else DTYPE_BYTES.get(dtype, 2))
 
 
@@ -125,9 +135,9 @@ def run_dtype(config: LanguageModelConfig, skeleton: LanguageModel) -> str:
     return str(found).removeprefix("torch.")
 
 
-def weight_bytes(config: LanguageModelConfig, skeleton: LanguageModel) -> float:
-    """Bytes of a model's weights, without those of an adapter."""
-    return _weights(config, skeleton)[3]
+def weight_bytes(config: LanguageModelConfig, skeleton: LanguageModel, n_together: int = 1) -> float:
+    """Bytes of a model's weights on each of so many processes that hold it together, without those of an adapter."""
+    return _weights(config, skeleton, n_together)[3]
 
 
 def _memory_of_all() -> int | None:

@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.language_models import LanguageModel
-from crosscode.data.harvest.loading import load_language_model
+from crosscode.data.harvest.loading import load_language_model, load_skeleton
+from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field
+from crosscode.parallel.teams import Teams
 
 log = logging.getLogger("crosscode")
 
 
-def load_models(configs: Sequence[LanguageModelConfig], default_device: str) -> list[LanguageModel]:
-    """The language models of a config; those of one base hold its weights once."""
+def load_models(
+    configs: Sequence[LanguageModelConfig], default_device: str, teams: Teams | None = None
+) -> list[LanguageModel]:
+    """The language models of a config; those of one base hold its weights once. Of several ranks each loads what its team
+    holds, and knows of the others what their configurations and the ranks that hold them say."""
     loaded: dict[Any, LanguageModel] = {}
     models = []
     for i, config in enumerate(configs):
         with at_field(f"language_models.{i}.path = {config.path!r}"):
-            models.append(load_model(config, default_device, loaded))
-    return models
+            if teams is not None and not teams.holds(i):
+                models.append(_elsewhere(config))
+            else:
+                models.append(load_model(config, default_device, loaded, 1 if teams is None else teams.size))
+    return models if teams is None else teams.told(models)
 
 
-def load_model(config: LanguageModelConfig, default_device: str, loaded: dict[Any, LanguageModel]) -> LanguageModel:
-    """One of them. `loaded`: as of `load_language_model`."""
+def load_model(
+    config: LanguageModelConfig, default_device: str, loaded: dict[Any, LanguageModel], n_ranks: int = 1
+) -> LanguageModel:
+    """One of them. `loaded`, `n_ranks`: as of `load_language_model`."""
     adapter = "" if config.adapter is None else f" with adapter {config.adapter}"
     log.info("loading language model %s%s", config.path, adapter)
     options = config.model_dump(exclude={"path", "name", "device"})
-    return load_language_model(locate(config.path), device=config.device or default_device, loaded=loaded, **options)
+    device = config.device or default_device
+    return load_language_model(locate(config.path), device=device, loaded=loaded, n_ranks=n_ranks, **options)
+
+
+def _elsewhere(config: LanguageModelConfig) -> LanguageModel:
+    """One that other ranks hold: its configuration and tokenizer."""
+    path, rules = locate(config.path), {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return replace(load_skeleton(path, **rules), tokenizer=load_tokenizer(path, rules))
 
 
 def locate(path: str) -> str:

@@ -20,7 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from crosscode.build.experiment import build_model, build_objective
 from crosscode.build.foresight import DTYPE_BYTES, run_dtype, skeleton_of, weight_bytes
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.language_models import LanguageModel
+from crosscode.data.harvest.tensor_parallel import check_tensor_parallel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import HeldoutSums
@@ -28,7 +30,7 @@ from crosscode.evaluation.raw_model import RawModel
 from crosscode.models.architecture import split_for
 from crosscode.models.base import BaseCrosscoder, ForwardResult
 from crosscode.parallel.group import PaperGroup
-from crosscode.parallel.refusals import refusal
+from crosscode.parallel.refusals import problems_of_teams, refusal
 from crosscode.parallel.training import shard_
 from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.figures import BatchFigures
@@ -79,7 +81,8 @@ class Plan:
     memory: dict[str, float] | None = None
     """bytes, by what holds them; counted"""
     sent: dict[str, float] | None = None
-    """bytes a step, of the harvest's share and of the step itself; counted"""
+    """bytes a step, of the harvest's share and of the step itself, counted; of language models that ranks hold together,
+    predicted"""
     besides: dict[str, float] | None = None
     """bytes of what is not in every step; counted"""
     seconds: dict[str, float] | None = None
@@ -100,6 +103,8 @@ def plan(config: ExperimentConfig, ranks: Sequence[int], gpu: Gpu) -> list[Plan]
         raise InputError("language_models: a plan needs at least one, whose configuration tells the width")
     found = [skeleton_of(lm, f"language_models.{i}") for i, lm in enumerate(config.language_models)]
     models = [model for model in found if model is not None]
+    for model in models if config.parallel.model > 1 else ():
+        check_tensor_parallel(model, config.hookpoints, config.parallel.model)
     if len(models) < len(found):
         raise InputError(
             "language_models: a GGUF file has no configuration apart from its weights, so nothing can be planned"
@@ -110,7 +115,7 @@ def plan(config: ExperimentConfig, ranks: Sequence[int], gpu: Gpu) -> list[Plan]
 
 def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int, gpu: Gpu) -> Plan:
     width = max(model.d_model for model in models)
-    if ranks > 1 and (why := refusal(config, ranks)):
+    if why := refusal(config, ranks) if ranks > 1 else next(problems_of_teams(config, 1), None):
         return Plan(ranks, why)
     group = PaperGroup(ranks)
     try:
@@ -122,13 +127,20 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     vector, B = M * P * width, config.train.batch_size
     stored = DTYPE_BYTES[config.data.activation_dtype]
     gathered = (ranks - 1) * -(-config.data.harvest_batch_size // ranks) * config.data.sequence_length * vector * stored
+    together = config.parallel.model
     sent = {"harvest": gathered * B / harvest, "step": float(counted.step)}
+    if together > 1:  # two sums over the ranks that hold it for each block, of what its attention and MLP give
+        pairs = zip(config.language_models, models, strict=True)
+        n_bytes = sum(2 * _used_layers(config, of) * of.d_model * _bytes(lm, of) for lm, of in pairs)
+        sent["language models"] = 2 * (together - 1) / ranks * B * n_bytes
     model, n_calls = counted.model, counted.n_calls
     buffer = config.data.shuffle_buffer_size
     states = OPTIMIZERS.build(config.train.optimizer).states_per_weight
     n_held = sum(param.numel() for param in model.parameters())
     memory = {
-        "language models": sum(weight_bytes(lm, of) for lm, of in zip(config.language_models, models, strict=True)),
+        "language models": (max if config.parallel.apart else sum)(
+            weight_bytes(lm, of, together) for lm, of in zip(config.language_models, models, strict=True)
+        ),
         "coder": 4.0 * n_held * (2 + states),
         "batch": counted.kept + 2 * 4.0 * B * vector + harvest * vector * stored,
         "shuffle buffer": float((DEFAULT_CAPACITY if buffer is None else buffer) * vector * stored),
@@ -141,9 +153,9 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
     link = OF_LINK * (gpu.link if ranks <= OF_NODE else gpu.network)
     seconds["exchange"] = sent["step"] / link + n_calls * SECONDS_A_CALL * math.log2(ranks)
     seconds["harvest"] = sum(
-        2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, DTYPE_BYTES.get(run_dtype(lm, of), 2)))
+        2 * _used_weights(config, of) * B / ranks / (OF_MODEL * _flops(gpu, _bytes(lm, of)))
         for lm, of in zip(config.language_models, models, strict=True)
-    ) + sent["harvest"] / link  # fmt: skip
+    ) + (sent["harvest"] + sent.get("language models", 0.0)) / link  # fmt: skip
     besides = {
         "figures of a logged step": float(counted.figures),
         "held-out batch of as many tokens": float(counted.evaluation),
@@ -253,10 +265,19 @@ def _flops(gpu: Gpu, n_bytes: int, *, tf32: bool = False) -> float:
     return gpu.flops_16 if n_bytes <= 2 else gpu.flops_tf32 if tf32 else gpu.flops_32
 
 
-def _used_weights(config: ExperimentConfig, model: LanguageModel) -> float:
-    """Of the blocks up to the last hookpoint, where names tell it."""
+def _bytes(config: LanguageModelConfig, model: LanguageModel) -> int:
+    """Of a number of a run."""
+    return DTYPE_BYTES.get(run_dtype(config, model), 2)
+
+
+def _used_layers(config: ExperimentConfig, model: LanguageModel) -> int:
+    """Blocks up to the last hookpoint, where names tell it."""
     layers = [int(found[1]) + 1 for name in config.hookpoints if (found := re.search(r"\.(\d+)(\.|$)", name))]
     whole = len(layers) < len(config.hookpoints)
-    share = 1.0 if whole else min(1.0, max(layers) / model.n_layers)
+    return model.n_layers if whole else min(model.n_layers, max(layers))
+
+
+def _used_weights(config: ExperimentConfig, model: LanguageModel) -> float:
+    share = _used_layers(config, model) / model.n_layers
     n_embedding = model.model.get_input_embeddings().weight.numel()
     return share * (sum(weight.numel() for weight in model.model.parameters()) - n_embedding)

@@ -33,7 +33,7 @@ NO_EFFECT_ON_WEIGHTS = (
 )  # fmt: skip
 ROUNDING = (
     "backend", "sparse_below", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",
-    "language_models.*.attn_implementation",
+    "language_models.*.attn_implementation", "parallel.*",
 )  # fmt: skip
 OTHER_RUN = (
     "objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision",

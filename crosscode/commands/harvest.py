@@ -91,10 +91,10 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     from crosscode.build.foresight import check_language_models
     from crosscode.data.store.harvest import HarvestThroughStore, harvest_to_store
     from crosscode.data.store.reader import ActivationCache
-    from crosscode.parallel.group import joined
     from crosscode.parallel.harvest import alone
     from crosscode.parallel.refusals import check_harvest
     from crosscode.parallel.store import harvest_over_ranks
+    from crosscode.parallel.teams import Teams
     from crosscode.stopping import Stopped, StopSignals, check_not_stopped
     from crosscode.trainers.progress import Progress
 
@@ -102,7 +102,7 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     assert cache is not None
     check_harvest(config)
     check_language_models(config)
-    group = joined()
+    teams = Teams.of(config)
     activations = Activations(config=config, **open_activations(config))
     with (
         StopSignals() as stop,
@@ -116,11 +116,11 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
 
         try:
             harvested = build_token_loader(activations, heldout=False), alone(activations.harvester), cache.path
-            if group is None:
+            if teams is None:
                 store = harvest_to_store(*harvested, **cache.arguments(), max_rows=n_tokens, on_progress=on_progress)
             else:
                 through = HarvestThroughStore(*harvested, **cache.arguments())
-                store = harvest_over_ranks(group, through, max_rows=n_tokens, on_progress=on_progress)
+                store = harvest_over_ranks(teams, through, max_rows=n_tokens, on_progress=on_progress)
         except Stopped:
             n_rows = ActivationCache(cache.path, unfinished=True).n_rows
             if n_rows == 0:

@@ -72,8 +72,8 @@ def measure_loss_recovered(
     limit: NormLimit | None = None,
     groupings: Groupings | None = None,
 ) -> dict[str, LossRecovered]:
-    """By name of the output position; a model with several has an entry `<model>/all hookpoints` as well, where all of
-    its reconstructions are spliced in at once.
+    """By name of the output position, of models that are here; a model with several has an entry `<model>/all hookpoints` as
+    well, where all of its reconstructions are spliced in at once.
 
     Args:
         model: either folded, or in training, with the scaling in `scaling_MP`.
@@ -83,7 +83,8 @@ def measure_loss_recovered(
     """
     places_M = _places(harvester, split, names_MP)
     sums = {name: _SequenceSums(groupings) for places in places_M for name in places}
-    splicers = [Splicer(harvester, m) if places else None for m, places in enumerate(places_M)]
+    here = [bool(places) and lm.is_here for places, lm in zip(places_M, harvester.models, strict=True)]
+    splicers = [Splicer(harvester, m) if is_here else None for m, is_here in enumerate(here)]
     with RawModel(model, split, scaling_MP) as raw_model:
         for part in text_parts(harvester, batches, n_tokens, limit):
             recon_HSXD = reconstruct(raw_model, part.acts_HSMPD, part.mask_HS)

@@ -92,7 +92,7 @@ def replacement(acts_HSD: Tensor, mask_HS: Tensor) -> Change:
 @contextmanager
 def edited(model: LanguageModel, changes: Iterable[tuple[Tap, Change]]) -> Iterator[None]:
     """Within the block, and in this thread, the plain model runs with the tensors of taps changed."""
-    with model.lock, ExitStack() as stack:
+    with model.running(), ExitStack() as stack:
         for tap, change in changes:
             module, edit = model.model.get_submodule(tap.module_path), _Edit(change)
             handle = (

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from crosscode.errors import RankLost
+from crosscode.errors import rank_lost
 from crosscode.stopping import is_first as is_first
 from crosscode.stopping import n_ranks as n_ranks
 
@@ -96,6 +96,12 @@ class Group:
         sizes = [stop - start for start, stop in (self.bounds(n_rows, rank) for rank in range(self.size))]
         return torch.cat([part[:size] for part, size in zip(self.all_gather(padded_R), sizes, strict=True)])
 
+    def objects_of_all(self, known: Any) -> list[Any]:
+        """Of each rank what it knows, as Python objects: for what is exchanged once."""
+        of_all: list[Any] = [None] * self.size
+        self._carry(dist.all_gather_object, of_all, known)
+        return of_all
+
     def barrier(self) -> None:
         self.all_reduce_(torch.zeros(1))
 
@@ -163,10 +169,7 @@ def _said_in_one_line() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(
-            "another rank has ended or does not answer: training stops here; go on from the last checkpoint with "
-            f"crosscode train --resume RUN ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise rank_lost(error) from error
 
 
 # ---- what a gradient passes through

@@ -25,6 +25,8 @@ def for_ranks(config: ExperimentConfig, *, to_train: bool = True) -> ExperimentC
     """
     ranks = n_ranks()
     if ranks == 1:
+        if to_train and (problem := next(problems_of_teams(config, ranks), None)):
+            raise InputError(f"{problem} (one process was started)")
         return config
     if problem := refusal(config, ranks, to_train=to_train):
         raise InputError(f"{problem} (torchrun started {ranks} processes)")
@@ -52,6 +54,12 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
     if train.compile and to_train:
         yield "train.compile = True: is for one process"
     yield from _devices(config)
+    yield from problems_of_teams(config, ranks)
+    if to_train and config.data.cache is not None and shares_models(config):
+        yield (
+            f"data.cache.path = {config.data.cache.path!r}: one process alone writes it, which holds no whole language models; "
+            "harvest first (crosscode harvest --models 0 --store ...), and name the stores as data.join"
+        )
     n_latents: Any = get(coder, "n_latents")
     if n_latents and n_latents < ranks:
         yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"
@@ -64,8 +72,44 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
 
 def check_harvest(config: HarvestConfig) -> None:
     """Raise InputError for what several processes cannot harvest."""
-    if (ranks := n_ranks()) > 1 and (problem := next(_devices(config), None)):
-        raise InputError(f"{problem} (torchrun started {ranks} processes)")
+    ranks = n_ranks()
+    problems = [*(_devices(config) if ranks > 1 else ()), *problems_of_teams(config, ranks)]
+    if config.parallel.apart and len(config.language_models) > 1:
+        problems.append(
+            "parallel.apart = True: a store is of models that are together; harvest each alone (--models 0)"
+        )
+    if problems:
+        raise InputError(f"{problems[0]} (torchrun started {ranks} processes)")
+
+
+def shares_models(config: HarvestConfig) -> bool:
+    """Whether no process holds all language models whole."""
+    return config.parallel.model > 1 or config.parallel.apart
+
+
+def problems_of_teams(config: HarvestConfig, ranks: int) -> Iterator[str]:
+    """Of language models over ranks."""
+    n_models, parallel = len(config.language_models), config.parallel
+    size = f"parallel.model = {parallel.model}"
+    if ranks % parallel.model:
+        yield f"{size}: must divide the number of processes, {ranks}, that torchrun starts"
+    if parallel.apart and n_models and (ranks // parallel.model) % n_models:
+        of = "" if parallel.model == 1 else f", {parallel.model} of them for each"
+        yield f"parallel.apart = True: {n_models} language models need processes that they divide{of}; there are {ranks}"
+    for i, lm in enumerate(config.language_models if shares_models(config) else ()):
+        field, value = f"language_models.{i}", size if parallel.model > 1 else "parallel.apart = True"
+        for name in ("adapter", "gguf_file", "quantization", "device_map"):
+            if (given := getattr(lm, name)) is not None:
+                yield f"{field}.{name} = {given!r}: cannot be had with {value}"
+        if lm.path.endswith(".gguf"):
+            yield f"{field}.path = {lm.path!r}: a GGUF file cannot be had with {value}"
+        if parallel.model > 1 and available_device(lm.device or config.device).type != _split_device():
+            yield f"{field}: {size} splits over {_split_device()}; let device be that"
+
+
+def _split_device() -> str:
+    """The kind of device over which `transformers` splits a model."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _devices(config: HarvestConfig) -> Iterator[str]:

@@ -15,30 +15,32 @@ from crosscode.data.store.harvest import HarvestThroughStore
 from crosscode.data.store.reader import ActivationCache
 from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.errors import RankLost, check_at_least
-from crosscode.parallel.group import Group
+from crosscode.parallel.teams import Teams
 from crosscode.stopping import check_not_stopped, interruptible, uninterrupted
 
 
 def harvest_over_ranks(
-    group: Group,
+    teams: Teams,
     through: HarvestThroughStore,
     *,
     max_rows: int | None = None,
     on_progress: Callable[[int, int], None],
 ) -> ActivationCache:
-    """As `harvest_to_store`; shard i is that of rank i modulo their number. What of a shard is not whole when it stops is lost.
+    """As `harvest_to_store`; shard i is that of team i modulo their number, whose first rank writes it.
+    What of a shard is not whole when it stops is lost.
 
     Raises:
         RankLost: another rank has ended.
     """
     check_at_least(1, max_rows=max_rows)
+    group = teams.group
     try:
-        with _opened(group, through) as writer:
+        with _opened(teams, through) as writer:
             n_checked = writer.n_rows
             if n_checked:
                 with interruptible():
                     ActivationCache(through.path, unfinished=True).verify(rows=group.bounds(n_checked))
-            _write(group, through, writer, max_rows, on_progress)
+            _write(teams, through, writer, max_rows, on_progress)
             group.barrier()  # the manifest comes after the last shard
         group.barrier()
     except RankLost as error:
@@ -49,10 +51,10 @@ def harvest_over_ranks(
     return ActivationCache(through.path)
 
 
-def _opened(group: Group, through: HarvestThroughStore) -> ActivationCacheWriter:
+def _opened(teams: Teams, through: HarvestThroughStore) -> ActivationCacheWriter:
     """Rank 0 looks at the store first, mends and claims it."""
-    token, writer = torch.zeros(16, dtype=torch.uint8), None
-    owns = lambda index: index % group.size == group.rank  # noqa: E731
+    group, token, writer = teams.group, torch.zeros(16, dtype=torch.uint8), None
+    owns = lambda index: index % teams.n_teams * teams.size == group.rank  # noqa: E731
     group.barrier()  # until all have looked at what is there, nobody writes
     if group.is_first:
         writer = through.open_writer(owns=owns)
@@ -63,7 +65,7 @@ def _opened(group: Group, through: HarvestThroughStore) -> ActivationCacheWriter
 
 
 def _write(
-    group: Group,
+    teams: Teams,
     through: HarvestThroughStore,
     writer: ActivationCacheWriter,
     max_rows: int | None,
@@ -84,8 +86,9 @@ def _write(
                 return
             tokens_R = batch.tokens_HS[batch.mask_HS]
             labels = None if batch.labels is None else batch.labels[batch.mask_HS]
-            acts_RMPD = harvest_usable(through.harvested.harvester, batch) if writer.is_own else None
-        if acts_RMPD is None:
+            is_ours = writer.n_shards % teams.n_teams == teams.team()
+            acts_RMPD = harvest_usable(through.harvested.harvester, batch) if is_ours else None
+        if acts_RMPD is None or not writer.is_own:
             writer.pass_over(len(tokens_R), tokens.state_dict(), tokens_R, labels)
         else:
             writer.append(acts_RMPD, tokens.state_dict(), tokens_R, labels)
@@ -94,7 +97,7 @@ def _write(
             n_bytes += len(tokens_R) * writer.layout.row_bytes
         if acts_RMPD is not None:
             on_progress(n_rows, n_bytes)
-        if writer.n_shards > n_shards and writer.n_shards % group.size == 0:
-            group.barrier()  # nobody is further ahead than one shard
+        if writer.n_shards > n_shards and writer.n_shards % teams.n_teams == 0:
+            teams.group.barrier()  # nobody is further ahead than one shard
             writer.forget_positions()
     writer.flush()

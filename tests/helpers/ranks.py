@@ -226,6 +226,7 @@ def check_harvest() -> None:
     from crosscode.errors import InputError
     from crosscode.parallel import joined
     from crosscode.parallel.harvest import alone, over_ranks
+    from crosscode.parallel.teams import Teams
 
     asked: list[int] = []
 
@@ -239,7 +240,7 @@ def check_harvest() -> None:
 
     one: Any = One()
     group = joined()
-    harvester = over_ranks(group, one)
+    harvester = over_ranks(None if group is None else Teams(group, 1), one)
     if group is None:
         assert harvester is one
         return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, by_tokenizer
-from crosscode.data.harvest.model_runs import BridgeRun, HarvestPath, make_run
+from crosscode.data.harvest.model_runs import BridgeRun, HarvestPath, ModuleRun, make_run
 from crosscode.data.harvest.probe import check_names, probe_widths
 from crosscode.data.text.aligned import OtherTokens
 from crosscode.errors import InputError
@@ -59,9 +59,17 @@ class ActivationHarvester:
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device) if device is not None else models[0].device
         self.runs = [make_run(model, self.hookpoints, path) for model in self.models]
-        self.widths_MP = Widths(probe_widths(run, self.hookpoints) for run in self.runs)
-        for run in self.runs:
+        # Of a model that other ranks hold they say the widths.
+        self.widths_MP = Widths(
+            probe_widths(run, self.hookpoints) if run.model.is_here else (0,) * len(hookpoints) for run in self.runs
+        )
+        for run in self.runs_here:
             check_names(run, self.hookpoints)
+
+    @property
+    def runs_here(self) -> list[ModuleRun | BridgeRun]:
+        """Of the models that this process holds."""
+        return [run for run in self.runs if run.model.is_here]
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -121,6 +129,8 @@ class ActivationHarvester:
         out_HSMPD = torch.empty((H, S, *self.dims), dtype=self.dtype, device=self.device)
         self.widths_MP.clear_(out_HSMPD)
         for m, run in enumerate(self.runs):
+            if not run.model.is_here:
+                continue
             other = others[self.reads_M[m] - 1] if self.reads_M[m] else None
             own_HS, own_segments_HS = (
                 (tokens_HS, segments_HS) if other is None else (other.tokens_HT, other.segments_HT)
@@ -169,7 +179,8 @@ def _sequences_at_once(model: LanguageModel, H: int, S: int) -> int:
     tensors are new to the operating system each time, which costs about a seventh of a harvest."""
     if model.device.type != "cpu":
         return max(1, H)
-    return max(1, _RESIDUAL_NUMBERS_PER_THREAD * torch.get_num_threads() // (model.d_model * S))
+    n_threads = 1 if model.n_ranks > 1 else torch.get_num_threads()  # ranks that run it together run the same
+    return max(1, _RESIDUAL_NUMBERS_PER_THREAD * n_threads // (model.d_model * S))
 
 
 def positions_within_segments(segments_HS: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,16 @@ import copy
 import hashlib
 import re
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from crosscode.data.text.tokenizers import tokenizer_difference
-from crosscode.errors import InputError, first_line
+from crosscode.errors import InputError, first_line, rank_lost
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -36,7 +38,8 @@ class LanguageModel:
     folder, or a free name for an in-memory model), `revision` the hub revision asked for, if any. `lock` is held by
     whoever has hooks on the modules: training and evaluation may harvest from one model in different threads.
     With an adapter, `model` has it in its modules, `peft_model` is the `PeftModel` around it, and `adapter_rules` say how
-    its weights act.
+    its weights act. `n_ranks` hold its weights together, which must run it together; where other ranks hold it, `model` is
+    without weights. Then `known_fingerprint` was computed once by those that hold them.
     """
 
     model: Any
@@ -46,6 +49,8 @@ class LanguageModel:
     peft_model: Any = field(default=None, repr=False)
     adapter_rules: str = field(default="", repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    n_ranks: int = 1
+    known_fingerprint: str = field(default="", repr=False)
 
     @property
     def config(self) -> Any:
@@ -88,6 +93,21 @@ class LanguageModel:
         return next(self.model.parameters()).device
 
     @property
+    def is_here(self) -> bool:
+        """Whether it can be run: a skeleton, and a model that other ranks hold, cannot."""
+        return self.device.type != "meta"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a run, for one thread at a time.
+
+        Raises:
+            RankLost: one of the ranks that hold it together has ended.
+        """
+        with self.lock, ranks_answer(self.n_ranks):
+            yield
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its first parameter: in which it runs."""
         return next(self.model.parameters()).dtype
@@ -114,6 +134,8 @@ class LanguageModel:
         Two models that differ in one weight differ in it, and two in which weights changed places. It reads every
         weight, at memory speed, on the model's own device, and does not depend on the device.
         """
+        if self.known_fingerprint:
+            return self.known_fingerprint
         digest = hashlib.sha256(self.adapter_rules.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
@@ -121,19 +143,33 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
 
+@contextmanager
+def ranks_answer(n_ranks: int) -> Iterator[None]:
+    """Within the block, what a collective of several ranks raises is `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_ranks = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+        if n_ranks > 1 and is_of_ranks:
+            raise rank_lost(error) from error
+        raise
+
+
 def _bit_sums(tensor: torch.Tensor) -> bytes:
     """Sums of the bit patterns over consecutive blocks and across them: weights that change places are seen as well.
 
     Integer arithmetic, so the order of addition is no matter.
     """
-    flat = tensor.detach().contiguous().reshape(-1)
+    tensor = tensor.detach()
+    whole = getattr(tensor, "full_tensor", None)  # of one that ranks hold together, and all ask for
+    flat = (tensor if whole is None else whole()).contiguous().reshape(-1)
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()]
     flat = flat.view(bits) if flat.dtype != torch.bool else flat.to(torch.uint8)
     block = -(-flat.numel() // _FINGERPRINT_BLOCKS) or 1
-    whole = flat.numel() // block * block
-    blocks = flat[:whole].view(-1, block)
+    n_even = flat.numel() // block * block
+    blocks = flat[:n_even].view(-1, block)
     sums = [blocks.sum(dim=dim, dtype=torch.int64) for dim in (1, 0)]
-    return torch.cat([*sums, flat[whole:].long()]).cpu().numpy().tobytes()
+    return torch.cat([*sums, flat[n_even:].long()]).cpu().numpy().tobytes()
 
 
 def available_device(name: str | torch.device) -> torch.device:
@@ -179,10 +215,10 @@ def by_tokenizer(models: Sequence[LanguageModel]) -> tuple[list[int], list[tuple
     return reads_M, list(zip(distinct, least, strict=True))[1:]
 
 
-def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **adapter: Any) -> LanguageModel:
+def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **more: Any) -> LanguageModel:
     model.eval()
     model.requires_grad_(False)
-    return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, **adapter)
+    return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, **more)
 
 
 def shared_copy(tree: Any, besides: Collection[int] = ()) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from crosscode.data.harvest.adapters import Adapter, apply_adapter, find_adapter
-from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze
+from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze, ranks_answer
 from crosscode.data.harvest.loading_options import check_options, quantization_config
+from crosscode.data.harvest.tensor_parallel import distributed_config
 from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import load_tokenizer
-from crosscode.errors import InputError, first_line
+from crosscode.errors import InputError, RankLost, first_line
 
 log = logging.getLogger("crosscode")
 
@@ -42,6 +43,7 @@ def load_language_model(
     adapter_revision: str | None = None,
     adapter_scale: float = 1.0,
     adapter_dtype: str = "float32",
+    n_ranks: int = 1,
     loaded: dict[Any, LanguageModel] | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer, if it has one, with `transformers`, and an adapter on it with `peft`.
@@ -59,6 +61,7 @@ def load_language_model(
         adapter_revision: git revision of a hub adapter.
         adapter_scale: what LoRA adds is multiplied by it.
         adapter_dtype: of the adapter on a base in half precision: "float32", as `peft` has it, or "auto", the base's.
+        n_ranks: so many consecutive ranks, which load it together, hold it together.
         loaded: models without adapter that are there already, and to which this one's base is added: weights of a base
             that several models have are held once.
 
@@ -85,14 +88,15 @@ def load_language_model(
         "dtype": dtype,
         "device_map": device_map,
         "attn_implementation": attn_implementation,
+        "n_ranks": n_ranks,
     }
     key = json.dumps([source, str(place), options, quantization], sort_keys=True)
     loaded = {} if loaded is None else loaded
     if key not in loaded:
         name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
-        with _one_line_errors(name_or_path, revision):
+        with _one_line_errors(name_or_path, revision, but=(RankLost,)), ranks_answer(n_ranks):
             _check_no_adapter(source, revision)
-            loaded[key] = freeze(*_load(source, place, options, quantization), name, revision)
+            loaded[key] = freeze(*_load(source, place, options, quantization), name, revision, n_ranks=n_ranks)
             log.info("language model %s runs in %s", name, str(loaded[key].dtype).removeprefix("torch."))
     if on_base is None:
         return loaded[key]
@@ -107,6 +111,8 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     given = {name: value for name, value in options.items() if value is not None or name == "revision"}
+    if (n_ranks := int(given.pop("n_ranks") or 1)) > 1:
+        given["distributed_config"] = distributed_config(n_ranks)
     of_files = ("revision", "trust_remote_code", "gguf_file")
     tokenizer = load_tokenizer(source, {name: value for name, value in given.items() if name in of_files})
     given["dtype"] = DTYPES.get(options["dtype"], "auto")

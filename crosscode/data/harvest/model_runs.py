@@ -71,7 +71,7 @@ class ModuleRun:
             if not missing:
                 raise _EnoughComputed
 
-        with self.model.lock, torch.no_grad(), self._hooks(seen), _stopped_within(self._blocks):
+        with self.model.running(), torch.no_grad(), self._hooks(seen), _stopped_within(self._blocks):
             token = _innermost.set(seen)
             try:
                 self.model.model(**kwargs)

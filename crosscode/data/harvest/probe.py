@@ -14,7 +14,7 @@ import torch
 
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.harvest.model_runs import BridgeRun, ModuleRun
-from crosscode.errors import InputError, first_line
+from crosscode.errors import InputError, RankLost, first_line
 
 _TOKENS = 11
 """No model has as many attention heads, so that a tensor of (2, heads, ...) is not taken for one of (2, tokens, ...)."""
@@ -151,7 +151,7 @@ def in_words(place: str) -> Iterator[None]:
     """What a model raises on a trial, in one line."""
     try:
         yield
-    except InputError:
+    except (InputError, RankLost):
         raise
     except Exception as error:
         raise InputError(f"{place}: {type(error).__name__}: {first_line(error)}") from error

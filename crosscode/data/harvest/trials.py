@@ -64,10 +64,10 @@ def check_length(harvester: ActivationHarvester, length: int) -> None:
 
 
 def _takes(harvester: ActivationHarvester, length: int) -> bool:
-    if any(model.device.type != "cpu" for model in harvester.models):
+    if any(run.model.device.type != "cpu" for run in harvester.runs_here):
         return True
     try:
-        for run in harvester.runs:
+        for run in harvester.runs_here:
             run(random_tokens(run.model, 1, length), None, lambda _p, _act: None)
     except (IndexError, RuntimeError) as error:
         if isinstance(error, InputError) or "memory" in str(error):
