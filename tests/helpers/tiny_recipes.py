@@ -16,6 +16,7 @@ from crosscode.build.experiment import Experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config, dump_config, read_yaml
+from crosscode.files import write_text
 from crosscode.models.architecture import split_for
 
 N_STEPS, BATCH, WIDTH, N_LATENTS, K = 3, 8, 10, 24, 3
@@ -98,7 +99,7 @@ def make_trainer(
     )
     point = None
     if resume:
-        (config.run_path() / "config.yaml").write_text(dump_config(config))
+        write_text(config.run_path() / "config.yaml", dump_config(config))  # whole: other ranks read it
         point = ResumePoint.find(config.run_path())
     trainer = build_trainer(experiment, data=StandIn(dims, device, torch.float32), resume=point, progress=False)
     # An initialisation that looks at data has taken batches from the stream.
