@@ -171,7 +171,7 @@ def test_joined_stores_train_and_the_run_is_looked_at(s3, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--data.cache.path", "s3://nowhere/a"], r"data.cache: store 's3://nowhere/a' cannot be written: .*does not exist"),
+        (["--data.cache.path", "s3://nowhere/a"], r"data.cache: store 's3://nowhere/a' cannot be written: .*bucket"),
         (["--data.stores", '["s3://nowhere/a"]'], r"data.stores.0: store 's3://nowhere/a': no such store"),
         (["--data.stores", '["nosuch://a/b"]'], r"data.stores.0: store 'nosuch://a/b': .*nosuch"),
         (["--data.join", "s3://bucket/none,s3://bucket/neither"], r"data.join: store 's3://bucket/none': no such store"),
