@@ -65,7 +65,7 @@ def test_several_models_and_hookpoints_fill_their_own_places(model_pair):
 def test_narrower_vectors_end_in_zeros(model_pair):
     names = ["blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"]
     both = ActivationHarvester(model_pair[:1], names)
-    assert both.dims == (1, 2, 24) and both.widths_MP == [[16, 24]]
+    assert both.dims == (1, 2, 24) and both.widths_MP == ((16, 24),)
     acts_HSPD = both.harvest(TOKENS_HS)[:, :, 0]
     for p, (name, width) in enumerate(zip(names, both.widths_MP[0], strict=True)):
         alone_HSD = ActivationHarvester(model_pair[:1], [name]).harvest(TOKENS_HS)[:, :, 0, 0]
