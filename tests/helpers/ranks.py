@@ -240,7 +240,7 @@ def check_harvest() -> None:
 
     one: Any = One()
     group = joined()
-    harvester = over_ranks(None if group is None else Teams(group, 1), one)
+    harvester = over_ranks(None if group is None else Teams(group, 2), one)
     if group is None:
         assert harvester is one
         return
