@@ -179,7 +179,7 @@ class HarvestConfig(ConfigModel):
     data: DataConfig
     """from text to activations"""
     parallel: ParallelConfig = ParallelConfig()
-    """what of the language models each of several processes holds"""
+    """language models over processes"""
 
     @model_validator(mode="after")
     def _names_differ(self) -> HarvestConfig:

@@ -152,7 +152,15 @@ class RemotePath:
                 raise
 
     def read_bytes(self) -> bytes:
-        return self._tried(self.files.cat_file, self.inner)
+        """The whole object; an answer that was cut is asked for again."""
+
+        def get() -> bytes:
+            content = self.files.cat_file(self.inner)
+            if (size := self._size_now()) != len(content):
+                raise OSError(errno.EIO, f"{len(content)} of {size} bytes came")
+            return content
+
+        return self._tried(get)
 
     def read_range(self, start: int, end: int) -> bytes:
         """Fewer bytes where the object ends before; of one whose size is known, an answer that was cut is asked for again."""
@@ -193,26 +201,23 @@ class RemotePath:
         self._tried(put)
         self.size = len(content)
 
-    def _size_now(self) -> int | None:
-        """None where there is none; `exists` of fsspec says so of whatever does not answer, too."""
+    def _info(self) -> dict[str, Any] | None:
+        return self._tried(self._info_now)
+
+    def _info_now(self) -> dict[str, Any] | None:
+        """None where there is nothing; `exists` of fsspec says so of whatever does not answer, too."""
+        self.files.invalidate_cache()
         try:
-            return self.files.info(self.inner)["size"]
+            return self.files.info(self.inner)
         except FileNotFoundError:
             return None
+
+    def _size_now(self) -> int | None:
+        return found["size"] if (found := self._info_now()) else None
 
     def _listed(self) -> list[dict[str, Any]]:
         self.files.invalidate_cache()
         return self.files.ls(self.inner, detail=True)
-
-    def _info(self) -> dict[str, Any] | None:
-        def info() -> dict[str, Any]:
-            self.files.invalidate_cache()
-            return self.files.info(self.inner)
-
-        try:
-            return self._tried(info)
-        except FileNotFoundError:
-            return None
 
     def _tried(self, action: Callable[..., Any], *args: Any, **options: Any) -> Any:
         n_tried = 0
