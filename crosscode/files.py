@@ -9,17 +9,15 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from crosscode.errors import InputError, first_line
+from crosscode.errors import InputError
 
 _PREFIX = ".crosscode-tmp-"
 _VIEWS_PER_WRITE, _BYTES_HELD = 512, 32 << 20
@@ -128,34 +126,6 @@ def json_text(value: Any, indent: int | None = 2) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value) + "\n")
-
-
-class SpreadTensor(ABC):
-    """A tensor of which this process holds a part, and others the rest."""
-
-    @abstractmethod
-    def save(self, tensors: Mapping[str, Any], file: Path) -> None:
-        """As `save_tensors`, together with the others; `tensors` holds this one."""
-
-
-def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
-    """Tensors of any device, as safetensors. What the disk refuses is an OSError, as everywhere; its mode is what the umask
-    leaves."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    for tensor in tensors.values():
-        if isinstance(tensor, SpreadTensor):
-            tensor.save(tensors, file)
-            return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    try:
-        save_file(tensors, file)  # some versions rename a file that nobody else may read
-        file.chmod(mode)
-    except SafetensorError as error:
-        raise OSError(first_line(error)) from error
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from crosscode.errors import InputError, first_line
-from crosscode.files import save_tensors, write_json
+from crosscode.files import write_json
 from crosscode.stored import Stored, read_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -32,6 +34,34 @@ class WeightIndex(Stored):
     """`model.safetensors.index.json`"""
 
     weight_map: dict[str, str]
+
+
+class SpreadTensor(ABC):
+    """A tensor of which this process holds a part, and others the rest."""
+
+    @abstractmethod
+    def save(self, tensors: Mapping[str, Any], file: Path) -> None:
+        """As `save_tensors`, together with the others; `tensors` holds this one."""
+
+
+def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
+    """Tensors of any device, as safetensors. What the disk refuses is an OSError, as everywhere; its mode is what the umask
+    leaves."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    for tensor in tensors.values():
+        if isinstance(tensor, SpreadTensor):
+            tensor.save(tensors, file)
+            return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    try:
+        save_file(tensors, file)  # some versions rename a file that nobody else may read
+        file.chmod(mode)
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
 
 
 def n_bytes_of(size: int | str) -> int:

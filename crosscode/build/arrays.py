@@ -150,8 +150,7 @@ class ArrayExperiment(AnyExperiment):
             raise InputError(f"run: {str(self._file)!r} is missing: nothing is held out to look at")
         read_header(self._file)
         with closing(open_safetensors(self._file, "acts")) as acts:
-            tokens_HS = self._tokens_HS(acts.n_rows)
-            H, S = tokens_HS.shape
+            H, S = (tokens_HS := self._tokens_HS(acts.n_rows)).shape
             n_at_once = max(_SEQUENCES_AT_ONCE, 2048 // S)
             for first in range(0, H, n_at_once):
                 end = min(H, first + n_at_once)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from crosscode.config.registry import Configured, Registry
 from crosscode.errors import InputError, first_line
-from crosscode.files import save_tensors, write_json
+from crosscode.files import write_json
 from crosscode.interop.plain import CROSSCODER, PlainCoder
 from crosscode.stored import parse_json
+from crosscode.weight_files import save_tensors
 
 Tensors = dict[str, Tensor]
 _CONVERT = "`crosscode convert RUN --activation jumprelu` gives it thresholds, which this format holds"

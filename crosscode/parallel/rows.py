@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode.files import SpreadTensor
 from crosscode.parallel.group import Group
+from crosscode.weight_files import SpreadTensor
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

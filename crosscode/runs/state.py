@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from crosscode.errors import InputError
-from crosscode.files import SpreadTensor, save_tensors, write_json
+from crosscode.files import write_json
 from crosscode.formats import STATE, STATE_TENSORS
 from crosscode.stored import TrainerState, check, read_json
+from crosscode.weight_files import SpreadTensor, save_tensors
 
 STATE_JSON = "trainer_state.json"
 STATE_FILES = (STATE_JSON, STATE_TENSORS)

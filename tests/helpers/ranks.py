@@ -264,9 +264,9 @@ def check_saving(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from crosscode.files import save_tensors
     from crosscode.parallel import group as groups
     from crosscode.parallel.rows import SpreadRows
+    from crosscode.weight_files import save_tensors
 
     group = groups.joined()
     if group is None:

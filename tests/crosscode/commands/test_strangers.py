@@ -18,7 +18,8 @@ from crosscode.analysis.diffing import as_cell
 from crosscode.build.schema import check_config
 from crosscode.commands.cli import main
 from crosscode.errors import InputError
-from crosscode.files import check_output, save_tensors, write_output
+from crosscode.files import check_output, write_output
+from crosscode.weight_files import save_tensors
 
 RUN = Path(__file__).parents[2] / "fixtures" / "v1" / "run"
 
