@@ -5,8 +5,8 @@
 
 planted: `crosscode synthetic` as it ships, L0 8. demo: recipes as they ship, on 250k tokens, L0 32: `k` if there is one,
 else the target of the term that draws L0 (a controller where that is a penalty). dead: 2,048 planted features, 16,384 latents,
-L0 32 (L1 and tanh: what their penalty gives), 300 steps of 256 tokens, as the schemes are tuned for 320 latents, and (all but
-JumpReLU) with an lr and a norm at the start for so many. What is stored is not trained again.
+L0 32 (L1 and tanh: what their penalty gives), 300 steps of 256 tokens, as the schemes are tuned for 320 latents, and with
+an lr and weights at the start for so many. What is stored is not trained again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ L0_OF_DEMO, N_TOKENS_OF_DEMO = 32, 250_000
 TARGETS = {"l0": "target", "l1": "target_l0", "tanh": "target_l0"}
 DEAD = {"n_latents": 16_384, "l0": 32, "n_steps": 300, "batch_size": 256, "n_heldout_tokens": 32_768}
 # The lr falls with sqrt(L) (Gao et al. 2024); at this norm the k winners among L random directions reconstruct a token's length
-# and more, so that they shrink and others get their turn. At 0.1 they grow, and leave the others behind.
-OF_MANY_LATENTS = {"lr": 6e-4, "dec_init_norm": 0.6}
+# and more, so that they shrink and others get their turn. At 0.1 they grow, and leave the others behind. JumpReLU's decoder
+# begins at 0.4 already, its encoder at 1/128 of that.
+OF_MANY_LATENTS = {"lr": 6e-4, "dec_init_norm": 0.6, "encoder_scale": 2.0}
 COLUMNS = {
     "l0": ("L0", "{:.1f}"), "fvu": ("FVU", "{:.3f}"), "loss_recovered": ("loss recovered", "{:.3f}"),
     "dead_fraction": ("dead", "{:.2%}"), "recovered": ("recovered", "{:.1%}"), "step_ms": ("ms a step", "{:.0f}"),
@@ -95,8 +96,7 @@ def planned(data: str) -> dict[str, Any]:
     return {
         name + said: lambda seed, name=name, fields=fields: synthetic(name, seed, n_features=2048, **DEAD, **fields)
         for said, fields in (("", OF_MANY_LATENTS), (", as for 320 latents", {}))
-        for name, parts in SCHEMES.items()
-        if not fields or "jumprelu" not in parts(1, 1, 1.0)["activation"]["type"]
+        for name in SCHEMES
     }
 
 

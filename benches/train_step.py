@@ -34,6 +34,8 @@ from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
+from crosscode.objectives.base import batch_variance
+
 
 @dataclass(frozen=True)
 class Case:
@@ -112,7 +114,7 @@ class Step:
         dead_L = torch.arange(case.L, device=x_BI.device) < case.dead * case.L
         encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
         predicted_BO = ops.dead_decode(*encoder, dead_L, case.k_aux, p["W_dec_LO"], sparse_grad=True)
-        variance = (error_BO - error_BO.mean(0)).square().sum(1).mean()
+        variance = batch_variance(error_BO)
         aux = ops.recon_loss(predicted_BO, error_BO, widths).loss
         return aux / variance * (dead_L.sum().clamp(max=case.k_aux) / case.k_aux) / 32
 

@@ -111,8 +111,9 @@ class LossTerm(Configured, ABC):
 
     # ---- for terms that steer by what they see
 
-    def after_step(self, l0: Tensor) -> None:
-        """Called once per training step with `l0`, that of the whole batch, a scalar on the device."""
+    def after_step(self, l0: Tensor, rising: bool = False) -> None:
+        """Called once per training step with `l0`, that of the whole batch, a scalar on the device; `rising`: whether the
+        coefficient is still below what it ends at."""
 
     def figures(self) -> dict[str, float]:
         """Figures for the metrics, by name; may wait for the device."""
@@ -214,10 +215,10 @@ class Objective:
         for term, _ in self.terms.values():
             term.check_model(model)
 
-    def after_step(self, l0: Tensor) -> None:
+    def after_step(self, l0: Tensor, step: int, n_steps: int) -> None:
         """Let terms that steer know `l0`, that of the step, a scalar on the device."""
-        for term, _ in self.terms.values():
-            term.after_step(l0)
+        for term, schedule in self.terms.values():
+            term.after_step(l0, schedule(step, n_steps) < schedule(n_steps, n_steps))
 
     def figures(self) -> dict[str, float]:
         """Figures of the terms, as `FIGURE/TERM`."""

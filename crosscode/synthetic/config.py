@@ -65,6 +65,8 @@ class SyntheticConfig(ConfigModel):
     """learning rate of every scheme; null: each one's own, tuned for some hundred latents"""
     dec_init_norm: PositiveFloat | None = None
     """norm of decoder vectors at the start, of the schemes that begin with `anthropic_transpose`; null: 0.1"""
+    encoder_scale: PositiveFloat | None = None
+    """encoder over decoder at the start, of the schemes that begin with `jan_update`; null: inputs over latents"""
     resample: ResampleConfig | None = None
     """give dead latents new weights, as `train.resample` does; null: never"""
     n_heldout_tokens: PositiveInt = 16_384

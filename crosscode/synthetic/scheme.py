@@ -34,6 +34,7 @@ class SyntheticScheme:
         penalty: float = 1.0,
         lr: float | None = None,
         dec_init_norm: float | None = None,
+        encoder_scale: float | None = None,
     ):
         if name not in SCHEMES:
             raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
@@ -45,8 +46,11 @@ class SyntheticScheme:
         self.parts = parts
         if lr is not None:
             parts["optimizer"] = parts["optimizer"] | {"lr": lr}
-        if dec_init_norm is not None and parts["init"]["type"] == "anthropic_transpose":
-            parts["init"] = parts["init"] | {"dec_init_norm": dec_init_norm}
+        start = {
+            "anthropic_transpose": {"dec_init_norm": dec_init_norm},
+            "jan_update": {"encoder_scale": encoder_scale},
+        }[parts["init"]["type"]]
+        parts["init"] = parts["init"] | {name: value for name, value in start.items() if value is not None}
         if is_diffing:
             parts["init"] = {"type": "identical_latents", "first": parts["init"]}
 
@@ -56,7 +60,8 @@ class SyntheticScheme:
         k = config.wanted_l0()
         n_latents = config.n_latents or k * math.ceil(1.25 * config.planted.n_features / k)
         penalty = config.penalty if penalty is None else penalty
-        return cls(name, k, n_latents, config.shared_fraction, penalty, config.lr, config.dec_init_norm)
+        start = config.lr, config.dec_init_norm, config.encoder_scale
+        return cls(name, k, n_latents, config.shared_fraction, penalty, *start)
 
     def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
         """An uninitialised crosscoder over `(M, P, D)`."""

@@ -185,7 +185,7 @@ class Trainer:
             else:
                 observers = [figures.observe] if figures is not None else []
                 loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
-            self.objective.after_step(self.firing.l0)
+            self.objective.after_step(self.firing.l0, self.step, self.n_steps)
             for constraint in reversed(self.constraints):
                 constraint.after_backward(self.model)
             clip = (self.config.clip_grad_norm, self.optimizer, self.model.ops.total_norm)

@@ -24,13 +24,16 @@ class CalibrationConfig(ConfigModel):
     """share of tokens (0 to 1) that each latent fires on at the start; None: 10^4 / n_latents, clamped below 1"""
     n_calibration_tokens: PositiveInt = 8192
     """tokens of the sample that the calibration looks at"""
+    encoder_scale: PositiveFloat | None = None
+    """encoder at the start, as a multiple of what it is drawn as (the decoder's transpose, where spaces match); null: n / m"""
 
 
 class UniformDecoderInit(DecoderFirstInit):
     """`W_dec ~ U(-1/sqrt(n), 1/sqrt(n))`, n the size of the input; `W_enc = (n / m) W_dec^T`, m the number of latents.
 
-    The page first said `U(-1/n, 1/n)`; its erratum is followed here. Where input and output spaces differ there is no
-    transpose: the encoder is drawn from the same distribution.
+    With many latents n / m is small: pre-activations then differ between tokens by less than a step of Adam, and latents fall
+    silent for good. `encoder_scale` takes its place. The page first said `U(-1/n, 1/n)`; its erratum is followed here. Where
+    input and output spaces differ there is no transpose: the encoder is drawn from the same distribution.
     """
 
     needs_data = True
@@ -53,7 +56,7 @@ class UniformDecoderInit(DecoderFirstInit):
         else:
             W_enc = model.W_enc_LXiDi
             W_enc.copy_(uniform(tuple(W_enc.shape), n_inputs**-0.5, generator, W_enc))
-        model.W_enc_LXiDi.mul_(n_inputs / model.n_latents)
+        model.W_enc_LXiDi.mul_(self.encoder_scale or n_inputs / model.n_latents)
         zero_(model.b_enc_L, model.b_dec_XoDo, model.W_skip_XiDiXoDo)
         assert samples is not None
         x_TI = collect_inputs(model, samples, self.n_calibration_tokens)

@@ -78,16 +78,17 @@ def test_anthropic_transpose_for_cross_layer_transcoders(linear_skip):
     assert (model.W_skip_XiDiXoDo is not None) == linear_skip
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3])
-def test_jan_update(share):
+@pytest.mark.parametrize(("share", "encoder_scale"), [(0.02, None), (0.3, None), (0.02, 1.5)])
+def test_jan_update(share, encoder_scale):
     model = poisoned(ModelHookpointAcausalCrosscoder(2, 1, 16, L, jumprelu()))
     x, _, samples = samples_for(model)
-    model.init_weights(JanUpdateInit(initial_approx_firing_pct=share, n_calibration_tokens=2000), samples=samples)
+    init = JanUpdateInit(initial_approx_firing_pct=share, n_calibration_tokens=2000, encoder_scale=encoder_scale)
+    model.init_weights(init, samples=samples)
     n = 2 * 16
     assert model.W_dec_LXoDo.abs().max() <= 1 / math.sqrt(n)
     assert model.W_dec_LXoDo.abs().max() > 0.9 / math.sqrt(n), "U(-1/n, 1/n) is the known mistake"
     assert model.W_dec_LXoDo.std().item() == pytest.approx(1 / math.sqrt(3 * n), rel=0.05)
-    torch.testing.assert_close(model.W_enc_LXiDi, n / L * model.W_dec_LXoDo)
+    torch.testing.assert_close(model.W_enc_LXiDi, (encoder_scale or n / L) * model.W_dec_LXoDo)
     assert not model.b_dec_XoDo.any()
     fired_L = (model.encode(x) > 0).double().mean(0)
     torch.testing.assert_close(fired_L, torch.full((L,), share, dtype=torch.float64), rtol=0, atol=2 / 2000)

@@ -140,13 +140,25 @@ def test_the_controller_is_its_formula(name, activation, make_case, objective, c
     integral = 0.0
     for l0 in (8.0, 5.0, 3.0, 400.0):
         for terms in (plain, steered):
-            terms.after_step(torch.tensor(l0))
-        error = min(max(math.log(l0 / 4.0), -1.0), 1.0)
-        integral += 0.01 * error
-        factor = math.exp(integral + 0.5 * error)
+            terms.after_step(torch.tensor(l0), 0, 10)
+        error = min(max(math.log(l0 / 4.0), -0.5), 0.5)
+        integral += 0.03 * error
+        factor = math.exp(integral + error)
         assert steered.figures() == {f"factor/{name}": pytest.approx(factor, rel=1e-5)}
         expected = factor * plain(context(case), 0, 10).total.item()
         assert steered(context(case), 0, 10).total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_integral_hardly_grows_while_the_coefficient_rises_by_itself(make_case, objective):
+    ramp = {"type": "linear_ramp", "value": 2.0, "ramp_steps": 5}
+    terms = objective({"l1": {"weight": ramp, "target_l0": 4.0}})
+    terms.check_model(make_case("sae", "relu").model)
+    moved = []
+    for step, l0 in ((4, 400.0), (4, 0.1), (5, 400.0), (5, 0.1)):
+        before = terms.state_dict()["l1"]["log_factors"][0].item()
+        terms.after_step(torch.tensor(l0), step, 10)
+        moved.append(terms.state_dict()["l1"]["log_factors"][0].item() - before)
+    assert moved == pytest.approx([0.0015, -0.015, 0.015, -0.015], rel=1e-4)
 
 
 @pytest.mark.parametrize("term", [L0Term(target=10), L1Term(target_l0=10), TanhTerm(target_l0=10)])
