@@ -101,6 +101,8 @@ class LossTerm(Configured, ABC):
     """Whether it looks at `tokens_since_fired_L` or `whole`, which depend on the whole batch."""
     k_factors: tuple[int, ...] = ()
     """By what the term multiplies k (see `BaseCrosscoder.k_multiplied`)."""
+    rising: bool = False
+    """While training: whether the coefficient is still below what it ends at."""
 
     @abstractmethod
     def __call__(self, context: LossContext) -> Tensor:
@@ -111,9 +113,8 @@ class LossTerm(Configured, ABC):
 
     # ---- for terms that steer by what they see
 
-    def after_step(self, l0: Tensor, rising: bool = False) -> None:
-        """Called once per training step with `l0`, that of the whole batch, a scalar on the device; `rising`: whether the
-        coefficient is still below what it ends at."""
+    def after_step(self, l0: Tensor) -> None:
+        """Called once per training step with `l0`, that of the whole batch, a scalar on the device."""
 
     def figures(self) -> dict[str, float]:
         """Figures for the metrics, by name; may wait for the device."""
@@ -218,7 +219,8 @@ class Objective:
     def after_step(self, l0: Tensor, step: int, n_steps: int) -> None:
         """Let terms that steer know `l0`, that of the step, a scalar on the device."""
         for term, schedule in self.terms.values():
-            term.after_step(l0, schedule(step, n_steps) < schedule(n_steps, n_steps))
+            term.rising = schedule(step, n_steps) < schedule(n_steps, n_steps)
+            term.after_step(l0)
 
     def figures(self) -> dict[str, float]:
         """Figures of the terms, as `FIGURE/TERM`."""

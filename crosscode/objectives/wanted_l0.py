@@ -2,13 +2,13 @@
 
 A proportional and integral controller on the logarithm of a factor, once a step from the L0 of the whole batch:
 
-    e = log(l0 / target), clipped to +-CLIP;  I += RATE e;  factor = exp(I + GAIN e)
+    e = log(l0 / target), clipped to +-1;  I = -GAIN at first, I += RATE e;  factor = exp(I + GAIN e)
 
 L0 falls with the logarithm of a penalty's coefficient at a slope that differs little between data sets, which is why one
-rate and one gain do. It starts far above the target and comes down at its own pace, whatever the coefficient (a saturated tanh
-has no gradient, and Adam's steps are as large as its learning rate). So while the coefficient still rises by itself an L0 that is
-too large moves I at a tenth of the rate; else the factor would have to fall again for most of the run. All of it stays on the
-device.
+rate and one gain do. It starts far above the target and comes down at its own pace, whatever the coefficient: a saturated tanh
+has no gradient, and Adam's steps are as large as its learning rate. So the factor begins at 1 where L0 is e times its target or
+more, and falls as L0 does; and while the coefficient still rises by itself, an L0 that is too large moves I at a tenth of the
+rate. All of it stays on the device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.objectives.base import LossContext, LossTerm
 from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio
 
-RATE, GAIN, CLIP = 0.03, 1.0, 0.5
-WHILE_RISING = 0.1
+RATE, GAIN, WHILE_RISING = 0.03, 3.0, 0.1
 TOLERANCE = 0.3
 """An L0 that ends further off its target than this is worth a word."""
 
@@ -58,7 +57,7 @@ class Penalty(LossTerm):
     """A sparsity penalty, times the controller's factor where there is a target."""
 
     def setup(self) -> None:
-        self._log_factors = torch.zeros(2)  # the integral, and with what is proportional besides
+        self._log_factors = torch.tensor([-GAIN, 0.0])  # the integral, and with what is proportional besides
 
     def check_model(self, model: BaseCrosscoder) -> None:
         check_shared_ratio(self.type_name(), model, self.shared_ratio)
@@ -75,11 +74,11 @@ class Penalty(LossTerm):
         """A scalar, before any coefficient."""
 
     @torch.no_grad()
-    def after_step(self, l0: Tensor, rising: bool = False) -> None:
+    def after_step(self, l0: Tensor) -> None:
         if self.target_l0 is None:
             return
-        error = (l0 / self.target_l0).clamp(min=1e-30).log().clamp(-CLIP, CLIP)
-        integral = self._log_factors[0] + RATE * (torch.minimum(error, WHILE_RISING * error) if rising else error)
+        error = (l0 / self.target_l0).clamp(min=1e-30).log().clamp(-1, 1)
+        integral = self._log_factors[0] + RATE * (torch.minimum(error, WHILE_RISING * error) if self.rising else error)
         self._log_factors = torch.stack([integral, integral + GAIN * error])
 
     def figures(self) -> dict[str, float]:
