@@ -133,7 +133,7 @@ def test_dense_kernels_reach_the_last_row(huge_rows, run_at):
     from crosscode_kernels.triton_common.dense import dense_forward
     from crosscode_kernels.triton_common.heuristics import dense_config
 
-    per_split = dense_config(ROWS, WIDTH).rows_per_split
+    per_split = dense_config(ROWS, WIDTH, huge_rows.element_size()).rows_per_split
     last_split = (ROWS - 1) // per_split
     huge_rows[last_split * per_split :] = 0
     huge_rows[-1] = row(0)
