@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,6 +58,7 @@ class HeldoutText:
 
 
 _EXPLORER = Path(__file__).parent / "explorer"
+_POLICY = "content-security-policy"  # the word in a page until its script is known
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def write_report(
     for problem in [*record.problems, *([f"latents were not looked at: {reason}"] if reason else [])]:
         log.warning("report: %s", problem)
     others = [] if records is None else records.texts.in_others(tokenizers)
-    page = render(record, model, study, tokenizer, reason, looks=looks, others=others)
+    shown = contents(record, study, tokenizer, reason, looks=looks, others=others)
     path = output or record.path / "report.html"
-    write_text(path, page)
+    write_text(path, render(shown))
     if study is not None and records is not None:
-        write_explorer(path.parent / "report", study, records, tokenizer, record, model, looks, tokenizers)
+        write_explorer(path.parent / "report", shown, study, records, tokenizer, tokenizers)
     if latents_csv is not None or latents_parquet is not None or also is not None:
         if study is None or records is None:
             raise InputError(f"table of latents: they were not looked at: {reason or 'no held-out text'}")
@@ -147,15 +147,13 @@ def write_report(
 
 def write_explorer(
     folder: Path,
+    shown: Mapping[str, Any],
     study: LatentsPass,
     records: LatentRecords,
     tokenizer: Any,
-    record: RunRecord,
-    model: BaseCrosscoder | None,
-    looks: Sequence[Look] = (),
-    tokenizers: Mapping[str, Any] = MappingProxyType({}),
+    tokenizers: Mapping[str, Any],
 ) -> None:
-    """`index.html` and what it reads, into a folder that only this fills; the page comes last."""
+    """`index.html` and what it reads, into a folder that only this fills; the page comes last. `shown`: `contents`."""
     data = folder / "data"
     if data.is_dir() and not data.is_symlink():
         shutil.rmtree(data)
@@ -168,30 +166,25 @@ def write_explorer(
         "\n".join((_EXPLORER / name).read_text(encoding="utf-8") for name in names)
         for names in (("tabulator_simple.min.css", "app.css"), ("order.js", "parts.js", "app.js"))
     )
-    explorer = Explorer(css, script)
-    others = records.texts.in_others(tokenizers)
-    page = render(record, model, study, tokenizer, explorer=explorer, looks=looks, others=others)
-    write_text(folder / "index.html", page)
+    write_text(folder / "index.html", render(shown, Explorer(css, script)))
 
 
-def render(
+def contents(
     record: RunRecord,
-    model: BaseCrosscoder | None,
     study: LatentsPass | None,
     tokenizer: Any,
     no_latents_reason: str | None = None,
-    explorer: Explorer | None = None,
     looks: Sequence[Look] = (),
     others: Sequence[OtherText] = (),
-) -> str:
-    """The page as text."""
+) -> dict[str, Any]:
+    """What either page shows, its figures drawn."""
     problems = list(record.problems)
     if study is None:
         problems.append(f"Latents were not looked at: {no_latents_reason or 'no held-out text'}.")
     elif study.not_compared:
         left_out = join_and([" with ".join(pair) for pair in study.not_compared])
         problems.append(f"Only {MAX_PAIRS} pairs of positions are compared; not compared: {left_out}.")
-    context = {
+    return {
         "name": record.path.resolve().name,
         "description": header.description(record),
         "problems": problems,
@@ -206,14 +199,17 @@ def render(
         "pairs": [] if study is None else latent_plots.pair_sections(study),
         "groups": [] if study is None else cards.card_groups(study, tokenizer, others),
         "looks": looks,
-        "explorer": explorer,
         "tables": [] if study is None else cards.latent_tables(study),
     }
-    template = environment().get_template("report.html.j2")
-    script = template.render(context, content_security_policy="").rpartition("<script>")[2].partition("</script>")[0]
+
+
+def render(shown: Mapping[str, Any], explorer: Explorer | None = None) -> str:
+    """A page as text: the summary alone, or as the first page of the explorer."""
+    page = environment().get_template("report.html.j2").render(shown, explorer=explorer, policy=_POLICY)
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # What the page's own script adds may run: of a page from disk no other word for "beside it" is heard by all browsers.
     more = "" if explorer is None else " 'strict-dynamic'; connect-src 'self'"
     nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
     policy = f"{nothing}; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{more}"
-    return template.render(context, content_security_policy=policy)
+    return page.replace(_POLICY, policy, 1)

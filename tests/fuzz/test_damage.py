@@ -66,9 +66,12 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
 
 
-def attempts(n):
-    """So many seeds in a minute; ten times as many in `make soak`."""
-    return [pytest.param(range(n), id="some"), pytest.param(range(n, 10 * n), id="many", marks=pytest.mark.soak)]
+def attempts(n_some, n_all):
+    """The first seeds each time, the others in `make soak`."""
+    return [
+        pytest.param(range(n_some), id="some"),
+        pytest.param(range(n_some, n_all), id="many", marks=pytest.mark.soak),
+    ]
 
 
 def one_line(code, err, what):
@@ -79,7 +82,7 @@ def one_line(code, err, what):
     assert code == 0 or (len(ours) == 1 and len(ours[0]) < 2000), (what, err)
 
 
-@pytest.mark.parametrize("seeds", attempts(150))
+@pytest.mark.parametrize("seeds", attempts(60, 1500))
 def test_a_damaged_run_is_evaluated_as_before_or_not_at_all(seeds, whole, tmp_path, capsys, said):
     expected = json.loads((whole / "run" / "evaluation.json").read_text())
     for seed in seeds:
@@ -99,7 +102,7 @@ def test_a_damaged_run_is_evaluated_as_before_or_not_at_all(seeds, whole, tmp_pa
                 assert figures["l0"] == pytest.approx(expected["l0"], rel=1e-6), what
 
 
-@pytest.mark.parametrize("seeds", attempts(100))
+@pytest.mark.parametrize("seeds", attempts(50, 1000))
 def test_a_damaged_run_goes_on_to_the_same_model_or_not_at_all(seeds, whole, model_bytes, tmp_path, capsys, said):
     for seed in seeds:
         rng, run = random.Random(seed), tmp_path / "run"
@@ -134,7 +137,7 @@ def store(whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seeds", attempts(200))
+@pytest.mark.parametrize("seeds", attempts(100, 2000))
 def test_a_damaged_store_gives_the_rows_that_were_written_or_is_refused(seeds, whole, store, tmp_path, capsys):
     from crosscode.data.store.reader import ActivationCache
     from crosscode.errors import InputError
@@ -159,7 +162,7 @@ def test_a_damaged_store_gives_the_rows_that_were_written_or_is_refused(seeds, w
             assert len(rows) == len(acts) or code == 1, what
 
 
-@pytest.mark.parametrize("seeds", attempts(200))
+@pytest.mark.parametrize("seeds", attempts(100, 2000))
 def test_damaged_rollouts_are_as_they_were_written_or_refused(seeds, tmp_path, capsys):
     from crosscode.data.rollouts import RolloutFolder
     from crosscode.errors import InputError
@@ -188,7 +191,7 @@ def test_damaged_rollouts_are_as_they_were_written_or_refused(seeds, tmp_path, c
             assert found is None or found == [one for batch in batches for one in batch], what
 
 
-@pytest.mark.parametrize("seeds", attempts(300))
+@pytest.mark.parametrize("seeds", attempts(150, 3000))
 def test_an_odd_config_is_one_line_that_names_a_field(seeds, whole, tmp_path, capsys):
     config = yaml.safe_load((whole / "run" / "config.yaml").read_text())
     for seed in seeds:
@@ -222,7 +225,7 @@ def sweep(whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("seeds", attempts(12))
+@pytest.mark.parametrize("seeds", attempts(8, 120))
 def test_a_damaged_sweep_goes_on_to_the_same_models_or_not_at_all(seeds, sweep, tmp_path, capsys, said):
     models = {file.relative_to(sweep): file.read_bytes() for file in sweep.glob("*/final/model.safetensors")}
     rows = {row["run"]: row for row in json.loads((sweep / "sweep.json").read_text())}
@@ -244,7 +247,7 @@ def test_a_damaged_sweep_goes_on_to_the_same_models_or_not_at_all(seeds, sweep, 
                     assert row["fvu"] == pytest.approx(rows[row["run"]]["fvu"], rel=1e-6), what
 
 
-@pytest.mark.parametrize("seeds", attempts(40))
+@pytest.mark.parametrize("seeds", attempts(40, 400))
 def test_damaged_stores_that_are_joined_give_the_rows_that_were_written_or_are_refused(seeds, whole, store, tmp_path):
     from crosscode.data.store.joined import JoinedStores
     from crosscode.errors import InputError
