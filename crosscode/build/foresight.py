@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from crosscode.build.language_models import locate
 from crosscode.config.data import HarvestConfig
@@ -22,6 +21,7 @@ from crosscode.data.harvest.loading_options import check_options
 from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError, at_field
+from crosscode.models.base import BaseCrosscoder
 from crosscode.parallel.group import n_ranks
 from crosscode.parallel.teams import Teams
 from crosscode.trainers.optimizers import OPTIMIZERS
@@ -146,13 +146,14 @@ def _memory_of_all() -> int | None:
     return None if None in there else sum(n for n in there if n is not None)
 
 
-def check_memory(config: ExperimentConfig, model: nn.Module, width: int, device: torch.device) -> None:
+def check_memory(config: ExperimentConfig, model: BaseCrosscoder, width: int, device: torch.device) -> None:
     """Raise `InputError` where weights, gradients and optimizer state, or the shuffle buffer, cannot fit.
 
     Args:
         model: the model of the config, on any device (the meta device will do).
     """
-    copies: float = 2 + OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    optimizer = OPTIMIZERS.build(config.train.optimizer)
+    copies: float = 1 + optimizer.grads_per_weight(model) + optimizer.states_per_weight
     if (ranks := n_ranks()) > 1:  # each has the whole weights before it keeps its share
         copies = max(1 + 1 / ranks, copies / ranks)
     n_bytes = int(copies * sum(param.numel() * param.element_size() for param in model.parameters()))

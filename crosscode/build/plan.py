@@ -135,13 +135,14 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
         sent["language models"] = 2 * (together - 1) / ranks * B * n_bytes
     model, n_calls = counted.model, counted.n_calls
     buffer = config.data.shuffle_buffer_size
-    states = OPTIMIZERS.build(config.train.optimizer).states_per_weight
+    optimizer = OPTIMIZERS.build(config.train.optimizer)
+    grads, states = optimizer.grads_per_weight(model), optimizer.states_per_weight
     n_held = sum(param.numel() for param in model.parameters())
     memory = {
         "language models": (max if config.parallel.apart else sum)(
             weight_bytes(lm, of, together) for lm, of in zip(config.language_models, models, strict=True)
         ),
-        "coder": 4.0 * n_held * (2 + states),
+        "coder": 4.0 * n_held * (1 + grads + states),
         "batch": counted.kept + 2 * 4.0 * B * vector + harvest * vector * stored,
         "shuffle buffer": float((DEFAULT_CAPACITY if buffer is None else buffer) * vector * stored),
     }
@@ -149,7 +150,7 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int,
         whole = sum(4.0 * part.n_latents * _row_numel(part) for part in model.parts)
         memory["start"] = max(0.0, whole + 4.0 * n_held - memory["coder"] - memory["batch"])
     seconds = _of_products(config, model, ranks, gpu)
-    seconds["optimizer"] = 4.0 * n_held * (3 + 2 * states) / (OF_MEMORY * gpu.bandwidth)
+    seconds["optimizer"] = 4.0 * n_held * (2 + grads + 2 * states) / (OF_MEMORY * gpu.bandwidth)
     link = OF_LINK * (gpu.link if ranks <= OF_NODE else gpu.network)
     seconds["exchange"] = sent["step"] / link + n_calls * SECONDS_A_CALL * math.log2(ranks)
     seconds["harvest"] = sum(

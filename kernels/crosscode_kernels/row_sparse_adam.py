@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscode_kernels.fused_adam import FusedAdam, deferred_norm, restore_states
+from crosscode_kernels.fused_adam import FusedAdam, deferred_norm, load_as_saved
 from crosscode_kernels.segments.deferred import SegmentGrad, computed
 
 _CPU_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 17, 1 << 26
@@ -45,8 +45,7 @@ class RowSparseAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """As PyTorch's, which would make step counts numbers of the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        restore_states(self, state_dict)
+        load_as_saved(self, super().load_state_dict, state_dict)
         for state in self.state.values():
             state["step"] = int(state["step"])
 

@@ -71,6 +71,28 @@ def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):
         assert_as_one(one[0][f"{name}@torch@25"], two[0][f"{name}@triton@25"], 1e-4)
 
 
+def test_fused_adam_trains_and_goes_on_at_another_number_of_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Moments in bfloat16 are rounded by chance, and a rank draws for its own rows.
+    tolerances = {"": 1e-4, ', "betas": [0, 0.999], "row_sparse": true': 1e-4, ', "moments": "bfloat16"': 5e-3}
+    adam = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "fused": true%s}}}'
+    recipes = [f"topk_crosscoder@triton@25@{adam % options}" for options in tolerances]
+    one, two = (train_on(n, tmp_path, "float32", recipes)[0] for n in (1, 2))
+    more, fewer = (
+        train_on(2, tmp_path, "float32", recipes, tmp_path / "1-0"),
+        train_on(1, tmp_path, "float32", recipes, tmp_path / "2-1"),
+    )
+    for recipe, tolerance in zip(recipes, tolerances.values(), strict=True):
+        assert_as_one(one[recipe], two[recipe], tolerance)
+        for resumed in (more[0][recipe], fewer[0][recipe]):
+            expected = one[recipe]["losses"][-len(resumed["losses"]) :]
+            torch.testing.assert_close(resumed["losses"], expected, rtol=tolerance, atol=tolerance)
+            for index, state in one[recipe]["optimizer"].items():
+                for name, value in state.items():
+                    found = resumed["optimizer"][index][name]
+                    assert (found.shape, found.dtype) == (value.shape, value.dtype)
+
+
 def test_bfloat16_is_trained_as_by_one_process_up_to_its_rounding(tmp_path):
     changes = '{"train": {"precision": "bfloat16"}}'
     recipes = [f"{name}@torch@25@{changes}" for name in ("topk_crosscoder", "sae_batch_topk", "jan_update_crosscoder")]

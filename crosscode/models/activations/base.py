@@ -46,7 +46,7 @@ class ActivationFunction(Configured, nn.Module, ABC):
     selects_over_batch: bool = False
     """Whether in train mode the latents of one token depend on the other tokens of the batch."""
     is_screened: bool = False
-    """Whether the torch backend can screen its encode (backend "torch:screened")."""
+    """Whether its encode can be screened (backend "torch:screened" or "triton:screened")."""
     usual_terms: ClassVar[tuple[str, ...]] = ("recon", "l1")
     """The objective that is trained where none is given, each term with its defaults."""
     usual_init: ClassVar[str | None] = None

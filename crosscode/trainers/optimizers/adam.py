@@ -78,6 +78,10 @@ class Adam(OptimizerPlan):
     def setup(self) -> None:
         self.states_per_weight = (1 if self.row_sparse is True else 2) / (2 if self.moments == "bfloat16" else 1)
 
+    def grads_per_weight(self, model: BaseCrosscoder) -> int:
+        is_deferred = self.fused is True or "deferred" in model.backend.options
+        return int(not (is_deferred and all(hasattr(part.activation_fn, "k") for part in model.parts)))
+
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)

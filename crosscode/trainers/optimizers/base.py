@@ -23,6 +23,10 @@ class OptimizerPlan(Configured, ABC):
     states_per_weight: float = 1
     """Numbers that it keeps for each weight, in float32's."""
 
+    def grads_per_weight(self, model: BaseCrosscoder) -> int:
+        """1, or 0 where it takes gradients of this model's weights that are not computed before."""
+        return 1
+
     @abstractmethod
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         """The optimizer over the model's parameters, each group with its peak learning rate in `initial_lr`.

@@ -118,19 +118,24 @@ class FusedAdam(torch.optim.Adam):
             )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """As PyTorch's, which would make of every number one of the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        restore_states(self, state_dict)
+        load_as_saved(self, super().load_state_dict, state_dict)
         for param, state in self.state.items():  # `RowSparseAdam` counts in Python
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
 
 
-def restore_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Moments and step counts in the dtype in which they were saved."""
-    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+def load_as_saved(optimizer: torch.optim.Optimizer, load: Callable[..., None], state_dict: dict[str, Any]) -> None:
+    """`load`, PyTorch's, which would make of every number one of the parameter's dtype: moments and step counts keep the dtype
+    in which they were saved. Hooks of the optimizer may change what is loaded (ranks keep their own rows of it)."""
+    loaded = [state_dict]
+    last = optimizer.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+    try:
+        load(state_dict)
+    finally:
+        last.remove()
+    ids = [index for group in loaded[-1]["param_groups"] for index in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in zip(ids, params, strict=True):
-        for name, saved in state_dict["state"].get(index, {}).items():
+        for name, saved in loaded[-1]["state"].get(index, {}).items():
             found = optimizer.state[param][name]
             if isinstance(saved, Tensor) and found.dtype != saved.dtype:
                 optimizer.state[param][name] = saved.to(found.device, copy=True)

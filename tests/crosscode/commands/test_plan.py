@@ -22,6 +22,19 @@ def test_memory_of_the_coder_falls_with_the_ranks():
     assert one.sent["step"] == 0 and four.sent["step"] > 0
 
 
+def test_a_gradient_that_is_not_computed_takes_no_memory():
+    values = read_yaml("topk_crosscoder") | {"backend": "triton"}
+    coders = []
+    for fused, kind in ((False, "topk"), (True, "topk"), (True, "relu")):
+        values["train"]["optimizer"]["fused"] = fused
+        values["crosscoder"]["activation"] = {"type": kind} | ({"k": 32} if kind == "topk" else {})
+        (one,) = plan(check_config(values), [1], GPUS["h100"])
+        assert one.memory
+        coders.append(one.memory["coder"])
+    plain, fused, of_relu = coders
+    assert fused == 0.75 * plain and of_relu == plain  # a ReLU's are dense products
+
+
 def test_memory_never_grows_with_the_ranks_and_parts_of_a_batch_keep_less():
     values = read_yaml("batch_topk_crosscoder")
     changed = (values | {"train": values["train"] | {"grad_accumulation": n}} for n in (1, 4))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from crosscode_kernels import Backend, OpSet, row_sparse_adam
+from crosscode_kernels.fused_adam import FusedAdam
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_, coalesced, grad_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,6 +58,31 @@ def test_state_survives_saving_and_loading():
         straight.step()
         first.step()
     assert torch.equal(params[0], params[1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: RowSparseAdam(params, lr=0.1),
+        lambda params: FusedAdam(params, betas=(0.0, 0.9), row_sparse=True, moments=torch.bfloat16),
+    ],
+    ids=["RowSparseAdam", "FusedAdam"],
+)
+def test_a_hook_that_keeps_some_rows_of_a_state_is_followed_and_dtypes_stay(make):
+    whole, part = (make([torch.nn.Parameter(torch.randn(n, 3))]) for n in (10, 4))
+    (param,), (own,) = whole.param_groups[0]["params"], part.param_groups[0]["params"]
+    v = torch.rand(10, 3).to(getattr(whole, "moments", torch.float32))
+    whole.state[param] = {"step": torch.tensor(3.0), "exp_avg_sq": v, "last_step_R": torch.arange(10).int()}
+
+    def rows(_, given):
+        of = {name: value[2:6] if value.dim() else value for name, value in given["state"][0].items()}
+        return {**given, "state": {0: of}}
+
+    part.register_load_state_dict_pre_hook(rows)
+    part.load_state_dict(whole.state_dict())
+    state = part.state[own]
+    assert state["exp_avg_sq"].dtype == v.dtype and torch.equal(state["exp_avg_sq"], v[2:6])
+    assert state["last_step_R"].dtype == torch.int32 and state["last_step_R"].tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 100.0])
