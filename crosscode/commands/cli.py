@@ -31,12 +31,16 @@ EXIT_CTRL_C = 130
 EXIT_CLOSED_PIPE = 141
 DESCRIPTION = """Train crosscoders, transcoders and SAEs on language model activations.
 `crosscode COMMAND --help` says more of each."""
-EXIT_CODES = f"""exit codes: 0 done; {EXIT_FAILED} failed; {EXIT_BAD_INPUT} bad input, nothing written;
-{EXIT_RANK_LOST} another of the processes that train together has ended;
-{EXIT_INTERRUPTED} stopped by Ctrl-C or SIGTERM with everything saved, `crosscode train --resume RUN` goes on (a
-second signal ends at once, by that signal; what is lost then is what came after the last checkpoint);
-{EXIT_CTRL_C} stopped by Ctrl-C outside of training (143 by SIGTERM, 129 by SIGHUP); {EXIT_CLOSED_PIPE} nobody reads
-the output any more"""
+EXIT_CODES = {
+    0: "done",
+    EXIT_FAILED: "failed",
+    EXIT_BAD_INPUT: "bad input; nothing was written",
+    EXIT_RANK_LOST: "another of the processes that train together has ended",
+    EXIT_INTERRUPTED: "stopped by Ctrl-C or SIGTERM; everything is saved, and `crosscode train --resume RUN` goes on. A second "
+    "signal ends at once and loses what came after the last checkpoint",
+    EXIT_CTRL_C: "stopped by Ctrl-C outside of training (143: by SIGTERM, 129: by SIGHUP)",
+    EXIT_CLOSED_PIPE: "nobody reads the output any more",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

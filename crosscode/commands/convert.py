@@ -6,24 +6,19 @@ from pathlib import Path
 
 from pydantic import Field
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 TEXT = """give a trained model thresholds in place of a selection
 A TopK becomes a JumpReLU (or a BatchTopK) whose threshold lets through k latents a token on average, found on held-out text;
 what has thresholds keeps them. DIR becomes a run; FVU and L0 before and after are printed."""
 
 
-class Options(ConfigModel):
-    run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+class Options(RunOptions):
     activation: str = "jumprelu"
     """jumprelu or batch_topk"""
     out: Path | None = Field(default=None, title="DIR")
     """a new run directory; null: RUN-jumprelu"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:

@@ -21,7 +21,7 @@ class Options(ConfigModel):
     n_tokens: PositiveInt | None = None
     """activations to train on; null: as in the recipe"""
     overwrite: bool = False
-    """replace any other run there, too, and one that is not over"""
+    """replace what is there, even another run or one that is not over"""
     backend: str = ExperimentConfig.model_fields["backend"].default
     """auto, triton, torch or reference"""
 

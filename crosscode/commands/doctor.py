@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 
 from crosscode.commands.parts.command import Command
 from crosscode.config.registry import ConfigModel
@@ -16,7 +16,7 @@ from crosscode.errors import CrosscodeError, InputError
 class Options(ConfigModel):
     seconds: NonNegativeFloat = 10.0
     """time for the self-test"""
-    folder: Path = Path(".")
+    folder: Path = Field(default=Path("."), title="DIR")
     """where to measure the disk"""
 
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.files import json_text
 
 
-class Options(ConfigModel):
-    run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+class Options(RunOptions):
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config, and the figures are kept in the run"""
     closes: bool = False
-    """of a diff of two models: the share of KL(second || first) that goes away when the second model's latents are added to
-    the first one, beside random latents"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
+    """also measure what a diff of two models explains: the share of KL(second || first) that goes away when the second
+    model's latents are added to the first; random latents are measured beside them"""
 
 
 def run(options: Options) -> None:

@@ -8,14 +8,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 
-class Options(ConfigModel):
-    run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+class Options(RunOptions):
     to: Literal["circuit-tracer", "delphi", "dataset"] = Field(title="FORMAT")
     """circuit-tracer, delphi, or dataset: a parquet file with a row for each latent"""
     out: Path = Field(title="DIR")
@@ -24,8 +21,6 @@ class Options(ConfigModel):
     """layer under which circuit-tracer finds the features; null: that of the run's first hookpoint"""
     n_tokens: PositiveInt | None = None
     """held-out activations; null: as in the run's config"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:
@@ -43,7 +38,7 @@ def run(options: Options) -> None:
 
 
 COMMAND = Command(
-    "examples and logits of every latent, as feature files of circuit-tracer, a cache of delphi or a data set",
+    "examples and logits of every latent, as files of circuit-tracer or delphi, or a data set",
     run,
     Options,
     positional="run_dir",

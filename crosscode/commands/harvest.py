@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import merged
 from crosscode.commands.parts.text_config import text_config
 from crosscode.config.data import HarvestConfig
 from crosscode.config.reading import read_trusted
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError, Interrupted, at_field
 
 if TYPE_CHECKING:
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
 
 TEXT = """write activations to a store ahead of training
 The activations of a config's text go to the store `data.cache`. CONFIG.yaml is that of a run (a file, a run directory, a
-recipe's name), of which only the fields below are read; without it, give these as options. What was stopped or killed
-goes on after its last whole shard with the same command. Under torchrun each rank harvests shards of its own. A run reads
+recipe's name), of which only the fields below are read; without it, give these as options. The same command goes on
+with what was stopped or killed, after its last whole shard. Under torchrun each rank harvests shards of its own. A run reads
 the store with --data.stores DIR, or reads and completes it with --data.cache.path DIR."""
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """what to take the fields below from"""
     store: str | None = Field(default=None, title="DIR")
@@ -36,8 +35,6 @@ class Options(ConfigModel):
     models: list[NonNegativeInt] | None = Field(default=None, title="NUMBER")
     """harvest these of the config's language models alone, counted from 0 (--models 0 --models 1); a run reads stores that
     were harvested apart with --data.join DIR,DIR"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 TEXT = """read a model of saelens, circuit-tracer, sparsify, dictionary-learning, kissane or gemma-scope
 PATH is a folder or file as those libraries write it. Without --config DIR becomes a saved model, which load, export and
@@ -16,7 +15,7 @@ finetune_from take (the transcoders of all layers become one set of them); with 
 take, too: language models, hookpoints and text are those of the config."""
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     path: Path = Field(title="PATH")
     """folder or file; or USER/NAME on the hub, whose files lie at the top of the repository"""
     source_format: str | None = Field(default=None, alias="from", title="FORMAT")
@@ -25,8 +24,6 @@ class Options(ConfigModel):
     """a new folder"""
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """make a run on the language models, hookpoints and text of this config (a file, a run, or a recipe's name)"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:

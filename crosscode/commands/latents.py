@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 
-class Options(ConfigModel):
-    run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+class Options(RunOptions):
     text: str = Field(title="TEXT")
     """what the language models read"""
     chat: bool = False
     """the text is what a user says: it passes through the tokenizer's chat template"""
     n: PositiveInt = 5
     """latents shown for each token, the largest first"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import merged
 from crosscode.commands.parts.text_config import text_config
 from crosscode.config.data import HarvestConfig
 from crosscode.config.reading import read_trusted
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
     from crosscode.evaluation.difference_lens import MeanDifference
 
 TEXT = """what fine-tuning changed, read from mean differences of activations, without training
-Activation difference lens (Minder et al. 2025): the mean of each further model's activations minus the first's, at the
-first positions of `data.source` and over all of it, and the tokens that it promotes through that model's final norm and
-unembedding. Text that has nothing to do with the fine-tuning will do. CONFIG.yaml is that of a run with two or more
-language models (a file, a run directory, a recipe's name), of which only the fields below are read; without it, give
-these as options."""
+Activation difference lens (Minder et al. 2025). The mean activation of the first model is taken from that of each
+further one, at the first positions of `data.source` and over all of it. The tokens shown are those that the
+difference promotes through that model's final norm and unembedding. Any text will do: it need not be about what was
+fine-tuned. CONFIG.yaml is that of a run with two or more language models (a file, a run directory, a recipe's name),
+of which only the fields below are read; without it, give these as options."""
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """what to take the fields below from"""
     n_tokens: PositiveInt = 20_000
@@ -37,8 +36,6 @@ class Options(ConfigModel):
     """positions at the start of a text that are shown one by one"""
     n: PositiveInt = 8
     """tokens shown for each"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import experiment_values
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.registry import ConfigModel
 
 if TYPE_CHECKING:
     from crosscode.build.plan import Plan
@@ -21,7 +20,7 @@ Nothing is loaded but the configurations of the language models. Memory and byte
 content; times are predictions from peaks of the hardware, and the term that takes most of them is named."""
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     """What the command takes beside the fields of a config."""
 
     config: str = Field(title="CONFIG.yaml")
@@ -30,8 +29,6 @@ class Options(ConfigModel):
     """show the parts for this many processes"""
     gpu: Literal["h100", "h200", "a100", "mi300x"] = "h100"
     """what each of them has"""
-    trust_remote_code: bool = False
-    """let the config's language models run code of their own"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 
-TEXT = """upload a trained model to the Hugging Face hub: crosscode push RUN USER/NAME
+TEXT = """upload a trained model to the Hugging Face hub
 RUN is a run directory or the folder of a saved model. What goes up: the model, the config, figures, the report and a card;
 --dry-run shows it. You must be logged in there (`hf auth login`, or HF_TOKEN). Of --features, what `crosscode features --to
 circuit-tracer` wrote goes beside the model, and what --to dataset wrote into a data set of its own, USER/NAME-latents."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 from crosscode.files import check_output
 
@@ -23,7 +22,7 @@ STEERED = 2.0
 """How much of a latent is added to show its effect, in multiples of its largest activation."""
 
 
-class Options(ConfigModel):
+class Options(RunOptions):
     run_dir: str = Field(title="RUN")
     """run directory, USER/NAME on the hub, or a sweep, whose page compares its runs"""
     n_tokens: PositiveInt | None = None
@@ -35,12 +34,10 @@ class Options(ConfigModel):
     features: Path | None = Field(default=None, title="DIR")
     """also write circuit-tracer's feature files into this new folder, from the same pass over the text"""
     steer_prompt: str | None = Field(default=None, title="TEXT")
-    """of two models: also say how the second one goes on after this text when the first latents of its ranking are added"""
+    """with two models: also show how the second goes on after this text when the latents ranked first for it are added"""
     own_text: PositiveInt | None = Field(default=None, title="N")
-    """also let each language model write about N tokens, after beginnings of the held-out text, and say how often latents fire
-    on them"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
+    """also let each language model write about N tokens, going on from beginnings of the held-out text, and say how often
+    latents fire on them"""
 
 
 def run(options: Options) -> None:

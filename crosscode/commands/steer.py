@@ -6,14 +6,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 
-class Options(ConfigModel):
-    run_dir: str = Field(title="RUN")
-    """run directory, or USER/NAME on the hub"""
+class Options(RunOptions):
     latent: list[NonNegativeInt] = Field(min_length=1, title="LATENT")
     """which latent; several times for several latents"""
     strength: float = 1.0
@@ -36,8 +33,6 @@ class Options(ConfigModel):
     """of the draws"""
     seed: NonNegativeInt = 0
     """of the draws and of the random direction"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import experiment_values
 from crosscode.commands.parts.sweep_grid import grid_points, parse_grid
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import CrosscodeError, InputError
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """config file or recipe that all runs start from"""
     grid: list[str] = Field(default=[], title="FIELD=VALUE,VALUE,...")
@@ -24,9 +23,7 @@ class Options(ConfigModel):
     overwrite: bool = False
     """replace runs that are there, even if they are not over"""
     resume: str | None = Field(default=None, title="FOLDER")
-    """go on with an interrupted sweep, its folder alone given"""
-    trust_remote_code: bool = False
-    """let its language models run code of their own, where the runs' configs say so"""
+    """go on with an interrupted sweep; nothing else is given"""
 
 
 def run(options: Options) -> None:

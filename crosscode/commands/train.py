@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
 from crosscode.commands.parts.options import experiment_values
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.registry import ConfigModel
 from crosscode.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,18 +21,16 @@ if TYPE_CHECKING:
 TEXT = """train from a config file or recipe
 CONFIG.yaml is a file, a run directory, or a recipe's name (`crosscode recipes`); fields of it are replaced by options.
 Ctrl-C or SIGTERM finishes the step, saves, and exits with code 75; a second one exits at once.
-`crosscode train --resume RUN` goes on with a run that was stopped, as if it never had been; --overwrite replaces it."""
+`crosscode train --resume RUN` goes on with a run that was stopped, as if it had never stopped; --overwrite replaces it."""
 
 
-class Options(ConfigModel):
+class Options(TrustOptions):
     """What the command takes beside the fields of a config."""
 
     config: str | None = Field(default=None, title="CONFIG.yaml")
     """what to train"""
     resume: str | None = Field(default=None, title="RUN")
     """go on with this run, by its own config"""
-    trust_remote_code: bool = False
-    """let a run's language models run code of their own"""
 
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, RunOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.config.registry import ConfigModel
 
 
-class Options(ConfigModel):
+class Options(RunOptions):
     run_dir: str = Field(title="RUN")
     """run directory, with what `crosscode report RUN` writes; or USER/NAME on the hub"""
     port: int = Field(default=8000, ge=0, le=65535, title="N")
     """where it listens on 127.0.0.1; 0: a free one"""
-    trust_remote_code: bool = False
-    """let the run's language models run code of their own, where its config says so"""
 
 
 def run(options: Options) -> None:

@@ -181,9 +181,10 @@ class ExperimentConfig(HarvestConfig):
     """replace a finished run; one that is not over is replaced only by `--overwrite` on the command
     line. What crosscode did not write stays, and the old run stays in RUN/.crosscode-old until the first checkpoint"""
     backend: Literal["auto", "triton", "triton:screened", "torch", "torch:screened", "reference"] = "auto"
-    """kernels: changes speed and memory, never results. auto: the fastest, tried out on a CPU when a run begins, whose own
-    config then names it. `torch:screened`, `triton:screened`: where bfloat16 products are fast, TopK's encode in float32
-    computes all pre-activations in bfloat16 and only those in full that may be among the k largest, proven row by row"""
+    """which kernels: they change speed and memory, never results. auto: the fastest, tried out on a CPU when a run begins,
+    whose own config then names it. `torch:screened`, `triton:screened`: where bfloat16 products are fast, TopK's
+    encode in float32 computes all pre-activations in bfloat16 and only those in full that may be among the k largest,
+    proven row by row"""
     sparse_below: float | None = Field(default=None, ge=0, le=1)
     """sparse products below this share of active latents; of a ReLU or JumpReLU on a CPU; null: tried out, as above"""
     crosscoder: CrosscoderConfig
@@ -193,7 +194,7 @@ class ExperimentConfig(HarvestConfig):
     constraints: dict[str, dict[str, Any]] = Field(default={})
     """what acts between backward and the optimizer, by name"""
     finetune_from: Printable | None = None
-    """warm start: a run, a checkpoint or a saved model whose weights replace the initialisation"""
+    """start from these weights: a run, a checkpoint or a saved model; they replace the initialisation"""
     train: TrainConfig
     """the training loop"""
     evaluation: EvaluationConfig = EvaluationConfig()

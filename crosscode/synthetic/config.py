@@ -54,7 +54,7 @@ class SyntheticConfig(ConfigModel):
     penalty: PositiveFloat = 1.0
     """factor on the sparsity penalties of the L1 and JumpReLU schemes"""
     max_runs: PositiveInt = 1
-    """L1 and JumpReLU schemes: how often one may be trained to find the penalty with which its L0 is as wanted (within 5 %)"""
+    """how often an L1 or JumpReLU scheme may be trained to find the penalty that gives the wanted L0 (within 5 %)"""
     shared_fraction: float = Field(default=0.75, ge=0, le=1)
     """share of latents that the model-diffing schemes tie between the models"""
     n_steps: PositiveInt = 1200

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from crosscode.config.registry import ConfigModel
 
 
 class NoOptions(ConfigModel):
     """For a command that takes none."""
+
+
+class TrustOptions(ConfigModel):
+    """Of a command that may load language models; help shows them last."""
+
+    trust_remote_code: bool = False
+    """let language models run code of their own, where the config says so"""
+
+
+class RunOptions(TrustOptions):
+    """Of a command that reads a run."""
+
+    run_dir: str = Field(title="RUN")
+    """run directory, or USER/NAME on the hub"""
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,23 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from crosscode.commands.parts.command import Command
+from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.options import SEVERAL, fields_of, is_model
 from crosscode.config.counts import members_of
 from crosscode.errors import InputError
 
 _COLUMN = 28
+_NARROW = 19
+"""The same of commands and sections, which have short names."""
 _DEEPEST = 6
 _WIDEST = 60
 
 
-def overview(commands: Mapping[str, Command], description: str, epilog: str) -> str:
-    lines = [_entry(name, command.text.splitlines()[0]) for name, command in commands.items()]
-    lines += [_entry("--version", "the version of crosscode")]
-    return "\n".join(["usage: crosscode COMMAND ...", "", description, "", *lines, "", epilog])
+def overview(commands: Mapping[str, Command], description: str, exit_codes: Mapping[int, str]) -> str:
+    lines = [_entry(name, command.text.splitlines()[0], _NARROW) for name, command in commands.items()]
+    lines += [_entry("--version", "the version of crosscode", _NARROW)]
+    codes = [_entry(str(code), meaning, _NARROW) for code, meaning in exit_codes.items()]
+    return "\n".join(["usage: crosscode COMMAND ...", "", description, "", *lines, "", "exit codes:", *codes])
 
 
 def describe(command: Command, name: str, topic: str | None = None) -> str:
@@ -61,12 +64,22 @@ def _shortest(name: str, paths: Sequence[str]) -> str | None:
 def usage(command: Command, name: str) -> str:
     words = [option_name(command, command.positional)] if command.positional else []
     if words and get_origin(fields_of(command.options)[str(command.positional)].annotation) is list:
-        words = [f"{words[0]} ..."]
+        words = [words[0] if " " in words[0] else f"{words[0]} ..."]
     if words and not fields_of(command.options)[str(command.positional)].is_required():
         words = [f"[{words[0]}]"]
-    own = [f"[{_own(command, field)}]" for field in fields_of(command.options) if field != command.positional]
+    own = [
+        _own(command, field) if info.is_required() else f"[{_own(command, field)}]"
+        for field, info in _in_order(command).items()
+        if field != command.positional
+    ]
     more = ["[--section.field VALUE ...]"] if command.outline else []
     return " ".join(["usage: crosscode", name, *words, *own, *more])
+
+
+def _wrapped_usage(command: Command, name: str) -> str:
+    """No line ends within brackets."""
+    held = re.sub(r"\[.*?\]", lambda found: found[0].replace(" ", "\0"), usage(command, name))
+    return textwrap.fill(held, _width(), subsequent_indent=" " * 7, break_on_hyphens=False).replace("\0", " ")
 
 
 def option_name(command: Command, field: str) -> str:
@@ -75,6 +88,11 @@ def option_name(command: Command, field: str) -> str:
     if field == command.positional and info is not None:
         return info.title or field.upper()
     return f"--{field.replace('_', '-')}"
+
+
+def _in_order(command: Command) -> dict[str, FieldInfo]:
+    """What belongs to the command itself, and last what most have."""
+    return dict(sorted(fields_of(command.options).items(), key=lambda named: named[0] in TrustOptions.model_fields))
 
 
 def _own(command: Command, field: str) -> str:
@@ -87,14 +105,17 @@ def _own(command: Command, field: str) -> str:
 
 
 def _command_page(command: Command, name: str) -> Iterator[str]:
-    yield from (usage(command, name), "", command.text, "")
-    for field, info in fields_of(command.options).items():
-        yield _entry(_own(command, field), shown_text(info) if info.default is None else _meaning(info))
+    title, _, text = command.text.partition("\n")
+    yield from (_wrapped_usage(command, name), "", *_wrapped(title), *_wrapped(text), "")
+    for field, info in _in_order(command).items():
+        has_default = info.default is not None and info.default is not False
+        yield _entry(_own(command, field), _meaning(info) if has_default else shown_text(info))
     if command.outline is None:
         return
     example = next(sections([command.outline])).path
-    yield "\nFields of the config, each of them an option; dashes and underscores are alike, 1e6 and 1M are counts."
-    yield f"`crosscode {name} --help SECTION` shows all of a section, a component or a field, such as `--help {example}`.\n"
+    says = "Fields of the config, each of them an option; dashes and underscores are alike, 1e6 and 1M are counts."
+    more = "shows all of a section, a component or a field, such as"
+    yield from ("", *_wrapped(f"{says} `crosscode {name} --help SECTION` {more} `--help {example}`."), "")
     inner = []
     for field, info in command.outline.model_fields.items():
         if field in fields_of(command.options):
@@ -102,7 +123,7 @@ def _command_page(command: Command, name: str) -> Iterator[str]:
         models = [member for member in _members(info.annotation) if is_model(member)]
         if models or get_origin(info.annotation) is dict:
             names = ", ".join(dict.fromkeys(name for model in models for name in model.model_fields))
-            inner.append(_entry(field, f"{shown_text(info)}: {names}" if names else shown_text(info)))
+            inner.append(_entry(field, f"{shown_text(info)}: {names}" if names else shown_text(info), _NARROW))
         else:
             left, _ = _shown(field, info)
             yield _entry(left, re.split(r"[.;:]\s", shown_text(info))[0] + _default_of(info))
@@ -137,14 +158,14 @@ class Section:
 
     def page(self) -> Iterator[str]:
         """What all types have stands first, once."""
-        yield textwrap.fill(f"{self.path}: {self.meaning}", _width())
+        yield from _wrapped(f"{self.path}: {self.meaning}")
         shared, types = self.by_type()
         entries = [_entry(*_shown(f"{self.prefix}.{name}", info)) for name, info in shared.items()]
         yield from (["", "every type", *entries] if entries else [])
         for kind, doc, fields in types:
             yield ""
             title = ": ".join(part for part in (f"type {kind}" if kind else "", doc) if part)
-            yield from textwrap.wrap(title, _width())
+            yield from _wrapped(title)
             yield from (_entry(*_shown(f"{self.prefix}.{name}", info)) for name, info in fields.items())
 
 
@@ -235,13 +256,17 @@ def shown_default(info: FieldInfo) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _entry(left: str, text: str) -> str:
+def _entry(left: str, text: str, column: int = _COLUMN) -> str:
     """Two columns; a long left side stands on a line of its own."""
-    lines = textwrap.wrap(text, _width() - _COLUMN) or [""]
-    first = f"  {left}".ljust(_COLUMN)
+    lines = textwrap.wrap(text, _width() - column) or [""]
+    first = f"  {left}".ljust(column)
     if not first.endswith(" "):
         lines.insert(0, "")
-    return "\n".join([first + lines[0], *(" " * _COLUMN + line for line in lines[1:])]).rstrip()
+    return "\n".join([first + lines[0], *(" " * column + line for line in lines[1:])]).rstrip()
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _width(), break_on_hyphens=False)
 
 
 def _width() -> int:
