@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from crosscode.build.language_models import load_models
+from crosscode.build.language_models import load_models, load_readers
 from crosscode.build.rollouts import open_rollouts
 from crosscode.build.stores import Stores
 from crosscode.config.data import DataConfig, HarvestConfig
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.config.sources import DemoCorpus, HubDataset, LocalDataset, Mixture, Rollouts
 from crosscode.data.harvest.harvester import ActivationHarvester
 from crosscode.data.harvest.language_models import LanguageModel, available_device, by_tokenizer
@@ -77,7 +78,7 @@ class Activations:
 
     @property
     def tokenizer(self) -> Any:
-        return self.harvester.models[0].tokenizer
+        return self.harvester.tokenizer
 
 
 def open_activations(
@@ -86,11 +87,13 @@ def open_activations(
     *,
     to_train: bool = True,
     batch_size: int = 1,
+    together: Sequence[LanguageModelConfig] = (),
 ) -> dict[str, Any]:
     """The fields of `Activations`: everything is checked that can be, then the language models are loaded.
 
     `models` stand in for those that the config names. `to_train=False` leaves stores alone; else the text
-    must fill a batch of `batch_size` activations.
+    must fill a batch of `batch_size` activations. `together`: all language models of a text of which the config names a
+    part; the others are known by their configurations and tokenizers.
 
     Raises:
         InputError: naming the field, its value and what would be right.
@@ -119,12 +122,16 @@ def open_activations(
         stores.check_text(documents)
     if models is None:
         models = load_models(config.language_models, str(device), Teams.of(config))
+    names = [lm.short_name() for lm in config.language_models]
+    readers = load_readers(together, dict(zip(names, models, strict=True))) or models
     if to_train:
-        tokenizer, others = models[0].tokenizer, by_tokenizer(models)[1]
+        tokenizer, others = readers[0].tokenizer, by_tokenizer(readers)[1]
         check_usable(config, documents, tokenizer, others, field="data.source", least=batch_size)
         if heldout is not None:
             check_usable(config, heldout_documents, tokenizer, others, field="data.heldout", heldout=True)
-    harvester = ActivationHarvester(models, config.hookpoints, dtype=config.data.activation_dtype, device=device)
+    harvester = ActivationHarvester(
+        models, config.hookpoints, dtype=config.data.activation_dtype, device=device, readers=readers
+    )
     return {
         "documents": documents, "heldout_documents": heldout_documents, "stores": stores,
         "harvester": over_ranks(Teams.of(config), harvester),

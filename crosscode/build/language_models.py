@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.data.harvest.loading import load_language_model, load_skeleton
-from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.demo import demo_model_path
 from crosscode.errors import InputError, at_field
 from crosscode.parallel.teams import Teams
@@ -30,7 +28,7 @@ def load_models(
     for i, config in enumerate(configs):
         with at_field(f"language_models.{i}.path = {config.path!r}"):
             if teams is not None and not teams.holds(i):
-                models.append(_elsewhere(config))
+                models.append(_without_weights(config))
             else:
                 models.append(load_model(config, default_device, loaded, 1 if teams is None else teams.size))
     return models if teams is None else teams.told(models)
@@ -47,10 +45,21 @@ def load_model(
     return load_language_model(locate(config.path), device=device, loaded=loaded, n_ranks=n_ranks, **options)
 
 
-def _elsewhere(config: LanguageModelConfig) -> LanguageModel:
-    """One that other ranks hold: its configuration and tokenizer."""
-    path, rules = locate(config.path), {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    return replace(load_skeleton(path, **rules), tokenizer=load_tokenizer(path, rules))
+def load_readers(configs: Sequence[LanguageModelConfig], loaded: Mapping[str, LanguageModel]) -> list[LanguageModel]:
+    """The language models of one text, of which some are `loaded`, by name; of the others what decides their tokens."""
+    readers = []
+    for i, config in enumerate(configs):
+        with at_field(f"language_models.{i}.path = {config.path!r}"):
+            readers.append(loaded.get(config.short_name()) or _without_weights(config))
+    return readers
+
+
+def _without_weights(config: LanguageModelConfig) -> LanguageModel:
+    """Its configuration and tokenizer, which a GGUF file has only with its weights."""
+    if config.gguf_file is not None or config.path.endswith(".gguf"):
+        return load_model(config, "cpu", {})
+    rules = config.model_dump(include={"revision", "trust_remote_code", "adapter", "adapter_revision"})
+    return load_skeleton(locate(config.path), **rules, with_tokenizer=True)
 
 
 def locate(path: str) -> str:

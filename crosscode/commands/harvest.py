@@ -41,25 +41,26 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     store = {} if options.store is None else {"data": {"cache": {"path": options.store}}}
     typed = merged(fields(HarvestConfig), store)
     config = harvest_config(
-        merged(read_trusted(options.config, options.trust_remote_code) if options.config else {}, typed), options.models
+        merged(read_trusted(options.config, options.trust_remote_code) if options.config else {}, typed)
     )
+    own = config_of(config, options.models)
     quiet_libraries()
     from crosscode.parallel.group import is_first
 
-    cache = run_harvest(config, options.n_tokens, progress=is_first())
+    cache = run_harvest(config, options.n_tokens, options.models, progress=is_first())
     if not is_first():
         return
     M, P, D = cache.dims
     print(f"store       {cache.path}")
     print(f"activations {cache.n_rows} of {M} x {P} x {D}, {cache.layout.dtype}")
     print(f"size        {cache.n_bytes / 2**20:.1f} MiB in {len(cache.shards)} shards")
-    for names, norms in zip(config.position_names(), cache.mean_norm_MP().tolist(), strict=True):
+    for names, norms in zip(own.position_names(), cache.mean_norm_MP().tolist(), strict=True):
         for name, norm in zip(names, norms, strict=True):
             print(f"mean norm   {norm:.4g}  {name}")
 
 
-def harvest_config(values: Mapping[str, Any], models: Sequence[int] | None = None) -> HarvestConfig:
-    """What a harvest needs of a run's values. `models`: numbers of the language models that are harvested, default all.
+def harvest_config(values: Mapping[str, Any]) -> HarvestConfig:
+    """What a harvest needs of a run's values.
 
     Raises:
         InputError: naming each bad field, its value and what is allowed; or no store to write is named.
@@ -67,6 +68,11 @@ def harvest_config(values: Mapping[str, Any], models: Sequence[int] | None = Non
     config = text_config(values)
     if config.data.cache is None:
         raise InputError("data.cache: no store to write is given; name its folder with --store DIR")
+    return config
+
+
+def config_of(config: HarvestConfig, models: Sequence[int] | None) -> HarvestConfig:
+    """Of these of its language models alone, by number; None: of all. Raises InputError for a number that is none."""
     if models is None:
         return config
     named = config.language_models
@@ -77,8 +83,11 @@ def harvest_config(values: Mapping[str, Any], models: Sequence[int] | None = Non
     return config.model_copy(update={"language_models": [named[m] for m in models]})
 
 
-def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress: bool = True) -> ActivationCache:
-    """Write the store, or go on with it; a complete one is left as it is.
+def run_harvest(
+    config: HarvestConfig, n_tokens: int | None = None, models: Sequence[int] | None = None, *, progress: bool = True
+) -> ActivationCache:
+    """Write the store, or go on with it; a complete one is left as it is. `models`: numbers of the language models that are
+    harvested, default all; their rows are those of a harvest of all.
 
     Raises:
         Interrupted: a signal came; what was harvested is stored.
@@ -95,12 +104,13 @@ def run_harvest(config: HarvestConfig, n_tokens: int | None = None, *, progress:
     from crosscode.stopping import Stopped, StopSignals, check_not_stopped
     from crosscode.trainers.progress import Progress
 
-    cache = config.data.cache
+    cache, together = config.data.cache, config.language_models
     assert cache is not None
+    config = config_of(config, models)
     check_harvest(config)
     check_language_models(config)
     teams = Teams.of(config)
-    activations = Activations(config=config, **open_activations(config))
+    activations = Activations(config=config, **open_activations(config, together=together))
     with (
         StopSignals() as stop,
         Progress(n_tokens, what="harvest", unit="activation", enabled=progress) as shown,

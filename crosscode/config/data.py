@@ -13,7 +13,7 @@ from crosscode.config.arrays import ArraysSource
 from crosscode.config.language_models import DTypeName, LanguageModelConfig
 from crosscode.config.parallel import ParallelConfig
 from crosscode.config.positions import PositionRules
-from crosscode.config.registry import ConfigModel
+from crosscode.config.registry import ConfigModel, Printable
 from crosscode.config.sources import AnyText, Rollouts, Source, rollouts_in
 from crosscode.config.stores import CacheConfig, StoreConfig
 
@@ -117,7 +117,7 @@ class DataConfig(TokenRules, TextConfig):
     stores: list[StoreConfig] = Field(default=[])
     """read activations from these stores instead of harvesting: [FOLDER, ...] or [{path: FOLDER, weight: 2}, ...]. A
     store of something else than this config describes is refused; with a mixture each may hold a part of it"""
-    join: list[str] = Field(default=[])
+    join: list[Printable] = Field(default=[])
     """read these stores as one instead of harvesting: [FOLDER, FOLDER, ...], whose rows are of the same tokens and which hold
     the models one after another (`crosscode harvest --models`), or the hookpoints; stores of other tokens are refused"""
     store_read_block: PositiveInt | Literal["auto"] | None = "auto"

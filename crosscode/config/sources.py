@@ -27,7 +27,7 @@ class HubDataset(ConfigModel):
     """A data set of the hub, read with `datasets`."""
 
     type: Literal["hub"]
-    name: str
+    name: Printable
     """hub name"""
     subset: str | None = None
     """configuration of the data set"""
@@ -95,7 +95,7 @@ class Rollouts(ConfigModel):
     """prompts at once; a batch is what a kill may lose, and each has a seed of its own"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of what is drawn"""
-    folder: str | None = None
+    folder: Printable | None = None
     """where it is kept; null: a folder of its own in ~/.cache/crosscode ($XDG_CACHE_HOME)"""
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from crosscode.errors import InputError, fitting
 log = logging.getLogger("crosscode")
 
 _CONFIG = "adapter_config.json"
+_BESIDE = re.compile(r"(^|_)(adapter|lora)_|_adapter\.")
+"""Of peft, and of other libraries: pytorch_adapter.bin, pytorch_lora_weights.safetensors, non_lora_trainables.bin."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
@@ -91,6 +94,23 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
     if not all(value is None or isinstance(value, str) for value in named):
         raise InputError(f"adapter {name!r}: {_CONFIG} does not describe an adapter")
     return Adapter(found[0].parent, name, revision, config)
+
+
+def check_no_adapter(source: str, revision: str | None) -> None:
+    """Raise InputError for an adapter beside the weights of a model: `transformers` passes over it, or over them, as other
+    packages are there."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(source)
+    if folder.is_dir():
+        found = next((file.name for file in sorted(folder.iterdir()) if _BESIDE.search(file.name)), None)
+    else:
+        found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
+    if found is not None:
+        raise InputError(
+            f"{found!r} is there, an adapter beside the weights of a model, which would not be applied: move it into a "
+            "folder of its own, and name that as adapter if it is meant"
+        )
 
 
 def apply_adapter(base: LanguageModel, adapter: Adapter, scale: float = 1.0, dtype: str = "float32") -> LanguageModel:

@@ -30,7 +30,8 @@ class ActivationHarvester:
     each model runs in its own dtype, on its own device.
 
     Vectors of different width (`widths_MP`) are padded with zeros to the widest. Models whose tokenizer is not the first one's
-    (`reads_M`: 0 for that, else which of `other_tokenizers`, from 1) read tokens of their own.
+    (`reads_M`: 0 for that, else which of `other_tokenizers`, from 1) read tokens of their own. `readers`: all models whose text
+    this is, where `models` are some of them; the others are not run, and need no weights.
 
     Raises InputError for an unknown or repeated hookpoint.
     """
@@ -43,6 +44,7 @@ class ActivationHarvester:
         dtype: str = "float32",
         device: str | torch.device | None = None,
         path: HarvestPath = "auto",
+        readers: Sequence[LanguageModel] = (),
     ) -> None:
         if not models:
             raise InputError("models: at least one language model is needed")
@@ -54,7 +56,11 @@ class ActivationHarvester:
         if dtype not in DTYPES:
             raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         self.models = list(models)
-        self.reads_M, self.other_tokenizers = by_tokenizer(models)
+        readers = readers or models
+        reads, self.other_tokenizers = by_tokenizer(readers)
+        of_reader = {id(reader): number for reader, number in zip(readers, reads, strict=True)}
+        self.reads_M = [of_reader[id(model)] for model in models]
+        self.tokenizer = readers[0].tokenizer
         self.hookpoints = list(hookpoints)
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device) if device is not None else models[0].device
@@ -78,7 +84,7 @@ class ActivationHarvester:
 
     def tokenizer_of(self, m: int) -> Any:
         """Of the tokens that model m reads."""
-        return self.other_tokenizers[self.reads_M[m] - 1][0] if self.reads_M[m] else self.models[0].tokenizer
+        return self.other_tokenizers[self.reads_M[m] - 1][0] if self.reads_M[m] else self.tokenizer
 
     @property
     def paths(self) -> list[str]:
@@ -99,7 +105,7 @@ class ActivationHarvester:
     @property
     def vocab_size(self) -> int:
         """Token ids that all models of the first one's tokenizer know."""
-        return min(model.vocab_size for model in self._of_first())
+        return min((model.vocab_size for model in self._of_first()), default=1 << 31)
 
     def _of_first(self) -> list[LanguageModel]:
         return [model for model, reads in zip(self.models, self.reads_M, strict=True) if not reads]

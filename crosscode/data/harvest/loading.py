@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from crosscode.data.harvest.adapters import Adapter, apply_adapter, find_adapter
+from crosscode.data.harvest.adapters import Adapter, apply_adapter, check_no_adapter, find_adapter
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze, ranks_answer
 from crosscode.data.harvest.loading_options import check_options, quantization_config
 from crosscode.data.harvest.tensor_parallel import distributed_config
@@ -23,9 +22,6 @@ from crosscode.data.text.tokenizers import load_tokenizer
 from crosscode.errors import InputError, RankLost, first_line
 
 log = logging.getLogger("crosscode")
-
-_ADAPTER_FILE = re.compile(r"(^|_)(adapter|lora)_|_adapter\.")
-"""Of peft, and of other libraries: pytorch_adapter.bin, pytorch_lora_weights.safetensors, non_lora_trainables.bin."""
 
 
 def load_language_model(
@@ -95,7 +91,7 @@ def load_language_model(
     if key not in loaded:
         name = f"{source}/{gguf_file}" if gguf_file is not None else name_or_path
         with _one_line_errors(name_or_path, revision, but=(RankLost,)), ranks_answer(n_ranks):
-            _check_no_adapter(source, revision)
+            check_no_adapter(source, revision)
             loaded[key] = freeze(*_load(source, place, options, quantization), name, revision, n_ranks=n_ranks)
             log.info("language model %s runs in %s", name, str(loaded[key].dtype).removeprefix("torch."))
     if on_base is None:
@@ -165,22 +161,6 @@ def _base_of(adapter: Adapter) -> str:
     return adapter.base
 
 
-def _check_no_adapter(source: str, revision: str | None) -> None:
-    """`transformers` reads the weights beside an adapter and passes over it, or over them, as other packages are there."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    folder = Path(source)
-    if folder.is_dir():
-        found = next((file.name for file in sorted(folder.iterdir()) if _ADAPTER_FILE.search(file.name)), None)
-    else:
-        found = find_adapter_config_file(source, revision=revision) and "adapter_config.json"
-    if found is not None:
-        raise InputError(
-            f"{found!r} is there, an adapter beside the weights of a model, which would not be applied: move it into a "
-            "folder of its own, and name that as adapter if it is meant"
-        )
-
-
 def _check_nothing_is_missing(model: Any, missing: Collection[str]) -> None:
     """`transformers` fills weights that a checkpoint lacks with random numbers, and says so in a warning alone."""
     if missing:
@@ -223,15 +203,23 @@ def _add_files(digest: Any, folder: Path, only: str | None) -> None:
                 digest.update(f"{file.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}|".encode())
 
 
-def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
-    """The modules of a model without its weights and without a tokenizer, from its configuration alone; of an adapter, those
-    of its base.
+def load_skeleton(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    with_tokenizer: bool = False,
+) -> LanguageModel:
+    """The modules of a model without its weights, from its configuration alone, and without a tokenizer unless that is asked
+    for; of an adapter, those of its base.
 
     Enough to check hookpoints before anything expensive is loaded. Not for GGUF files.
     """
-    adapter = adapter_of(name_or_path, revision, None, None, None)
-    if adapter is not None:
-        name_or_path, revision = _base_of(adapter), adapter.base_revision
+    on_base = adapter_of(name_or_path, revision, None, adapter, adapter_revision)
+    if on_base is not None and adapter is None:
+        name_or_path, revision = _base_of(on_base), on_base.base_revision
     source, gguf_file = _find_source(name_or_path, None)
     if gguf_file is not None:
         raise InputError(f"language model {name_or_path!r}: a GGUF file has no configuration apart from its weights")
@@ -241,7 +229,13 @@ def load_skeleton(name_or_path: str, *, revision: str | None = None, trust_remot
     with _one_line_errors(name_or_path, revision), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return freeze(model, None, name_or_path, revision)
+    tokenizer = None
+    if with_tokenizer:
+        with _one_line_errors(name_or_path, revision):
+            own = on_base and load_tokenizer(str(on_base.folder), {"revision": None})
+            rules = {"revision": revision, "trust_remote_code": trust_remote_code}
+            tokenizer = own or load_tokenizer(source, rules)
+    return freeze(model, tokenizer, name_or_path, revision)
 
 
 def _find_source(name_or_path: str, gguf_file: str | None) -> tuple[str, str | None]:

@@ -27,7 +27,7 @@ class JoinedStores:
     hookpoints, along hookpoints where they have the same models, in the order in which they are named.
 
     Raises StoreError unless all hold the same tokens in the same order (by their manifests, by the number of rows, and by
-    the hash of the token ids where the shards have it), in one dtype, and no model and hookpoint twice.
+    the hash of the token ids where the shards have it), in one dtype on disk and before, and no model and hookpoint twice.
     """
 
     def __init__(self, paths: Sequence[str | Place]) -> None:
@@ -102,8 +102,11 @@ class JoinedStores:
 
 def _check_same_rows(first: ActivationCache, other: ActivationCache) -> None:
     names = f"stores {str(first.path)!r} and {str(other.path)!r}"
-    fields = ({**dict(flatten(store.manifest["tokens"])), "dtype": store.manifest["dtype"]} for store in (first, other))
-    mine, theirs = fields
+    rounded = ("dtype", "activation_dtype")
+    mine, theirs = (
+        dict(flatten(store.manifest["tokens"])) | {name: store.manifest.get(name) for name in rounded}
+        for store in (first, other)
+    )
     for name in dict.fromkeys([*mine, *theirs]):
         if mine.get(name) != theirs.get(name):
             raise StoreError(

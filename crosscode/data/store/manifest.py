@@ -138,7 +138,9 @@ def _name_models(field: str, stored: Manifest, wanted: Manifest) -> str:
     if parts[0] != "models":
         return ""
     names = [manifest["models"][int(parts[1])]["name"] for manifest in (stored, wanted)]
-    return f" (models {names[0]!r} and {names[1]!r})"
+    weights = [sorted(str(model.get("weights")) for model in manifest["models"]) for manifest in (stored, wanted)]
+    order = "; they are in another order than language_models" if weights[0] == weights[1] else ""
+    return f" (models {names[0]!r} and {names[1]!r}{order})"
 
 
 def _checksum(content: dict[str, Any]) -> str:

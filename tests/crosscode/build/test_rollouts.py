@@ -72,7 +72,7 @@ def test_a_store_of_rollouts_says_what_they_are(values, tmp_path):
     documents = build_documents(check_config(values).data.source, "data.source")
     assert store.manifest["tokens"]["dataset"] == documents.fingerprint
     cached["data"]["cache"]["path"] = str(tmp_path / "one")
-    one = run_harvest(harvest_config(cached, [0]), 200, progress=False)
+    one = run_harvest(harvest_config(cached), 200, [0], progress=False)
     assert one.manifest["tokens"] == store.manifest["tokens"]  # by a model that is not harvested
     stored = changed(values, seed=1)
     stored["data"]["stores"] = [str(tmp_path / "acts")]

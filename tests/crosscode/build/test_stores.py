@@ -13,7 +13,7 @@ from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_dataloader, build_trainer
 from crosscode.build.schema import check_config, dump_config, load_config
 from crosscode.commands import cli
-from crosscode.commands.harvest import harvest_config, run_harvest
+from crosscode.commands.harvest import config_of, harvest_config, run_harvest
 from crosscode.config.reading import load_yaml
 from crosscode.data import ActivationCache, ActivationHarvester
 from crosscode.data.store import beginning, reader, writer
@@ -462,19 +462,22 @@ def test_models_that_are_harvested_apart_are_read_as_one(with_data, tmp_path, ha
     config = check_config(with_data(join=apart))
     assert load_yaml(dump_config(config), "x")["data"]["join"] == apart
     with pytest.raises(
-        InputError, match=r"data.join: the join of store .* and store .* holds other data: models.0.weights"
+        InputError,
+        match=r"data.join: the join of .* and .* holds other data: models.0.weights .* in another order than",
     ):
         build_dataloader(open_experiment(check_config(with_data(join=apart[::-1]))))
+    with pytest.raises(InputError, match=r"data.join.1 = '': must not be empty"):
+        check_config(with_data(join=[apart[0], ""]))
     with pytest.raises(InputError, match="stores is given as well: give one of them"):
         check_config(with_data(join=apart, stores=apart))
     with pytest.raises(InputError, match="models = 2: must be below 2, the number of language_models"):
-        harvest_config(with_data(cache={"path": "x"}), [2])
+        config_of(harvest_config(with_data(cache={"path": "x"})), [2])
 
 
 def test_a_run_on_joined_stores_goes_on_to_the_bit(with_data, tmp_path, tiny_lms):
     values = with_data(cache={"path": str(tmp_path / "a")})
-    run_harvest(harvest_config(values, [0]), progress=False)
-    run_harvest(harvest_config(with_data(cache={"path": str(tmp_path / "b")}), [1]), progress=False)
+    run_harvest(harvest_config(values), models=[0], progress=False)
+    run_harvest(harvest_config(with_data(cache={"path": str(tmp_path / "b")})), models=[1], progress=False)
     values = with_data(join=[str(tmp_path / "a"), str(tmp_path / "b")])
     loader = build_dataloader(open_experiment(check_config(values)))
     batches = iter(loader)

@@ -87,7 +87,8 @@ def apart(values, tmp_path_factory):
     """A store of each model alone, on what one of them says."""
     paths = [str(tmp_path_factory.mktemp("apart") / f"model{m}") for m in range(2)]
     for m, path in enumerate(paths):
-        run_harvest(harvest_config(values | {"data": values["data"] | {"cache": {"path": path}}}, [m]), progress=False)
+        config = harvest_config(values | {"data": values["data"] | {"cache": {"path": path}}})
+        run_harvest(config, models=[m], progress=False)
     return paths
 
 

@@ -3,16 +3,20 @@
 import html
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 import crosscode
 from crosscode.build.data import build_token_loader
 from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import check_config
+from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.data import ActivationHarvester, load_language_model, wrap_language_model
+from crosscode.data.store.joined import JoinedStores
 from crosscode.errors import InputError
 from crosscode.evaluation.difference_lens import mean_differences
 
@@ -38,6 +42,25 @@ def letters_lm(save_tiny_lm, tmp_path_factory):
 @pytest.fixture
 def values(tiny_config, tiny_lms, letters_lm):
     return {**tiny_config, "language_models": [{"path": tiny_lms[0]}, {"path": letters_lm}]}
+
+
+@pytest.mark.parametrize("kind", ["other tokenizer", "other end and template"])
+def test_what_is_harvested_apart_is_of_the_text_that_all_read(kind, values, tiny_lms, tmp_path):
+    """A chat model beside its base: the base's tokenizer decides what separates documents, whichever of them is harvested."""
+    if kind == "other end and template":
+        folder = shutil.copytree(tiny_lms[1], tmp_path / "chat")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.eos_token, tokenizer.chat_template = "w7", "{{ messages }}"
+        tokenizer.save_pretrained(folder)
+        values["language_models"][1] = {"path": str(folder)}
+    stores = []
+    for models in (None, [0], [1]):
+        data = {**values["data"], "cache": {"path": str(tmp_path / f"store{models}")}}
+        stores.append(run_harvest(harvest_config({**values, "data": data}), 200, models, progress=False))
+    joined, index_B = JoinedStores([store.path for store in stores[1:]]), torch.arange(stores[0].n_rows)
+    assert joined.manifest == stores[0].manifest
+    assert torch.equal(joined.read_rows(index_B), stores[0].read_rows(index_B))
+    assert joined.read_rows(index_B).any(-1).all()
 
 
 def test_activations_are_those_of_each_model_on_its_own_tokens(values):

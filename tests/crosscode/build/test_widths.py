@@ -146,7 +146,7 @@ def test_apart_and_joined_they_are_the_rows_of_both(values, tmp_path):
     both = run_harvest(harvest_config({**values, "data": data}), 200, progress=False)
     for m in range(2):
         data["cache"] = {"path": str(tmp_path / str(m))}
-        run_harvest(harvest_config({**values, "data": data}, models=[m]), 200, progress=False)
+        run_harvest(harvest_config({**values, "data": data}), 200, [m], progress=False)
     joined = JoinedStores([tmp_path / "0", tmp_path / "1"])
     index_B = torch.arange(both.n_rows)
     assert joined.dims == both.dims == (2, 1, 24)

@@ -26,11 +26,21 @@ NAMES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 def store(tmp_path, model_pair, tokenizer, documents):
     """`store(name, models=(0, 1), hookpoints=NAMES, ...)` harvests into a folder."""
 
-    def make(name, models=(0, 1), hookpoints=NAMES, *, seed=1, max_rows=None, documents=documents, **store):
+    def make(
+        name,
+        models=(0, 1),
+        hookpoints=NAMES,
+        *,
+        seed=1,
+        max_rows=None,
+        documents=documents,
+        harvested="float32",
+        **store,
+    ):
         loader = TokenSequenceLoader(
             wrap_documents(documents), tokenizer, sequence_length=8, batch_size=4, epochs=1, seed=seed
         )
-        harvester = ActivationHarvester([model_pair[m] for m in models], hookpoints)
+        harvester = ActivationHarvester([model_pair[m] for m in models], hookpoints, dtype=harvested)
         return harvest_to_store(loader, harvester, tmp_path / name, max_rows=max_rows, **store).path
 
     return make
@@ -60,6 +70,11 @@ def test_stores_of_other_tokens_or_columns_are_refused(store, documents):
         ("short", {"max_rows": 40}, "harvest both to the same --n-tokens"),
         ("text", {"documents": documents[:-1]}, "dataset is"),
         ("bfloat16", {"dtype": "bfloat16"}, "dtype is 'float32' in the first and 'bfloat16' in the second"),
+        (
+            "rounded",
+            {"harvested": "bfloat16"},
+            "activation_dtype is 'float32' in the first and 'bfloat16' in the second",
+        ),
         ("hookpoint", {"hookpoints": NAMES[:1]}, "neither the same hookpoints nor the same models"),
     ):
         with pytest.raises(StoreError, match=message):
