@@ -218,18 +218,19 @@ def open_experiment(
     if config.backend != "auto":
         check_backend(config.backend, device)
     if config.crosscoder.n_latents is not None:
-        check_parts(config, width=1)
+        check_parts(config)
     if isinstance(config.data.source, ArraysSource):
         return open_arrays(config, split, arrays, to_train=to_train)
-    width = None if models is not None else check_language_models(config)
-    if config.crosscoder.n_latents is None and width is not None:
-        check_parts(config, width)
-    if to_train and width is not None:
-        check_fits(config, width, device)
+    foreseen = None if models is not None else check_language_models(config)
+    if foreseen is not None:
+        check_parts(config, foreseen)
+        if to_train:
+            check_fits(config, foreseen.widest, device)
     opened = open_activations(config, models, to_train=to_train, batch_size=config.train.batch_size)
-    split.check_widths(config.position_names(), opened["harvester"].widths_MP)
-    if to_train and width is None:
-        check_fits(config, opened["harvester"].dims[2], device)
+    if (found := opened["harvester"].widths_MP) != foreseen:
+        check_parts(config, found)
+        if to_train:
+            check_fits(config, found.widest, device)
     return Experiment(config=config, split=split, **opened)
 
 
@@ -241,11 +242,13 @@ def check_backend(name: BackendName, device: torch.device) -> None:
         raise InputError(str(error)) from error
 
 
-def check_parts(config: ExperimentConfig, width: int) -> None:
+def check_parts(config: ExperimentConfig, widths_MP: Widths | None = None) -> None:
     """Build everything that needs no language model, to find contradictions early. On the meta device that costs
-    nothing; a width of 1 finds all that do not depend on the width."""
+    nothing; without widths it finds all that do not depend on them."""
+    if widths_MP is not None:
+        split_for(config.crosscoder.type).check_widths(config.position_names(), widths_MP)
     with torch.device("meta"):
-        model = build_model(config, width)
+        model = build_model(config, 1) if widths_MP is None else build_model(config, widths_MP.widest, widths_MP)
         model.check_init(INITIALIZATIONS.build(config.crosscoder.init))
         build_objective(config).check_model(model)
         build_constraints(config, model)

@@ -6,65 +6,97 @@ Axes: M models · P hookpoints · D width.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from crosscode.build.language_models import locate
-from crosscode.config.data import HarvestConfig
+from crosscode.build.language_models import load_readers, locate
+from crosscode.config.data import DataConfig, HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.harvester import check_hookpoints
+from crosscode.data.harvest.hookpoints import told_widths
 from crosscode.data.harvest.language_models import LanguageModel, available_device
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
 from crosscode.data.harvest.loading_options import check_options
 from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
+from crosscode.data.text.tokenizers import tokenizer_difference
 from crosscode.errors import InputError, at_field
 from crosscode.models.base import BaseCrosscoder
 from crosscode.parallel.group import n_ranks
 from crosscode.parallel.teams import Teams
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.weight_files import shape_and_dtype, tensor_names
+from crosscode.widths import Widths
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def check_language_models(config: HarvestConfig) -> int | None:
-    """Hookpoints and sequence length against each model's configuration. Returns the width D, if a model tells it.
+def check_language_models(config: HarvestConfig) -> Widths | None:
+    """Each model's configuration, and whether its weights fit. Returns `foreseen_widths`.
 
     Raises:
         InputError: naming the field, its value and what would be right.
     """
-    widths = []
+    skeletons, teams = skeletons_of(config), Teams.of(config)
     weights: dict[torch.device | None, dict[str, int]] = {}
-    for i, lm in enumerate(config.language_models):
-        skeleton = skeleton_of(lm, f"language_models.{i}")
+    for i, (lm, skeleton) in enumerate(zip(config.language_models, skeletons, strict=True)):
+        if skeleton is not None and (teams is None or teams.holds(i)):
+            n_together = 1 if teams is None else teams.size
+            check_weights(lm, f"language_models.{i}", skeleton, config.device, weights, n_together)
+    return foreseen_widths(skeletons, config.hookpoints)
+
+
+def skeletons_of(config: HarvestConfig) -> list[LanguageModel | None]:
+    """The models without weights, their hookpoints, lengths, token ids and options checked, wherever they are to run.
+
+    Raises:
+        InputError: naming the field, its value and what would be right.
+    """
+    skeletons = [skeleton_of(lm, f"language_models.{i}") for i, lm in enumerate(config.language_models)]
+    for i, (lm, skeleton) in enumerate(zip(config.language_models, skeletons, strict=True)):
         if skeleton is None:
             continue
         check_hookpoints(skeleton, config.hookpoints)
-        limit = skeleton.max_sequence_length
-        if limit is not None and config.data.sequence_length > limit:
-            raise InputError(
-                f"data.sequence_length = {config.data.sequence_length}: language_models.{i} ({lm.short_name()}) takes "
-                f"at most {limit} positions"
-            )
-        for token in config.data.mask_token_ids:
-            if token >= skeleton.vocab_size:
-                raise InputError(
-                    f"data.mask_token_ids: {token} is no token of language_models.{i} ({lm.short_name()}): ids are below "
-                    f"{skeleton.vocab_size}"
-                )
-        widths.append(skeleton.d_model)
-        teams = Teams.of(config)
-        if teams is None or teams.holds(i):
-            n_together = 1 if teams is None else teams.size
-            check_weights(lm, f"language_models.{i}", skeleton, config.device, weights, n_together)
+        if (problem := _problem_of_tokens(config.data, i, lm, skeleton)) and not _reads_own_tokens(config, i):
+            raise InputError(problem)
         if config.parallel.model > 1:
             check_tensor_parallel(skeleton, config.hookpoints, config.parallel.model)
         with at_field(f"language_models.{i}", LanguageModelConfig.model_fields):
             check_options(lm.device_map, lm.attn_implementation, lm.quantization, lm.trust_remote_code, skeleton)
-    return max(widths, default=None)
+    return skeletons
+
+
+def _problem_of_tokens(data: DataConfig, i: int, lm: LanguageModelConfig, skeleton: LanguageModel) -> str | None:
+    limit = skeleton.max_sequence_length
+    if limit is not None and data.sequence_length > limit:
+        return (
+            f"data.sequence_length = {data.sequence_length}: language_models.{i} ({lm.short_name()}) takes at most {limit} "
+            "positions"
+        )
+    if (token := max(data.mask_token_ids, default=-1)) >= skeleton.vocab_size:
+        return (
+            f"data.mask_token_ids: {token} is no token of language_models.{i} ({lm.short_name()}): ids are below "
+            f"{skeleton.vocab_size}"
+        )
+    return None
+
+
+def _reads_own_tokens(config: HarvestConfig, i: int) -> bool:
+    """Whether a model cuts text in another way than the first: lengths and ids of tokens are the first one's."""
+    if i == 0:
+        return False
+    first, own = load_readers([config.language_models[j] for j in (0, i)], {})
+    return tokenizer_difference(first.tokenizer, own.tokenizer) is not None
+
+
+def foreseen_widths(skeletons: Sequence[LanguageModel | None], hookpoints: Sequence[str]) -> Widths | None:
+    """Of each model at each hookpoint; None where activations alone tell one of them."""
+    rows = [[None] if skeleton is None else told_widths(skeleton, hookpoints) for skeleton in skeletons]
+    told = [tuple(width for width in row if width is not None) for row in rows]
+    return Widths(told) if told and all(None not in row for row in rows) else None
 
 
 def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None:

@@ -17,12 +17,11 @@ from crosscode_kernels import Backend
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from crosscode.build.experiment import build_model, build_objective
-from crosscode.build.foresight import DTYPE_BYTES, run_dtype, skeleton_of, weight_bytes
+from crosscode.build.experiment import build_model, build_objective, check_parts
+from crosscode.build.foresight import DTYPE_BYTES, foreseen_widths, run_dtype, skeletons_of, weight_bytes
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.language_models import LanguageModel
-from crosscode.data.harvest.tensor_parallel import check_tensor_parallel
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.errors import InputError
 from crosscode.evaluation.heldout import HeldoutSums
@@ -101,20 +100,20 @@ def plan(config: ExperimentConfig, ranks: Sequence[int], gpu: Gpu) -> list[Plan]
     """
     if not config.language_models:
         raise InputError("language_models: a plan needs at least one, whose configuration tells the width")
-    found = [skeleton_of(lm, f"language_models.{i}") for i, lm in enumerate(config.language_models)]
+    found = skeletons_of(config)
     models = [model for model in found if model is not None]
-    for model in models if config.parallel.model > 1 else ():
-        check_tensor_parallel(model, config.hookpoints, config.parallel.model)
     if len(models) < len(found):
         raise InputError(
             "language_models: a GGUF file has no configuration apart from its weights, so nothing can be planned"
         )
     split_for(config.crosscoder.type).check(*config.n_positions())
-    return [_plan(config, models, n, gpu) for n in ranks]
+    widths_MP = foreseen_widths(models, config.hookpoints)
+    check_parts(config, widths_MP)
+    width = max(model.d_model for model in models) if widths_MP is None else widths_MP.widest
+    return [_plan(config, models, width, n, gpu) for n in ranks]
 
 
-def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], ranks: int, gpu: Gpu) -> Plan:
-    width = max(model.d_model for model in models)
+def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], width: int, ranks: int, gpu: Gpu) -> Plan:
     if why := refusal(config, ranks) if ranks > 1 else next(problems_of_teams(config, 1), None):
         return Plan(ranks, why)
     group = PaperGroup(ranks)

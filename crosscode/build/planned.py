@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crosscode.build.experiment import build_model
+from crosscode.build.experiment import build_model, check_parts
 from crosscode.build.foresight import check_language_models, skeleton_of
 from crosscode.build.schema import check_config
 from crosscode.config.experiment import ExperimentConfig
@@ -42,9 +42,11 @@ def planned_model(config: ExperimentConfig) -> BaseCrosscoder:
     are read."""
     split = split_for(config.crosscoder.type)
     split.check(*config.n_positions())
-    width = check_language_models(config) if config.language_models else None
+    widths_MP = check_language_models(config)
+    if widths_MP is not None:
+        check_parts(config, widths_MP)
     with torch.device("meta"):
-        model = build_model(config, width or _SOME_WIDTH)
+        model = build_model(config, widths_MP.widest if widths_MP else _SOME_WIDTH, widths_MP or ())
     model.metadata = {
         "language_models": [_facts(lm, i) for i, lm in enumerate(config.language_models)],
         "hookpoints": config.hookpoints,

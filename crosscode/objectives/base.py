@@ -113,7 +113,7 @@ class LossTerm(Configured, ABC):
 
     # ---- for terms that steer by what they see
 
-    def after_step(self, l0: Tensor) -> None:
+    def after_step(self, l0: Tensor, step: int, n_steps: int) -> None:
         """Called once per training step with `l0`, that of the whole batch, a scalar on the device."""
 
     def figures(self) -> dict[str, float]:
@@ -220,7 +220,7 @@ class Objective:
         """Let terms that steer know `l0`, that of the step, a scalar on the device."""
         for term, schedule in self.terms.values():
             term.rising = schedule(step, n_steps) < schedule(n_steps, n_steps)
-            term.after_step(l0)
+            term.after_step(l0, step, n_steps)
 
     def figures(self) -> dict[str, float]:
         """Figures of the terms, as `FIGURE/TERM`."""

@@ -13,9 +13,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from crosscode.data.harvest.language_models import LanguageModel
 from crosscode.errors import InputError
@@ -145,6 +145,23 @@ def resolve_taps(model: LanguageModel, hookpoints: Iterable[str]) -> dict[str, T
                 raise unknown_hookpoint(name, model, taps)
             resolved[name] = None
     return resolved
+
+
+def told_widths(model: LanguageModel, hookpoints: Iterable[str]) -> list[int | None]:
+    """What is known of each before the model has run: of a projection what it takes or gives, d_model at other modules that
+    have a TransformerLens name; None: activations alone tell. A skeleton is enough."""
+    known, found = find_taps(model), list[int | None]()
+    for name, tap in resolve_taps(model, hookpoints).items():
+        module = None if tap is None else model.model.get_submodule(tap.module_path)
+        side = "in" if tap is None else tap.side
+        if isinstance(module, nn.Embedding):
+            found.append(module.embedding_dim)
+        elif type(module).__name__ == "Conv1D":  # of transformers, which has no names for its sides
+            found.append(cast(Tensor, cast(nn.Module, module).weight).shape[side == "out"])
+        else:
+            otherwise = model.d_model if name in known else None
+            found.append(getattr(module, f"{side}_features", otherwise))
+    return found
 
 
 def unknown_hookpoint(name: str, model: LanguageModel, known: Iterable[str]) -> InputError:

@@ -64,7 +64,7 @@ class MatryoshkaTerm(LossTerm):
 
     # The sizes are those of a step, whichever part of its batch is at hand, and again after a resume.
 
-    def after_step(self, l0: Tensor) -> None:
+    def after_step(self, l0: Tensor, step: int, n_steps: int) -> None:
         self._n_steps += 1
 
     def state_dict(self) -> dict[str, Any]:

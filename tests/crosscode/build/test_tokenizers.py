@@ -198,6 +198,31 @@ def ablates_by_characters(run):
     assert len(run.compare_steered("w1 w2", ablate=[latent], n_tokens=2)) == 2
 
 
+def test_lengths_and_ids_of_tokens_are_those_of_the_first(values, tiny_lms, letters_lm, tmp_path):
+    """A model of another tokenizer reads as many tokens of its own as it takes; what is beyond has no partner."""
+    short = tmp_path / "short"
+    shutil.copytree(letters_lm, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    n_own = config["vocab_size"]
+    values["data"] = {**values["data"], "mask_token_ids": [n_own - 1]}
+    for first, second, message in (
+        (tiny_lms[0], str(short), None),
+        (
+            str(short),
+            tiny_lms[0],
+            r"data.sequence_length = \d+: language_models.0 \(short\) takes at most 12 positions",
+        ),
+    ):
+        config = check_config({**values, "language_models": [{"path": first}, {"path": second}]})
+        if message is None:
+            batch = next(iter(build_token_loader(open_experiment(config), heldout=False)))
+            assert batch.others[0].tokens_HT.shape[1] == 12 < values["data"]["sequence_length"]
+        else:
+            with pytest.raises(InputError, match=message):
+                open_experiment(config)
+
+
 def test_the_difference_lens_looks_where_positions_align(values, letters_lm, save_tiny_lm, tmp_path):
     narrow = str(save_tiny_lm(str(tmp_path / "narrow"), seed=3))
     tokenizer = load_language_model(letters_lm).tokenizer

@@ -1,6 +1,7 @@
 """Models of different width in one crosscoder, end to end. The oracle computes per model, in float64, without padding."""
 
 import json
+import re
 from types import MappingProxyType
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 
 import crosscode
 from crosscode.build.converting import convert
+from crosscode.build.foresight import foreseen_widths
 from crosscode.commands.harvest import harvest_config, run_harvest
+from crosscode.data import ActivationHarvester, load_language_model
 from crosscode.data.store.joined import JoinedStores
 from crosscode.errors import InputError
 
@@ -98,7 +101,7 @@ def test_what_would_need_one_width_is_refused(arrays, tmp_path):
         (["small/x", "large/x"], {"objective": {"recon": {}, "delta": {}}}, "delta: models of different width"),
         (
             ["x", "y"],
-            {"crosscoder": {"type": "cross_layer_transcoder"}},
+            {"crosscoder": {"type": "cross_layer_transcoder", "init": {"type": "anthropic_transpose_cross_layer"}}},
             "'y' is 10 wide, but 'x' is 6 wide; only a crosscoder",
         ),
     ]
@@ -139,6 +142,52 @@ def test_a_run_on_language_models_of_two_widths(values, tmp_path):
         torch.testing.assert_close(run.logits(latent)[name].logits_V, expected_V, atol=1e-5, rtol=1e-5)
     folder = run.model.export("saelens", tmp_path / "sae", position=run.model.position_names[1])
     assert load_file(folder / "sae_weights.safetensors")["W_enc"].shape[0] == 24
+
+
+@pytest.mark.parametrize(
+    ("more", "hookpoints", "message"),
+    [
+        (
+            {"crosscoder": {"type": "cross_layer_transcoder", "init": {"type": "anthropic_transpose_cross_layer"}}},
+            ["hook_resid_post", "mlp.hook_post"],
+            "blocks.0.mlp.hook_post' is 24 wide, but ",
+        ),
+        (
+            {"objective": {"recon": {}, "delta": {}}},
+            [],
+            "objective.delta: models of different width have no difference",
+        ),
+        ({"crosscoder": {"n_shared_latents": 4}}, [], "n_shared_latents = 4: must be 0 for models of different width"),
+    ],
+)
+def test_what_train_refuses_for_its_widths_plan_and_export_refuse_before_anything_is_loaded(
+    more, hookpoints, message, values, monkeypatch
+):
+    from crosscode.build import data, planned
+    from crosscode.build.experiment import open_experiment
+    from crosscode.build.plan import GPUS, plan
+    from crosscode.build.schema import check_config
+
+    monkeypatch.setattr(data, "load_models", lambda *given: 1 / 0)
+    values |= more | {"crosscoder": values["crosscoder"] | more.get("crosscoder", {})}
+    if hookpoints:
+        values["hookpoints"] = [f"blocks.0.{name}" for name in hookpoints]
+        values["language_models"] = values["language_models"][:1]
+    config = check_config(values)
+    refusals = [open_experiment, planned.planned_model, lambda config: plan(config, [1], GPUS["h100"])]
+    for refused in refusals:
+        with pytest.raises(InputError, match=re.escape(message)):
+            refused(config)
+
+
+@pytest.mark.parametrize(
+    "hookpoint", ["hook_resid_post", "mlp.hook_post", "mlp.hook_pre", "attn.hook_z", "attn.hook_q"]
+)
+def test_foreseen_widths_are_those_of_the_activations(hookpoint, values):
+    models = [load_language_model(one["path"]) for one in values["language_models"]]
+    hookpoints = [f"blocks.1.{hookpoint}", "blocks.0.hook_mlp_out"]
+    assert foreseen_widths(models, hookpoints) == ActivationHarvester(models, hookpoints).widths_MP
+    assert foreseen_widths([*models, None], hookpoints) is None
 
 
 def test_apart_and_joined_they_are_the_rows_of_both(values, tmp_path):

@@ -59,7 +59,7 @@ def test_sampled_prefixes_are_those_of_a_step(make_case):
     for _ in range(20):
         drawn.append(term.sizes(model))
         assert term.sizes(model) == drawn[-1]
-        term.after_step(torch.tensor(0.0))
+        term.after_step(torch.tensor(0.0), 0, 1)
     assert len(set(drawn)) > 5
     for sizes in drawn:
         assert list(sizes) == sorted(set(sizes)) and all(6 <= size < 24 and size % 3 == 0 for size in sizes)
