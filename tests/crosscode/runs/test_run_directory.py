@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from crosscode.build import schema
+from crosscode.commands import demo
 from crosscode.commands.cli import main
 from crosscode.commands.parts import options
 from crosscode.errors import InputError
@@ -405,7 +406,15 @@ def tiny_demo(tiny_config, write, monkeypatch):
     return ["demo", "--run-dir", tiny_config["run_dir"], "--backend", "torch"]
 
 
-def test_the_demo_goes_on_with_its_own_run_and_replaces_it_when_it_is_finished(tiny_demo, tmp_path, interrupt, capfd):
+@pytest.fixture
+def without_reports(monkeypatch):
+    """Call it to let further demos write no page: one is enough."""
+    return lambda: monkeypatch.setattr(demo, "report_run", lambda run, **options: run / "report.html")
+
+
+def test_the_demo_goes_on_with_its_own_run_and_replaces_it_when_it_is_finished(
+    tiny_demo, tmp_path, interrupt, capfd, without_reports
+):
     run = tmp_path / "run"
     interrupt(6, *tiny_demo)
     rows = (run / "metrics.jsonl").read_text()
@@ -413,13 +422,15 @@ def test_the_demo_goes_on_with_its_own_run_and_replaces_it_when_it_is_finished(t
     assert "was interrupted: it goes on" in capfd.readouterr().err
     assert (run / "metrics.jsonl").read_text().splitlines()[:2] == rows.splitlines()[:2]
     assert (run / "report.html").is_file()
+    without_reports()
     assert main([*tiny_demo, "--n-tokens", "320"]) == 0
     assert json.loads((run / "summary.json").read_text())["step"] == 5
     assert main(tiny_demo) == 0
     assert json.loads((run / "summary.json").read_text())["step"] == 10
 
 
-def test_the_demo_leaves_other_runs_alone(tiny_demo, write, tmp_path, capfd):
+def test_the_demo_leaves_other_runs_alone(tiny_demo, write, tmp_path, capfd, without_reports):
+    without_reports()
     assert main(["train", write(train={"n_tokens": 320})]) == 0
     before = tree(tmp_path / "run")
     refused(tiny_demo, capfd, "holds a run")
