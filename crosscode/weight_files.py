@@ -12,6 +12,7 @@ import math
 import re
 import stat
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
             tensor.save(tensors, file)
             return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        if uses[tensor.untyped_storage().data_ptr()] > 1:  # safetensors refuses tensors that share memory
+            tensors[name] = tensor.clone()
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     try:

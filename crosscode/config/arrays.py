@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from crosscode.config.registry import ConfigModel, Printable
+from crosscode.config.registry import ConfigModel, NamedByPath, Printable
 
 
-class ArrayFile(ConfigModel):
+class ArrayFile(NamedByPath):
     """A file of activations; its path alone will do."""
 
     path: Printable
     """safetensors, npy or parquet file, or the folder of a store"""
     key: str | None = None
     """tensor or column, where the file has several"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
 
 class ArraysSource(ConfigModel):

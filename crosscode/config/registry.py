@@ -91,6 +91,15 @@ def with_fields(doc: str | None, config: type[BaseModel]) -> str | None:
     return inspect.cleandoc(doc) + FIELDS + "\n".join(lines)
 
 
+class NamedByPath(ConfigModel):
+    """What has a `path`: text in its place is that path."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class Component(BaseModel):
     """A component that is not resolved yet: its `type` and whatever else was given. `Registry.resolve` checks it."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt
 
-from crosscode.config.registry import ConfigModel, Printable
+from crosscode.config.registry import ConfigModel, NamedByPath, Printable
 
 
 class CacheConfig(ConfigModel):
@@ -27,15 +27,10 @@ class CacheConfig(ConfigModel):
         return {"dtype": self.dtype, "shard_bytes": self.shard_mb << 20, "max_bytes": max_bytes}
 
 
-class StoreConfig(ConfigModel):
+class StoreConfig(NamedByPath):
     """A store to read; its path alone will do."""
 
     path: Printable
     """folder or URL that `crosscode harvest` or a run with `data.cache` has written"""
     weight: PositiveFloat | None = None
     """how often an activation comes from it, relative to the other stores; null in all: in proportion to their sizes"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value

@@ -29,8 +29,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
     def strip(value: Any, path: str) -> Any:
         if isinstance(value, (torch.Tensor, SpreadTensor)):
-            # Clones: safetensors refuses tensors that share storage.
-            tensors[path] = value if isinstance(value, SpreadTensor) else value.detach().cpu().contiguous().clone()
+            tensors[path] = value
             return {_TENSOR_KEY: path}
         if isinstance(value, dict):
             # Integer keys (optimizer states have them) would come back as strings.
