@@ -168,9 +168,9 @@ def new_folder(path: Path, index: str, replaces: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iterator[None]:
+def held(path: Path, refusal: str, error: type[InputError] = InputError, *, patience: float = 0) -> Iterator[None]:
     """Within the block this process alone holds the lock file `path`, which is made and stays. The system lets go of it
-    when the process ends, however it ends. Nothing is held on a file system without locks.
+    when the process ends, however it ends. Nothing is held on a file system without locks. `patience`: seconds to wait.
 
     Raises:
         InputError: or `error`: `refusal`, and the process that holds it; or `path` is a link.
@@ -180,7 +180,7 @@ def held(path: Path, refusal: str, error: type[InputError] = InputError) -> Iter
     holder = ""
     try:
         holder = path.read_text(errors="replace")[:40] if path.is_file() else ""
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience)
     except Timeout as taken:
         raise error(f"{refusal} ({holder})" if holder else refusal) from taken
     except NotImplementedError:

@@ -27,6 +27,7 @@ from crosscode.runs.run_files import (
     step_files,
     write_marker,
 )
+from crosscode.stopping import n_ranks
 from crosscode.stored import SEAL, Checksums, Evaluation, Summary, read_json, seal_of
 from crosscode.weight_files import WEIGHTS_FILE, has_weights, weights_digest
 
@@ -168,9 +169,9 @@ class RunDirectory:
         drop_aside(self.path)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, patience: float = 0) -> Iterator[None]:
         """Within the block no other process may train here, or replace what is here. Ends with the process, if killed.
-        Makes the folder.
+        Makes the folder. `patience`: seconds to wait for another.
 
         Raises:
             InputError: another one does; the lock is a link.
@@ -183,14 +184,14 @@ class RunDirectory:
         check_is_no_link(file)
         if not file.exists():
             self._made.insert(0, file)
-        with held(file, f"run_dir: another process is at work in {str(self.path)!r}"):
+        with held(file, f"run_dir: another process is at work in {str(self.path)!r}", patience=patience):
             yield
 
     def check_not_held(self) -> None:
         """Raise `InputError` if another process trains here. Makes nothing."""
         if (self.path / LOCK_FILE).exists():
-            with self.held():
-                pass
+            with self.held(patience=10 if n_ranks() > 1 else 0):  # ranks look one after the other, and one recovers
+                self.recover()
 
     def reopen(self, step: int | None) -> None:
         """Clear away what a killed process left half written, and set aside damaged checkpoints behind `step`: they

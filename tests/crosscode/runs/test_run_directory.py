@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -213,6 +214,32 @@ def test_the_old_run_stays_until_the_new_one_has_a_checkpoint(write, tmp_path, l
     interrupt(5, "train", "--resume", str(run))
     assert not (run / ASIDE).exists()
     assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_of_ranks_that_look_at_once_one_puts_the_run_back_and_none_takes_another_for_a_stranger(
+    lay, tmp_path, monkeypatch
+):
+    run = lay("finished", tmp_path / "run")
+    old = tree(run)
+    run_files.move_aside(run)
+    recover = RunDirectory.recover
+    monkeypatch.setattr(RunDirectory, "recover", lambda self: (time.sleep(0.05), recover(self)))
+    with pytest.raises(InputError, match="another process is at work"), RunDirectory(run).held():
+        RunDirectory(run).check_not_held()  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    children = []
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                RunDirectory(run).check_not_held()
+                os._exit(0 if tree(run).keys() >= old.keys() else 1)
+            finally:
+                os._exit(2)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert {name: of for name, of in tree(run).items() if name != LOCK_FILE} == {
+        name: of for name, of in old.items() if name != LOCK_FILE
+    }
 
 
 def test_a_kill_anywhere_while_a_run_is_put_by_loses_nothing(lay, tmp_path):
