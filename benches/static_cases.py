@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from crosscode_kernels.capacity.triton_impl import product_if, support
 from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_entries
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.fused_adam.triton_impl import norm_of_rows, update_rows
@@ -121,6 +122,29 @@ def _threshold_select(case: Case, t: Tensors, scale_L: Tensor | None) -> tuple[T
     return count_B, *kept_entries(t.h_BL, t.g, scale_L, count_B, n_kept)
 
 
+def _capacity_support(t: Tensors, least_L: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for 0.5 % of all, and in a small batch for all."""
+    n = t.h_BL.numel()
+    return support(t.h_BL, t.h_BL, least_L, min(n, max(n // 200, 8192)))
+
+
+def _capacity_product(t: Tensors, backend: str, kind: str) -> Tensor:
+    mask = bias = None
+    if kind == "decode":
+        left, right, bias = t.h_BL, t.W_dec_LO, t.b_dec_O
+    elif kind == "values":
+        left, right = t.y_BO, t.W_dec_LO.T
+    else:
+        left, right, mask = t.da_BL.T, t.x_BI, t.h_BL
+    if backend == "torch":
+        left = left if mask is None else left.masked_fill(mask.T <= 0, 0)
+        product = left.float() @ right.float()
+        return (product if bias is None else product + bias.float()).to(left.dtype)
+    out = left.new_empty(left.shape[0], right.shape[1])
+    product_if(torch.ones((), dtype=torch.int32, device=out.device), left, right, out, mask=mask, bias=bias)
+    return out
+
+
 def _jumprelu_backward(t: Tensors, term: PenaltyTerm, backend: str) -> tuple[Tensor, ...]:
     da_BL = t.da_BL
     if backend == "torch" and term.g is not None:  # which is handed ordinary gradients alone
@@ -190,7 +214,7 @@ def _by_chance(value: Tensor, noise: Tensor) -> Tensor:
 
 def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Callable[[], Any]]:
     """Every kernel of "triton" by its registered name (with a suffix where it has variants), ready to call; or what "torch"
-    has under that name (for encode_threshold always the former)."""
+    has under that name (for encode_threshold and capacity_support always the former)."""
     c = case
     k_aux = min(max(c.input_width // 2, 1), 512, c.n_latents)
     encoder = Encoder(t.x_BI, t.W_enc_LI, t.b_enc_L)
@@ -203,6 +227,7 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
 
     calls = {
         "encode_topk": call("encode_topk", encoder, c.k),
+        "encode_topk screened": call("encode_topk", encoder, c.k, option="screened"),
         "encode_batch_topk": call("encode_batch_topk", encoder, c.k, None),
         "encode_batch_topk scaled": call("encode_batch_topk", encoder, c.k, t.n_L),
         "aux_topk": call("aux_topk", encoder, t.dead_L, k_aux),
@@ -247,6 +272,10 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         for form, latents in (("dense", t.h_BL), ("sparse", entries)):
             calls[f"{form}_penalty {kind}"] = call(f"{form}_penalty", latents, *penalty, slope)
             calls[f"{form}_penalty_backward {kind}"] = call(f"{form}_penalty_backward", t.g, latents, *penalty, slope)
+    for kind in ("decode", "values", "weights"):
+        calls[f"capacity_product {kind}"] = lambda kind=kind: _capacity_product(t, backend, kind)
+    for kind, least_L in (("relu", None), ("jumprelu", t.t_L)):
+        calls[f"capacity_support {kind}"] = lambda least_L=least_L: _capacity_support(t, least_L)
     if c.n_latents % c.k == 0:
         calls["encode_groupmax"] = call("encode_groupmax", encoder, c.k)
     return calls

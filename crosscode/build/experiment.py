@@ -62,7 +62,7 @@ def backend_of(config: ExperimentConfig) -> Backend:
     """The backend with the options that the optimizer asks of it."""
     wanted = Backend.parse(config.backend)
     if config.sparse_below is not None:
-        wanted = replace(wanted, sparse_below=config.sparse_below)
+        wanted = replace(wanted, sparse_below=config.sparse_below, capacity=config.sparse_below)
     plan = OPTIMIZERS.build(config.train.optimizer)
     if plan.fused:
         is_triton = wanted.name == "triton" or (

@@ -186,7 +186,8 @@ class ExperimentConfig(HarvestConfig):
     encode in float32 computes all pre-activations in bfloat16 and only those in full that may be among the k largest,
     proven row by row"""
     sparse_below: float | None = Field(default=None, ge=0, le=1)
-    """sparse products below this share of active latents; of a ReLU or JumpReLU on a CPU; null: tried out, as above"""
+    """sparse products below this share of active latents of a ReLU or JumpReLU; null: tried out on a CPU, dense on a GPU, where
+    a share keeps memory for so many and 0.005 is a beginning; batches with more are multiplied densely there"""
     crosscoder: CrosscoderConfig
     """the model that is trained"""
     objective: dict[str, dict[str, Any]] = Field(min_length=1)

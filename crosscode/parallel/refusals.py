@@ -34,9 +34,9 @@ def for_ranks(config: ExperimentConfig, *, to_train: bool = True) -> ExperimentC
     if getattr(optimizer, "row_sparse", None) == "auto":
         optimizer = optimizer.model_copy(update={"row_sparse": False})
     train = config.train.model_copy(update={"optimizer": optimizer})
-    measured = config.backend == "auto" and available_device(config.device).type == "cpu"
-    backend = "torch" if measured else config.backend
-    below = SPARSE_BELOW if config.sparse_below is None else config.sparse_below
+    on_cpu = available_device(config.device).type == "cpu"
+    backend = "torch" if on_cpu and config.backend == "auto" else config.backend
+    below = SPARSE_BELOW if on_cpu and config.sparse_below is None else config.sparse_below
     return config.model_copy(update={"backend": backend, "sparse_below": below, "train": train})
 
 

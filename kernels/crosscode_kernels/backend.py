@@ -56,6 +56,9 @@ class Backend:
     options: tuple[str, ...] = ()
     sparse_below: float = SPARSE_BELOW
     """Of torch on a CPU: the share of latents (of a ReLU, a JumpReLU, of the dead) under which products are sparse."""
+    capacity: float = 0.0
+    """Of triton: the share of a ReLU's or JumpReLU's pre-activations for whose entries there is room; products are sparse in the
+    batches that fit (`crosscode_kernels.capacity`). 0: they are dense."""
     said: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """What ops have said in the log last, so that they say only what is new."""
 
@@ -81,6 +84,11 @@ class Backend:
     def is_deferred(self) -> bool:
         """Whether weight gradients are handed on without being computed; not where gradients of them are wanted."""
         return "deferred" in self.options and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether entries are looked for; not while tracing, as ops that do are for eager execution."""
+        return self.name == "triton" and self.capacity > 0 and not torch.compiler.is_compiling()
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why this backend cannot serve tensors of `dtype` on `device`; "" where it can."""
@@ -144,7 +152,7 @@ def resolve(backend: AnyBackend, device: torch.device | str, dtype: torch.dtype 
         _announced.add((candidate, str(device), dtype))
         why = "; ".join(refused) or f"the fastest, and its kernels serve {torch.cuda.get_device_name(device)}"
         _logger.info("backend auto: %s on %s with %s (%s)", candidate, device, dtype, why)
-    return replace(candidate, sparse_below=wanted.sparse_below)
+    return replace(candidate, sparse_below=wanted.sparse_below, capacity=wanted.capacity)
 
 
 def backend_for(backend: AnyBackend, like: Tensor | Latents) -> Backend:

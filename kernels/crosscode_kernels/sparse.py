@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,12 @@ class Entries(NamedTuple):
 class DenseLatents:
     """`value_BL`, and what the encoder kept besides: the pre-activations `preacts_BL`; of a JumpReLU `deficit_L`, the sum over
     the batch of `relu(theta - h)` (then `preacts_BL` has no gradient), and `fired_L`, the firing counts; `active` holds the
-    same latents in sparse form, without gradient, where the encoder found few of them."""
+    same latents in sparse form, without gradient, where the encoder found few of them, or a `Capacity` of them."""
 
     value_BL: Tensor
     preacts_BL: Tensor | None = None
     deficit_L: Tensor | None = None
-    active: SparseLatents | None = None
+    active: SparseLatents | Any | None = None
     fired_L: Tensor | None = None
 
     @property
@@ -108,7 +108,7 @@ class DenseLatents:
 
     def with_value(self, value: Tensor) -> DenseLatents:
         """The same with other values: `value` is `[B, L]`."""
-        return replace(self, value_BL=value, fired_L=None)
+        return replace(self, value_BL=value, fired_L=None, active=None)
 
     def smallest_positive(self, value: Tensor) -> Tensor:
         """Of what there is one of for each of `value`; a scalar, inf where none is."""

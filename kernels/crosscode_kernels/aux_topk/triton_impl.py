@@ -64,7 +64,7 @@ def compact(mask_L: Tensor) -> tuple[Tensor, Tensor]:
     return dead_C, mask_L.sum(dtype=torch.int32)
 
 
-def _precision(x_BI: Tensor) -> str:
+def precision_of(x_BI: Tensor) -> str:
     """fp32 products follow the user's setting for fp32 matrix products."""
     if not x_BI.is_cuda or torch.version.hip is not None:
         return "ieee"
@@ -108,7 +108,7 @@ def aux_topk(encoder: Encoder, dead_mask_L: Tensor, k: int) -> tuple[Tensor, Ten
     dead_C, n_dead = compact(dead_mask_L)
     parts: list[tuple[Tensor, Tensor]] = []
     for chunk in token_chunks(x_BI.shape[0], n_latents):
-        h_BC = _preacts_of(encoder._replace(x_BI=x_BI[chunk]), dead_C, n_dead, _precision(x_BI))
+        h_BC = _preacts_of(encoder._replace(x_BI=x_BI[chunk]), dead_C, n_dead, precision_of(x_BI))
         parts.append(row_topk(h_BC, k, limit=n_dead))
     column_BK, value_BK = (torch.cat(part) for part in zip(*parts, strict=True))
     stored_K = torch.arange(k, device=x_BI.device) < n_dead

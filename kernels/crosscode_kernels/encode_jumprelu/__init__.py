@@ -17,6 +17,8 @@ Errors (ValueError): shapes that do not match, mixed dtypes or devices, eps not 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,9 @@ def encode_jumprelu(
         a_BL = jumprelu(h_BL, t_L, eps, ste, backend=backend)
         return DenseLatents(with_input_gradient(a_BL, h_BL, t_L, eps) if input_gradient else a_BL, h_BL)
     refuse_tangents("encode_jumprelu", (*encoder, t_L))
+    if backend.has_capacity and x_BI.shape[0] > 0:
+        with_capacity = importlib.import_module("crosscode_kernels.capacity").encode_jumprelu
+        return with_capacity(encoder, t_L, float(eps), ste == "gdm", backend.capacity)
     measures = backend.name == "torch" and may_look(x_BI)
     with torch.no_grad():
         h_BL = dense_preacts(encoder) if measures else preacts(*encoder, backend=backend)

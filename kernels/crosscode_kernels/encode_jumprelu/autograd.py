@@ -23,7 +23,7 @@ def _backward(
 ) -> dict[str, Tensor | None]:
     da_BL, term = (None, PenaltyTerm()) if da_BL is None else taken(da_BL, a.a_BL)
     da_BL = torch.zeros_like(a.h_BL) if da_BL is None else da_BL
-    dh_BL, dt_L, db_L = _backward_op(da_BL, d_deficit_L, a.h_BL, a.t_L, a.eps, a.gdm, term, backend=a.backend)
+    dh_BL, dt_L, db_L = backward_op(da_BL, d_deficit_L, a.h_BL, a.t_L, a.eps, a.gdm, term, backend=a.backend)
     return {
         "t_L": dt_L,
         "x_BI": dh_BL @ a.W_enc_LI if "x_BI" in a.needs else None,
@@ -37,7 +37,7 @@ def _sums(a: Arguments) -> tuple[Tensor, Tensor]:
     return zeros_L, zeros_L.long()
 
 
-_backward_op = define_op(
+backward_op = define_op(
     torch_impl.encode_jumprelu_backward,
     empty=lambda a: (
         (torch.empty_like(a.h_BL), torch.zeros_like(a.t_L), a.h_BL.new_zeros(a.t_L.shape))

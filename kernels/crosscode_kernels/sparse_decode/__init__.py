@@ -14,6 +14,7 @@ Errors (ValueError): shapes that do not match, mixed dtypes or devices.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import torch
@@ -44,6 +45,8 @@ def sparse_decode(
             y_BO = value.new_zeros(latents.batch_size, W_dec_LO.shape[1])
             return y_BO if b_dec_O is None else y_BO + b_dec_O
         return latents_decode(replace(latents.with_int32(), value_N=value), W_dec_LO, b_dec_O, backend)
+    if backend.name == "triton" and latents.active is not None and value is latents.value_BL:
+        return importlib.import_module("crosscode_kernels.capacity").decode(value, latents.active, W_dec_LO, b_dec_O)
     if latents.active is not None and value is latents.value_BL:
         return mixed_decode(value, latents.active, W_dec_LO, b_dec_O, backend)
     return torch.nn.functional.linear(value, W_dec_LO.T, b_dec_O)

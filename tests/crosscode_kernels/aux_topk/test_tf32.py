@@ -30,8 +30,8 @@ def _settings_as_they_were(monkeypatch):
 @pytest.mark.parametrize(("name", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_the_older_interface(name, expected):
     torch.set_float32_matmul_precision(name)
-    assert triton_impl._precision(ON_CUDA) == expected
-    assert triton_impl._precision(ON_CPU) == "ieee"
+    assert triton_impl.precision_of(ON_CUDA) == expected
+    assert triton_impl.precision_of(ON_CPU) == "ieee"
 
 
 @has_newer
@@ -41,18 +41,18 @@ def test_the_newer_interface_after_the_older(name):
     matmul.fp32_precision = name
     with pytest.raises(RuntimeError):
         _ = matmul.allow_tf32  # what reading the older interface comes to
-    assert triton_impl._precision(ON_CUDA) == name
+    assert triton_impl.precision_of(ON_CUDA) == name
 
 
 @has_newer
 def test_the_newer_interface_for_all_backends():
     torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
-    assert triton_impl._precision(ON_CUDA) == "tf32"
+    assert triton_impl.precision_of(ON_CUDA) == "tf32"
     matmul.fp32_precision = "ieee"
-    assert triton_impl._precision(ON_CUDA) == "ieee"
+    assert triton_impl.precision_of(ON_CUDA) == "ieee"
 
 
 def test_rocm_computes_in_full(monkeypatch):
     torch.set_float32_matmul_precision("high")
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert triton_impl._precision(ON_CUDA) == "ieee"
+    assert triton_impl.precision_of(ON_CUDA) == "ieee"

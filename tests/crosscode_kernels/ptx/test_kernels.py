@@ -19,7 +19,10 @@ from static_cases import Case, Tensors, launches, op_calls
 from torch import Tensor
 
 ROOT = Path(__file__).parents[3] / "kernels" / "crosscode_kernels"
-TENSOR_CORES = {"_dead_preacts_kernel": ("aux_topk", "aux_topk unbiased")}
+TENSOR_CORES = {
+    "_dead_preacts_kernel": ("aux_topk", "aux_topk unbiased", "encode_topk screened"),
+    "_product_if_kernel": ("capacity_product decode", "capacity_product values", "capacity_product weights"),
+}
 CASES = {
     case.name: case
     for case in (
@@ -49,6 +52,15 @@ def expected(op: str, case: Case, t: Tensors) -> list[Tensor]:
         threshold = t.g if "scaled" in op else t.g.to(t.h_BL.dtype).float()
         kept_BL = (h_BL > 0) & (rank_BL >= threshold)
         return [kept_BL.sum(1), kept_BL.nonzero()[:, 1], t.h_BL[kept_BL]]
+    if op.startswith("capacity_support"):
+        kept_BL = h_BL > (t.t_L if "jumprelu" in op else 0)
+        n, n_kept = h_BL.numel(), int(kept_BL.sum())
+        row_ptr_B1 = torch.nn.functional.pad(kept_BL.sum(1).cumsum(0), (1, 0))
+        rest = (0, n - n_kept)
+        places_N = kept_BL.view(-1).nonzero()[:, 0]
+        parts_N = ((kept_BL.nonzero()[:, 1], 0), (t.h_BL[kept_BL], 0), (places_N, n))
+        padded = [torch.nn.functional.pad(part, rest, value=value) for part, value in parts_N]
+        return [row_ptr_B1, *padded, torch.zeros(())]
     if op == "dense_penalty l1":
         return [(h_BL * n_L * lambda_L).sum() / case.n_tokens, lambda_L * h_BL.sum(0) / case.n_tokens]
     if op == "dense_penalty_backward l1":

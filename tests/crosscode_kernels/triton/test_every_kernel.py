@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 OPS = [
-    "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk",
+    "encode_topk", "encode_topk screened", "encode_batch_topk", "encode_batch_topk scaled", "encode_groupmax", "aux_topk",
     "aux_topk unbiased", "sparse_decode",
     "sparse_decode unbiased", "nested_decode", "nested_decode unbiased", "decode_recon", "decode_recon unbiased",
     "gather_dot", "gather_dot by latent", "sparse_decode_backward", "segment_rows", "decoder_norms",
@@ -30,7 +30,10 @@ OPS = [
     "sparse_penalty l1", "sparse_penalty_backward l1", "sparse_penalty tanh", "sparse_penalty_backward tanh",
     "encode_threshold", "encode_threshold scaled", "fused_adam", "fused_adam row-sparse", "fused_adam bfloat16",
     "encode_jumprelu", "encode_jumprelu_backward plain", "encode_jumprelu_backward l1", "encode_jumprelu_backward tanh",
+    "capacity_support relu", "capacity_support jumprelu", "capacity_product decode", "capacity_product values",
+    "capacity_product weights",
 ]  # fmt: skip
+NOT_REGISTERED = {"encode_threshold", "fused_adam", "capacity_support", "capacity_product"}
 FENCE = 8192
 
 
@@ -95,7 +98,7 @@ def small_case(static_cases):
 
 
 LONG_ROWS = (
-    "encode_topk", "encode_batch_topk", "encode_batch_topk scaled", "aux_topk", "aux_topk unbiased",
+    "encode_topk", "encode_topk screened", "encode_batch_topk", "encode_batch_topk scaled", "aux_topk", "aux_topk unbiased",
     "encode_groupmax",
 )  # fmt: skip
 
@@ -118,12 +121,14 @@ def test_every_registered_kernel_is_called(static_cases, small_case):
     from crosscode_kernels.registration import kernel_names
 
     of_stock_ops = {"latent_order"}
-    assert set(kernel_names()) - of_stock_ops == {op.split()[0] for op in OPS} - {"encode_threshold", "fused_adam"}
+    assert set(kernel_names()) - of_stock_ops == {op.split()[0] for op in OPS} - NOT_REGISTERED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_reads_and_writes_stay_within_the_tensors(op, dtype, static_cases, case, small_case, same_bits):
-    if dtype == torch.bfloat16 and op.startswith(("dense", "jumprelu", "encode_jumprelu", "pre_act")):
+    if dtype == torch.bfloat16 and op.startswith(
+        ("dense", "jumprelu", "encode_jumprelu", "pre_act", "encode_topk screened")
+    ):
         pytest.skip("the same addresses as in fp32")
     case = few_tokens(case, op) if op in LONG_ROWS else small_case
     plain = static_cases.op_calls(case, static_cases.Tensors(case, dtype, "cpu"))[op]()
