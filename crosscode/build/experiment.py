@@ -211,7 +211,7 @@ def open_experiment(
     """
     split = split_for(config.crosscoder.type)
     split.check(*config.n_positions())
-    joined()  # which says what device this one of several processes has
+    joined(config.parallel)  # which says what device this one of several processes has
     device = available_device(config.device)
     if config.finetune_from is not None:
         find_model(config.finetune_from)

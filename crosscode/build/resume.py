@@ -29,7 +29,7 @@ NO_EFFECT_ON_WEIGHTS = (
     "data.n_tokens_for_norm_estimate", "data.equal_models", "train.log_every", "train.histogram_every",
     "train.checkpoint_every", "train.keep_*", "train.max_shard_size", "train.max_skipped_steps",
     "train.wandb_project", "train.tensorboard",
-    "data.prefetch", "data.token_workers", "data.cache.shard_mb",
+    "data.prefetch", "data.token_workers", "data.cache.shard_mb", "parallel.timeout",
 )  # fmt: skip
 ROUNDING = (
     "backend", "sparse_below", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",

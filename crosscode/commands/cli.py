@@ -81,7 +81,7 @@ def _dispatch(arguments: list[str]) -> None:
             if os.environ.get("RANK", "0") != "0":  # the first says it
                 raise SystemExit(EXIT_BAD_INPUT)
             raise InputError(
-                f"{name}: runs in one process; under torchrun there are `crosscode train`, `evaluate`, `harvest`"
+                f"{name}: runs in one process: start it without torchrun, which is for `crosscode train`, `evaluate`, `harvest`"
             )
         from crosscode.commands.parts.start import start
 

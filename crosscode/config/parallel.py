@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from crosscode.config.registry import ConfigModel
 
@@ -15,3 +15,5 @@ class ParallelConfig(ConfigModel):
     divide their number"""
     apart: bool = False
     """each language model on processes of its own, in place of all on each: of two models and eight processes each on four"""
+    timeout: PositiveFloat = 30
+    """minutes for which a process waits for another that neither answers nor ends; longer than rank 0 may read or write alone"""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from crosscode.config.parallel import ParallelConfig
 from crosscode.errors import rank_lost
 from crosscode.stopping import is_first as is_first
 from crosscode.stopping import n_ranks as n_ranks
@@ -30,12 +31,12 @@ BYTES_AT_ONCE = 64 << 20
 class Group:
     """All ranks. `bytes_sent` counts what this one has sent in `n_calls`, where collectives go round a ring."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta = dist.default_pg_timeout) -> None:
         if (own := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():  # else all of it is on CPUs
             torch.cuda.set_device(own)
         if not dist.is_initialized():
             with _said_in_one_line():
-                _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout)
         self._begin(dist.get_rank(), dist.get_world_size())
 
     def _begin(self, rank: int, size: int) -> None:
@@ -127,7 +128,7 @@ class Group:
                 yield first, piece
 
 
-def _meet(backend: str) -> None:
+def _meet(backend: str, timeout: timedelta) -> None:
     """As `init_process_group`, at a place of its own for each attempt of `torchrun --max-restarts`: its store outlives the
     processes, and in it new ones would find the addresses of those that have ended."""
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
@@ -140,7 +141,7 @@ def _meet(backend: str) -> None:
             raise RuntimeError(f"not all of the {size} processes have come within {PATIENCE.total_seconds():.0f} s")
         time.sleep(0.05)
     apart.set_timeout(dist.default_pg_timeout)
-    dist.init_process_group(backend, store=apart, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=apart, rank=rank, world_size=size, timeout=timeout)
 
 
 class PaperGroup(Group):
@@ -156,11 +157,12 @@ class PaperGroup(Group):
 _group: Group | None = None
 
 
-def joined() -> Group | None:
-    """The group of this process, which waits for the others; None where it is alone."""
+def joined(parallel: ParallelConfig | None = None) -> Group | None:
+    """The group of this process, which waits for the others; None where it is alone. The first call says for how long what they
+    do together may take."""
     global _group
     if _group is None and n_ranks() > 1:
-        _group = Group()
+        _group = Group() if parallel is None else Group(timedelta(minutes=parallel.timeout))
     return _group
 
 

@@ -26,7 +26,7 @@ class Teams:
     @classmethod
     def of(cls, config: HarvestConfig) -> Teams | None:
         """None in one process, which holds all whole."""
-        group, parallel = joined(), config.parallel
+        group, parallel = joined(config.parallel), config.parallel
         return None if group is None else cls(group, len(config.language_models), parallel.model, parallel.apart)
 
     @property

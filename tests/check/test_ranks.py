@@ -202,6 +202,23 @@ def test_a_rank_that_is_killed_before_all_have_met_ends_the_other(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_given_up_in_the_time_that_is_set(tmp_path, rank):
+    config, rows = tmp_path / "c.yaml", tmp_path / "run" / "metrics.jsonl"
+    config.write_text(CONFIG.replace("RUN", str(tmp_path / "run")) + "parallel: {timeout: 0.25}\n")
+    processes = spawn(2, words=[str(Path(sys.executable).with_name("crosscode")), "train", str(config)])
+    while not (rows.exists() and rows.read_text().count("\n") > 3):
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.05)
+    processes[rank].send_signal(signal.SIGSTOP)
+    try:
+        said = processes[1 - rank].communicate(timeout=60)[0]
+    finally:
+        processes[rank].kill()
+        processes[rank].communicate()
+    assert processes[1 - rank].returncode == 74 and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize("n_rows", [0, 6, 9])  # in the first step, and where checkpoints are written
 def test_of_four_ranks_one_that_is_killed_ends_all(tmp_path, n_rows):
     crosscode, config, run = str(Path(sys.executable).with_name("crosscode")), tmp_path / "c.yaml", tmp_path / "run"

@@ -96,7 +96,8 @@ def test_every_other_command_says_once_that_it_is_for_one_process(monkeypatch, c
         monkeypatch.setenv("RANK", "0")
         assert main([name, "somewhere"]) == 2
         assert capsys.readouterr().err == (
-            f"crosscode: {name}: runs in one process; under torchrun there are `crosscode train`, `evaluate`, `harvest`\n"
+            f"crosscode: {name}: runs in one process: start it without torchrun, which is for `crosscode train`, "
+            "`evaluate`, `harvest`\n"
         )
         monkeypatch.setenv("RANK", "1")
         with pytest.raises(SystemExit, match="2"):
