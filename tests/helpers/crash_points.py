@@ -15,6 +15,8 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from forked import in_child, in_child_with_imports
+
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "remove")
 CONFIG = {
     "name": "run",
@@ -49,19 +51,6 @@ SCENARIOS = {
     "sweep_overwrite": ([SWEEP], [*SWEEP, "--overwrite"], [[*SWEEP, "--overwrite"]]),
     "sweep_overwrite_resume": ([SWEEP], [*SWEEP, "--overwrite"], [["sweep", "--resume", "runs"]]),
 }
-
-
-def in_child(work) -> int:
-    """Exit status of `work()` in a forked process; -9 where it was killed."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            status = work()
-        finally:
-            os._exit(status if isinstance(status, int) else 0)
-    _, how = os.waitpid(child, 0)
-    return -os.WTERMSIG(how) if os.WIFSIGNALED(how) else os.WEXITSTATUS(how)
 
 
 def command(words, said: Path):
@@ -131,16 +120,16 @@ def main(scenario: str, folder: Path, points: list[int]) -> None:
     import crosscode.commands.parts.sweep_runs  # noqa: F401
 
     before, killed, after = SCENARIOS[scenario]
-    start, said = folder / "start", folder / "said.txt"
+    start, said, names = folder / "start", folder / "said.txt", folder / "imported.json"
     prepare(start)
     os.chdir(start)
     for words in before:
-        assert in_child(lambda words=words: command(words, said)) == 0, said.read_text()
+        assert in_child_with_imports(lambda words=words: command(words, said), names) == 0, said.read_text()
     old = state(start)
     whole = folder / "whole"
     shutil.copytree(start, whole)
     os.chdir(whole)
-    assert in_child(lambda: counted(killed, said, None, folder / "count")) == 0, said.read_text()
+    assert in_child_with_imports(lambda: counted(killed, said, None, folder / "count"), names) == 0, said.read_text()
     new = state(whole)
     assert new, "something was trained"
     n_points = int((folder / "count").read_text())

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +25,9 @@ from crosscode.runs.loggers import JsonlLogger
 from crosscode.trainers import saver as saver_module
 from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+from forked import in_child, in_child_with_imports
 
 
 def strike(scenario):
@@ -94,14 +98,13 @@ def main(scenarios_file, results_file):
         pass
     statuses = []
     for scenario in scenarios:
-        child = os.fork()
-        if child == 0:
-            if scenario.get("signal"):
-                with strike(scenario):
-                    os._exit(train(scenario))
-            os._exit(train(scenario))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        statuses.append(status)
+
+        def work(scenario=scenario):
+            with strike(scenario) if scenario.get("signal") else nullcontext():
+                return train(scenario)
+
+        first = not statuses  # it is not struck
+        statuses.append(in_child_with_imports(work, Path(f"{results_file}-imports")) if first else in_child(work))
     Path(results_file).write_text(json.dumps(statuses))
 
 
