@@ -28,10 +28,11 @@ def test_every_scheme_of_the_demo_pair_is_told_its_l0(equal_l0, monkeypatch):
     names = equal_l0.schemes_of_demo()
     for name in names:
         with pytest.raises(ZeroDivisionError):
-            equal_l0.demo(name, 3)
-    assert told["topk_crosscoder"]["crosscoder"]["activation"]["k"] == 32 and told["topk_crosscoder"]["seed"] == 3
-    assert told["l1_crosscoder"]["objective"] == {"l1": {"target_l0": 32}}
-    assert told["wanted_l0_crosscoder"]["objective"] == {"l0": {"target": 32}}
+            equal_l0.demo(name, 3, 24)
+    assert told["topk_crosscoder"]["crosscoder"]["activation"]["k"] == 24 and told["topk_crosscoder"]["seed"] == 3
+    assert told["groupmax_crosscoder"]["crosscoder"]["n_latents"] == 43 * 24  # k groups of one size
+    assert told["l1_crosscoder"]["objective"] == {"l1": {"target_l0": 24}}
+    assert told["wanted_l0_crosscoder"]["objective"] == {"l0": {"target": 24}}
     assert len(told) >= 9 and "matryoshka_crosscoder" in names and "sae_topk" not in names
 
 
@@ -44,7 +45,7 @@ def test_a_row_of_the_demo_has_the_loss_recovered_of_both_models(equal_l0, monke
         return SimpleNamespace(path=run_dir)
 
     monkeypatch.setattr(equal_l0.crosscode, "train", train)
-    found = equal_l0.demo("l1_crosscoder", 0)
+    found = equal_l0.demo("l1_crosscoder", 0, 32)
     assert found == {
         "l0": 32.0,
         "fvu": 0.1,
