@@ -106,8 +106,9 @@ class Run(FinishedRun):
         return latents_of_text(self, text)
 
     def logits(self, latent: int) -> dict[str, LatentLogits]:
-        """By name of the output position: what the latent's decoder vector there (raw, of the folded model) gives through
-        the final norm and the unembedding of its language model. Positions to which the latent cannot write are left out.
+        """What a latent writes, as logits, by name of the output position: its decoder vector there (raw, of the folded
+        model), passed through the final norm and the unembedding of that position's language model. Positions to which the
+        latent cannot write are left out.
 
         Raises:
             InputError: no such latent, no language models, or a hookpoint outside the residual stream.
@@ -116,7 +117,7 @@ class Run(FinishedRun):
         return logits_of_latent(self, latent)
 
     def top(self, latent: int, n: int = 8) -> list[ShownExample]:
-        """Where a latent is largest on held-out text, strongest first (of own activations without tokens: row numbers).
+        """Where a latent is largest on held-out text, strongest first. Own activations without tokens give row numbers.
 
         The first call reads the held-out text once, for all latents.
 
@@ -136,9 +137,9 @@ class Run(FinishedRun):
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """On each two models that are compared (of one model: its first and last output hookpoint), what `crosscode report`
-        says: `headline()`, and of each latent `names` and `why`; `ranking("tuned")` are the latents that lean to a model, those
-        that are specific to it first, `specific("tuned")` those alone."""
+        """What `crosscode report` says of each two models that are compared (of one model: of its first and last output
+        hookpoint). `headline()` is the sentence; `names` and `why` are there for each latent. `ranking("tuned")` lists the
+        latents that lean to that model, those that are specific to it first; `specific("tuned")` lists only these."""
         return self._study.verdicts
 
     @property
@@ -175,9 +176,9 @@ class Run(FinishedRun):
     def ablate(
         self, latents: Iterable[int], models: Models = None, positions: Positions = "all"
     ) -> AbstractContextManager[None]:
-        """Within the block, the run's `transformers` models run without what latents write: `x -= a_l * W_dec[l, position]`,
-        so that the error stays. `a_l` is that of the unmodified models on the same tokens: each forward pass runs them once
-        more. Not for padded prompts or beam search. Arguments and errors as of `steer`.
+        """Within the block, the run's `transformers` models run without what latents write: `x -= a_l * W_dec[l, position]`.
+        What the crosscoder does not explain stays. `a_l` is that of the unmodified models on the same tokens: each forward
+        pass runs them once more. Not for padded prompts or beam search. Arguments and errors as of `steer`.
         """
         return ablation(self, latents, models, positions)
 
@@ -188,8 +189,8 @@ class Run(FinishedRun):
         ablate: Sequence[int] = (),
         **options: Any,
     ) -> dict[str, Steered]:
-        """By language model: what it writes after a prompt as it is, with latents added or taken out, and with random
-        directions of the same norms; and which next tokens changed most.
+        """What each language model writes after a prompt: as it is, with latents added or taken out, and with random
+        directions of the same norms in their place. Also the next tokens that changed most.
 
         Args:
             prompt: a text, or the messages of a chat, which end where the answer begins.
@@ -210,8 +211,9 @@ class Run(FinishedRun):
         n_random: int = 5,
         seed: int = 0,
     ) -> Closes:
-        """The share of `KL(B || A)` on held-out text that goes away when what B has of some latents is added to A, beside random
-        latents with vectors of the same norms. See `crosscode.evaluation.closes`.
+        """How much of the difference between two models some latents account for: the share of `KL(B || A)` on held-out text
+        that goes away when what B has of them is added to A. Random latents, with vectors of the same norms, are measured
+        beside them. See `crosscode.evaluation.closes`.
 
         Args:
             latents: default: those that are specific to B; where there are none, the first 10 of its ranking.
@@ -227,7 +229,7 @@ class Run(FinishedRun):
     # ---- going on
 
     def resume(self, acts: Any = None, *, progress: bool = True, callbacks: Any = (), **given: Any) -> Run:
-        """Go on from the newest checkpoint, to the bit as if nothing had been.
+        """Go on from the newest checkpoint. The end is to the bit that of a run that never stopped.
 
         Args:
             acts: for a run on activations that no file holds: the same again; with them `heldout`, `tokens`,

@@ -58,20 +58,21 @@ def train(
     ```
 
     Args:
-        acts: activations, unscaled, in rows of shape (D,), (P, D) or (M, P, D), for M models, P hookpoints, width D: a
-            tensor, numpy array or memory map, a path (safetensors, npy, parquet, the folder of a store), an
-            `ActivationCache`, a DataLoader, an iterator or any iterable of batches; or a list with one of these for each
-            position. Files are read ahead, and never are as a whole in memory. Or a config: its file, a run directory,
-            or a recipe's name.
-        crosscoder: the section `crosscoder` of a config, as a dictionary or config (beside a config: fields to replace); or
-            an initialised model, which is trained in place, on its device. Where nothing is said: the initialisation and
-            the objective that are usual for the activation (`recon` and `auxk` for TopK, BatchTopK and GroupMax; `recon`
-            and `l1` for ReLU; `recon`, `tanh` and `pre_act` for JumpReLU); one pass over the rows, but 1000 steps at least.
+        acts: what to train on: activations of your own, or a config. Activations are unscaled rows of shape (D,), (P, D) or
+            (M, P, D), for M models, P hookpoints, width D. They may be a tensor, a numpy array or memory map, a path
+            (safetensors, npy, parquet, the folder of a store), an `ActivationCache`, a DataLoader, an iterator or any
+            iterable of batches; or a list with one of these for each position. A file is read ahead and never is as a whole
+            in memory. A config is its file, a run directory, or a recipe's name.
+        crosscoder: the section `crosscoder` of a config, as a dictionary or config; or an initialised model, which is
+            trained in place, on its device. Beside a config: fields to replace. What is not said follows from the
+            activation: an initialisation, and the objective (`recon` and `auxk` for TopK, BatchTopK and GroupMax; `recon`
+            and `l1` for ReLU; `recon`, `tanh` and `pre_act` for JumpReLU). Training takes one pass over the rows, but at
+            least 1000 steps.
         run_dir: folder of the run; default `runs/run`.
         names: a name for each position, in the order (M, P), such as "base/resid"; what stands before the last "/" is
             the model.
         heldout: activations for evaluation, in any of the forms of `acts`. Default: the last 2 % of the rows
-            (`data={"validation_fraction": ...}`); of batches, whose end nobody knows, the first of them. Up to
+            (`data={"validation_fraction": ...}`). A stream has no end that is known: there it is the first rows. Up to
             `evaluation.n_tokens` of them are kept in the run directory.
         tokens: token id of every row, (N,) or (H, S) with H * S = N: for examples in the report and feature files. Not
             beside `heldout`.
@@ -79,8 +80,8 @@ def train(
         callbacks: see `crosscode.Callback`.
         loggers: see `crosscode.Logger`, beside those of the config.
         progress: show it.
-        trust_remote_code: let the language models of a config that lies in a run, which somebody else may have made, run code
-            of their own, where it says so. In a config of your own its word is enough.
+        trust_remote_code: let language models run code of their own, where the config says so. This is asked for only where
+            the config lies in a run, which somebody else may have made.
         fields: any field of `train` (n_tokens, batch_size, optimizer, ...), or of a whole config (name, seed, device,
             backend, data, objective, constraints, evaluation, finetune_from, overwrite, train; beside a config also
             language_models and hookpoints).
