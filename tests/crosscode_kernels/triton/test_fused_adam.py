@@ -29,9 +29,11 @@ FEW = 6
 class Run:
     """A tiny TopK crosscoder with AuxK. One latent is active on most tokens: of `B` more than 64 entries, so overflow items."""
 
-    def __init__(self, options: tuple[str, ...], autocast: bool = False, n_tokens: int = FEW) -> None:
+    def __init__(
+        self, options: tuple[str, ...], autocast: bool = False, n_tokens: int = FEW, backend: str = "triton"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.ops, self.autocast = OpSet(Backend("triton", options)), autocast
+        self.ops, self.autocast = OpSet(Backend(backend, options)), autocast
         self.n_tokens = n_tokens
         self.W_enc, self.W_dec = (nn.Parameter(0.3 * torch.randn(L, X, D, generator=generator)) for _ in range(2))
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(L)), nn.Parameter(torch.zeros(X * D))
@@ -87,7 +89,7 @@ def _interpreter():
     [(True, 2), *(pytest.param(with_norms, 50, marks=pytest.mark.soak) for with_norms in (False, True))],
 )
 def test_steps_are_those_of_adam(with_norms, n_steps):
-    one, other = (Run(options, n_tokens=B) for options in (("deferred",), ()))
+    one, other = Run(("deferred",), n_tokens=B), Run((), n_tokens=B, backend="torch")
     for step in range(n_steps):
         norms = one.step(step, with_norms=with_norms), other.step(step, with_norms=with_norms)
         torch.testing.assert_close(*norms, rtol=2e-6, atol=0)
