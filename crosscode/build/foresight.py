@@ -31,8 +31,6 @@ from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.weight_files import shape_and_dtype, tensor_names
 from crosscode.widths import Widths
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def check_language_models(config: HarvestConfig) -> Widths | None:
     """Each model's configuration, and whether its weights fit. Returns `foreseen_widths`.
@@ -122,10 +120,11 @@ def check_weights(
         n_together: so many processes hold the model together.
     """
     dtype, packed, n_weights, n_base = _weights(config, skeleton, n_together)
+    device = available_device(default_device) if config.device_map is None and config.device is None else None
     with at_field(field, LanguageModelConfig.model_fields):
         path = locate(config.path)
         adapter = adapter_of(path, config.revision, config.gguf_file, config.adapter, config.adapter_revision)
-    device = None if config.device_map is not None else available_device(config.device or default_device)
+        device = device if config.device is None else available_device(config.device)
     there = _memory(device) if device is not None else _memory_of_all()
     on_device = weights.setdefault(device, {})
     on_device[f"{skeleton.name}@{skeleton.revision} {dtype} {config.quantization}"] = int(n_base)
@@ -151,7 +150,12 @@ def _weights(config: LanguageModelConfig, skeleton: LanguageModel, n_together: i
     dtype = run_dtype(config, skeleton)
     packed = bool(config.quantization or getattr(skeleton.model.config, "quantization_config", None))
     n_weights = n_weights_of_a_rank(skeleton, n_together)
-    return dtype, packed, n_weights, n_weights * (0.5 if packed else DTYPE_BYTES.get(dtype, 2))
+    return dtype, packed, n_weights, n_weights * (0.5 if packed else dtype_bytes(dtype))
+
+
+def dtype_bytes(name: str) -> int:
+    """Of a number of `torch`'s dtype of that name."""
+    return getattr(torch, name).itemsize
 
 
 def run_dtype(config: LanguageModelConfig, skeleton: LanguageModel) -> str:
@@ -194,7 +198,7 @@ def check_memory(config: ExperimentConfig, model: BaseCrosscoder, width: int, de
     _check_fits(f"crosscoder.{size}", getattr(config.crosscoder, size), n_bytes, device, what)
     M, P, capacity = len(config.language_models), len(config.hookpoints), config.data.shuffle_buffer_size
     rows = (0 if config.data.reads_stores() else DEFAULT_CAPACITY) if capacity is None else capacity
-    n_bytes = rows * M * P * width * DTYPE_BYTES[config.data.activation_dtype]
+    n_bytes = rows * M * P * width * dtype_bytes(config.data.activation_dtype)
     what = f"activations of {M} x {P} x {width}"
     _check_fits("data.shuffle_buffer_size", rows, n_bytes, torch.device("cpu"), what)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from crosscode.build.experiment import build_model, build_objective, check_parts
-from crosscode.build.foresight import DTYPE_BYTES, foreseen_widths, run_dtype, skeletons_of, weight_bytes
+from crosscode.build.foresight import dtype_bytes, foreseen_widths, run_dtype, skeletons_of, weight_bytes
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.language_models import LanguageModel
@@ -124,7 +124,7 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], width: int,
     harvest = config.data.harvest_batch_size * config.data.sequence_length
     M, P = config.n_positions()
     vector, B = M * P * width, config.train.batch_size
-    stored = DTYPE_BYTES[config.data.activation_dtype]
+    stored = dtype_bytes(config.data.activation_dtype)
     gathered = (ranks - 1) * -(-config.data.harvest_batch_size // ranks) * config.data.sequence_length * vector * stored
     together = config.parallel.model
     sent = {"harvest": gathered * B / harvest, "step": float(counted.step)}
@@ -267,7 +267,7 @@ def _flops(gpu: Gpu, n_bytes: int, *, tf32: bool = False) -> float:
 
 def _bytes(config: LanguageModelConfig, model: LanguageModel) -> int:
     """Of a number of a run."""
-    return DTYPE_BYTES.get(run_dtype(config, model), 2)
+    return dtype_bytes(run_dtype(config, model))
 
 
 def _used_layers(config: ExperimentConfig, model: LanguageModel) -> int:

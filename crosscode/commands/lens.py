@@ -40,6 +40,7 @@ class Options(TrustOptions):
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
     from crosscode.build.data import Activations, build_token_loader, open_activations
+    from crosscode.build.foresight import check_language_models
     from crosscode.data.norms import NormLimit
     from crosscode.evaluation.difference_lens import mean_differences
 
@@ -51,6 +52,7 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     if len(names) < 2:
         raise InputError(f"language_models: a difference needs at least two, got {len(names)}")
     quiet_libraries()
+    check_language_models(config)
     activations = Activations(config=config, **open_activations(config))
     ratio = config.data.max_norm_ratio
     for m in range(1, len(names)):

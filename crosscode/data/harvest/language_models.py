@@ -176,6 +176,8 @@ def available_device(name: str | torch.device) -> torch.device:
     """The device of that name, `auto` for the best one here, or `InputError` with the reason."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name).partition(":")[0] == "meta":
+        raise InputError(f"device = {str(name)!r}: holds no numbers; name one that does, or auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

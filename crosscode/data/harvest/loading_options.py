@@ -64,6 +64,8 @@ def _check_attention(skeleton: LanguageModel, name: str, trust_remote_code: bool
 def _check_device_map(device_map: str | Mapping[str, Any]) -> None:
     if find_spec("accelerate") is None:
         raise InputError(f"device_map = {device_map!r}: needs the package accelerate (pip install accelerate)")
+    if not device_map:
+        raise InputError(f"device_map = {device_map!r}: places nothing; name a device for each part, or auto")
     if isinstance(device_map, str) and device_map in _PLACED_BY_TRANSFORMERS:
         return
     with at_field(f"device_map = {device_map!r}"):

@@ -122,6 +122,7 @@ def test_language_models_that_cannot_fit_are_refused_with_the_numbers(refusal, t
     packed = {"quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     monkeypatch.setattr(foresight, "_memory", lambda device: n_bytes // 8 - 1)
     assert "billion weights packed take" in refusal(language_models=[{**m, **packed} for m in models(tiny_config)])
+    assert [foresight.dtype_bytes(name) for name in ("float64", "float32", "bfloat16", "float16")] == [8, 4, 2, 2]
 
 
 def test_ids_to_mask_are_tokens(refusal):
@@ -150,6 +151,10 @@ def test_run_directories_have_names_that_can_be_printed_and_made(refusal):
             "quantization = {'quant_method': 'awq'}: this method reads weights",
         ),
         ({"device_map": "somewhere"}, "device_map = 'somewhere': "),
+        ({"device_map": {}}, "device_map = {}: places nothing"),
+        ({"device_map": {"": "meta"}}, "device_map = {'': 'meta'}: device = 'meta': holds no numbers"),
+        ({"device": "meta"}, "device = 'meta': holds no numbers"),
+        ({"device": "cuda:99"}, "device = 'cuda:99': not available here"),
         ({"device_map": {"model": "cpu", "lm_head": 99}}, "device_map = {'model': 'cpu', 'lm_head': 99}: "),
     ],
 )

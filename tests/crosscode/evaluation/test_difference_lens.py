@@ -104,7 +104,7 @@ def test_models_that_are_not_two_are_refused(a, b, lms):
         mean_differences(ActivationHarvester(lms, HOOKS), [batch()], model_a=a, model_b=b)
 
 
-def test_the_command_shows_tokens_or_that_there_is_no_difference(tiny_config, tmp_path, capsys):
+def test_the_command_shows_tokens_or_that_there_is_no_difference(tiny_config, tmp_path, capsys, monkeypatch):
     import yaml
 
     def shown(models):
@@ -121,3 +121,6 @@ def test_the_command_shows_tokens_or_that_there_is_no_difference(tiny_config, tm
     assert code == 0 and out.out.splitlines()[1:] == ["no difference: the activations are equal"]
     code, out = shown(models[:1])
     assert code == 2 and "language_models: a difference needs at least two, got 1" in out.err
+    monkeypatch.setattr("crosscode.build.foresight._memory", lambda device: 20_000)
+    code, out = shown(models[:2])
+    assert code == 2 and "weights in float32 take" in out.err and "loading" not in out.err
