@@ -26,6 +26,7 @@ _CONFIG = "adapter_config.json"
 _BESIDE = re.compile(r"(^|_)(adapter|lora)_|_adapter\.")
 """Of peft, and of other libraries: pytorch_adapter.bin, pytorch_lora_weights.safetensors, non_lora_trainables.bin."""
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_MORE_WEIGHTS = re.compile(r"^(?!adapter_model\.).*\.safetensors$|^(non_lora_trainables|pytorch_model).*\.(bin|pt)$")
 _PREFIX = "base_model.model."
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations of LoRA that leave the base as it is; the others (PiSSA, OLoRA, ...) take something out of it."""
@@ -62,7 +63,8 @@ class Adapter:
 def find_adapter(name: str, revision: str | None) -> Adapter | None:
     """The adapter in a folder, or in a hub repository (`OWNER/NAME`, `OWNER/NAME/SUBFOLDER`), None where there is none.
 
-    Of a hub repository its files are downloaded. Raises InputError for one without weights.
+    Of a hub repository its files are downloaded. Raises InputError for one without weights, or with more of
+    them than `peft` reads.
     """
     from transformers.utils.hub import cached_file
 
@@ -83,6 +85,11 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
         return None
     if len(found) == 1:
         raise InputError(f"adapter {name!r}: {_CONFIG} is there, but no {' or '.join(_WEIGHTS)}")
+    unused = [file.name for file in sorted(found[0].parent.iterdir()) if _MORE_WEIGHTS.search(file.name)]
+    if unused:
+        raise InputError(
+            f"adapter {name!r}: its file {unused[0]!r} would not be used; move it away if it is not needed"
+        )
     if options:
         for file in TOKENIZER_FILES:
             cached_file(repo, file, **options)

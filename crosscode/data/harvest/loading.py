@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,24 @@ def adapter_of(
     """The adapter that is asked for, or that stands at `path` alone."""
     if adapter is not None:
         with _one_line_errors(adapter, adapter_revision, but=(InputError,), what="adapter"):
-            is_path = adapter.startswith((".", "~", os.sep)) and not Path(adapter).expanduser().is_dir()
+            is_folder = Path(adapter).expanduser().is_dir()
+            if is_folder and adapter_revision is not None:
+                raise InputError(f"adapter_revision = {adapter_revision!r}: {adapter!r} is a folder, which has none")
+            is_path = adapter.startswith((".", "~", os.sep)) and not is_folder
             found = None if is_path else find_adapter(adapter, adapter_revision)
         if found is None:
-            raise InputError(f"adapter = {adapter!r}: no folder or hub repository with an adapter_config.json")
+            at = "" if adapter_revision is None else f" at revision {adapter_revision!r}"
+            raise InputError(f"adapter = {adapter!r}: no folder or hub repository with an adapter_config.json{at}")
         return found
     folder = Path(path).expanduser()
-    if gguf_file is not None or folder.suffix == ".gguf" or (not folder.is_dir() and _looks_like_a_path(path)):
+    if gguf_file is not None or folder.suffix == ".gguf":
         return None
     if folder.is_dir():
         return None if (folder / "config.json").is_file() else find_adapter(path, None)
+    if _looks_like_a_path(path):
+        with suppress(OSError, InputError):  # no such repository, or no hub to ask
+            return None if path.startswith((".", "~", os.sep)) else find_adapter(path.rstrip("/"), revision)
+        return None
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 

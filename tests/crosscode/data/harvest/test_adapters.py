@@ -317,6 +317,8 @@ def _config(folder, **values):
         (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_config.json is there, but no adapter_model"),
         (lambda f: (f / "adapter_config.json").unlink(), "no folder or hub repository with an adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is no JSON"),
+        (lambda f: (f / "more.safetensors").write_bytes(b""), "its file 'more.safetensors' would not be used"),
+        (lambda f: (f / "non_lora_trainables.bin").write_bytes(b""), "its file 'non_lora_trainables.bin' would not be used"),
         (lambda f: _config(f, target_modules=["nowhere"]), "nowhere"),
         (lambda f: _config(f, init_lora_weights="pissa_niter_4"), "'pissa_niter_4' took a random part out of the base"),
     ],
@@ -337,6 +339,31 @@ def test_a_name_that_is_neither_folder_nor_repository_is_refused_by_name(name, m
     with pytest.raises(InputError, match=f"adapter {message}") as error:
         load_language_model(make_adapter("llama", "lora")[0], adapter=name)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_has_no_revisions(copies):
+    with pytest.raises(InputError, match=r"adapter_revision = 'v9': '.*adapter' is a folder"):
+        load_language_model(str(copies[0]), adapter=str(copies[1]), adapter_revision="v9")
+
+
+def test_the_subfolder_of_a_repository_alone_stands_for_its_adapter(copies, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    base, adapter = copies
+    _config(adapter, base_model_name_or_path=str(base))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, repository = "c" * 40, tmp_path / "models--own--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit / "ck").mkdir(parents=True)
+    adapter.rename(repository / "snapshots" / commit / "ck" / "last")
+    loaded = load_language_model("own/lora/ck/last")
+    assert loaded.name.endswith("base + own/lora/ck/last") and loaded.peft_model is not None
+    with pytest.raises(InputError, match="'own/lora/ck/first': no such folder"):
+        load_language_model("own/lora/ck/first")
+    with pytest.raises(InputError, match=r"adapter_config.json at revision 'v2'"):
+        load_language_model(str(base), adapter="own/lora/ck/last", adapter_revision="v2")
 
 
 def test_a_prompt_is_no_adapter_of_weights(copies, tmp_path, build_model):
