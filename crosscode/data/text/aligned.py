@@ -200,7 +200,9 @@ class Aligner:
                 "dataset: it holds token ids, which language_models of different tokenizers cannot both read; give text"
             )
         messages: Any = document
-        (text, found), (of_other, found_other) = (message_spans(each, messages) for each in (self.first, self.other))
+        (text, found, _), (of_other, found_other, _) = (
+            message_spans(each, messages) for each in (self.first, self.other)
+        )
         pairs = []
         for (span, i), (span_other, j) in zip(found, found_other, strict=False):
             here, there = text[slice(*span)], of_other[slice(*span_other)]

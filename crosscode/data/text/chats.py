@@ -20,23 +20,33 @@ _SPACE = re.compile(r"\s+")
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
-def message_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[Span, int]]]:
-    """The text of `messages`; where in it what their contents say begins and ends, in order, each with the number of its message.
+def message_spans(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[tuple[Span, int]], frozenset[int]]:
+    """The text of `messages`; where in it what their contents say begins and ends, in order, each with the number of its message;
+    and the messages of which the template changed something, which has no place.
 
     Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
-    a way that leaves their places unknown.
+    a way that leaves the places of all unknown.
     """
     text = chat_text(tokenizer, messages)
-    found = _spans_by_marks(tokenizer, messages, text)
-    for kept in (_SPACE, _LOOKED_FOR):
-        if found is None:
-            found = _spans_by_characters(tokenizer, messages, text, kept)
+    by_marks = _spans_by_marks(tokenizer, messages, text)
+    if by_marks is not None:
+        return text, by_marks, frozenset()
+    found = _spans_by_characters(tokenizer, messages, text, _SPACE)
+    if found is None or found[1]:
+        again = _spans_by_characters(tokenizer, messages, text, _LOOKED_FOR)
+        found = again if found is None or (again and not again[1]) else found
     if found is None:
-        raise InputError(
-            "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
-            f"template adds ({text[:60]!r}...); set template_tokens: keep"
-        )
-    return text, found
+        raise places_unknown(text)
+    return text, *found
+
+
+def places_unknown(text: str) -> InputError:
+    return InputError(
+        "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
+        f"template adds ({text[:60]!r}...); set template_tokens: keep, and no roles, turns or thinking in positions"
+    )
 
 
 def marked_by_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
@@ -113,7 +123,7 @@ def _spans_by_marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text:
 
 def _spans_by_characters(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, kept: re.Pattern[str]
-) -> list[tuple[Span, int]] | None:
+) -> tuple[list[tuple[Span, int]], frozenset[int]] | None:
     """Places for a template that cuts or reorders contents (drops earlier thinking, puts the system into a turn).
 
     Each character of a content that is not `kept` (white space alone, or also the tags and brackets that templates look for)
@@ -191,7 +201,8 @@ def _spans_by_characters(
             spans[-1] = (spans[-1][0], place + 1 + len(end))
     if changed & without_tags:
         return None
-    return [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
+    found = [(span, message_of[owner]) for span, owner in zip(spans, owners, strict=True) if owner not in changed]
+    return found, frozenset(message_of[owner] for owner in changed)
 
 
 def _reasoning(message: Mapping[str, Any]) -> dict[str, str]:

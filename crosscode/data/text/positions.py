@@ -20,23 +20,30 @@ _THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Said:
-    """Where each message (by number) is said in the text, thinking included, and where the assistant thinks."""
+    """Where each message (by number) is said in the text, thinking included, where the assistant thinks, and the messages of
+    which that is not known whole."""
 
     said: Sequence[tuple[Span, int]]
     thinking: Sequence[tuple[Span, int]]
+    unsure: frozenset[int]
 
 
 def said_by(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, found: Sequence[tuple[Span, int]]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    found: Sequence[tuple[Span, int]],
+    changed: frozenset[int],
 ) -> Said:
-    """`found`: where in `text` each message is said, as `message_spans` has it; of the assistant's, what the template marks as
-    its counts, where it does."""
+    """`found`: where in `text` each message is said, `changed`: where that is not known, as `message_spans` has them; of the
+    assistant's, what the template marks as its counts, where it does."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     marked = marked_by_template(tokenizer, messages, text)
     if marked is not None:
         found = [(span, i) for span, i in found if i not in answers] + list(zip(marked, answers, strict=True))
+        changed -= set(answers)
     thinking = _thinking(text, found, answers)
-    return Said(sorted([*found, *thinking]), thinking)
+    return Said(sorted([*found, *thinking]), thinking, changed)
 
 
 def roles_of(messages: Sequence[Mapping[str, Any]], said: Said, text: str, offsets: Sequence[Span]) -> list[int]:

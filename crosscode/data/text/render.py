@@ -13,7 +13,7 @@ import torch
 
 from crosscode.config.data import TemplateTokens, TokenPolicy
 from crosscode.config.positions import PositionRules
-from crosscode.data.text.chats import chat_text, message_spans
+from crosscode.data.text.chats import chat_text, message_spans, places_unknown
 from crosscode.data.text.documents import Document
 from crosscode.data.text.labels import TEMPLATE, TEXT, UNKNOWN
 from crosscode.data.text.positions import chosen_positions, in_spans, roles_of, said_by
@@ -155,14 +155,15 @@ class DocumentRenderer:
     def _render_chat(self, messages: Any) -> tuple[list[int], list[int], list[int] | None]:
         """Token ids, their flags, and where they end (None: not known, nor asked for)."""
         rules = self._positions
-        takes_all = self._template_tokens == "keep" and not rules.of_chats and rules.thinking == "keep"
+        asks_who = self._template_tokens == "answers" or rules.of_chats or rules.thinking != "keep"
+        takes_all = self._template_tokens == "keep" and not asks_who
         is_fast = getattr(self._tokenizer, "is_fast", False)
         if takes_all:
             text = chat_text(self._tokenizer, messages)
             try:
                 if not is_fast:
                     raise InputError("no places of tokens")
-                found = message_spans(self._tokenizer, messages)[1]
+                _, found, changed = message_spans(self._tokenizer, messages)
             except InputError:  # nobody has asked who says what
                 ids = self._tokenize([text])[0]
                 return ids, [UNKNOWN << ROLE_SHIFT] * len(ids), None
@@ -175,19 +176,24 @@ class DocumentRenderer:
                 f"{type(self._tokenizer).__name__} does not; set {off}"
             )
         else:
-            text, found = message_spans(self._tokenizer, messages)
+            text, found, changed = message_spans(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
         offsets = encoded["offset_mapping"][0]
         masked = [False] * len(offsets)
         if self._template_tokens != "keep":
-            roles = ("assistant",) if self._template_tokens == "answers" else None
-            spans = [span for span, i in found if roles is None or messages[i]["role"] in roles]
+            answers = self._template_tokens == "answers"
+            spans = [span for span, i in found if not answers or messages[i]["role"] == "assistant"]
             masked = [not inside for inside in in_spans(offsets, spans)]
-        said = said_by(self._tokenizer, messages, text, found)
+        said = said_by(self._tokenizer, messages, text, found, changed)
+        if asks_who and (changed if self._template_tokens == "answers" else said.unsure):
+            raise places_unknown(text)
+        roles = roles_of(messages, said, text, offsets)
+        if takes_all and said.unsure:
+            roles = [UNKNOWN] * len(roles)
         chosen = chosen_positions(rules, messages, said, offsets)
         flags = [
             role << ROLE_SHIFT | (MASKED if mask or not use else 0)
-            for role, use, mask in zip(roles_of(messages, said, text, offsets), chosen, masked, strict=True)
+            for role, use, mask in zip(roles, chosen, masked, strict=True)
         ]
         return encoded["input_ids"][0], flags, [end for _, end in offsets]
 

@@ -125,7 +125,7 @@ def test_turns_that_a_template_cuts_merges_or_reorders(template, contents, text,
         {"role": "system" if i == 0 and template is GEMMA else "r", "content": content}
         for i, content in enumerate(contents)
     ]
-    rendered, found = message_spans(build_tokenizer(chat_template=template), messages)
+    rendered, found, _ = message_spans(build_tokenizer(chat_template=template), messages)
     assert rendered == text
     assert [rendered[begin:end] for (begin, end), _ in found] == written
 

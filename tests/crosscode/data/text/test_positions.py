@@ -8,6 +8,7 @@ from crosscode.config.checked import checked
 from crosscode.config.data import TokenPolicy
 from crosscode.config.positions import PositionRules
 from crosscode.data import TokenSequenceLoader, wrap_documents
+from crosscode.data.text.labels import ROLES
 from crosscode.errors import InputError
 
 TEMPLATES = {
@@ -184,6 +185,39 @@ def test_a_template_that_rewrites_what_is_said_is_refused(tokenizer_of):
     tokenizer = tokenizer_of("{% for m in messages %}{{ m['content']|tojson }}{% endfor %}")
     with pytest.raises(InputError, match="rewrites a chat so that what its messages wrote cannot be told"):
         used(tokenizer, [[{"role": "assistant", "content": 'w1 "w2"'}]], roles=["assistant"])
+
+
+UPPER = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | upper }}|{% endfor %}"
+
+
+@pytest.mark.parametrize("rules", [{"roles": ["assistant"]}, {"around_turn": [0, 3]}, {"thinking": "drop"}])
+@pytest.mark.parametrize("body", ["upper", "replace('r', 's')", "title"])
+def test_a_template_that_changes_what_is_said_is_refused_where_it_is_asked_who_says_what(rules, body, tokenizer_of):
+    tokenizer = tokenizer_of(UPPER.replace("upper", body))
+    chats = [[{"role": "user", "content": "ONE 2"}, {"role": "assistant", "content": "three or four"}]]
+    with pytest.raises(InputError, match="rewrites a chat so that what its messages wrote cannot be told"):
+        used(tokenizer, chats, **rules)
+    plain = TokenSequenceLoader(
+        wrap_documents(chats), tokenizer, sequence_length=128, epochs=1, bos="none", template_tokens="keep"
+    )
+    with pytest.raises(InputError, match="rewrites a chat so that what its messages wrote cannot be told"):
+        next(iter(plain.fresh(template_tokens="answers")))
+    batch = next(iter(plain))  # nobody asks
+    assert {ROLES[role] for role in batch.labels.role_T[batch.mask_HS].tolist()} == {"unknown"}
+
+
+def test_what_a_template_marks_of_the_assistant_it_may_change(tokenizer_of):
+    marked = "{% generation %}{{ m['content'] | upper }}{% endgeneration %}"
+    template = UPPER.replace(
+        "{{ m['content'] | upper }}",
+        f"{{% if m['role'] == 'assistant' %}}{marked}{{% else %}}{{{{ m['content'] }}}}{{% endif %}}",
+    )
+    tokenizer = tokenizer_of(template)
+    chat = [{"role": "user", "content": "ONE 2"}, {"role": "assistant", "content": "three"}]
+    found = used(tokenizer, [chat], roles=["assistant"])
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert "".join(text[slice(*offsets[p])] for p in found) == "THREE"
 
 
 @pytest.mark.parametrize(
