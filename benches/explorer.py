@@ -19,7 +19,7 @@ import torch
 
 from crosscode.analysis.encoded import encode_heldout
 from crosscode.analysis.records import study_records
-from crosscode.analysis.report import write_explorer
+from crosscode.analysis.report import contents, write_explorer
 from crosscode.analysis.run_record import read_run
 from crosscode.models import ModelHookpointAcausalCrosscoder, TopkActivation
 from crosscode.models.architecture import split_for
@@ -78,7 +78,9 @@ def main(n_latents: int, n_tokens: int) -> None:
             model, batches(n_tokens), split, ["base/h", "tuned/h"], lambda x, v_ND: v_ND @ W_VD.T
         )
         passed = time.process_time() - start
-        write_explorer(run / "report", study, records, Tokenizer(), read_run(run), model)
+        tokenizer = Tokenizer()
+        shown = contents(read_run(run), study, tokenizer)
+        write_explorer(run / "report", shown, study, records, tokenizer, {})
         all_ = time.process_time() - start
         size = sum(path.stat().st_size for path in (run / "report").rglob("*") if path.is_file())
     pstats.Stats(profile).sort_stats("cumulative").print_stats(r"crosscode|built-in", 45)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosscode.analysis.records import study_records
-from crosscode.analysis.report import write_explorer
+from crosscode.analysis.report import contents, write_explorer
 from crosscode.analysis.run_record import read_run
 from crosscode.models import ModelHookpointAcausalCrosscoder, TopkActivation
 from crosscode.models.architecture import split_for
@@ -50,7 +50,9 @@ def page(tmp_path_factory):
     split = split_for("model_hookpoint_acausal")
     names = [f"{EVIL}/h", "tuned/h"]
     study, records = study_records(model, heldout, split, names, lambda x, v_ND: v_ND @ W_VD.T)
-    write_explorer(run / "report", study, records, HostileTokenizer(), read_run(run), model)
+    tokenizer = HostileTokenizer()
+    shown = contents(read_run(run), study, tokenizer)
+    write_explorer(run / "report", shown, study, records, tokenizer, {})
     return (run / "report" / "index.html").as_uri()
 
 
