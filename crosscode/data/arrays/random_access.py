@@ -156,7 +156,7 @@ class FileInput(RandomAccess):
         first_N = np.flatnonzero(begins_R)
         at_N = self.offset + self.row_bytes * index_R[first_N]
         whole_RE = out_RE if out_RE.flags.c_contiguous else np.empty(out_RE.shape, dtype=np.uint8)
-        if not read_runs([self._file] * len(first_N), at_N, first_N, whole_RE):
+        if not all(read_runs([self._file] * len(first_N), at_N, first_N, whole_RE)):
             raise InputError(f"{str(self.path)!r}: became shorter while it was read")
         if whole_RE is not out_RE:
             out_RE[:] = whole_RE

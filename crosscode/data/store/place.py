@@ -31,9 +31,9 @@ _PATIENCE = {protocol: {"requests_timeout": 60} for protocol in ("gs", "gcs")}
 _TRIES = 4
 _FIRST_PAUSE = 0.1
 """Seconds; each next one is four times as long. What a file system tries again by itself comes on top."""
-_REQUESTS = 64
+_REQUESTS = 256
 """On their way at once."""
-_LARGEST = 2 << 20
+_LARGEST = 512 << 10
 _GAP = 64 << 10
 """Bytes between two runs that cost less than another request."""
 
@@ -265,9 +265,11 @@ def for_each(action: Callable[[Any], Any], of: Iterable[Any], path: Place) -> li
     return list(_pool().map(action, of) if isinstance(path, RemotePath) else map(action, of))
 
 
-def read_remote_runs(places_N: list[RemotePath], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> bool:
-    """As `read_runs`. Neighbours are asked for together and long runs in parts, `_REQUESTS` of at most `_LARGEST` bytes at once;
-    each holds its own bytes until they are in place, and no more."""
+def read_remote_runs(
+    places_N: list[RemotePath], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray
+) -> Iterator[bool]:
+    """As `read_runs`, but all is on its way at the return and there when the iterator ends. Neighbours are asked for together and
+    long runs in parts, `_REQUESTS` of at most `_LARGEST` bytes at once; each holds its own bytes until they are in place."""
     out = memoryview(out_RE.reshape(-1))  # pyright: ignore[reportArgumentType]
     edges = [*(first_N * out_RE.shape[1]).tolist(), out_RE.size]
     requests: list[tuple[RemotePath, list[tuple[int, int, int]]]] = []  # (from, to, place in `out`) of each
@@ -294,4 +296,4 @@ def read_remote_runs(places_N: list[RemotePath], at_N: np.ndarray, first_N: np.n
             out[begin : begin + stop - start] = content[start - first : stop - first]
         return len(content) == end - first
 
-    return all(list(_pool().map(get, requests)))
+    return _pool().map(get, requests)

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -249,13 +249,13 @@ class ActivationCache:
         files_N = self._files(shard_N)
         sums_R = torch.empty(len(index_R), dtype=torch.int32)
         section_at_N = self._offsets[shard_N]
+        read, came = read_remote_runs if self.is_remote else read_runs, []
         for section_RE in (sums_R.view(torch.uint8).view(-1, 4), *out.sections()):
             E = section_RE.shape[1]
-            if not (read_remote_runs if self.is_remote else read_runs)(
-                files_N, section_at_N + E * local_N, first_N, section_RE.numpy()
-            ):
-                raise self._cut(shard_N)
+            came.append(read(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()))
             section_at_N = section_at_N + E * self._sizes[shard_N]
+        if not all(list(chain.from_iterable(came))):  # each to its end: nothing is written behind an error
+            raise self._cut(shard_N)
         wrong_R = np.flatnonzero(row_sums(out) != sums_R.numpy())
         if wrong_R.size:
             shard, row = shard_R[wrong_R[0]], index_R[wrong_R[0]]
@@ -289,9 +289,9 @@ class ActivationCache:
         return StoreError(f"store: shard {str(path)!r} became shorter while it was read; it is damaged")
 
 
-def read_runs(files_N: list[int], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> bool:
-    """One read a run, from byte `at_N` of its file into the rows from `first_N` on; False where a file ended early."""
+def read_runs(files_N: list[int], at_N: np.ndarray, first_N: np.ndarray, out_RE: np.ndarray) -> list[bool]:
+    """One read a run, from byte `at_N` of its file into the rows from `first_N` on; [False] where a file ended early."""
     view: Any = memoryview(out_RE.reshape(-1))  # pyright: ignore[reportArgumentType]
     edges = [*(first_N * out_RE.shape[1]).tolist(), out_RE.size]
     parts = [[view[first:end]] for first, end in pairwise(edges)]
-    return sum(map(os.preadv, files_N, parts, at_N.tolist())) == out_RE.size
+    return [sum(map(os.preadv, files_N, parts, at_N.tolist())) == out_RE.size]

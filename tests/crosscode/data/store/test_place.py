@@ -268,7 +268,7 @@ def test_requests_are_many_at_once_and_bounded(faulty, monkeypatch):
     cache = write(faulty, rows_of(600), shard_rows=600)
     Faulty.seconds, Faulty.most_at_once = 0.005, 0
     cache.read_rows(torch.arange(600))
-    assert 16 < Faulty.most_at_once <= 64
+    assert 16 < Faulty.most_at_once <= 256
 
 
 @pytest.mark.parametrize(
