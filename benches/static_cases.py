@@ -10,6 +10,7 @@ a training step of that size, without its memory and without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from crosscode_kernels.capacity.triton_impl import product_if, support
 from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_entries
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.fused_adam.triton_impl import norm_of_rows, update_rows
+from crosscode_kernels.grouped_decode.torch_impl import entries_of_each
+from crosscode_kernels.grouped_decode.triton_impl import grouped_backward
 from crosscode_kernels.penalties import PreActTerm
 from crosscode_kernels.penalties.deferred import PenaltyTerm
 from crosscode_kernels.registration import kernel_of
@@ -87,6 +90,8 @@ class Tensors:
         self.row_ptr_B1 = torch.arange(n_tokens + 1, dtype=torch.int32, device=device) * case.k
         self.idx_N = self._zipf_indices(case, device, generator)
         self.value_N = normal(n_tokens * case.k).abs_()
+        n_grouped = sum(width * (x + 1) for x, width in enumerate(case.segments))
+        self.W_groups = normal(n_latents * n_grouped)
         self.order = kernel_of("latent_order", "triton")(self.idx_N, n_latents)
 
     @property
@@ -143,6 +148,34 @@ def _capacity_product(t: Tensors, backend: str, kind: str) -> Tensor:
     out = left.new_empty(left.shape[0], right.shape[1])
     product_if(torch.ones((), dtype=torch.int32, device=out.device), left, right, out, mask=mask, bias=bias)
     return out
+
+
+def _windows(case: Case) -> tuple[list[int], int]:
+    """As of source layers: the first dictionary writes to all positions, each further one to those from its own on."""
+    return list(accumulate(case.segments, initial=0))[:-1], case.output_width
+
+
+def _grouped(case: Case, t: Tensors) -> tuple[Entries, list[int], list[Tensor]]:
+    """The batch once for each output position; the weights lie one behind the other."""
+    firsts, n_out = _windows(case)
+    W_S = [part.view(case.n_latents, -1) for part in t.W_groups.split([case.n_latents * (n_out - at) for at in firsts])]
+    entries = Entries(*(torch.cat([field] * len(firsts)) for field in t.entries))
+    return entries, [t.value_N.shape[0]] * len(firsts), W_S
+
+
+def _grouped_backward(case: Case, t: Tensors, backend: str) -> tuple[Tensor, ...]:
+    entries, count_S, W_S = _grouped(case, t)
+    firsts, _ = _windows(case)
+    if backend == "triton":
+        dvalue_N, dW_S = grouped_backward(entries, count_S, t.y_BO, W_S, firsts)
+        return dvalue_N, *dW_S
+    own_S, dots, dW_S = entries_of_each(entries, count_S), [], []
+    for own, W_LO, first in zip(own_S, W_S, firsts, strict=True):
+        dy_BO = t.y_BO[:, first : first + W_LO.shape[1]].contiguous()
+        dot_N, dW_LO = kernel_of("sparse_decode_backward", "torch")(own, dy_BO, W_LO)
+        dots.append(dot_N)
+        dW_S.append(dW_LO)
+    return torch.cat(dots), *dW_S
 
 
 def _jumprelu_backward(t: Tensors, term: PenaltyTerm, backend: str) -> tuple[Tensor, ...]:
@@ -238,6 +271,9 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "decode_recon unbiased": call("decode_recon", entries, t.W_dec_LO, None, t.target_BO, t.segments),
         "nested_decode": call("nested_decode", t.in_segments(entries), t.W_dec_LO, t.b_dec_O, N_PREFIXES),
         "nested_decode unbiased": call("nested_decode", t.in_segments(entries), t.W_dec_LO, None, N_PREFIXES),
+        "grouped_decode": call("grouped_decode", *_grouped(c, t), t.b_dec_O, *_windows(c)),
+        "grouped_decode unbiased": call("grouped_decode", *_grouped(c, t), None, *_windows(c)),
+        "grouped_backward": lambda: _grouped_backward(c, t, backend),
         "gather_dot": call("gather_dot", entries._replace(order_N=entries.order_N[:0]), t.y_BO, t.W_dec_LO),
         "gather_dot by latent": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),

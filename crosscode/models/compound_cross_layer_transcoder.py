@@ -173,15 +173,20 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         return keep_largest(layers, min(selection.k, self.n_latents), scale_L, over_batch=selection.over_batch)
 
     def _decode_layers(self, layers: Sequence[Latents], x_BPD: Tensor | None) -> Tensor:
-        y_BPD: Tensor | None = None
-        for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
-            x_BD = None if x_BPD is None else x_BPD[:, source]
-            from_source = part.decode(latents, x_BD)
-            if y_BPD is None:
-                y_BPD = from_source.new_zeros(from_source.shape[0], self.n_layers, self.d_out)
-            y_BPD[:, self._outputs(source)] += from_source
-        assert y_BPD is not None
-        return y_BPD if self.b_dec_XoDo is None else y_BPD + self.b_dec_XoDo
+        y_BO = self._grouped(layers, self._b_dec_O)
+        for source, part in enumerate(self.parts):
+            if part.W_skip_XiDiXoDo is not None:
+                if x_BPD is None:
+                    raise InputError("decode: this model has a linear skip, so it needs the input x_BXiDi as well")
+                skip_BO = part._skip_BO(part.W_skip_XiDiXoDo, x_BPD[:, source])
+                y_BO = y_BO + nn.functional.pad(skip_BO, self._padding(source, self.d_out))
+        return y_BO.reshape(-1, self.n_layers, self.d_out)
+
+    def _grouped(self, layers: Sequence[Latents], b_dec_O: Tensor | None) -> Tensor:
+        """`y_BO`: what all source layers write, and the bias."""
+        first_S = [self._padding(source, self.d_out)[0] for source in range(len(layers))]
+        weights = [part.W_dec_LO for part in self.parts]
+        return self.parts[0].ops.grouped_decode(layers, weights, b_dec_O, first_S, self.n_layers * self.d_out)
 
     def encode_latents(self, x_BXiDi: Tensor) -> Latents:
         return concat_latents(self._encode_layers(x_BXiDi))
@@ -219,11 +224,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         ]
         if len(layers) > 1:
             layers = keep_largest(layers, k, None, over_batch=False)
-        outputs = []
-        for source, (part, latents) in enumerate(zip(self.parts, layers, strict=True)):
-            y_BO = part.ops.sparse_decode(latents, part.W_dec_LO, None)
-            outputs.append(nn.functional.pad(y_BO, self._padding(source, self.d_out)))
-        return torch.stack(outputs).sum(0).reshape(-1, self.n_layers, self.d_out)
+        return self._grouped(layers, None).reshape(-1, self.n_layers, self.d_out)
 
     @torch.no_grad()
     def after_step(self, latents: Latents) -> None:

@@ -132,6 +132,19 @@ class ShardedOps(OpSet):
     ) -> ReconLoss:
         return self.local.recon_loss(self.sparse_decode(latents, W_dec_RO, b_dec_O), target_BO, segments)
 
+    def grouped_decode(
+        self,
+        latents_S: Sequence[Latents],
+        W_S: Sequence[Tensor],
+        b_dec_O: Tensor | None,
+        first_S: Sequence[int],
+        n_out: int,
+    ) -> Tensor:
+        own_S = [self._own_latents(latents) for latents in latents_S]
+        y_BO = self.local.grouped_decode(own_S, W_S, None, first_S, n_out)
+        y_BO = summed(self.group, _tied(y_BO, *(latents.value for latents in latents_S)))
+        return y_BO if b_dec_O is None else y_BO + b_dec_O
+
     def nested_decode(self, latents: Latents, W_dec_RO: Tensor, b_dec_O: Tensor | None, sizes: Sequence[int]) -> Tensor:
         n_rows = W_dec_RO.shape[0]
         own_sizes = [min(max(size - self.own.start, 0), n_rows) for size in sizes]

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from crosscode_kernels.backend import Backend
 
@@ -26,7 +27,7 @@ Arguments = Any
 
 _SCHEMA = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?", bool: "bool",
-    list[int]: "int[]",
+    list[int]: "int[]", list[Tensor]: "Tensor[]",
 }  # fmt: skip
 _KERNELS: dict[str, Kernel] = {}
 
@@ -52,8 +53,8 @@ def define_op(
     finish: Callable[[Arguments, Any], Any] = lambda a, result: result,
     extra: Mapping[str, Any] | None = None,
     variants: Sequence[str] = (),
-    saved: Callable[[Arguments, Any], dict[str, Tensor | None]] | None = None,
-    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    saved: Callable[[Arguments, Any], dict[str, Any]] | None = None,
+    backward: Callable[..., dict[str, Any]] | None = None,
     n_results: int | None = None,
 ) -> Callable[..., Any]:
     """Register `crosscode::<name of the kernel>` and return it as a function of the kernel's arguments, those of `extra`
@@ -75,7 +76,7 @@ def define_op(
     n_results = n_results or len(get_args(result)) or 1
     schema = ", ".join(f"{_SCHEMA[kind]} {argument}" for argument, kind in flat.items())
     results = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
-    tensors = {argument for argument, kind in flat.items() if kind in (Tensor, Tensor | None)}
+    tensors = {argument for argument, kind in flat.items() if kind in (Tensor, Tensor | None, list[Tensor])}
 
     def bind(values: tuple[Any, ...]) -> Arguments:
         *arguments, backend, options = values
@@ -107,17 +108,20 @@ def define_op(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             a = bind(inputs)
             kept = saved(a, output)
-            ctx.names, ctx.rest = tuple(kept), {key: value for key, value in vars(a).items() if key not in tensors}
-            ctx.save_for_backward(*kept.values())
+            ctx.rest = {key: value for key, value in vars(a).items() if key not in tensors}
+            leaves, ctx.kept = tree_flatten(kept)
+            ctx.save_for_backward(*leaves)
             ctx.set_materialize_grads(False)
 
-        def backward_of(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            found: dict[str, Tensor | None] = {}
+        def backward_of(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            found: dict[str, Any] = {}
             if any(grad is not None for grad in grads):
-                needs = {argument for argument, needed in zip(flat, ctx.needs_input_grad, strict=False) if needed}
-                kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+                needs = {argument for argument, needed in zip(flat, ctx.needs_input_grad, strict=False) if _any(needed)}
+                kept = tree_unflatten(ctx.saved_tensors, ctx.kept)
                 found = backward(SimpleNamespace(**kept, **ctx.rest, needs=needs), *grads)
-            return *(found.get(argument) for argument in flat), None, None
+            # Where lists of tensors have gradients, PyTorch takes an empty list for one of them.
+            of_options = [] if list[Tensor] in flat.values() and not ctx.rest["backend"].options else None
+            return *(found.get(argument) for argument in flat), None, of_options
 
         op.register_autograd(backward_of, setup_context=setup_context)
 
@@ -135,7 +139,7 @@ def refuse_tangents(name: str, values: Iterable[Any]) -> None:
     """Raise `NotImplementedError` in forward-mode differentiation, which would take a registered op for a constant."""
     if forward_ad._current_level < 0:  # the one way to ask that costs nothing
         return
-    tensors = (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     if any(forward_ad.unpack_dual(value).tangent is not None for value in tensors):
         raise NotImplementedError(
             f"{name}: no forward-mode derivative (torch.func.jvp, jacfwd); use backend='reference', or torch.func.vjp"
@@ -144,7 +148,14 @@ def refuse_tangents(name: str, values: Iterable[Any]) -> None:
 
 def contiguous(value: Any) -> Any:
     """Kernels read rows: they are handed contiguous tensors."""
+    if isinstance(value, list):
+        return [contiguous(one) for one in value]
     return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _any(needed: bool | Sequence[bool]) -> bool:
+    """Of a list of tensors, whether one is meant."""
+    return needed if isinstance(needed, bool) else any(needed)
 
 
 def like(tensor: Tensor) -> Tensor:

@@ -122,6 +122,8 @@ class _Extents:
 @contextmanager
 def checked_bounds() -> Iterator[None]:
     """See the module's docstring. Tensors that a kernel is given must be contiguous."""
+    from crosscode_kernels.triton_common.launch import reached
+
     builder, executor, extents = interpreter.InterpreterBuilder, interpreter.GridExecutor, _Extents()
     saved = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw, executor.__call__
     load, store, atomic, run = saved
@@ -139,7 +141,7 @@ def checked_bounds() -> Iterator[None]:
         return atomic(self, op, ptr, value, mask, *rest)
 
     def run_in_extents(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extents.set([arg for arg in (*args, *kwargs.values()) if hasattr(arg, "data_ptr")])
+        extents.set([arg for arg in (*args, *kwargs.values(), *reached) if hasattr(arg, "data_ptr")])
         return run(self, *args, **kwargs)
 
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store

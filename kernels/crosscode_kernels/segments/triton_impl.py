@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscode_kernels.segments.triton_groups import Groups, group_of
 from crosscode_kernels.sparse import Entries
 from crosscode_kernels.triton_common.heuristics import ITEM, segment_config
 from crosscode_kernels.triton_common.launch import launch
@@ -94,11 +95,12 @@ def row_sum(
 @triton.jit
 def _segment_rows_kernel(
     order_ptr, token_ptr, latent_ptr, extra_ptr, weight_ptr, rows_ptr, W_ptr, out_ptr, sum_ptr, dot_ptr,
-    partial_ptr, partial_sum_ptr, L, N, width, slice_width, OVERFLOW: tl.constexpr,
+    partial_ptr, partial_sum_ptr, table_ptr, L, N, n_columns, n_rows, slice_width, OVERFLOW: tl.constexpr,
     HAS_OVERFLOW: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_DOT: tl.constexpr,
-    ITEM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+    ITEM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """With HAS_OUT `out[l] = sum_e weight_e rows[token_e]`; with HAS_DOT `dot_e = W[l] . rows[token_e]`, from the same loads."""
+    """With HAS_OUT `out[l] = sum_e weight_e rows[token_e]`; with HAS_DOT `dot_e = W[l] . rows[token_e]`, from the same loads.
+    With ALIGN latents are those of groups, `n_rows` of each (the last one for padding); see `Groups`."""
     pid = tl.program_id(0)
     if OVERFLOW:
         if pid >= tl.load(extra_ptr + L):
@@ -109,6 +111,20 @@ def _segment_rows_kernel(
         latent = pid.to(tl.int64)
         start = tl.load(latent_ptr + latent)
     end = tl.minimum(tl.load(latent_ptr + latent + 1), start + ITEM)
+    width = n_columns
+    row = latent
+    if ALIGN > 0:
+        row = latent % n_rows
+        if row == n_rows - 1:
+            return
+        first_entry, W_offset, first_column, width, out_offset = group_of(table_ptr, latent // n_rows, ALIGN)
+        W_ptr += W_offset
+        out_ptr += out_offset
+        rows_ptr += first_column
+        order_ptr += first_entry
+        token_ptr += first_entry
+        weight_ptr += first_entry
+        dot_ptr += first_entry
     offs_e = tl.arange(0, BLOCK_E)
     offs_block = tl.arange(0, ITEM // BLOCK_E)
     weight_sum = tl.zeros([BLOCK_E], dtype=tl.float32)
@@ -121,18 +137,18 @@ def _segment_rows_kernel(
         mask_o = offs_o < width
         w = tl.zeros([BLOCK_O], dtype=tl.float32)
         if HAS_DOT:
-            w = tl.load(W_ptr + latent * width + offs_o, mask=offs_o < n_read, other=0.0).to(tl.float32)  # [BLOCK_O]
+            w = tl.load(W_ptr + row * width + offs_o, mask=offs_o < n_read, other=0.0).to(tl.float32)  # [BLOCK_O]
         total, weight_sum, dots = _item_sum(
             order_ptr, token_ptr, weight_ptr, rows_ptr, w, weight_sum, dots, first_o == first_s, start, end, offs_o,
-            mask_o, width, HAS_OUT, HAS_SUM, HAS_DOT, ITEM, BLOCK_E, BLOCK_O,
+            mask_o, n_columns, HAS_OUT, HAS_SUM, HAS_DOT, ITEM, BLOCK_E, BLOCK_O,
         )  # fmt: skip
         if HAS_OUT:
             if OVERFLOW:
-                tl.store(partial_ptr + pid.to(tl.int64) * width + offs_o, total, mask=mask_o)
+                tl.store(partial_ptr + pid.to(tl.int64) * n_columns + offs_o, total, mask=mask_o)
             else:
                 if HAS_OVERFLOW:
-                    total = with_partials(total, extra_ptr, partial_ptr, latent, offs_o, mask_o, width)
-                tl.store(out_ptr + latent * width + offs_o, total, mask=mask_o)
+                    total = with_partials(total, extra_ptr, partial_ptr, latent, offs_o, mask_o, n_columns)
+                tl.store(out_ptr + row * width + offs_o, total, mask=mask_o)
     if HAS_SUM and pid_s == 0:
         total_weight = tl.sum(weight_sum, 0)
         if OVERFLOW:
@@ -155,19 +171,26 @@ def token_of_entry(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
     return torch.searchsorted(row_ptr_B1, position_N, right=True, out_int32=True) - 1
 
 
-def _items(entries: Entries) -> tuple[Tensor, Tensor]:
+def _items(entries: Entries, groups: Groups | None) -> tuple[Tensor, Tensor]:
     """The token of each entry in order of latents, and how many overflow items the latents before each one have."""
     extra_L = (torch.diff(entries.latent_ptr_L1) - 1).clamp_(min=0) // ITEM
     extra_ptr_L1 = torch.nn.functional.pad(torch.cumsum(extra_L, 0, dtype=torch.int32), (1, 0))
-    return token_of_entry(entries.row_ptr_B1, entries.order_N.shape[0])[entries.order_N], extra_ptr_L1
+    row_ptr_B1, order_N = entries.row_ptr_B1, entries.order_N
+    if groups is None:
+        return token_of_entry(row_ptr_B1, order_N.shape[0])[order_N], extra_ptr_L1
+    first_entry_S = groups.table_S5[:, 0].int()
+    row_ptr_SB1 = row_ptr_B1.view(len(groups.W_S), -1)
+    row_N = token_of_entry((row_ptr_SB1 + first_entry_S[:, None]).flatten(), order_N.shape[0])
+    group_N, token_N = row_N // row_ptr_SB1.shape[1], row_N % row_ptr_SB1.shape[1]
+    return token_N[order_N + first_entry_S[group_N]], extra_ptr_L1
 
 
 class RowSums:
     """`segment_rows`, not computed yet: what `row_sum` takes. Its overflow items are summed when they are first asked for."""
 
-    def __init__(self, entries: Entries, rows_BI: Tensor) -> None:
-        self.entries, self.rows_BI = entries, rows_BI
-        self.token_N, self.extra_ptr_L1 = _items(entries)
+    def __init__(self, entries: Entries, rows_BI: Tensor, groups: Groups | None = None) -> None:
+        self.entries, self.rows_BI, self.groups = entries, rows_BI, groups
+        self.token_N, self.extra_ptr_L1 = _items(entries, groups)
         self.n_overflow = entries.order_N.shape[0] // ITEM
         self._partial_TI: Tensor | None = None
 
@@ -194,17 +217,20 @@ class RowSums:
         dot_SN: Tensor | None = None, sum_L: Tensor | None = None, partial_sum_T: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Overflow items into partials, or rows into what is given: sums of rows, of weights, dots with the rows of W."""
-        none, (n_tokens, width) = self.rows_BI, self.rows_BI.shape
+        none, (n_tokens, n_columns), groups = self.rows_BI, self.rows_BI.shape, self.groups
         n_latents = self.entries.latent_ptr_L1.shape[0] - 1
+        width = n_columns if groups is None else groups.widest
         config = segment_config(n_tokens, width, none.element_size())
         given = (none if one is None else one for one in (W_LI, out_LI, sum_L, dot_SN, partial_TI, partial_sum_T))
         launch(
             _segment_rows_kernel,
             (self.n_overflow if overflow else n_latents, triton.cdiv(width, config.slice_width)), *self._pointers(),
-            *given, n_latents, self.entries.order_N.shape[0], width, config.slice_width, OVERFLOW=overflow,
+            *given, none if groups is None else groups.table_S5, n_latents, self.entries.order_N.shape[0], n_columns,
+            0 if groups is None else groups.n_latents + 1, config.slice_width, OVERFLOW=overflow,
             HAS_OVERFLOW=self.n_overflow > 0, HAS_OUT=partial_TI is not None, HAS_SUM=sum_L is not None,
             HAS_DOT=W_LI is not None, ITEM=ITEM, BLOCK_E=config.BLOCK_E, BLOCK_O=config.BLOCK_O,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            ALIGN=0 if groups is None else groups.align, num_warps=config.num_warps, num_stages=config.num_stages,
+            reaches=groups.W_S if groups else (),
         )  # fmt: skip
 
 
@@ -216,13 +242,14 @@ def reduce_by_latent(
     want_out: bool = True,
     want_sum: bool = False,
     dtype: torch.dtype | None = None,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out_LO` of `dtype` (None: that of the rows), the sums of values `sum_L`, where wanted, and `dot_N` with the rows of W
-    where that is given."""
-    sums, n_latents, width = RowSums(entries, rows_BO), entries.latent_ptr_L1.shape[0] - 1, rows_BO.shape[1]
-    out_LO = rows_BO.new_empty(n_latents if want_out else 0, width, dtype=dtype or rows_BO.dtype)
-    sum_L = rows_BO.new_empty(n_latents if want_sum else 0)
-    partial_TO = sums.new_partials() if want_out else None
+    where that is given. Of `groups`, with the first one's W: the outputs of all in one array, and no sums of values."""
+    n_latents, width = entries.latent_ptr_L1.shape[0] - 1, rows_BO.shape[1] if groups is None else groups.widest
+    sums, out_shape = RowSums(entries, rows_BO, groups), (n_latents, width) if groups is None else (groups.n_weights,)
+    out_LO = rows_BO.new_empty(*(out_shape if want_out else (0,)), dtype=dtype or rows_BO.dtype)
+    sum_L, partial_TO = rows_BO.new_empty(n_latents if want_sum else 0), sums.new_partials() if want_out else None
     partial_sum_T = rows_BO.new_empty(sums.n_overflow, dtype=torch.float32)
     n_slices = triton.cdiv(width, segment_config(rows_BO.shape[0], width, rows_BO.element_size()).slice_width)
     dot_SN = rows_BO.new_zeros(  # padding is in no segment

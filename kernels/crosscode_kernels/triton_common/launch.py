@@ -85,8 +85,12 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _record = outer
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run `kernel` on the device of its first tensor; a grid without programs is no launch."""
+reached: list[Tensor] = []
+"""What the launch under way reads beside its arguments, at addresses relative to theirs: for whoever checks addresses."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, reaches: Sequence[Tensor] = (), **meta: Any) -> None:
+    """Run `kernel` on the device of its first tensor; a grid without programs is no launch. `reaches`: see `reached`."""
     if 0 in grid:
         return
     if _record is not None:
@@ -95,8 +99,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if torch.version.hip is not None:
         meta["num_warps"] = warps_on(meta["num_warps"], 64)
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    reached[:] = reaches
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **meta)
+    reached.clear()
 
 
 class Run(NamedTuple):

@@ -41,6 +41,12 @@ def in_segments(entries):
     return entries._replace(row_ptr_B1=torch.cat([entries.row_ptr_B1[:1], ends_BS.flatten()]))
 
 
+def one_behind_the_other(entries):
+    """The same batch of two dictionaries; the values want a gradient."""
+    both = type(entries)(*(torch.cat([field, field]).detach() for field in entries))
+    return both._replace(value_N=both.value_N.requires_grad_())
+
+
 def op_calls():
     x_BI, W_LI, b_L, W_LO, b_O = tensors()
     h_BL = torch.randn(B, L, requires_grad=True)
@@ -51,6 +57,7 @@ def op_calls():
     a_BL, y_BO, g = h_BL.detach().relu().requires_grad_(), torch.randn(B, O, requires_grad=True), torch.ones(())
     norms = torch.rand(L, 2), torch.rand(L)
     plain_LO, plain_BL, plain_BO = W_LO.detach(), h_BL.detach(), y_BO.detach()
+    N = s.value_N.shape[0]
     entries, values = s.entries(s.by_latent), s.entries(s.by_latent)._replace(value_N=value_N)
     calls = {
         "encode_topk": (x_BI, W_LI, b_L, K, True),
@@ -75,6 +82,15 @@ def op_calls():
         "segment_rows": (*entries, plain_BO),
         "sparse_decode": (*values, W_LO, b_O),
         "nested_decode": (*in_segments(values), W_LO, b_O, 2),
+        "grouped_decode": (
+            *one_behind_the_other(values),
+            [N, N],
+            [W_LO, W_LO[:, 3:].detach().requires_grad_()],
+            b_O,
+            [0, 3],
+            O,
+        ),
+        "window_sums": ([y_BO, y_BO[:, 3:].detach().requires_grad_()], b_O, [0, 3], O),
         "sparse_decode_backward": (*entries, plain_BO, plain_LO),
         "decode_recon": (*values, W_LO, b_O, torch.randn(B, O), [3, 5]),
         "decoder_norms": (W_LO, [3, 5], False),
@@ -231,6 +247,7 @@ def test_forward_mode_is_refused_by_every_op_after_the_encoder(name):
     latents = ops.encode_topk(x_BI, W_LI, b_L, K)
     calls = {
         "sparse_decode": lambda W: ops.sparse_decode(latents, W),
+        "grouped_decode": lambda W: ops.grouped_decode([latents], [W], None, [0], O),
         "decoder_norms": lambda W: ops.decoder_norms(W, (3, 5), "sum").n_L,
         "recon_loss": lambda W: ops.recon_loss(W, torch.zeros_like(W), (3, 5)).loss,
         "weighted_l1": lambda W: ops.weighted_l1(latents, W.sum(1), torch.ones(L)),

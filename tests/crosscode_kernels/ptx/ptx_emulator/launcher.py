@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crosscode_kernels.triton_common.launch import reached
 from static_compile import compiled_job, specialised
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -64,7 +65,7 @@ class Emulator:
         values = [by_name[name] for name, _ in job.signature if name not in constants]
         names = list(runnable.program.params)
         params = dict.fromkeys(names, 0) | dict(zip(names, map(_bits, values), strict=False))
-        memory = Space("global", _regions([value for value in values if isinstance(value, Tensor)]))
+        memory = Space("global", _regions([*(value for value in values if isinstance(value, Tensor)), *reached]))
         columns, rows, layers = (*grid, 1, 1)[:3]
         size: Index = (columns, rows, layers)
         indices = [(x, y, z) for z in range(layers) for y in range(rows) for x in range(columns)]
@@ -89,7 +90,7 @@ def _regions(tensors: list[Tensor]) -> list[Region]:
     """The memory of the tensors; of those that begin at one place, the longest."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        assert tensor.is_contiguous()
+        assert tensor.is_contiguous() or tensor.T.is_contiguous()
         sizes[tensor.data_ptr()] = max(tensor.nbytes, sizes.get(tensor.data_ptr(), 0))
     return [
         Region(start, np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(start)))
