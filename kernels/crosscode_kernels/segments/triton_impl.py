@@ -114,10 +114,11 @@ def _segment_rows_kernel(
     width = n_columns
     row = latent
     if ALIGN > 0:
-        row = latent % n_rows
+        group = latent // n_rows
+        row = latent - group * n_rows
         if row == n_rows - 1:
             return
-        first_entry, W_offset, first_column, width, out_offset = group_of(table_ptr, latent // n_rows, ALIGN)
+        first_entry, W_offset, first_column, width, out_offset = group_of(table_ptr, group, ALIGN)
         W_ptr += W_offset
         out_ptr += out_offset
         rows_ptr += first_column
