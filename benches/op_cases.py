@@ -96,6 +96,10 @@ OPS: dict[str, Op] = {
     "sparse_decode": Op(
         lambda ops, t: ops.sparse_decode(t.sparse, t.W_dec_LO, t.b_dec_O), ("value", "W_dec_LO", "b_dec_O")
     ),
+    "grouped_decode": Op(
+        lambda ops, t: ops.grouped_decode([t.sparse] * 2, [t.W_dec_LO] * 2, None, [0, t.case.O], 2 * t.case.O),
+        ("value", "W_dec_LO"),
+    ),
     "decode_recon_loss": Op(
         lambda ops, t: ops.decode_recon_loss(t.sparse, t.W_dec_LO, t.b_dec_O, t.target_BO, t.segments).loss,
         ("value", "W_dec_LO", "b_dec_O"),

@@ -222,7 +222,7 @@ class Model:
         config = h.segment_config(self.B, width, self.e)
         batches = self.touched * math.ceil(self.N / self.touched / config.BLOCK_E)
         tiles, slices = math.ceil(width / config.BLOCK_O), math.ceil(width / config.slice_width)
-        loop = (("HAS_OUT", str(out)), ("HAS_DOT", str(dots)), ("OVERFLOW", "True"))
+        loop = (("HAS_OUT", str(out)), ("HAS_DOT", str(dots)), ("OVERFLOW", "True"), ("ALIGN", "0"))
         return Work(
             "_segment_rows_kernel", self.N * width * self.e, loop, outer, of_outer, streamed,
             waits=batches * tiles * (1 + NEAR) + 2 * self.touched * slices, around=self.touched * tiles,
