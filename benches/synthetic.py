@@ -10,6 +10,7 @@ trained up to three times to find the penalty with which their L0 is that of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -47,23 +48,26 @@ def table() -> str:
     lines = []
     for name in CORRELATIONS:
         runs = [value["schemes"] for key, value in stored.items() if key.startswith(name)]
+        by_scheme: dict[str, list[dict[str, Any]]] = {}
+        for row in itertools.chain(*runs):
+            by_scheme.setdefault(row["scheme"], []).append(row)
         if not runs:
             continue
         lines += [
-            f"{name.capitalize()} features, {len(runs)} seed{'s' * (len(runs) > 1)}:",
+            f"{name.capitalize()} features:",
             "",
-            "| scheme | L0 | FVU | dead | "
+            "| scheme | seeds | L0 | FVU | dead | "
             + " | ".join([f"cos {column}" for column in COLUMNS] + ["max cos", "precision", "recall"])
             + " |",
-            "|---|" + "---|" * 9,
+            "|---|" + "---|" * 10,
         ]
-        for rows in zip(*runs, strict=True):
-            lines.append(f"| `{rows[0]['scheme']}` | " + " | ".join(_cells(rows)) + " |")
+        for scheme, rows in by_scheme.items():
+            lines.append(f"| `{scheme}` | {len(rows)} | " + " | ".join(_cells(rows)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cells(rows: tuple[dict[str, Any], ...]) -> list[str]:
+def _cells(rows: list[dict[str, Any]]) -> list[str]:
     def mean(*path: str, digits: int = 3) -> str:
         values: list[Any] = list(rows)
         for key in path:

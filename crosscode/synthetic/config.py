@@ -56,7 +56,7 @@ class SyntheticConfig(ConfigModel):
     max_runs: PositiveInt = 1
     """how often an L1 or JumpReLU scheme may be trained to find the penalty that gives the wanted L0 (within 5 %)"""
     shared_fraction: float = Field(default=0.75, ge=0, le=1)
-    """share of latents that the model-diffing schemes tie between the models"""
+    """share of latents of both models: those that the February schemes tie, and that the dedicated one gives to none alone"""
     n_steps: PositiveInt = 1200
     """training steps of each run"""
     batch_size: PositiveInt = 512

@@ -16,11 +16,11 @@ from crosscode.models import ACTIVATIONS, INITIALIZATIONS, ModelHookpointAcausal
 from crosscode.models.initialization import InitStrategy
 from crosscode.objectives import Objective, objective_from
 from crosscode.synthetic.config import SyntheticConfig
-from crosscode.synthetic.schemes import SCHEMES
+from crosscode.synthetic.schemes import SCHEMES, Wanted
 
 
 class SyntheticScheme:
-    """A scheme for `k` active latents of `n_latents`; `penalty` multiplies the coefficient of an L1 or tanh term.
+    """A scheme, made for what is wanted of it.
 
     Coefficients are tuned by hand to about 8 active latents on the default dictionary.
     """
@@ -28,20 +28,15 @@ class SyntheticScheme:
     def __init__(
         self,
         name: str,
-        k: int,
-        n_latents: int,
-        shared_fraction: float,
-        penalty: float = 1.0,
+        wanted: Wanted,
         lr: float | None = None,
         dec_init_norm: float | None = None,
         encoder_scale: float | None = None,
     ):
         if name not in SCHEMES:
             raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
-        self.name, self.n_latents, self.penalty = name, n_latents, penalty
-        is_diffing = name.startswith("feb_update")
-        self.n_shared_latents = round(shared_fraction * n_latents) if is_diffing else 0
-        parts = SCHEMES[name](k, n_latents, penalty)
+        self.name, self.n_latents, self.penalty = name, wanted.n_latents, wanted.penalty
+        parts = SCHEMES[name](wanted)
         self.is_penalised = bool(parts["objective"].keys() & {"l1", "tanh"})
         self.parts = parts
         if lr is not None:
@@ -51,7 +46,7 @@ class SyntheticScheme:
             "jan_update": {"encoder_scale": encoder_scale},
         }[parts["init"]["type"]]
         parts["init"] = parts["init"] | {name: value for name, value in start.items() if value is not None}
-        if is_diffing:
+        if "n_shared_latents" in parts["crosscoder"]:
             parts["init"] = {"type": "identical_latents", "first": parts["init"]}
 
     @classmethod
@@ -60,14 +55,15 @@ class SyntheticScheme:
         k = config.wanted_l0()
         n_latents = config.n_latents or k * math.ceil(1.25 * config.planted.n_features / k)
         penalty = config.penalty if penalty is None else penalty
-        start = config.lr, config.dec_init_norm, config.encoder_scale
-        return cls(name, k, n_latents, config.shared_fraction, penalty, *start)
+        n_shared = round(config.shared_fraction * n_latents)
+        wanted = Wanted(k, n_latents, penalty, n_shared, config.planted.n_models)
+        return cls(name, wanted, config.lr, config.dec_init_norm, config.encoder_scale)
 
     def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
         """An uninitialised crosscoder over `(M, P, D)`."""
         activation = ACTIVATIONS.build(self.parts["activation"], n_latents=self.n_latents)
         return ModelHookpointAcausalCrosscoder(
-            *dims, self.n_latents, activation, n_shared_latents=self.n_shared_latents, backend=backend
+            *dims, self.n_latents, activation, **self.parts["crosscoder"], backend=backend
         )
 
     def objective(self) -> Objective:

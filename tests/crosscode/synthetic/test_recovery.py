@@ -56,6 +56,13 @@ def test_every_scheme_runs_and_reports(scheme):
     assert row.startswith(f"| {scheme} |") and row.count("|") == 11
 
 
+def test_latents_of_one_model_are_those_that_both_models_do_not_share():
+    config = SyntheticConfig(planted=PlantedConfig(n_features=64, n_exclusive=16), l0=4)  # 80 latents
+    dedicated = SyntheticScheme.of(config, "dedicated_feature_crosscoder").model((2, 1, 16), "torch")
+    tied = SyntheticScheme.of(config, "feb_update_diffing_topk").model((2, 1, 16), "torch")
+    assert dedicated.partition.models_LM().sum(0).tolist() == [70, 70] and tied.n_shared_latents == 60
+
+
 def test_the_same_seed_gives_the_same_table():
     first, second = (next(run_synthetic(small("topk_crosscoder"))) for _ in range(2))
     assert (first.fvu, repr(first.ground_truth)) == (second.fvu, repr(second.ground_truth))
@@ -170,7 +177,8 @@ def test_lr_norm_and_scale_at_the_start_are_those_of_every_scheme_that_has_them(
         model = told.model((2, 1, 16), "torch")
         if "jumprelu" not in own.parts["activation"]["type"]:
             model.init_weights(told.init(), 0)
-            torch.testing.assert_close(model.W_dec_LXoDo.norm(dim=-1), torch.full((model.n_latents, 2, 1), 0.6))
+            belongs_LM = torch.ones(model.n_latents, 2) if model.partition is None else model.partition.models_LM()
+            torch.testing.assert_close(model.W_dec_LXoDo.norm(dim=-1), 0.6 * belongs_LM[..., None].float())
         else:
             own_first, told_first = (scheme.parts["init"].get("first", scheme.parts["init"]) for scheme in (own, told))
             assert told_first == own_first | {"encoder_scale": 0.8}
