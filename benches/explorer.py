@@ -75,7 +75,7 @@ def main(n_latents: int, n_tokens: int) -> None:
         (run / "config.yaml").write_text("name: bench")
         start = time.process_time()
         study, records = study_records(
-            model, batches(n_tokens), split, ["base/h", "tuned/h"], lambda x, v_ND: v_ND @ W_VD.T
+            model, batches(n_tokens), split, ["base/h", "tuned/h"], dict.fromkeys((0, 1), lambda v_ND: v_ND @ W_VD.T)
         )
         passed = time.process_time() - start
         tokenizer = Tokenizer()

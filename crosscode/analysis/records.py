@@ -6,7 +6,7 @@ N active entries · K neighbours · V vocabulary · E ends of a list of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +27,8 @@ from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 from crosscode.models.split import Split
 
-Unembed = Callable[[int, Tensor], Tensor]
-"""Number of an output position and vectors [N, D] there -> logits [N, V]."""
+Unembed = Callable[[Tensor], Tensor]
+"""Vectors [N, D] -> logits [N, V]."""
 MAX_LOGIT_POSITIONS = 4
 _CHUNK = 256
 
@@ -186,7 +186,7 @@ def study_records(
     heldout: Iterable[HeldoutBatch],
     split: Split,
     position_names: Sequence[str],
-    unembed: Unembed | None = None,
+    unembeds: Mapping[int, Unembed] = MappingProxyType({}),
     n_neighbours: int = 8,
     n_logits: int = 10,
     groupings: Groupings | None = None,
@@ -195,7 +195,7 @@ def study_records(
     """`study_latents` and the records of every latent, in one pass. Memory: some KB for each latent, and the tokens.
 
     Args:
-        unembed: from vectors at an output position to logits; without it there are no logits.
+        unembeds: of output positions, from vectors there to logits; others have no logits.
         groupings: as of `study_latents`.
         displays: of output positions whose language model has a tokenizer of its own.
     """
@@ -203,19 +203,20 @@ def study_records(
     more = (histograms, texts, together)
     study = study_latents(model, heldout, split, position_names, more=more, groupings=groupings)
     logits: dict[str, LogitEnds] = {}
-    if unembed is not None:
-        for x in logit_positions(model, position_names):
-            logits[position_names[x]] = replace(logit_ends(model, x, unembed, n_logits), display=displays.get(x))
+    for x in logit_positions(model, position_names, unembeds):
+        logits[position_names[x]] = replace(logit_ends(model, x, unembeds[x], n_logits), display=displays.get(x))
     by_decoder, by_firing = nearest_by_decoder(model, n_neighbours), together.nearest(n_neighbours)
     return study, LatentRecords(histograms, texts, by_decoder, by_firing, logits)
 
 
-def logit_positions(model: BaseCrosscoder, names: Sequence[str]) -> list[int]:
-    """All output positions, or of many the last of each model and the last of each part."""
-    if len(names) <= MAX_LOGIT_POSITIONS:
-        return list(range(len(names)))
-    last = {name.rpartition("/")[0]: x for x, name in enumerate(names)}.values()
-    return sorted({*last, *(outputs.stop - 1 for outputs in model.outputs_of_parts)})
+def logit_positions(model: BaseCrosscoder, names: Sequence[str], readable: Container[int] | None = None) -> list[int]:
+    """All output positions that are readable (default: every one), or of many the last of each model and of each part."""
+    found = [x for x in range(len(names)) if readable is None or x in readable]
+    if len(found) <= MAX_LOGIT_POSITIONS:
+        return found
+    last = {names[x].rpartition("/")[0]: x for x in found}
+    of_parts = [[x for x in found if outputs.start <= x < outputs.stop] for outputs in model.outputs_of_parts]
+    return sorted({*last.values(), *(of_part[-1] for of_part in of_parts if of_part)})
 
 
 @torch.no_grad()
@@ -227,7 +228,7 @@ def logit_ends(model: BaseCrosscoder, x: int, unembed: Unembed, n: int) -> Logit
         latents_N = torch.arange(start, min(start + _CHUNK, model.n_latents), device=device)
         vectors_ND = decoder_vectors_NXD(model, latents_N)[:, x]
         writes_N = vectors_ND.any(1)
-        logits_NV = unembed(x, vectors_ND[writes_N])
+        logits_NV = unembed(vectors_ND[writes_N])
         k = min(n, logits_NV.shape[1])
         top, bottom = logits_NV.topk(k), logits_NV.topk(k, largest=False)
         columns = (top.indices, top.values, bottom.indices, bottom.values)

@@ -42,8 +42,8 @@ class HeldoutText:
     tokenizer: Any
     split: Split
     position_names: Sequence[str]
-    unembed: Unembed | None = None
-    """without it latents have no logits"""
+    unembeds: Mapping[int, Unembed] = field(default_factory=dict)
+    """of output positions, from vectors there to logits"""
     displays: Mapping[int, TokenDisplay] = field(default_factory=dict)
     """of output positions whose language model has a tokenizer of its own"""
     groupings: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def write_report(
             text = heldout()
             tokenizer, tokenizers = text.tokenizer, text.tokenizers
             more = {"groupings": text.groupings, "displays": text.displays}
-            study, records = study_records(model, text.batches, text.split, text.position_names, text.unembed, **more)
+            study, records = study_records(model, text.batches, text.split, text.position_names, text.unembeds, **more)
             study = with_own_text(study, model, text.own_text, text.split)
             looks = first_looks(study, records, tokenizer, text.steered)
             for line in (line for look in looks for line in look.lines):

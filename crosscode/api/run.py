@@ -108,10 +108,10 @@ class Run(FinishedRun):
     def logits(self, latent: int) -> dict[str, LatentLogits]:
         """What a latent writes, as logits, by name of the output position: its decoder vector there (raw, of the folded
         model), passed through the final norm and the unembedding of that position's language model. Positions to which the
-        latent cannot write are left out.
+        latent cannot write, or which are not in the residual stream, are left out.
 
         Raises:
-            InputError: no such latent, no language models, or a hookpoint outside the residual stream.
+            InputError: no such latent, no language models, or no hookpoint in a residual stream.
         """
         check_latent(self, latent)
         return logits_of_latent(self, latent)

@@ -42,7 +42,7 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     from crosscode.build.data import Activations, build_token_loader, open_activations
     from crosscode.build.foresight import check_language_models
     from crosscode.data.norms import NormLimit
-    from crosscode.evaluation.difference_lens import mean_differences
+    from crosscode.evaluation.difference_lens import check_widths, mean_differences
 
     values = merged(
         read_trusted(options.config, options.trust_remote_code) if options.config else {}, fields(HarvestConfig)
@@ -52,7 +52,10 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     if len(names) < 2:
         raise InputError(f"language_models: a difference needs at least two, got {len(names)}")
     quiet_libraries()
-    check_language_models(config)
+    foreseen = check_language_models(config)
+    for m in range(1, len(names)):
+        if foreseen is not None:
+            check_widths(foreseen, 0, m)
     activations = Activations(config=config, **open_activations(config))
     ratio = config.data.max_norm_ratio
     for m in range(1, len(names)):

@@ -84,7 +84,7 @@ def report_run(
     from crosscode.build.finished import FinishedRun
     from crosscode.build.own_text import own_texts
     from crosscode.commands.parts.feature_files import check_out, circuit_tracer_writer
-    from crosscode.commands.parts.reading import displays_of, tokenizers_of, unembed_of
+    from crosscode.commands.parts.reading import displays_of, tokenizers_of, unembeds_of
     from crosscode.trainers.progress import Progress
 
     for name, path in (("csv", latents_csv), ("parquet", latents_parquet)):
@@ -98,10 +98,10 @@ def report_run(
         experiment = run.experiment
         batches = shown.through(experiment.heldout_batches(n_tokens))
         names = experiment.output_names()
-        unembed, groupings = unembed_of(experiment), experiment.groupings()
+        unembeds, groupings = unembeds_of(experiment), experiment.groupings()
         steered = None if steer_prompt is None else partial(_steered, run, steer_prompt)
         own = {} if n_own_tokens is None else own_texts(experiment, n_own_tokens)
-        shows = unembed, displays_of(experiment)
+        shows = unembeds, displays_of(experiment)
         about = (groupings, steered, own, tokenizers_of(experiment))
         return HeldoutText(batches, experiment.tokenizer, experiment.split, names, *shows, *about)
 

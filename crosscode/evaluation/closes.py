@@ -34,6 +34,7 @@ from crosscode.groups import ByGroup, Groupings
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
 from crosscode.models.split import Split
+from crosscode.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,13 @@ def check_common(harvester: ActivationHarvester, model_a: int, model_b: int) -> 
     writes is added to the other's vectors."""
     if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
         raise InputError("closes: models of different tokenizers predict no common tokens")
-    harvester.widths_MP.check_alike(
-        "closes: vectors of one model cannot be added to another of a different width", (model_a, model_b)
-    )
+    check_widths(harvester.widths_MP, model_a, model_b)
+
+
+def check_widths(widths_MP: Widths, model_a: int, model_b: int) -> None:
+    """That of `check_common` which a crosscoder tells by itself."""
+    problem = "closes: vectors of one model cannot be added to another of a different width"
+    widths_MP.check_alike(problem, (model_a, model_b))
 
 
 @full_precision()

@@ -24,6 +24,7 @@ from crosscode.errors import InputError
 from crosscode.evaluation.precision import full_precision
 from crosscode.evaluation.text_parts import text_parts
 from crosscode.groups import ByGroup, Groupings
+from crosscode.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class MeanDifference:
     def norm(self) -> float:
         """Of the mean."""
         return float(self.mean_D.norm())
+
+
+def check_widths(widths_MP: Widths, model_a: int, model_b: int) -> None:
+    """Raise `InputError` for two models that have no difference."""
+    widths_MP.check_alike("language_models: vectors of different width have no difference", (model_a, model_b))
 
 
 @full_precision()
@@ -84,9 +90,7 @@ def mean_differences(
     M, P, D = harvester.dims
     if model_a == model_b or not {model_a, model_b} <= set(range(M)):
         raise InputError(f"models = {model_a}, {model_b}: must be two of the {M} language models, counted from 0")
-    harvester.widths_MP.check_alike(
-        "language_models: vectors of different width have no difference", (model_a, model_b)
-    )
+    check_widths(harvester.widths_MP, model_a, model_b)
     sums_K = [_Sums(P, D, None if k < n_first else groupings) for k in range(n_first + 1)]
     for part in text_parts(harvester, batches, n_tokens, limit):
         masks = _masks(part.mask_HS, part.segments_HS, n_first)

@@ -49,7 +49,9 @@ def page(tmp_path_factory):
     W_VD = torch.randn(20, 8)
     split = split_for("model_hookpoint_acausal")
     names = [f"{EVIL}/h", "tuned/h"]
-    study, records = study_records(model, heldout, split, names, lambda x, v_ND: v_ND @ W_VD.T)
+    study, records = study_records(
+        model, heldout, split, names, dict.fromkeys(range(len(names)), lambda v_ND: v_ND @ W_VD.T)
+    )
     tokenizer = HostileTokenizer()
     shown = contents(read_run(run), study, tokenizer)
     write_explorer(run / "report", shown, study, records, tokenizer, {})

@@ -21,7 +21,7 @@ from crosscode.analysis.tokens import TokenDisplay
 from crosscode.build.arrays import NumberTokenizer
 from crosscode.build.finished import FinishedRun
 from crosscode.build.heldout import AnyExperiment
-from crosscode.commands.parts.reading import displays_of, unembed_of
+from crosscode.commands.parts.reading import displays_of, unembeds_of
 from crosscode.config.arrays import ArraysSource
 from crosscode.config.hookpoints import layer_of
 from crosscode.errors import InputError
@@ -43,7 +43,7 @@ def write_features(run: FinishedRun, to: str, out: Path, layer: int | None, n_to
     write = None if to == "dataset" else circuit_tracer_writer(run, out, layer)
     batches = _heldout(run, n_tokens)
     names, shows = experiment.output_names(), displays_of(experiment)
-    study, records = study_records(model, batches, experiment.split, names, unembed_of(experiment), displays=shows)
+    study, records = study_records(model, batches, experiment.split, names, unembeds_of(experiment), displays=shows)
     if write is not None:
         return write(study, records)
     rows = list(dataset_rows(study, records, experiment.tokenizer))

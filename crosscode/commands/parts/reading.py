@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crosscode.analysis.encoded import active_entries
 from crosscode.analysis.example_pool import Example
+from crosscode.analysis.records import Unembed
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
@@ -138,20 +139,29 @@ def ids_of_prompt(run: FinishedRun, prompt: Prompt, *, to_answer: bool = False, 
     return prompt_ids(tokenizer, prompt, bos=bos, to_answer=to_answer, max_length=limit)
 
 
-def unembed_of(experiment: AnyExperiment) -> Callable[[int, Tensor], Tensor] | None:
-    """From vectors at an output position (by number) to logits; None where no position is in a residual stream."""
+def unembeds_of(experiment: AnyExperiment) -> dict[int, Unembed]:
+    """By number of an output position in a residual stream; what the others lack is logged."""
     if not isinstance(experiment, Experiment):
-        return None
+        return {}
+    found, refusals = _unembeds(experiment)
+    for error in refusals:
+        log.warning("%s; the report shows none", error)
+    return found
+
+
+def _unembeds(experiment: Experiment) -> tuple[dict[int, Unembed], list[InputError]]:
+    """And why there are none of other output positions."""
     models, widths_MP = experiment.harvester.models, experiment.harvester.widths_MP
     places = experiment.split.output_places(*experiment.harvester.dims[:2])
-    model_of = [models[m] for m, _ in places]
-    try:
-        for m, width in {(m, widths_MP[m][p]) for m, p in places}:
+    refusals: dict[tuple[int, int], InputError] = {}
+    kinds = dict.fromkeys((m, widths_MP[m][p]) for m, p in places)
+    for m, width in kinds:
+        try:
             unembed(models[m], torch.ones(1, width))
-    except InputError as error:
-        log.warning("%s; the report shows none", error)
-        return None
-    return lambda x, vectors_ND: unembed(model_of[x], vectors_ND)
+        except InputError as error:
+            refusals[m, width] = error
+    found = {x: partial(unembed, models[m]) for x, (m, p) in enumerate(places) if (m, widths_MP[m][p]) not in refusals}
+    return found, list(refusals.values())
 
 
 def displays_of(experiment: AnyExperiment) -> dict[int, TokenDisplay]:
@@ -181,12 +191,14 @@ def tokenizers_of(experiment: AnyExperiment) -> dict[str, Any]:
 def logits_of_latent(run: FinishedRun, latent: int) -> dict[str, LatentLogits]:
     """See `Run.logits`."""
     experiment = text_experiment(run, "logits(latent)")
-    harvester = experiment.harvester
+    harvester, names = experiment.harvester, experiment.output_names()
     vectors_XD = decoder_vectors_NXD(run.model, torch.tensor([latent]))[0]
     places = experiment.split.output_places(*harvester.dims[:2])
-    found: dict[str, LatentLogits] = {}
-    for name, (m, _), vector_D in zip(experiment.output_names(), places, vectors_XD, strict=True):
-        if bool(vector_D.any()):
-            logits_V = unembed(harvester.models[m], vector_D[None])[0].cpu()
-            found[name] = LatentLogits(logits_V, harvester.tokenizer_of(m))
-    return found
+    unembeds, refusals = _unembeds(experiment)
+    if not unembeds:
+        raise refusals[0]
+    return {
+        names[x]: LatentLogits(read(vectors_XD[x, None])[0].cpu(), harvester.tokenizer_of(places[x][0]))
+        for x, read in unembeds.items()
+        if bool(vectors_XD[x].any())
+    }

@@ -21,7 +21,8 @@ def found(make_model, make_heldout):
     model, batches = make_model(), make_heldout(sizes=(30, 20))
     W_XVD = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1))
     split = split_for("model_hookpoint_acausal")
-    study, records = study_records(model, batches, split, NAMES, lambda x, vectors_ND: vectors_ND @ W_XVD[x].T)
+    unembeds = {x: lambda vectors_ND, W_VD=W_VD: vectors_ND @ W_VD.T for x, W_VD in enumerate(W_XVD)}
+    study, records = study_records(model, batches, split, NAMES, unembeds)
     dense = []
     for batch in encode_heldout(model, batches, split):
         dense_BL = torch.zeros(len(batch.position_B), model.n_latents, dtype=torch.float64)
@@ -94,6 +95,7 @@ def test_of_many_positions_the_last_of_each_model_and_part_has_logits(make_model
     model = make_model()
     assert logit_positions(model, NAMES) == [0, 1]
     names = [f"{m}/{p}" for m in "ab" for p in range(3)]
-    assert logit_positions(SimpleNamespace(outputs_of_parts=(slice(0, 6),)), names) == [2, 5]
+    one_part = SimpleNamespace(outputs_of_parts=(slice(0, 6),))
+    assert logit_positions(one_part, names) == [2, 5] and logit_positions(one_part, names, {0, 1, 2, 3, 4}) == [2, 4]
     layers = SimpleNamespace(outputs_of_parts=tuple(slice(x, x + 1) for x in range(6)))
     assert logit_positions(layers, [f"a/{p}" for p in range(6)]) == [0, 1, 2, 3, 4, 5]

@@ -102,7 +102,7 @@ def test_the_page_names_first_where_the_models_differ_most(make_run, make_model,
     said, asked = [], []
     text = dataclasses.replace(
         heldout_text(sizes=(30,)),
-        unembed=lambda x, vectors_ND: torch.arange(300.0).expand(len(vectors_ND), 300),
+        unembeds=dict.fromkeys(range(2), lambda vectors_ND: torch.arange(300.0).expand(len(vectors_ND), 300)),
         steered=lambda latent, model: asked.append((latent, model)) or f"Added, {EVIL} happens.",
     )
     run = make_run(make_model())

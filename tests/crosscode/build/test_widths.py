@@ -16,6 +16,8 @@ from crosscode.commands.harvest import harvest_config, run_harvest
 from crosscode.data import ActivationHarvester, load_language_model
 from crosscode.data.store.joined import JoinedStores
 from crosscode.errors import InputError
+from crosscode.models import BaseCrosscoder
+from crosscode.models.activations.batch_topk import THRESHOLD_SLACK
 
 W_A, W_B = 6, 10
 
@@ -93,6 +95,41 @@ def test_a_run_on_own_activations_is_converted_with_what_it_holds_out(run, tmp_p
     again = crosscode.open(tmp_path / "jump")
     assert again.model.widths == run.model.widths and again.evaluate().fvu == pytest.approx(converted.after.fvu)
     assert converted.before.fvu == pytest.approx(run.evaluate().fvu)
+
+
+def test_a_prefix_of_two_widths_is_a_coder_of_its_own(arrays, tmp_path):
+    run = trained(
+        arrays, tmp_path / "run", n_tokens=20_000, objective={"recon": {}, "matryoshka": {}},
+        crosscoder={"activation": {"type": "batch_topk", "k": 3}, "prefixes": [4, 8]},
+    )  # fmt: skip
+    held = [acts[-1200:].double() for acts in arrays]
+    weights = {name: value.double() for name, value in run.model.state_dict().items()}
+    W_enc, W_dec, b_dec = weights["W_enc_LXiDi"], weights["W_dec_LXoDo"], weights["b_dec_XoDo"]
+    x_BD = torch.cat(held, 1)
+    pre_BL = held[0] @ W_enc[:, 0, 0, :W_A].T + held[1] @ W_enc[:, 1, 0].T + weights["b_enc_L"]
+    W_dec_LD = torch.cat([W_dec[:, 0, 0, :W_A], W_dec[:, 1, 0]], 1)
+    b_D = torch.cat([b_dec[0, 0, :W_A], b_dec[1, 0]])
+    of_whole = float(run.model.activation_fn.threshold)
+    for size, threshold, figures in zip((4, 8), run.model.prefix_thresholds_S, run.evaluate().prefixes, strict=False):
+        kept_by_whole_BL = pre_BL[:, :size].relu() * (pre_BL[:, :size] > of_whole)
+        error = (kept_by_whole_BL @ W_dec_LD[:size] + b_D - x_BD).square().sum() / (x_BD - x_BD.mean(0)).square().sum()
+        assert figures.fvu == pytest.approx(float(error), rel=1e-4)
+        run.model.prefix(size).save(tmp_path / f"prefix{size}")
+        prefix = BaseCrosscoder.load(tmp_path / f"prefix{size}")
+        assert prefix.widths == run.model.widths and prefix.prefixes == (4,)[: size > 4]
+        padded_BMPD = torch.zeros(1200, 2, 1, W_B)
+        padded_BMPD[:, 0, 0, :W_A], padded_BMPD[:, 1, 0] = arrays[0][-1200:], arrays[1][-1200:]
+        own_BL = pre_BL[:, :size].relu() * (pre_BL[:, :size] > threshold)
+        y_BD = prefix(padded_BMPD)[:, :, 0].detach().double()
+        torch.testing.assert_close(
+            torch.cat([y_BD[:, 0, :W_A], y_BD[:, 1]], 1), own_BL @ W_dec_LD[:size] + b_D, atol=1e-4, rtol=1e-4
+        )
+        assert not y_BD[:, 0, W_A:].any()
+        of_small = prefix.export("saelens", tmp_path / f"sae{size}", position=run.model.position_names[0])
+        found = load_file(of_small / "sae_weights.safetensors")
+        assert found["W_dec"].shape == (size, W_A)
+        torch.testing.assert_close(found["W_dec"].double(), W_dec[:size, 0, 0, :W_A])
+        torch.testing.assert_close(found["threshold"], threshold.expand(size), rtol=2 * THRESHOLD_SLACK, atol=0)
 
 
 def test_what_would_need_one_width_is_refused(arrays, tmp_path):
@@ -178,6 +215,41 @@ def test_what_train_refuses_for_its_widths_plan_and_export_refuse_before_anythin
     for refused in refusals:
         with pytest.raises(InputError, match=re.escape(message)):
             refused(config)
+
+
+def test_hookpoints_of_two_widths_have_logits_where_there_is_a_residual_stream(values, tmp_path):
+    path = tmp_path / "config.yaml"
+    values["language_models"], values["hookpoints"] = (
+        values["language_models"][:1],
+        ["blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"],
+    )
+    path.write_text(yaml.safe_dump(values))
+    run = crosscode.train(path, progress=False)
+    assert run.model.widths == ((16, 24),)
+    names, (lm,) = run.model.position_names, run.language_models
+    expected_V = lm.model.lm_head(lm.model.model.norm(run.model.W_dec_LXoDo[0, 0, 0, :16].detach()))
+    found = run.logits(0)
+    assert tuple(found) == names[:1]
+    torch.testing.assert_close(found[names[0]].logits_V, expected_V, atol=1e-5, rtol=1e-5)
+    assert run.report().is_file()
+    record = json.loads(
+        (run.path / "report" / "data" / "records-0.js").read_text().partition(",")[2].rpartition(")")[0]
+    )
+    assert list(record[0]["logits"]) == ["blocks.1.hook_resid_post"]
+
+
+def test_what_has_no_difference_is_refused_before_models_are_loaded(values, tmp_path, monkeypatch, capsys):
+    from crosscode.build import data
+    from crosscode.commands.cli import main
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    crosscode.train(path, progress=False)
+    monkeypatch.setattr(data, "load_models", lambda *given: 1 / 0)
+    for command in (["evaluate", values["run_dir"], "--closes"], ["lens", str(path)]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "(widths [16], [24])" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
