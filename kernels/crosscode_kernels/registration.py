@@ -119,9 +119,14 @@ def define_op(
                 needs = {argument for argument, needed in zip(flat, ctx.needs_input_grad, strict=False) if _any(needed)}
                 kept = tree_unflatten(ctx.saved_tensors, ctx.kept)
                 found = backward(SimpleNamespace(**kept, **ctx.rest, needs=needs), *grads)
-            # Where lists of tensors have gradients, PyTorch takes an empty list for one of them.
+            # Where lists of tensors have gradients, PyTorch wants lists: it takes an empty one of options for one of them.
             of_options = [] if list[Tensor] in flat.values() and not ctx.rest["backend"].options else None
-            return *(found.get(argument) for argument in flat), None, of_options
+            nothing = {
+                argument: [None] * len(needed)
+                for (argument, kind), needed in zip(flat.items(), ctx.needs_input_grad, strict=False)
+                if kind == list[Tensor]
+            }
+            return *(found.get(argument, nothing.get(argument)) for argument in flat), None, of_options
 
         op.register_autograd(backward_of, setup_context=setup_context)
 

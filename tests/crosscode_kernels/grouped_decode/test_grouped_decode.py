@@ -164,6 +164,17 @@ def test_deferred_gradients_are_those_that_are_computed(fast_backend):
         torch.testing.assert_close(got + 0, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["topk", "mixed"])
+def test_an_output_without_use_has_no_gradient(backend, kind):
+    x_BI, encoders, W_S, b_O, first_S, n_out = problem(backend, "a later one each")
+    latents_S = [latents_of(kind, x_BI, *encoder, s) for s, encoder in enumerate(encoders)]
+    y_BO = backend.ops.grouped_decode(latents_S, W_S, b_O, first_S, n_out)
+    unused = torch._C._functions.UndefinedGrad()(y_BO)  # hands no gradient on, as where nothing used the output
+    (unused.sum() + sum(W_LO.sum() for W_LO in W_S)).backward()
+    assert all(torch.equal(W_LO.grad, torch.ones_like(W_LO)) for W_LO in W_S)
+    assert b_O.grad is None
+
+
 def test_few_dictionaries_at_a_time_where_partial_sums_would_be_large(fast_backend, monkeypatch):
     if fast_backend.ops.name != "triton":
         pytest.skip("of Triton's kernels")
