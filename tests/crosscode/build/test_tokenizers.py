@@ -4,10 +4,13 @@ import html
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import crosscode
@@ -19,6 +22,10 @@ from crosscode.data import ActivationHarvester, load_language_model, wrap_langua
 from crosscode.data.store.joined import JoinedStores
 from crosscode.errors import InputError
 from crosscode.evaluation.difference_lens import mean_differences
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+
+import ranks
 
 N_WORDS = 60
 
@@ -237,3 +244,29 @@ def test_the_difference_lens_looks_where_positions_align(values, letters_lm, sav
     difference_HSD = acts_HSMD[:, :, 1] - acts_HSMD[:, :, 0]
     for one, rows_ND in zip(found, (difference_HSD[:, 1], difference_HSD[batch.mask_HS]), strict=True):
         torch.testing.assert_close(one.mean_D.double(), rows_ND.mean(0), rtol=0, atol=1e-5)
+
+
+COMMAND = [sys.executable, "-c", "import sys; from crosscode.commands.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [[], ["--parallel.apart", "true"]])
+def test_two_processes_train_what_one_does_on_two_widths_and_tokenizers(options, values, tmp_path):
+    values["data"] = {**values["data"], "isolate_documents": True}
+    values["crosscoder"] = {**values["crosscoder"], "prefixes": [8], "activation": {"type": "batch_topk", "k": 4}}
+    values["objective"] = {"recon": {}, "matryoshka": {}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    weights, figures = [], []
+    for n_ranks, more in ((1, []), (2, options)):
+        run = tmp_path / str(n_ranks)
+        words = [*COMMAND, "train", str(tmp_path / "c.yaml"), "--run_dir", str(run), *more]
+        ranks.finish(ranks.spawn(n_ranks, words=words))
+        weights.append(load_file(run / "final" / "model.safetensors"))
+        found = json.loads((run / "evaluation.json").read_text())
+        figures.append(
+            [found["without_partner"], found["l0"], *found["fvu_by_position"].values(), found["prefixes"][0]["fvu"]]
+        )
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+    for name, one in weights[0].items():
+        torch.testing.assert_close(weights[1][name], one, rtol=1e-4, atol=1e-5)
+    assert not weights[1]["W_dec_LXoDo"][:, 0, :, 16:].any()
