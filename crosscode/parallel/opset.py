@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from crosscode_kernels import AnyBackend, OpSet
-from crosscode_kernels.backend import resolve
+from crosscode_kernels.backend import Backend, resolve
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.decoder_norms import DecoderNorms
 from crosscode_kernels.recon_loss import ReconLoss
@@ -36,9 +36,11 @@ class ShardedOps(OpSet):
     """The ops that look at weights, of which this rank holds the rows `own` of `n_latents`. All others are the local ones."""
 
     def __init__(self, group: Group, n_latents: int, backend: AnyBackend, device: torch.device, dtype: torch.dtype):
-        self.local = OpSet(resolve(backend, device, dtype))
-        self.backend, self.group, self.n_latents = self.local.backend, group, n_latents
+        self.backend, self.group, self.n_latents = resolve(backend, device, dtype), group, n_latents
         self.own = slice(*group.bounds(n_latents))
+        self.local = self.of_rows = OpSet(self.backend)
+        if self.own.start == self.own.stop:  # kernels take no weights without rows
+            self.of_rows = OpSet(Backend("reference"))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return getattr(self.local, name)
@@ -47,17 +49,17 @@ class ShardedOps(OpSet):
 
     def encode_topk(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None, k: int) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        found = self.local.encode_topk(x_BI, W_enc_RI, b_R, min(k, W_enc_RI.shape[0]))
+        found = self.of_rows.encode_topk(x_BI, W_enc_RI, b_R, min(k, W_enc_RI.shape[0]))
         return self._k_largest(found, k, x_BI, b_enc_L)
 
     def aux_topk(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None, dead_mask_L: Tensor, k: int) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        found = self.local.aux_topk(x_BI, W_enc_RI, b_R, dead_mask_L[self.own], min(k, W_enc_RI.shape[0]))
+        found = self.of_rows.aux_topk(x_BI, W_enc_RI, b_R, dead_mask_L[self.own], min(k, W_enc_RI.shape[0]))
         return self._k_largest(found, k, x_BI, b_enc_L)
 
     def encode_groupmax(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None, k: int) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        found = self.local.encode_groupmax(x_BI, W_enc_RI, b_R, k // self.group.size)  # groups do not cross ranks
+        found = self.of_rows.encode_groupmax(x_BI, W_enc_RI, b_R, k // self.group.size)  # groups do not cross ranks
         return self._k_largest(found, k, x_BI, b_enc_L)
 
     def encode_batch_topk(
@@ -67,7 +69,7 @@ class ShardedOps(OpSet):
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
         scale_R = None if rank_scale_L is None else rank_scale_L[self.own].detach()
         k_own = min(k, W_enc_RI.shape[0])
-        found = self.local.encode_batch_topk(x_BI, W_enc_RI, b_R, k_own, scale_R)  # no more of them can be kept
+        found = self.of_rows.encode_batch_topk(x_BI, W_enc_RI, b_R, k_own, scale_R)  # no more of them can be kept
         if isinstance(found, DenseLatents):
             rank_BR = found.value_BL.detach() if scale_R is None else _scaled(found.value_BL.detach(), scale_R)
             flat_C = first_of_equal_topk(rank_BR.flatten(), k_own * n_tokens)
@@ -93,11 +95,11 @@ class ShardedOps(OpSet):
     ) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
         scale_R = None if rank_scale_L is None else rank_scale_L[self.own]
-        return self._spread(self.local.encode_threshold(x_BI, W_enc_RI, b_R, threshold, scale_R))
+        return self._spread(self.of_rows.encode_threshold(x_BI, W_enc_RI, b_R, threshold, scale_R))
 
     def encode_relu(self, x_BI: Tensor, W_enc_RI: Tensor, b_enc_L: Tensor | None) -> Latents:
         x_BI, b_enc_L, b_R = self._inputs(x_BI, b_enc_L)
-        return self._spread(self.local.encode_relu(x_BI, W_enc_RI, b_R))
+        return self._spread(self.of_rows.encode_relu(x_BI, W_enc_RI, b_R))
 
     def encode_jumprelu(
         self,
@@ -112,13 +114,13 @@ class ShardedOps(OpSet):
     ) -> Latents:
         x_BI, b_enc_L, b_R, t_L = self._inputs(x_BI, b_enc_L, t_L)
         t_R = t_L[self.own]
-        found = self.local.encode_jumprelu(x_BI, W_enc_RI, b_R, t_R, eps, ste, input_gradient=input_gradient)
+        found = self.of_rows.encode_jumprelu(x_BI, W_enc_RI, b_R, t_R, eps, ste, input_gradient=input_gradient)
         return self._spread(found, t_R)
 
     # ---- decoders
 
     def sparse_decode(self, latents: Latents, W_dec_RO: Tensor, b_dec_O: Tensor | None = None) -> Tensor:
-        y_BO = self.local.sparse_decode(self._own_latents(latents), W_dec_RO, None)
+        y_BO = self.of_rows.sparse_decode(self._own_latents(latents), W_dec_RO, None)
         y_BO = summed(self.group, _tied(y_BO, latents.value))
         return y_BO if b_dec_O is None else y_BO + b_dec_O
 
@@ -151,7 +153,7 @@ class ShardedOps(OpSet):
         some = sorted({size for size in own_sizes if size})
         y_BSO = latents.value.new_zeros(latents.batch_size, len(sizes), W_dec_RO.shape[1])
         if some:
-            found_BSO = self.local.nested_decode(self._own_latents(latents), W_dec_RO, None, some)
+            found_BSO = self.of_rows.nested_decode(self._own_latents(latents), W_dec_RO, None, some)
             none_BO = y_BSO[:, 0].to(found_BSO.dtype)
             y_BSO = torch.stack([found_BSO[:, some.index(size)] if size else none_BO for size in own_sizes], 1)
         y_BSO = summed(self.group, _tied(y_BSO, latents.value))
@@ -171,7 +173,7 @@ class ShardedOps(OpSet):
         return self.sparse_decode(self.aux_topk(x_BI, W_enc_RI, b_enc_L, dead_mask_L, k), W_dec_RO)
 
     def decoder_norms(self, W_dec_RO: Tensor, segments: Sequence[int], mode: str) -> DecoderNorms:
-        norms = self.local.decoder_norms(W_dec_RO, segments, mode)
+        norms = self.of_rows.decoder_norms(W_dec_RO, segments, mode)
         return DecoderNorms(*(gathered(self.group, rows, self.n_latents) for rows in norms))
 
     # ---- what is summed over latents
@@ -188,7 +190,7 @@ class ShardedOps(OpSet):
     def step_l0(self, latents: Latents, t_L: Tensor, eps: float) -> StepL0:
         assert isinstance(latents, SpreadLatents)
         ((own, n_latents, t_R),) = latents.pieces
-        l0_B, firing_R = self.local.step_l0(own, t_R, eps)
+        l0_B, firing_R = self.of_rows.step_l0(own, t_R, eps)
         return StepL0(summed(self.group, l0_B), gathered(self.group, firing_R, n_latents))
 
     def _over_latents(
@@ -199,7 +201,7 @@ class ShardedOps(OpSet):
             return getattr(self.local, op)(latents, n_L, lambda_L, **options)
         losses = []
         for (own, _, t_R), vectors in latents.own_of_each(n_L, lambda_L):
-            losses.append(getattr(self.local, op)(own, *([t_R] if with_thresholds else []), *vectors, **options))
+            losses.append(getattr(self.of_rows, op)(own, *([t_R] if with_thresholds else []), *vectors, **options))
         return summed(self.group, torch.stack(losses).sum())
 
     # ---- gradients
@@ -211,6 +213,8 @@ class ShardedOps(OpSet):
         return (self.group.all_reduce_(of_rows) + of_all).sqrt()
 
     def rows_of(self, value_R: Tensor, latents_N: Tensor) -> Tensor:
+        if not len(value_R):
+            return self.group.all_reduce_(value_R.new_zeros(len(latents_N), *value_R.shape[1:]))
         row_N = latents_N - self.own.start
         here_N = (row_N >= 0) & (row_N < value_R.shape[0])
         found_N = value_R[row_N.clamp(0, value_R.shape[0] - 1)]
@@ -236,7 +240,9 @@ class ShardedOps(OpSet):
         """Of what each rank has found, the k largest of each token."""
         n_tokens, k_most = found.batch_size, min(k, self.group.most_rows(self.n_latents))
         if isinstance(found, DenseLatents):
-            row_BK = row_topk(found.value_BL.detach(), min(k, found.n_latents))[1].long()
+            row_BK = torch.zeros(n_tokens, 0, dtype=torch.int64, device=found.value_BL.device)
+            if k_own := min(k, found.n_latents):
+                row_BK = row_topk(found.value_BL.detach(), k_own)[1].long()
             value_BK = found.value_BL.gather(1, row_BK)
         else:
             n_found = found.value_N.shape[0] // max(n_tokens, 1)

@@ -61,8 +61,6 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
             "harvest first (crosscode harvest --models 0 --store ...), and name the stores as data.join"
         )
     n_latents: Any = get(coder, "n_latents")
-    if n_latents and n_latents < ranks:
-        yield f"crosscoder.n_latents = {n_latents}: must be at least one for each process"
     activation: Any = get(coder, "activation")
     if get(activation, "type") == "groupmax":
         for name, value in (("activation.k", activation.k), ("n_latents", n_latents)):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosscode.errors import InputError
 from crosscode.models.base import BaseCrosscoder
 from crosscode.parallel.group import Group
 from crosscode.parallel.opset import ShardedOps
@@ -35,11 +34,6 @@ def shard_(model: BaseCrosscoder, group: Group) -> None:
     """Keep the rows of this rank. In its `state_dict` they are `SpreadRows`, which are saved as a whole; a whole one can be
     loaded."""
     for part in {model, *model.parts}:
-        if part.n_latents < group.size:
-            raise InputError(
-                f"crosscoder.n_latents = {part.n_latents} (of a layer): must be at least one for each of the "
-                f"{group.size} processes"
-            )
         part.op_set_of, part._ops = partial(ShardedOps, group, part.n_latents), None
     for part in model.parts:
         own = slice(*group.bounds(part.n_latents))

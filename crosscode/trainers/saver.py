@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosscode.errors import fitting
 from crosscode.models.base import BaseCrosscoder
 from crosscode.models.checkpoint import Scaling, load_model, write_model
@@ -71,9 +73,14 @@ class Saver:
     def load(self, step: int) -> dict[str, Any]:
         """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
         folder = self.checkpoints.run.checkpoint(step)
-        saved = load_model(type(self.model), folder, backend=self.model.backend, device=self.model.device, fold=False)
+        at = {
+            "backend": self.model.backend,
+            "device": torch.device("cpu"),
+        }  # of several ranks each takes its own rows from there
+        whole = load_model(type(self.model), folder, **at, fold=False).state_dict()
         with fitting(f"{folder}: the model"):
-            self.model.load_state_dict(saved.state_dict())
+            self.model.load_state_dict(whole)
+        del whole
         state = read_state(folder)
         for name, part in self.parts.items():
             with fitting(f"{folder}: the state of {name!r}"):

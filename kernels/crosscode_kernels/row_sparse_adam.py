@@ -69,6 +69,8 @@ class RowSparseAdam(torch.optim.Optimizer):
             if param.dim() > 1:
                 state["last_step_R"] = torch.zeros(param.shape[0], dtype=torch.int32, device=param.device)
         state["step"] += 1
+        if not param.numel():
+            return
         beta2, step = group["beta2"], state["step"]
         if grad.is_sparse:
             _update_rows(param, grad, state, group)

@@ -62,6 +62,28 @@ def test_every_kind_of_state_goes_on_at_another_number_of_ranks(tmp_path):
             assert torch.equal(resumed[recipe]["counts"], firsts[1][recipe]["counts"]), (recipe, before, after)
 
 
+def test_fewer_latents_than_ranks_train_and_go_on(tmp_path):
+    resampled = '{"train": {"resample": {"every": 1, "until": 1.0, "dead_after_tokens": 8}}}'
+    row_sparse = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "betas": [0, 0.999], "row_sparse": true}}}'
+    names = ("sae_topk", "sae_batch_topk", "sae_jumprelu", "tied_clt", "sae_topk_sign_sgd")
+    recipes = [f"{name}@torch@3" for name in names]
+    recipes += [f"sae_l1@torch@3@{resampled}", f"topk_crosscoder@torch@3@{row_sparse}"]
+    recipes += ['matryoshka_sae@torch@3@{"crosscoder": {"prefixes": [1, 2]}}']
+    one, four = (train_on(n, tmp_path, "float64", recipes) for n in (1, 4))
+    for recipe in recipes:
+        assert_as_one(one[0][recipe], four[0][recipe], 1e-10)
+        assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
+        assert four[0][recipe]["bytes"] == planned_bytes(recipe, 4, "float64")
+    whole = train_on(1, tmp_path, "float32", recipes)[0]
+    train_on(4, tmp_path, "float32", recipes)
+    for n, before in ((4, "1-2"), (1, "4-3")):
+        resumed = train_on(n, tmp_path, "float32", recipes, tmp_path / before)[0]
+        for recipe in recipes:
+            losses = resumed[recipe]["losses"]
+            assert 0 < len(losses) < len(whole[recipe]["losses"])
+            torch.testing.assert_close(losses, whole[recipe]["losses"][-len(losses) :], rtol=1e-4, atol=1e-4)
+
+
 def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):
     names = ("sae_topk", "sae_batch_topk", "sae_jumprelu")
     one = train_on(1, tmp_path, "float32", [f"{name}@torch@25" for name in names])
@@ -71,19 +93,20 @@ def test_triton_kernels_are_what_a_rank_computes_with(tmp_path, monkeypatch):
         assert_as_one(one[0][f"{name}@torch@25"], two[0][f"{name}@triton@25"], 1e-4)
 
 
-def test_fused_adam_trains_and_goes_on_at_another_number_of_ranks(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("n_latents", "n_ranks"), [(25, 2), (3, 4)])  # of four ranks one has none
+def test_fused_adam_trains_and_goes_on_at_another_number_of_ranks(tmp_path, monkeypatch, n_latents, n_ranks):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # Moments in bfloat16 are rounded by chance, and a rank draws for its own rows.
     tolerances = {"": 1e-4, ', "betas": [0, 0.999], "row_sparse": true': 1e-4, ', "moments": "bfloat16"': 5e-3}
     adam = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "fused": true%s}}}'
-    recipes = [f"topk_crosscoder@triton@25@{adam % options}" for options in tolerances]
-    one, two = (train_on(n, tmp_path, "float32", recipes)[0] for n in (1, 2))
+    recipes = [f"topk_crosscoder@triton@{n_latents}@{adam % options}" for options in tolerances]
+    one, several = (train_on(n, tmp_path, "float32", recipes)[0] for n in (1, n_ranks))
     more, fewer = (
-        train_on(2, tmp_path, "float32", recipes, tmp_path / "1-0"),
-        train_on(1, tmp_path, "float32", recipes, tmp_path / "2-1"),
+        train_on(n_ranks, tmp_path, "float32", recipes, tmp_path / "1-0"),
+        train_on(1, tmp_path, "float32", recipes, tmp_path / f"{n_ranks}-1"),
     )
     for recipe, tolerance in zip(recipes, tolerances.values(), strict=True):
-        assert_as_one(one[recipe], two[recipe], tolerance)
+        assert_as_one(one[recipe], several[recipe], tolerance)
         for resumed in (more[0][recipe], fewer[0][recipe]):
             expected = one[recipe]["losses"][-len(resumed["losses"]) :]
             torch.testing.assert_close(resumed["losses"], expected, rtol=tolerance, atol=tolerance)

@@ -98,6 +98,22 @@ def tiny_corpus(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def letters_lm(save_tiny_lm, tmp_path_factory):
+    """A wider model that reads character by character, from the end of each word on a new token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = str(save_tiny_lm(str(tmp_path_factory.mktemp("letters") / "letters"), seed=7, width=24))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "w", *map(str, range(10)), " "])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_config(tiny_lms, tiny_corpus, tmp_path):
     """Values of a config that trains a TopK crosscoder between the tiny models; tests change what they need."""

@@ -59,11 +59,11 @@ def tiny(name: str, folder: Any, backend: str, device: str, train: dict[str, Any
     is_compound = crosscoder["type"] == "compound_cross_layer_transcoder"
     crosscoder["n_latents"] = N_LATENTS * (len(values["hookpoints"]) // 2 if is_compound else 1)
     if "k" in activation:
-        activation["k"] = 4 if activation["type"] == "groupmax" else K
+        activation["k"] = 4 if activation["type"] == "groupmax" else min(K, N_LATENTS - 1)
     if "k_start" in activation:
-        activation["k_start"] = 2 * K
+        activation["k_start"] = min(2 * K, N_LATENTS)
     if "auxk" in values["objective"]:
-        values["objective"]["auxk"] |= {"k_aux": 5, "dead_after_tokens": BATCH}
+        values["objective"]["auxk"] |= {"k_aux": min(5, N_LATENTS), "dead_after_tokens": BATCH}
     if "l0" in values["objective"]:
         values["objective"]["l0"]["target"] = K + 0.4
     for init in (crosscoder["init"], crosscoder["init"].get("first", {})):

@@ -5,6 +5,7 @@ Axes: L latents · X output positions · D width.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -53,7 +54,9 @@ class TieTargets(Constraint):
 
 
 def _by_position(W_LXoDo: Tensor) -> Tensor:
-    return W_LXoDo.reshape(W_LXoDo.shape[0], -1, W_LXoDo.shape[-1])
+    return W_LXoDo.reshape(
+        W_LXoDo.shape[0], math.prod(W_LXoDo.shape[1:-1]), W_LXoDo.shape[-1]
+    )  # of a rank without rows too
 
 
 def _one_direction(W_LXD: Tensor, n_iterations: int = 3) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,7 @@ class FusedAdam(torch.optim.Adam):
             state["last_step_R"] = torch.zeros(param.shape[0], dtype=torch.int32, device=param.device)
 
     def _step_rows(self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, done: Tensor) -> None:
+        params = [param for param in params if param.numel()]
         if not params:
             return
         update = importlib.import_module("crosscode_kernels.fused_adam.triton_impl").update_rows
@@ -150,7 +151,7 @@ def _alike(params: list[Tensor]) -> list[list[int]]:
 
 
 def _is_taken(param: Tensor) -> bool:
-    return param.dim() > 1 and param.dtype == torch.float32 and param.is_contiguous() and param.numel() > 0
+    return param.dim() > 1 and param.dtype == torch.float32 and param.is_contiguous()
 
 
 def _numbers(step_P: Tensor, group: dict[str, Any], grad_scale: Tensor | None, done: Tensor) -> Tensor:

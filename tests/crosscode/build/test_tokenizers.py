@@ -30,22 +30,6 @@ import ranks
 N_WORDS = 60
 
 
-@pytest.fixture(scope="module")
-def letters_lm(save_tiny_lm, tmp_path_factory):
-    """A wider model that reads character by character, from the end of each word on a new token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = str(save_tiny_lm(str(tmp_path_factory.mktemp("letters") / "letters"), seed=7, width=24))
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "w", *map(str, range(10)), " "])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def values(tiny_config, tiny_lms, letters_lm):
     return {**tiny_config, "language_models": [{"path": tiny_lms[0]}, {"path": letters_lm}]}

@@ -67,7 +67,6 @@ def test_one_process_has_the_op_set_of_its_backend_and_nothing_below_knows_of_ra
     ("recipe", "change", "said"),
     [
         ("sae_topk", {"train": {"compile": True}}, "train.compile = True"),
-        ("sae_topk", {"crosscoder": {"n_latents": 3}}, "crosscoder.n_latents = 3"),
         ("sae_topk", {"device": "cuda:0"}, "device = 'cuda:0'"),
         (
             "sae_topk",
@@ -81,8 +80,6 @@ def test_what_cannot_be_sharded_is_refused_by_name(recipe, change, said, monkeyp
     values = read_yaml(recipe)
     for section, fields in change.items():
         values[section] = values[section] | fields if isinstance(fields, dict) else fields
-    if values["crosscoder"]["n_latents"] == 3:
-        values["crosscoder"]["activation"] = {"type": "topk", "k": 2}
     config = check_config(values)
     assert for_ranks(config) is config  # one process: the very same
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -95,6 +95,20 @@ def test_four_processes_hold_models_together_and_apart_and_harvest_stores_that_a
     assert figures(folder / "joined-two") == pytest.approx(figures(folder / "joined-one"), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.soak
+def test_models_of_other_width_and_tokenizer_are_held_apart_and_documents_isolated(
+    tmp_path, tiny_config, tiny_lms, letters_lm
+):
+    values = tiny_config | {"language_models": [{"path": tiny_lms[0]}, {"path": letters_lm}]}
+    values["data"] |= {"harvest_batch_size": 7, "isolate_documents": True}
+    values["train"] |= {"log_every": 1}
+    values["evaluation"] = {"n_tokens": 200, "loss_recovered_n_tokens": 100}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    assert main(train(tmp_path, "one").split(",")) == 0
+    spawned(2, tmp_path, train(tmp_path, "apart", "--parallel.apart", "true"))
+    assert figures(tmp_path / "apart") == pytest.approx(figures(tmp_path / "one"), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("size", "apart", "n_ranks"), [(1, False, 3), (2, False, 4), (1, True, 4), (2, True, 8), (4, False, 4)]
 )
