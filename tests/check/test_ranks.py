@@ -62,21 +62,26 @@ def test_every_kind_of_state_goes_on_at_another_number_of_ranks(tmp_path):
             assert torch.equal(resumed[recipe]["counts"], firsts[1][recipe]["counts"]), (recipe, before, after)
 
 
-def test_fewer_latents_than_ranks_train_and_go_on(tmp_path):
-    resampled = '{"train": {"resample": {"every": 1, "until": 1.0, "dead_after_tokens": 8}}}'
-    row_sparse = '{"train": {"optimizer": {"type": "adam", "lr": 0.01, "betas": [0, 0.999], "row_sparse": true}}}'
-    names = ("sae_topk", "sae_batch_topk", "sae_jumprelu", "tied_clt", "sae_topk_sign_sgd")
-    recipes = [f"{name}@torch@3" for name in names]
-    recipes += [f"sae_l1@torch@3@{resampled}", f"topk_crosscoder@torch@3@{row_sparse}"]
-    recipes += ['matryoshka_sae@torch@3@{"crosscoder": {"prefixes": [1, 2]}}']
-    one, four = (train_on(n, tmp_path, "float64", recipes) for n in (1, 4))
-    for recipe in recipes:
+FEWER = [f"{name}@torch@3" for name in ("sae_topk", "tied_clt", "sae_topk_sign_sgd", "sae_batch_topk", "sae_jumprelu")]
+FEWER += [
+    'topk_crosscoder@torch@3@{"train": {"optimizer": {"type": "adam", "lr": 0.01, "betas": [0, 0.999], "row_sparse": true}}}',
+    'sae_l1@torch@3@{"train": {"resample": {"every": 1, "until": 1.0, "dead_after_tokens": 8}}}',
+    'matryoshka_sae@torch@3@{"crosscoder": {"prefixes": [1, 2]}}',
+]
+
+
+def test_fewer_latents_than_ranks_are_trained_as_by_one_process(tmp_path):
+    one, four = (train_on(n, tmp_path, "float64", FEWER) for n in (1, 4))
+    for recipe in FEWER:
         assert_as_one(one[0][recipe], four[0][recipe], 1e-10)
         assert all(torch.equal(four[0][recipe]["losses"], of[recipe]) for of in four[1:])
         assert four[0][recipe]["bytes"] == planned_bytes(recipe, 4, "float64")
-    whole = train_on(1, tmp_path, "float32", recipes)[0]
-    train_on(4, tmp_path, "float32", recipes)
-    for n, before in ((4, "1-2"), (1, "4-3")):
+
+
+def test_fewer_latents_than_ranks_go_on_at_another_number(tmp_path):
+    recipes = [FEWER[i] for i in (0, 1, 2, 5)]
+    whole, _ = (train_on(n, tmp_path, "float32", recipes)[0] for n in (1, 4))
+    for n, before in ((4, "1-0"), (1, "4-1")):
         resumed = train_on(n, tmp_path, "float32", recipes, tmp_path / before)[0]
         for recipe in recipes:
             losses = resumed[recipe]["losses"]
