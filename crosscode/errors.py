@@ -112,3 +112,23 @@ def check_at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise InputError(f"{name}: {value} is below {least}")
+
+
+def problem_text(field: str, problem: Any) -> str:
+    """One of pydantic's problems in one line: the field, its value and what would be right."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{field}: required, but not given"
+    if problem["type"] == "value_error":
+        within = " " if message.startswith("= ") else "." if re.match(r"\w+ = ", message) else ": "
+        return f"{field}{within}{message}" if field else message
+    if problem["type"] == "union_tag_invalid":
+        return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown field (value {short(problem['input'])})"
+    return f"{field} = {short(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from crosscode.config.checked import problem_text
-from crosscode.errors import InputError, first_line
+from crosscode.errors import InputError, first_line, problem_text
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
@@ -73,6 +72,13 @@ class Marker(Stored):
     format: int
 
 
+class GroupFigures(Stored):
+    n_tokens: Count
+    fvu: float | None = None
+    fvu_by_position: Figures
+    l0: float | None = None
+
+
 class Summary(Sealed):
     """`summary.json`"""
 
@@ -84,6 +90,7 @@ class Summary(Sealed):
     l0: float | None
     dead_fraction: float | None
     loss_recovered: Figures | None = None
+    groups: dict[str, dict[str, GroupFigures]] | None = None
     without_partner: float | None = None
     tokens_per_s: float | None
     wall_s: float | None = None
@@ -110,13 +117,6 @@ class LayeredFigures(Stored):
     ce: Figures | None = None
     kl: Figures | None = None
     groups: dict[str, dict[str, LayeredFigures]] | None = None
-
-
-class GroupFigures(Stored):
-    n_tokens: Count
-    fvu: float | None = None
-    fvu_by_position: Figures
-    l0: float | None = None
 
 
 class PrefixFigures(Stored):

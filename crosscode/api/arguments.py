@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from crosscode.config.checked import field_paths, short
+from crosscode.config.checked import field_paths
 from crosscode.config.experiment import ExperimentConfig, TrainConfig
 from crosscode.config.hints import component_fields, likely_fields
 from crosscode.config.reading import is_config
-from crosscode.errors import InputError
+from crosscode.errors import InputError, short
 
 _OF_HARVEST = ("language_models", "hookpoints")
 TRAIN_FIELDS = tuple(TrainConfig.model_fields)

@@ -98,13 +98,21 @@ def _run_to_the_end(trainer: Trainer) -> None:
     print(f"run         {trainer.run.path}")
     print(f"model       {trainer.run.path / 'final'}")
     for name, value in summary["fvu_by_position"].items():
-        print(f"FVU         {'undefined, it does not vary' if value is None else f'{value:.4f}'}  {name}")
+        print(f"FVU         {_fvu_text(value)}  {name}")
     for name, value in summary["loss_recovered"].items():
         shown = "zeros do not hurt here" if value is None else f"{value:.4f}"
         print(f"recovered   {shown}  {name}")
+    for kind, groups in summary["groups"].items():
+        for name, of_group in groups.items():
+            l0 = f"L0 {of_group['l0']:.1f}, {of_group['n_tokens']} tokens"
+            print(f"FVU         {_fvu_text(of_group['fvu'])}  {kind} {name} ({l0})")
     print(f"L0          {summary['l0']:.1f}")
     print(f"dead        {100 * summary['dead_fraction']:.2f} % of latents")
     print(f"speed       {summary['tokens_per_s']:.0f} tokens/s ({summary['backend']} backend, {summary['device']})")
+
+
+def _fvu_text(fvu: float | None) -> str:
+    return "undefined, it does not vary" if fvu is None else f"{fvu:.4f}"
 
 
 def _whole() -> type[BaseModel]:

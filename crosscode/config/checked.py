@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from crosscode.config.hints import component_fields, likely_fields
-from crosscode.errors import InputError
+from crosscode.errors import InputError, problem_text
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -45,26 +44,6 @@ def explain(
         hint = _near(problem["loc"], ".".join(written), config_class, section) if is_unknown else ""
         problems.append(problem_text(shown(".".join(written)), problem) + hint)
     return "; ".join(problems)
-
-
-def problem_text(field: str, problem: Any) -> str:
-    """One of pydantic's problems in one line: the field, its value and what would be right."""
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"{field}: required, but not given"
-    if problem["type"] == "value_error":
-        within = " " if message.startswith("= ") else "." if re.match(r"\w+ = ", message) else ": "
-        return f"{field}{within}{message}" if field else message
-    if problem["type"] == "union_tag_invalid":
-        return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: unknown field (value {short(problem['input'])})"
-    return f"{field} = {short(problem['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def signature_with(constructor: Callable[..., Any], config_class: type[BaseModel]) -> inspect.Signature:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeV
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from crosscode.config.checked import checked, short
+from crosscode.config.checked import checked
 from crosscode.config.counts import as_count, members_of
-from crosscode.errors import InputError
+from crosscode.errors import InputError, short
 
 T = TypeVar("T", bound=type)
 ClassT = TypeVar("ClassT", bound=type)

@@ -215,7 +215,7 @@ class HeldoutSums:
         """Waits for the device."""
         fvu_X, n_tokens = self.fvu.fvu_Xo().flatten().tolist(), self.fvu.n_tokens
         counts_L, l0_N = torch.as_tensor(self.counts_L), torch.cat(self.l0_parts).double()
-        n_active, max_L = self.n_active_train_mode, torch.zeros_like(counts_L) if self.max_L is None else self.max_L
+        max_L = torch.zeros_like(counts_L) if self.max_L is None else self.max_L
         n_active, norm_NX = self.n_active_train_mode, torch.cat(self.norm_parts)
         not_finite_X = (~norm_NX.isfinite()).sum(0).tolist()
         ratio_NX = (norm_NX / norm_NX.nanmedian(0).values).where(norm_NX.isfinite(), 0.0)

@@ -58,6 +58,7 @@ def summary(
         "dead_fraction": evaluation.dead_fraction if evaluation else last.get("dead_fraction"),
         "dead_fraction_training": last.get("dead_fraction"),
         "loss_recovered": evaluation.loss_recovered_by_position() if evaluation else {},
+        "groups": evaluation.to_json()["groups"] if evaluation else {},
         "without_partner": evaluation.without_partner if evaluation else None,
         "callbacks": {name: last.get(name) for name in sorted(callback_figures)},
         "tokens_per_s": tokens_per_s(counts),

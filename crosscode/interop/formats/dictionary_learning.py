@@ -93,7 +93,7 @@ class DictionaryLearning(Format):
             cannot(path, f"holds neither {SAE_WEIGHTS} nor {CROSSCODER_WEIGHTS}")
         tensors = read_tensors(file)
         if name in ("CrossCoder", "BatchTopKCrossCoder"):
-            return [_read_crosscoder(name, tensors, config, file)]
+            return [_read_crosscoder(name, tensors, file)]
         read = _READ.get(name)
         if read is None:
             cannot(
@@ -257,7 +257,7 @@ def _write_crosscoder(coder: PlainCoder, folder: Path) -> None:
     write_json(folder / CONFIG, config)
 
 
-def _read_crosscoder(name: str, tensors: Tensors, config: dict[str, Any], file: Path) -> PlainCoder:
+def _read_crosscoder(name: str, tensors: Tensors, file: Path) -> PlainCoder:
     needed = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
     needed |= set() if name == "CrossCoder" else {"k", "threshold"}
     if missing := sorted(needed - tensors.keys()):

@@ -51,6 +51,8 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """The objective that is trained where none is given, each term with its defaults."""
     usual_init: ClassVar[str | None] = None
     """The initialisation where none is given, if the activation has a say in it."""
+    is_sparse: ClassVar[bool] = False
+    """Whether latents always come as entries (`SparseLatents`), as no more than `k` of them fire."""
     keeps_k: ClassVar[bool] = False
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     selects_from: int | None = None

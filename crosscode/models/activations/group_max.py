@@ -28,6 +28,7 @@ class GroupMaxActivation(ActivationFunction):
         """number of groups, so the largest possible number of active latents; must divide n_latents"""
 
     title = "GroupMax"
+    is_sparse = True
     usual_terms = ("recon", "auxk")
 
     def setup(self) -> None:

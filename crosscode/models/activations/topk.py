@@ -41,6 +41,7 @@ class AnnealedKConfig(ConfigModel):
 class AnnealedK(ActivationFunction):
     """An activation that keeps `k` latents; in train mode `k` may be annealed. Eval mode always keeps `k`."""
 
+    is_sparse = True
     keeps_k = True
 
     def setup(self) -> None:

@@ -80,7 +80,7 @@ class Adam(OptimizerPlan):
 
     def grads_per_weight(self, model: BaseCrosscoder) -> int:
         is_deferred = self.fused is True or "deferred" in model.backend.options
-        return int(not (is_deferred and all(hasattr(part.activation_fn, "k") for part in model.parts)))
+        return int(not (is_deferred and all(part.activation_fn.is_sparse for part in model.parts)))
 
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr

@@ -65,6 +65,7 @@ def test_figures_are_split_by_text_and_role(run):
         assert [*figures.fvu_by_position.values()] == pytest.approx(by_hand[role].fvu_Xo().flatten().tolist(), rel=1e-5)
     stored = json.loads((run.path / "evaluation.json").read_text())["groups"]
     assert stored["role"]["assistant"]["n_tokens"] == result.groups["role"]["assistant"].n_tokens
+    assert json.loads((run.path / "summary.json").read_text())["groups"] == stored
     table = run.table()
     per_role = {role: table[f"density_{role}"] * figures.n_tokens for role, figures in result.groups["role"].items()}
     assert (sum(per_role.values()).round() == table["firings"]).all()

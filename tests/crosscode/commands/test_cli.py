@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_train_writes_the_run_directory(tiny_config, tmp_path, capsys):
     assert summary["step"] == 10 and summary["tokens"] == 640
     assert set(summary["fvu_by_position"]) == {"one/blocks.1.hook_resid_post", "two/blocks.1.hook_resid_post"}
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_train_says_the_figures_of_each_text_apart(tiny_config, tmp_path, capsys):
+    source = tiny_config["data"]["source"]
+    other = shutil.copy(source["path"], tmp_path / "other.jsonl")
+    parts = [{"source": source}, {"source": {**source, "path": str(other)}}]
+    values = {**tiny_config, "data": {**tiny_config["data"], "source": {"type": "mixture", "parts": parts}}}
+    assert main(["train", write_config(values, tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    groups = json.loads((tmp_path / "run" / "summary.json").read_text())["groups"]["source"]
+    assert len(groups) == 2
+    for name, of_group in groups.items():
+        assert f"{of_group['fvu']:.4f}  source {name} (L0 {of_group['l0']:.1f}, {of_group['n_tokens']} tokens)" in shown
 
 
 def test_training_again_from_the_written_config_gives_the_same_losses(tiny_config, tmp_path):
