@@ -48,11 +48,12 @@ def test_memory_never_grows_with_the_ranks_and_parts_of_a_batch_keep_less():
 
 
 def test_the_command_shows_a_line_for_each_number_of_ranks_and_names_what_is_refused(capsys):
-    assert main(["plan", "demo", "--ranks", "3", "--gpu", "a100", "--crosscoder.n_latents", "300"]) == 0
+    options = ["--crosscoder.n_latents", "300", "--crosscoder.activation", "{type: groupmax, k: 3}"]
+    assert main(["plan", "demo", "--ranks", "3", "--gpu", "a100", *options]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()[2:13]
     assert [int(line.split()[0]) for line in lines] == [1, 2, 3, *(2**i for i in range(2, 10))]
-    assert "crosscoder.n_latents = 300: must be at least one for each process" in lines[-1]
+    assert "crosscoder.activation.k = 3: GroupMax needs a number that the processes divide" in lines[-1]
     assert "predictions" in said and "one of 3:" in said and "A100" in said
 
 
