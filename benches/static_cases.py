@@ -18,8 +18,6 @@ from crosscode_kernels.capacity.triton_impl import product_if, support
 from crosscode_kernels.encode_threshold.triton_impl import kept_counts, kept_entries
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.fused_adam.triton_impl import norm_of_rows, update_rows
-from crosscode_kernels.grouped_decode.torch_impl import entries_of_each
-from crosscode_kernels.grouped_decode.triton_impl import grouped_backward
 from crosscode_kernels.penalties import PreActTerm
 from crosscode_kernels.penalties.deferred import PenaltyTerm
 from crosscode_kernels.registration import kernel_of
@@ -163,21 +161,6 @@ def _grouped(case: Case, t: Tensors) -> tuple[Entries, list[int], list[Tensor]]:
     return entries, [t.value_N.shape[0]] * len(firsts), W_S
 
 
-def _grouped_backward(case: Case, t: Tensors, backend: str) -> tuple[Tensor, ...]:
-    entries, count_S, W_S = _grouped(case, t)
-    firsts, _ = _windows(case)
-    if backend == "triton":
-        dvalue_N, dW_S = grouped_backward(entries, count_S, t.y_BO, W_S, firsts)
-        return dvalue_N, *dW_S
-    own_S, dots, dW_S = entries_of_each(entries, count_S), [], []
-    for own, W_LO, first in zip(own_S, W_S, firsts, strict=True):
-        dy_BO = t.y_BO[:, first : first + W_LO.shape[1]].contiguous()
-        dot_N, dW_LO = kernel_of("sparse_decode_backward", "torch")(own, dy_BO, W_LO)
-        dots.append(dot_N)
-        dW_S.append(dW_LO)
-    return torch.cat(dots), *dW_S
-
-
 def _jumprelu_backward(t: Tensors, term: PenaltyTerm, backend: str) -> tuple[Tensor, ...]:
     da_BL = t.da_BL
     if backend == "torch" and term.g is not None:  # which is handed ordinary gradients alone
@@ -252,6 +235,7 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
     k_aux = min(max(c.input_width // 2, 1), 512, c.n_latents)
     encoder = Encoder(t.x_BI, t.W_enc_LI, t.b_enc_L)
     entries = t.entries
+    joined, counts, W_S = _grouped(c, t)
     penalty = (t.n_L, t.lambda_L)
     term = PreActTerm(t.t_L, t.n_L, t.lambda_L)
 
@@ -271,9 +255,9 @@ def op_calls(case: Case, t: Tensors, backend: str = "triton") -> dict[str, Calla
         "decode_recon unbiased": call("decode_recon", entries, t.W_dec_LO, None, t.target_BO, t.segments),
         "nested_decode": call("nested_decode", t.in_segments(entries), t.W_dec_LO, t.b_dec_O, N_PREFIXES),
         "nested_decode unbiased": call("nested_decode", t.in_segments(entries), t.W_dec_LO, None, N_PREFIXES),
-        "grouped_decode": call("grouped_decode", *_grouped(c, t), t.b_dec_O, *_windows(c)),
-        "grouped_decode unbiased": call("grouped_decode", *_grouped(c, t), None, *_windows(c)),
-        "grouped_backward": lambda: _grouped_backward(c, t, backend),
+        "grouped_decode": call("grouped_decode", joined, counts, W_S, t.b_dec_O, *_windows(c)),
+        "grouped_decode unbiased": call("grouped_decode", joined, counts, W_S, None, *_windows(c)),
+        "grouped_backward": call("grouped_backward", joined, counts, t.y_BO, W_S, *_windows(c)[:1], True),
         "gather_dot": call("gather_dot", entries._replace(order_N=entries.order_N[:0]), t.y_BO, t.W_dec_LO),
         "gather_dot by latent": call("gather_dot", entries, t.y_BO, t.W_dec_LO),
         "sparse_decode_backward": call("sparse_decode_backward", entries, t.y_BO, t.W_dec_LO),

@@ -33,20 +33,39 @@ def _without_entries(a: Arguments) -> Tensor | None:
     return y_BO if a.b_O is None else y_BO + a.b_O
 
 
+def _together(a: Arguments, dy_BO: Tensor, want_W: bool) -> tuple[Tensor, list[Tensor]]:
+    """`dvalue_N`, and the gradient of each dictionary (views of few arrays), or none: by few launches for all."""
+    entries, dvalue, dW_S = entries_of(a), [], []
+    runs = importlib.import_module("crosscode_kernels.grouped_decode.triton_impl").runs_within_memory
+    runs = runs(a.count_S, dy_BO.shape[1])
+    own_S = list(torch_impl.entries_of_each(entries, a.count_S)) if len(runs) > 1 else []
+    for run in runs:
+        joined = Entries(*map(torch.cat, zip(*own_S[run], strict=True))) if own_S else entries
+        W_S = a.W_S[run]
+        dvalue_N, flat = _grouped_backward(
+            joined, a.count_S[run], dy_BO, W_S, a.first_S[run], want_W, backend=a.backend
+        )
+        dvalue.append(dvalue_N)
+        if want_W:
+            parts = flat.split([W_LO.numel() for W_LO in W_S])
+            dW_S += [part.view(W_LO.shape) for part, W_LO in zip(parts, W_S, strict=True)]
+    return torch.cat(dvalue) if own_S else dvalue[0], dW_S
+
+
 def _backward(a: Arguments, dy_BO: Tensor) -> dict[str, Any]:
-    dy_BO, entries, n_groups = dy_BO.contiguous(), entries_of(a), len(a.count_S)
+    dy_BO = dy_BO.contiguous()
     db_O = dy_BO.sum(0) if "b_O" in a.needs else None
     needs = a.needs - {"b_O", "W_S"} | ({"W_LO"} if "W_S" in a.needs else set())
     dvalue_N: Tensor | None = None
-    dW_S: list[Tensor | None] = [None] * n_groups
-    if a.backend.name == "triton" and a.order_N.shape[0] and dy_BO.shape[0] and not torch.compiler.is_compiling():
-        together = importlib.import_module("crosscode_kernels.grouped_decode.triton_impl").grouped_backward
+    dW_S: list[Tensor | None] = [None] * len(a.count_S)
+    if a.backend.name == "triton" and a.order_N.shape[0] and dy_BO.shape[0]:
         want_W = "W_LO" in needs and not a.backend.is_deferred
-        dvalue_N, found_S = together(entries, a.count_S, dy_BO, a.W_S, a.first_S, want_W)
-        dW_S, needs = (found_S or dW_S), needs - {"value_N"} - ({"W_LO"} if want_W else set())
+        dvalue_N, found_S = _together(a, dy_BO, want_W)
+        dW_S = [*found_S] if want_W else dW_S
+        needs = needs - {"value_N"} - ({"W_LO"} if want_W else set())
     if needs:
         dvalue_S: list[Any] = []
-        own_S = torch_impl.entries_of_each(entries, a.count_S)
+        own_S = torch_impl.entries_of_each(entries_of(a), a.count_S)
         for s, (own, W_LO, first) in enumerate(zip(own_S, a.W_S, a.first_S, strict=True)):
             grads = decode_grads(dy_BO[:, first : first + W_LO.shape[1]], own, W_LO, needs, a.backend)
             dvalue_S.append(grads["value_N"])
@@ -55,6 +74,13 @@ def _backward(a: Arguments, dy_BO: Tensor) -> dict[str, Any]:
     return {"value_N": dvalue_N, "W_S": dW_S, "b_O": db_O}
 
 
+_grouped_backward = define_op(
+    torch_impl.grouped_backward,
+    fake=lambda a: (
+        torch.empty_like(a.value_N),
+        a.dy_BO.new_empty(sum(W_LO.numel() for W_LO in a.W_S) if a.want_W else 0),
+    ),
+)
 _grouped_decode = define_op(
     torch_impl.grouped_decode,
     empty=_without_entries,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from crosscode_kernels.segments.torch_impl import token_sums
+from crosscode_kernels.segments.torch_impl import pair_dots, segment_rows, token_sums
 from crosscode_kernels.sparse import Entries
 
 
@@ -31,6 +32,19 @@ def grouped_decode(
 ) -> Tensor:
     own_S = entries_of_each(entries, count_S)
     return window_sums([token_sums(own, W_LO) for own, W_LO in zip(own_S, W_S, strict=True)], b_O, first_S, n_out)
+
+
+def grouped_backward(
+    entries: Entries, count_S: list[int], dy_BO: Tensor, W_S: list[Tensor], first_S: list[int], want_W: bool
+) -> tuple[Tensor, Tensor]:
+    """`dvalue_N`, and where wanted the gradients of all dictionaries in one array."""
+    dots, found = [], [dy_BO.new_empty(0)]
+    for own, W_LO, first in zip(entries_of_each(entries, count_S), W_S, first_S, strict=True):
+        rows_BO = dy_BO[:, first : first + W_LO.shape[1]].contiguous()
+        dots.append(pair_dots(own, rows_BO, W_LO))
+        if want_W:
+            found.append(segment_rows(own, rows_BO)[0].flatten())
+    return torch.cat(dots), torch.cat(found)
 
 
 def window_sums(y_SBO: list[Tensor], b_O: Tensor | None, first_S: list[int], n_out: int) -> Tensor:

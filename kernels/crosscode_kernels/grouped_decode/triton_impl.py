@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscode_kernels.grouped_decode.torch_impl import entries_of_each
 from crosscode_kernels.segments.triton_groups import Groups, group_of
 from crosscode_kernels.segments.triton_impl import reduce_by_latent
 from crosscode_kernels.sparse import Entries
@@ -85,7 +84,7 @@ def grouped_decode(
     return y_BO
 
 
-def _runs(count_S: Sequence[int], n_out: int) -> list[slice]:
+def runs_within_memory(count_S: Sequence[int], n_out: int) -> list[slice]:
     """Neighbouring dictionaries that one launch serves: as many as keep the partial sums of hot latents, for which there is room
     in any case, within `MOST_PARTIALS`."""
     runs, first, n_entries = [], 0, 0
@@ -98,18 +97,9 @@ def _runs(count_S: Sequence[int], n_out: int) -> list[slice]:
 
 
 def grouped_backward(
-    entries: Entries, count_S: list[int], dy_BO: Tensor, W_S: list[Tensor], first_S: list[int], want_W: bool = True
-) -> tuple[Tensor, list[Tensor]]:
-    """`dvalue_N`, and the gradient of each dictionary or none: a row of W and the rows of dy that it needs are read once for
-    both."""
-    own_S, dvalue, dW_S = list(entries_of_each(entries, count_S)), [], []
-    runs = _runs(count_S, dy_BO.shape[1])
-    for run in runs:
-        groups = groups_of(count_S[run], W_S[run], first_S[run])
-        joined = entries if len(runs) == 1 else Entries(*map(torch.cat, zip(*own_S[run], strict=True)))
-        flat, _, dvalue_N = reduce_by_latent(joined, dy_BO, W_S[run][0], want_out=want_W, groups=groups)
-        dvalue.append(dvalue_N)
-        if want_W:
-            parts = flat.split([W_LO.numel() for W_LO in W_S[run]])
-            dW_S += [part.view(W_LO.shape) for part, W_LO in zip(parts, W_S[run], strict=True)]
-    return dvalue[0] if len(runs) == 1 else torch.cat(dvalue), dW_S
+    entries: Entries, count_S: list[int], dy_BO: Tensor, W_S: list[Tensor], first_S: list[int], want_W: bool
+) -> tuple[Tensor, Tensor]:
+    """A row of W and the rows of dy that it needs are read once for both."""
+    groups = groups_of(count_S, W_S, first_S)
+    flat, _, dvalue_N = reduce_by_latent(entries, dy_BO, W_S[0], want_out=want_W, groups=groups)
+    return dvalue_N, flat

@@ -182,7 +182,7 @@ def test_few_dictionaries_at_a_time_where_partial_sums_would_be_large(fast_backe
 
     _, whole = run(fast_backend.ops, "topk", *problem(fast_backend, "gaps and ragged", B=70, zipf=True))
     monkeypatch.setattr(triton_impl, "MOST_PARTIALS", 2 * (70 * 4 // 64) * 80 * 4 + 1280)
-    assert triton_impl._runs([280] * 4, 80) == [slice(0, 2), slice(2, 4)]
+    assert triton_impl.runs_within_memory([280] * 4, 80) == [slice(0, 2), slice(2, 4)]
     _, parts = run(fast_backend.ops, "topk", *problem(fast_backend, "gaps and ragged", B=70, zipf=True))
     for got, wanted in zip(parts, whole, strict=True):  # in tiles of another width
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -41,10 +41,10 @@ def in_segments(entries):
     return entries._replace(row_ptr_B1=torch.cat([entries.row_ptr_B1[:1], ends_BS.flatten()]))
 
 
-def one_behind_the_other(entries):
-    """The same batch of two dictionaries; the values want a gradient."""
+def one_behind_the_other(entries, with_grad=True):
+    """The same batch of two dictionaries; by default the values want a gradient."""
     both = type(entries)(*(torch.cat([field, field]).detach() for field in entries))
-    return both._replace(value_N=both.value_N.requires_grad_())
+    return both._replace(value_N=both.value_N.requires_grad_(with_grad))
 
 
 def op_calls():
@@ -90,6 +90,14 @@ def op_calls():
             [0, 3],
             O,
         ),
+        "grouped_backward": (
+            *one_behind_the_other(entries, False),
+            [N, N],
+            plain_BO,
+            [plain_LO, plain_LO[:, 3:].contiguous()],
+            [0, 3],
+            True,
+        ),
         "window_sums": ([y_BO, y_BO[:, 3:].detach().requires_grad_()], b_O, [0, 3], O),
         "sparse_decode_backward": (*entries, plain_BO, plain_LO),
         "decode_recon": (*values, W_LO, b_O, torch.randn(B, O), [3, 5]),
@@ -106,7 +114,10 @@ def op_calls():
         "pre_act": (h_BL, t_L, n_L, lam_L),
         "pre_act_backward": (g, plain_BL, t_L.detach(), n_L.detach(), lam_L),
     }
-    return {name: (*arguments, *BACKEND) for name, arguments in calls.items()}
+    of_stock_ops = {"window_sums"}
+    return {
+        name: (*arguments, *(("torch", []) if name in of_stock_ops else BACKEND)) for name, arguments in calls.items()
+    }
 
 
 @named

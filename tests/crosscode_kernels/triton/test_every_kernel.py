@@ -33,7 +33,7 @@ OPS = [
     "capacity_support relu", "capacity_support jumprelu", "capacity_product decode", "capacity_product values",
     "capacity_product weights", "grouped_decode", "grouped_decode unbiased", "grouped_backward",
 ]  # fmt: skip
-NOT_REGISTERED = {"encode_threshold", "fused_adam", "capacity_support", "capacity_product", "grouped_backward"}
+NOT_REGISTERED = {"encode_threshold", "fused_adam", "capacity_support", "capacity_product"}
 FENCE = 8192
 
 
