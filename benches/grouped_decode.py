@@ -19,12 +19,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from counted_bytes import ALLOCATIONS, CountedBytes
+from counted_bytes import ALLOCATIONS, CountedBytes, aten
 from crosscode_kernels import Backend, SparseLatents
 from crosscode_kernels.grouped_decode import grouped_decode
 from crosscode_kernels.sparse_decode import sparse_decode
 from crosscode_kernels.triton_common.launch import recorded_launches
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 
 
 class Counted(CountedBytes):
@@ -35,9 +36,22 @@ class Counted(CountedBytes):
         self.n_ops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "crosscode":  # what it does, not what it is handed
+            with self:
+                return OPDEFS[func.name().partition(".")[0]]._init_fn(*args, **(kwargs or {}))
         before, out = self.moved, super().__torch_dispatch__(func, types, args, kwargs)
         self.n_ops += self.moved > before and func.overloadpacket not in ALLOCATIONS
         return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if func.overloadpacket in PASSES:
+            self.moved += PASSES[func.overloadpacket] * out.nbytes
+        else:
+            super()._count(func, args, kwargs, out)
+
+
+PASSES = {aten.copy_: 2, aten.new_zeros: 1, aten.zeros_like: 1, aten.new_empty_strided: 0}
+"""Of ops that do not read every tensor that they are handed: how often what they give back is read or written."""
 
 
 def layer_by_layer(step: Step, backend: Backend) -> Tensor:
