@@ -73,13 +73,11 @@ class Saver:
     def load(self, step: int) -> dict[str, Any]:
         """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
         folder = self.checkpoints.run.checkpoint(step)
-        at = {
-            "backend": self.model.backend,
-            "device": torch.device("cpu"),
-        }  # of several ranks each takes its own rows from there
-        whole = load_model(type(self.model), folder, **at, fold=False).state_dict()
+        # Of several ranks each takes its own rows from the CPU: the whole model may not fit on a device.
+        cpu = torch.device("cpu")
+        whole = load_model(type(self.model), folder, backend=self.model.backend, device=cpu, fold=False)
         with fitting(f"{folder}: the model"):
-            self.model.load_state_dict(whole)
+            self.model.load_state_dict(whole.state_dict())
         del whole
         state = read_state(folder)
         for name, part in self.parts.items():

@@ -54,9 +54,8 @@ class TieTargets(Constraint):
 
 
 def _by_position(W_LXoDo: Tensor) -> Tensor:
-    return W_LXoDo.reshape(
-        W_LXoDo.shape[0], math.prod(W_LXoDo.shape[1:-1]), W_LXoDo.shape[-1]
-    )  # of a rank without rows too
+    """Of a rank without rows, too."""
+    return W_LXoDo.reshape(W_LXoDo.shape[0], math.prod(W_LXoDo.shape[1:-1]), W_LXoDo.shape[-1])
 
 
 def _one_direction(W_LXD: Tensor, n_iterations: int = 3) -> tuple[Tensor, Tensor]:
