@@ -171,7 +171,7 @@ class CoderWeights(nn.Module, Coder):
     def check_initialised(self) -> None:
         """Raise `InputError` where the weights were never filled. Reads a few values from the device."""
         for part in self.parts:
-            firsts = (part.W_enc_LXiDi[:1], part.W_dec_LXoDo[:1])  # of a rank without rows none
+            firsts = (part.W_enc_LXiDi[:1], part.W_dec_LXoDo[:1])  # none, where it holds no rows
             if all(len(first) and bool(first.isnan().all()) for first in firsts):
                 raise InputError("model: its weights are not initialised; call model.init_weights(...), or load them")
 

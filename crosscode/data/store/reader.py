@@ -254,7 +254,7 @@ class ActivationCache:
             E = section_RE.shape[1]
             came.append(read(files_N, section_at_N + E * local_N, first_N, section_RE.numpy()))
             section_at_N = section_at_N + E * self._sizes[shard_N]
-        if not all(list(chain.from_iterable(came))):  # each to its end: nothing is written behind an error
+        if not all(list(chain.from_iterable(came))):  # all of them: each writes its part of `out`
             raise self._cut(shard_N)
         wrong_R = np.flatnonzero(row_sums(out) != sums_R.numpy())
         if wrong_R.size:

@@ -54,7 +54,7 @@ class TieTargets(Constraint):
 
 
 def _by_position(W_LXoDo: Tensor) -> Tensor:
-    """Of a rank without rows, too."""
+    """Where there are no rows, too."""
     return W_LXoDo.reshape(W_LXoDo.shape[0], math.prod(W_LXoDo.shape[1:-1]), W_LXoDo.shape[-1])
 
 

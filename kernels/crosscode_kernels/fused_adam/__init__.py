@@ -126,7 +126,7 @@ class FusedAdam(torch.optim.Adam):
 
 def load_as_saved(optimizer: torch.optim.Optimizer, load: Callable[..., None], state_dict: dict[str, Any]) -> None:
     """`load`, PyTorch's, which would make of every number one of the parameter's dtype: moments and step counts keep the dtype
-    in which they were saved. Hooks of the optimizer may change what is loaded (ranks keep their own rows of it)."""
+    in which they were saved. Hooks of the optimizer may change what is loaded (to rows of it, say)."""
     loaded = [state_dict]
     last = optimizer.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
     try:

@@ -15,7 +15,7 @@ from crosscode_kernels.sparse import Entries
 
 
 def entries_of_each(entries: Entries, count_S: Sequence[int]) -> Iterator[Entries]:
-    """The batch of each dictionary, from one behind the other (see `autograd.joined`); each has so many entries."""
+    """The batch of each dictionary, from one behind the other (see `autograd.joined_decode`); each has so many entries."""
     n, counts, order_N = len(count_S), list(count_S), entries.order_N
     return map(
         Entries,
