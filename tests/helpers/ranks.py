@@ -183,7 +183,8 @@ def check_traffic(group: Any, L: int) -> None:
 
     n, B, d_in, d_out, k = group.size, 6, 3, 8, min(L, 5)
     ops, own = ShardedOps(group, L, Backend("torch"), torch.device("cpu"), torch.float32), slice(*group.bounds(L))
-    x, W, D, b = torch.randn(B, d_in), torch.randn(L, d_in)[own], torch.randn(L, d_out)[own], torch.zeros(L)
+    # Positive numbers: all latents fire, so that a ReLU keeps them dense, of however few latents.
+    x, W, D, b = torch.rand(B, d_in), torch.rand(L, d_in)[own], torch.randn(L, d_out)[own], torch.zeros(L)
     for weight in (W, D, b):
         weight.requires_grad_()
     rows = -(-L // n)
