@@ -1,8 +1,8 @@
 """A stand-in for CUDA graphs on CPU tensors, which is as blind as they are: every op that a function dispatches is recorded with
-the very tensors it touched and with Python's numbers as they were, and launched again on the same memory.
+the memory that it touched and with Python's numbers as they were, and launched again on the same memory.
 
-What a graph would not see, a replay here does not see either: a number that changed in Python, a tensor that lies elsewhere since.
-As on a device, a capture runs nothing (what was written is put back), and refuses ops that wait for a value or whose result has a
+What a graph would not see, a replay here does not see either: a number that changed in Python, a tensor that lies elsewhere
+since. As on a device, a capture runs nothing (what was written is put back), and refuses ops that wait for a value or whose result has a
 size that depends on one. Seen are ops below autograd, the library's own among them; not seen are reads that PyTorch does not
 dispatch (`tolist`, `numpy`), which the CPU's own paths use.
 """
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
 WAITS = {
@@ -78,9 +78,9 @@ class _Recording(TorchDispatchMode):
                 self._before[place] = whole, whole.clone()
         taken = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
-        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        found = [_alias(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self._own |= {_place(tensor) for tensor in found} - taken
-        self._calls.append((func, args, kwargs, found))
+        self._calls.append((func, *tree_map(_alias, (args, kwargs)), found))
         return result
 
     @torch.no_grad()
@@ -92,13 +92,19 @@ class _Recording(TorchDispatchMode):
     def replay(self) -> None:
         """No version of a tensor changes, as PyTorch sees no write of a replay."""
         touched = {id(leaf): leaf for call in self._calls for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
-        with torch.autograd._unsafe_preserve_version_counter(tuple(touched.values())):
+        keep_versions: Any = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateImportUsage]
+        with keep_versions(tuple(touched.values())):
             for func, args, kwargs, found in self._calls:
                 again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
                 for tensor, new in zip(found, again, strict=True):
                     if _place(new) != _place(tensor):
                         assert (new.shape, new.dtype) == (tensor.shape, tensor.dtype), f"{func}: another shape"
                         tensor.copy_(new)
+
+
+def _alias(leaf: Any) -> Any:
+    """Its memory as it lies now, whatever becomes of a tensor (`param.data = other`)."""
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _place(tensor: Tensor) -> int:
