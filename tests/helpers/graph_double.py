@@ -2,9 +2,9 @@
 the memory that it touched and with Python's numbers as they were, and launched again on the same memory.
 
 What a graph would not see, a replay here does not see either: a number that changed in Python, a tensor that lies elsewhere
-since. As on a device, a capture runs nothing (what was written is put back), and refuses ops that wait for a value or whose result has a
-size that depends on one. Seen are ops below autograd, the library's own among them; not seen are reads that PyTorch does not
-dispatch (`tolist`, `numpy`), which the CPU's own paths use.
+since. As on a device, a capture runs nothing (what was written is put back), and refuses ops that wait for a value or whose
+result has a size that depends on one. Seen are ops below autograd, the library's own among them; not seen are reads that
+PyTorch does not dispatch (`tolist`, `numpy`), which the CPU's own paths use.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if {func._schema.name, f"{func._schema.name}.{func._schema.overload_name}"} & WAITS:
+        if _waits(func, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         for tensor in _written(func, args, kwargs):
             if (place := _place(tensor)) not in self._own | self._before.keys():
@@ -100,6 +100,15 @@ class _Recording(TorchDispatchMode):
                     if _place(new) != _place(tensor):
                         assert (new.shape, new.dtype) == (tensor.shape, tensor.dtype), f"{func}: another shape"
                         tensor.copy_(new)
+
+
+def _waits(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an op waits for the device. Rows that a mask chooses are so many as it says."""
+    name, overload = func._schema.name, func._schema.overload_name
+    chosen = tree_leaves(args[1]) if name == "aten::index" else []
+    return bool({name, f"{name}.{overload}"} & WAITS) or any(
+        isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in chosen
+    )
 
 
 def _alias(leaf: Any) -> Any:
