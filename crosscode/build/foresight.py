@@ -17,12 +17,12 @@ from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.hookpoints import told_widths
-from crosscode.data.harvest.language_models import LanguageModel, available_device
+from crosscode.data.harvest.language_models import LanguageModel, available_device, by_tokenizer
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
 from crosscode.data.harvest.loading_options import check_options
 from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
-from crosscode.data.text.tokenizers import tokenizer_difference
+from crosscode.data.text.aligned import check_alignable
 from crosscode.errors import InputError, at_field
 from crosscode.models.base import BaseCrosscoder
 from crosscode.parallel.group import n_ranks
@@ -39,6 +39,7 @@ def check_language_models(config: HarvestConfig) -> Widths | None:
         InputError: naming the field, its value and what would be right.
     """
     skeletons, teams = skeletons_of(config), Teams.of(config)
+    foreseen_reads(config.language_models)
     weights: dict[torch.device | None, dict[str, int]] = {}
     for i, (lm, skeleton) in enumerate(zip(config.language_models, skeletons, strict=True)):
         if skeleton is not None and (teams is None or teams.holds(i)):
@@ -84,10 +85,25 @@ def _problem_of_tokens(data: DataConfig, i: int, lm: LanguageModelConfig, skelet
 
 def _reads_own_tokens(config: HarvestConfig, i: int) -> bool:
     """Whether a model cuts text in another way than the first: lengths and ids of tokens are the first one's."""
-    if i == 0:
-        return False
-    first, own = load_readers([config.language_models[j] for j in (0, i)], {})
-    return tokenizer_difference(first.tokenizer, own.tokenizer) is not None
+    return i > 0 and _reads([config.language_models[j] for j in (0, i)]) == [0, 1]
+
+
+def foreseen_reads(configs: Sequence[LanguageModelConfig]) -> list[int] | None:
+    """Which tokenizer each model reads, as `by_tokenizer` counts them; None where a GGUF file alone tells one of them.
+
+    Raises:
+        InputError: different tokenizers of which one cannot be aligned.
+    """
+    if len(configs) < 2:
+        return [0] * len(configs)
+    return None if any(config.is_gguf for config in configs) else _reads(configs)
+
+
+def _reads(configs: Sequence[LanguageModelConfig]) -> list[int]:
+    readers = load_readers(configs, {})
+    reads_M, others = by_tokenizer(readers)
+    check_alignable(readers[0].tokenizer, [other for other, _ in others])
+    return reads_M
 
 
 def foreseen_widths(skeletons: Sequence[LanguageModel | None], hookpoints: Sequence[str]) -> Widths | None:
@@ -99,7 +115,7 @@ def foreseen_widths(skeletons: Sequence[LanguageModel | None], hookpoints: Seque
 
 def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None:
     """None for a GGUF file, which has no configuration apart from its weights."""
-    if config.gguf_file is not None or config.path.endswith(".gguf"):
+    if config.is_gguf:
         return None
     with at_field(f"{field}.path = {config.path!r}"):
         return load_skeleton(locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code)

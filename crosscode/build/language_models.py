@@ -56,7 +56,7 @@ def load_readers(configs: Sequence[LanguageModelConfig], loaded: Mapping[str, La
 
 def _without_weights(config: LanguageModelConfig) -> LanguageModel:
     """Its configuration and tokenizer, which a GGUF file has only with its weights."""
-    if config.gguf_file is not None or config.path.endswith(".gguf"):
+    if config.is_gguf:
         return load_model(config, "cpu", {})
     rules = config.model_dump(include={"revision", "trust_remote_code", "adapter", "adapter_revision"})
     return load_skeleton(locate(config.path), **rules, with_tokenizer=True)

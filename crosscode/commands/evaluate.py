@@ -24,7 +24,6 @@ class Options(RunOptions):
 def run(options: Options) -> None:
     from crosscode.build.finished import FinishedRun
     from crosscode.commands.parts.closing import check_closes, closes_of
-    from crosscode.evaluation.closes import check_common, check_widths
     from crosscode.parallel.group import is_first, n_ranks
 
     quiet_libraries()
@@ -34,8 +33,7 @@ def run(options: Options) -> None:
     if not run.is_over and is_first():
         print(f"crosscode: training is not over: these are figures of {run.model_folder}", file=sys.stderr)
     if options.closes:
-        check_widths(run.model.widths, 0, 1)  # before language models are loaded
-        check_common(check_closes(run).harvester, 0, 1)
+        check_closes(run, 0, 1)
     result = run.evaluate(options.n_tokens, progress=True)
     shown = {name: value for name, value in result.to_json().items() if not name.endswith("_L")}
     if options.closes:

@@ -48,6 +48,11 @@ class LanguageModelConfig(ConfigModel):
     def short_name(self) -> str:
         return self.name or (self.adapter or self.path).rstrip("/").split("/")[-1].split(":")[-1].removesuffix(".gguf")
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether one file holds its weights, configuration and tokenizer, and nothing can be read of it apart."""
+        return self.gguf_file is not None or self.path.endswith(".gguf")
+
     @model_validator(mode="after")
     def _go_together(self) -> LanguageModelConfig:
         if self.adapter is None and self.adapter_revision is not None:

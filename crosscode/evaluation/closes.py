@@ -61,16 +61,19 @@ class Closes:
     """of the predictions of each group's tokens, by kind and group, where there are several"""
 
 
-def check_common(harvester: ActivationHarvester, model_a: int, model_b: int) -> None:
-    """Raise `InputError` for models of which nothing can be closed: KL compares predictions of the same tokens, and what one
-    writes is added to the other's vectors."""
-    if harvester.reads_M[model_a] != harvester.reads_M[model_b]:
+def check_common(split: Split, reads_M: Sequence[int], widths_MP: Widths, model_a: int, model_b: int) -> None:
+    """Raise `InputError` for models of which nothing can be closed: what is studied writes to both of them, KL compares
+    predictions of the same tokens, and what one writes is added to the other's vectors.
+
+    Args:
+        reads_M: which tokenizer each model reads.
+    """
+    written = [m for m, _ in split.output_places(len(widths_MP), len(widths_MP[0]))]
+    n_a = 0 if split.difference else written.count(model_b)
+    if model_a == model_b or model_b not in written or written.count(model_a) != n_a:
+        raise InputError("closes: needs a crosscoder that writes to two language models")
+    if reads_M[model_a] != reads_M[model_b]:
         raise InputError("closes: models of different tokenizers predict no common tokens")
-    check_widths(harvester.widths_MP, model_a, model_b)
-
-
-def check_widths(widths_MP: Widths, model_a: int, model_b: int) -> None:
-    """That of `check_common` which a crosscoder tells by itself."""
     problem = "closes: vectors of one model cannot be added to another of a different width"
     widths_MP.check_alike(problem, (model_a, model_b))
 
@@ -109,12 +112,10 @@ def measure_closes(
     Raises:
         InputError: no latents, too few others, or outputs that do not cover both models.
     """
+    check_common(split, harvester.reads_M, harvester.widths_MP, model_a, model_b)
     places = split.output_places(*harvester.dims[:2])
     x_AP, x_BP = ([x for x, (m, _) in enumerate(places) if m == wanted] for wanted in (model_a, model_b))
     hookpoints = [p for m, p in places if m == model_b]
-    if model_a == model_b or not x_BP or len(x_AP) != (0 if split.difference else len(x_BP)):
-        raise InputError("closes: needs a crosscoder that writes to two language models")
-    check_common(harvester, model_a, model_b)
     latents_N = torch.tensor(list(latents), dtype=torch.long, device=model.device)
     if not len(latents_N):
         raise InputError("closes: no latents to add")

@@ -12,11 +12,12 @@ from crosscode.analysis.verdict import Verdict
 from crosscode.build.data import build_token_loader
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
-from crosscode.commands.parts.reading import text_experiment
+from crosscode.commands.parts.reading import reads_and_widths, text_experiment
 from crosscode.commands.parts.steering import Model, check_latent, chosen_models, model_names
 from crosscode.data.text.tokens import TokenSequenceLoader
 from crosscode.errors import InputError
 from crosscode.evaluation.closes import Closes, check_common, measure_closes
+from crosscode.models.architecture import split_for
 
 N_LEANING = 10
 N_TO_FIND_A_CHAT = 64
@@ -34,9 +35,9 @@ def closes_of(
     seed: int = 0,
 ) -> Closes:
     """See `Run.closes`. `study`: of the run, where it is there already."""
-    experiment = check_closes(run)
     (a,), (b,) = (chosen_models(run, one) for one in (model_a, model_b))
-    check_common(experiment.harvester, a, b)
+    check_closes(run, a, b)
+    experiment = text_experiment(run, "closes")
     if latents is None:
         if study is None:
             names = experiment.output_names()
@@ -77,11 +78,13 @@ def _answers(experiment: Experiment) -> TokenSequenceLoader | None:
     return build_token_loader(experiment, heldout=True).fresh(template_tokens="answers")
 
 
-def check_closes(run: FinishedRun) -> Experiment:
-    """The experiment of a run with language models of which something can be closed; raises `InputError` for another."""
-    if len(run.config.language_models) < 2:
+def check_closes(run: FinishedRun, model_a: int, model_b: int) -> None:
+    """Raise `InputError` where these models are not two of which something can be closed: before they are loaded, where
+    their configurations tell."""
+    config = run.config
+    if len(config.language_models) < 2:
         raise InputError("closes: needs a crosscoder between two language models")
-    return text_experiment(run, "closes")
+    check_common(split_for(config.crosscoder.type), *reads_and_widths(run, "closes"), model_a, model_b)
 
 
 def latents_of_b(verdicts: Sequence[Verdict], name_a: str, name_b: str) -> list[int]:

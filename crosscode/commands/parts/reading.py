@@ -20,11 +20,13 @@ from crosscode.analysis.records import Unembed
 from crosscode.analysis.tokens import DisplayToken, TokenDisplay
 from crosscode.build.experiment import Experiment
 from crosscode.build.finished import FinishedRun
+from crosscode.build.foresight import foreseen_reads, foreseen_widths, skeletons_of
 from crosscode.build.heldout import AnyExperiment
 from crosscode.data.harvest.unembedding import unembed
 from crosscode.data.text.prompts import Prompt, in_other_tokens, prompt_ids
 from crosscode.errors import InputError
 from crosscode.models.decoder_vectors import decoder_vectors_NXD
+from crosscode.widths import Widths
 
 log = logging.getLogger("crosscode")
 
@@ -108,6 +110,19 @@ def text_experiment(run: FinishedRun, asked: str) -> Experiment:
     if not isinstance(run.experiment, Experiment):
         raise InputError(f"{asked}: this run is on activations that were given, so that it knows no language model")
     return run.experiment
+
+
+def reads_and_widths(run: FinishedRun, asked: str) -> tuple[list[int], Widths]:
+    """Which tokenizer each language model reads, as `by_tokenizer` counts them, and how wide its hookpoints are: from their
+    configurations, where these tell it and none is loaded yet. `asked`: as of `text_experiment`."""
+    config = run.config
+    if config.language_models and "experiment" not in vars(run):
+        reads_M = foreseen_reads(config.language_models)
+        widths_MP = foreseen_widths(skeletons_of(config), config.hookpoints)
+        if reads_M is not None and widths_MP is not None:
+            return reads_M, widths_MP
+    harvester = text_experiment(run, asked).harvester
+    return harvester.reads_M, harvester.widths_MP
 
 
 def latents_of_text(run: FinishedRun, text: Prompt) -> TextLatents:

@@ -116,16 +116,18 @@ def chosen_models(run: FinishedRun, models: Models) -> list[int]:
     Raises:
         InputError: a model that the run does not have.
     """
-    names, loaded = model_names(run), text_experiment(run, "models").harvester.models
+    names = model_names(run)
+    if not names:
+        text_experiment(run, "models")
     if models is None:
         return list(range(len(names)))
     found: dict[int, None] = {}
     for one in models if isinstance(models, (list, tuple)) else [models]:
-        of_one = [
-            m
-            for m, (name, lm) in enumerate(zip(names, loaded, strict=True))
-            if one is lm or one is lm.model or (isinstance(one, (str, int)) and one in (name, m))
-        ]
+        if isinstance(one, (str, int)):  # known before anything is loaded
+            of_one = [m for m, name in enumerate(names) if one in (name, m)]
+        else:
+            loaded = text_experiment(run, "models").harvester.models
+            of_one = [m for m, lm in enumerate(loaded) if one is lm or one is lm.model]
         if not of_one:
             raise InputError(f"models: {str(one)[:80]!r} is not one of this run's: {', '.join(names)}")
         found[of_one[0]] = None
@@ -158,10 +160,10 @@ def compare_steered(
     if bool(strengths) == bool(ablate):
         raise InputError("steer: give latents to add (strengths) or latents to take out (ablate), one of the two")
     _check_positions(positions)
-    amounts, latents = amounts_of(run, strengths or {}), list(dict.fromkeys(ablate))
+    chosen, latents = chosen_models(run, models), list(dict.fromkeys(ablate))
     for latent in latents:
         check_latent(run, latent)
-    interventions, chosen = interventions_of(run), chosen_models(run, models)
+    amounts, interventions = amounts_of(run, strengths or {}), interventions_of(run)
     ids_M = {m: ids_of_prompt(run, prompt, to_answer=True, model=m) for m in chosen}
     limit = interventions.harvester.max_sequence_length
     longest = max(map(len, ids_M.values()))

@@ -102,6 +102,16 @@ def pieces_of(whole: Tokens, documents: Sequence[Mapping[int, Document]], has_ow
     return found
 
 
+def check_alignable(first: Any, others: Sequence[Any]) -> None:
+    """Raise `InputError` where there are other tokenizers, and one of all does not know where its tokens end."""
+    for tokenizer in (first, *others) if others else ():
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"language_models: models of different tokenizers are aligned by characters, which a "
+                f"{type(tokenizer).__name__} does not tell of its tokens; a tokenizer of the tokenizers library is needed"
+            )
+
+
 @dataclass
 class Aligner:
     """Makes `OtherTokens` of the pieces of sequences.
@@ -118,12 +128,7 @@ class Aligner:
     _known: dict[int, tuple[str, str, list[tuple[Span, Span]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for tokenizer in (self.first, self.other):
-            if not getattr(tokenizer, "is_fast", False):
-                raise InputError(
-                    f"language_models: models of different tokenizers are aligned by characters, which a "
-                    f"{type(tokenizer).__name__} does not tell of its tokens; a tokenizer of the tokenizers library is needed"
-                )
+        check_alignable(self.first, [self.other])
         special = set(self.other.all_special_ids) if self.policy.mask_special_tokens else set()
         self._masked = torch.tensor(sorted(special), dtype=torch.long)
         self._frame = Frame.of(self.other, self.policy)

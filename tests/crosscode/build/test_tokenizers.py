@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import crosscode
 from crosscode.build.data import build_token_loader
@@ -158,6 +158,34 @@ def test_a_run_on_models_of_two_tokenizers(values, tmp_path):
     with pytest.raises(InputError, match="closes: models of different tokenizers predict no common tokens"):
         run.closes([0])
     ablates_by_characters(run)
+
+
+def test_what_asks_for_common_tokens_is_refused_before_models_are_loaded(values, tmp_path, monkeypatch, capsys):
+    from crosscode.build import data
+    from crosscode.commands.cli import main
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    crosscode.train(path, progress=False)
+    python = shutil.copytree(values["language_models"][1]["path"], tmp_path / "python")
+    ByT5Tokenizer().save_pretrained(python)
+    other = tmp_path / "other.yaml"
+    models = [values["language_models"][0], {"path": str(python)}]
+    other.write_text(yaml.safe_dump({**values, "language_models": models, "run_dir": str(tmp_path / "none")}))
+    monkeypatch.setattr(data, "load_models", lambda *given: 1 / 0)
+    steer = ["steer", values["run_dir"], "--latent", "0", "--prompt", "w1", "--models"]
+    for command, said in (
+        (
+            ["evaluate", values["run_dir"], "--closes"],
+            "closes: models of different tokenizers predict no common tokens",
+        ),
+        ([*steer, "nobody"], "models: 'nobody' is not one of this run's"),
+        (["train", str(other)], "a ByT5Tokenizer does not tell of its tokens"),
+        (["lens", str(other)], "a ByT5Tokenizer does not tell of its tokens"),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert said in capsys.readouterr().err
 
 
 def ablates_by_characters(run):
