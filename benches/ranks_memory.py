@@ -4,8 +4,8 @@ batches of B tokens.
     python benches/ranks_memory.py [--activation topk|relu|jumprelu] [--n-latents 32768] [--width 512] [--tokens 256]
 
 By tensors: weights, gradients and Adam's moments behind three steps; and what a forward pass keeps for its backward pass. By the
-system: resident memory then, and at its peak, over that before the model was made; and how much saving the model took besides;
-of the process that took most. On CPUs, through gloo.
+system: resident memory then, and at its peak, over that before the model was made; and how much saving the model took besides,
+and filling it from the saved one, as a run that goes on does; of the process that took most. On CPUs, through gloo.
 
 Axes: B tokens · D width · L latents.
 """
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,9 +30,18 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def of_one(activation: str, n_latents: int, width: int, tokens: int) -> dict[str, int]:
+def rise(work: Callable[[], object]) -> int:
+    """How far resident memory rose above what it was before."""
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return status("VmHWM") - before
+
+
+def of_one(activation: str, n_latents: int, width: int, tokens: int, into: Path) -> dict[str, int]:
     from crosscode.models import AnthropicTransposeInit, SAEOrTranscoder
     from crosscode.models.activations.base import ACTIVATIONS
+    from crosscode.models.checkpoint import read_weights_
     from crosscode.parallel import joined
     from crosscode.parallel.training import shard_
 
@@ -63,11 +73,14 @@ def of_one(activation: str, n_latents: int, width: int, tokens: int) -> dict[str
     held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     resident, peak = status("VmRSS"), status("VmHWM")
     with tempfile.TemporaryDirectory() as folder:
-        Path("/proc/self/clear_refs").write_text("5")
-        model.save(Path(folder) / "model")
-        saving = status("VmHWM") - resident
+        saved = into / "model"  # that of the first process, which is whole
+        saving = rise(lambda: model.save(saved if group is None or group.is_first else Path(folder) / "model"))
+        if group is not None:
+            group.barrier()
+        loading = rise(lambda: read_weights_(model, saved))
     return {
         "saving": saving,
+        "loading": loading,
         "tensors": sum(tensor.nbytes for tensor in held),
         "kept": sum(n for at, n in kept.items() if at not in weights),
         "resident": resident - before,
@@ -84,7 +97,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path)
     given = vars(parser.parse_args())
     if into := given.pop("into"):
-        (into / os.environ.get("RANK", "0")).write_text(json.dumps(of_one(**given)))
+        (into / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(of_one(**given, into=into)))
         return
     rows = []
     for n_ranks in (1, 2, 4):
@@ -92,7 +105,7 @@ def main() -> None:
             words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks), __file__]
             words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
             subprocess.run([*words, "--into", folder], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            found = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
+            found = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
         largest = {name: max(one[name] for one in found) for name in found[0]}
         rows.append({"ranks": n_ranks, **{f"{name}_mib": round(value / 2**20, 1) for name, value in largest.items()}})
     report("ranks_memory", rows)

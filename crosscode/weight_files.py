@@ -38,7 +38,12 @@ class WeightIndex(Stored):
 
 
 class SpreadTensor(ABC):
-    """A tensor of which this process holds a part, and others the rest."""
+    """A tensor of which this process holds some rows, and others the rest."""
+
+    @property
+    @abstractmethod
+    def own_rows(self) -> tuple[int, Any]:
+        """The first of the rows that are here, and these."""
 
     @abstractmethod
     def save(self, tensors: Mapping[str, Any], file: Path) -> None:
@@ -148,8 +153,19 @@ def shape_and_dtype(file: Path, name: str) -> tuple[tuple[int, ...], Any]:
         return shape, (tensors.get_slice(name)[:0] if shape else tensors.get_tensor(name)).dtype
 
 
-def row_pieces(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    """A tensor in pieces `(first row, rows_R...)`, of which one at a time is in memory. One without rows is one piece.
+def read_tensor_(tensor: Any, file: Path, name: str) -> None:
+    """Fill a tensor from a file, rows after rows, so that no second copy of it is in memory; of a spread one what is here."""
+    start, own = tensor.own_rows if isinstance(tensor, SpreadTensor) else (0, tensor)
+    if not own.dim():
+        own.copy_(next(iter(row_pieces(file, name)))[1])
+        return
+    for first, rows in row_pieces(file, name, start, start + len(own)):
+        own[first - start : first - start + len(rows)].copy_(rows)
+
+
+def row_pieces(file: Path, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
+    """A tensor, or its rows from `start` to `stop`, in pieces `(first row, rows_R...)`, of which one at a time is in memory. One
+    without rows is one piece.
     The pages of a file count as memory for as long as it is open, so that each piece opens it."""
     from safetensors import safe_open
 
@@ -159,9 +175,10 @@ def row_pieces(file: Path, name: str) -> Iterator[tuple[int, Any]]:
             yield 0, tensors.get_tensor(name)
         return
     step = max(1, _BYTES_AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
-    for first in range(0, shape[0], step):
+    last = shape[0] if stop is None else stop
+    for first in range(start, last, step):
         with safe_open(file, "pt") as tensors:
-            yield first, tensors.get_slice(name)[first : min(first + step, shape[0])]
+            yield first, tensors.get_slice(name)[first : min(first + step, last)]
 
 
 def weights_digest(checksums: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -25,7 +25,7 @@ from crosscode.stored import SavedModel, check, read_json
 from crosscode.weight_files import (
     MAX_SHARD_SIZE,
     WEIGHTS,
-    row_pieces,
+    read_tensor_,
     shape_and_dtype,
     tensor_files,
     weight_files,
@@ -174,7 +174,7 @@ def load_model(
         raise
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # fields or sizes of no such model
         raise InputError(f"{path / CONFIG_FILE}: no such model can be made ({first_line(error)})") from error
-    _read_weights_(model, path)
+    read_weights_(model, path)
     if model.partition is not None:
         model.partition.check_clear({f"{path}: {name}": model.get_parameter(name) for name in OF_MODELS})
     model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
@@ -197,9 +197,8 @@ def _scaling_of(path: Path, config: dict[str, Any]) -> Scaling | None:
         return split_for(architecture).scaling(tensors.get_tensor(name)) if name in tensors.keys() else None  # noqa: SIM118
 
 
-def _read_weights_(model: Coder, path: Path) -> None:
-    """Fill a model, after checking names, shapes and dtypes against its own; rows after rows, so that no second copy of them is
-    ever in memory."""
+def read_weights_(model: Coder, path: Path) -> None:
+    """Fill a model, after checking names, shapes and dtypes against its own."""
     expected = model.state_dict()
     files = tensor_files(path)
     problems = [f"{name} is missing" for name in expected.keys() - files.keys()]
@@ -213,6 +212,4 @@ def _read_weights_(model: Coder, path: Path) -> None:
     if problems:
         raise InputError(f"{next(iter(files.values()), path)}: {'; '.join(sorted(problems))}")
     for name, file in files.items():
-        for first, rows in row_pieces(file, name):
-            own = expected[name]
-            (own[first : first + len(rows)] if own.dim() else own).copy_(rows)
+        read_tensor_(expected[name], file, name)

@@ -36,6 +36,10 @@ class SpreadRows(SpreadTensor):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def own_rows(self) -> tuple[int, Tensor]:
+        return self.group.bounds(self.n_rows)[0], self.rows_R
+
     def whole(self) -> Tensor:
         """On rank 0 all rows, on the CPU; elsewhere none."""
         ranks = range(self.group.size)

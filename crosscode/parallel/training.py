@@ -31,8 +31,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shard_(model: BaseCrosscoder, group: Group) -> None:
-    """Keep the rows of this rank. In its `state_dict` they are `SpreadRows`, which are saved as a whole; a whole one can be
-    loaded."""
+    """Keep the rows of this rank. In its `state_dict` they are `SpreadRows`, which are saved as a whole, and filled from a whole
+    file."""
     for part in {model, *model.parts}:
         part.op_set_of, part._ops = partial(ShardedOps, group, part.n_latents), None
     for part in model.parts:
@@ -47,12 +47,7 @@ def shard_(model: BaseCrosscoder, group: Group) -> None:
             for name in OF_ROWS:
                 state[prefix + name] = SpreadRows(group, state[prefix + name], part.n_latents)
 
-        def cut(part: Any, state: dict[str, Any], prefix: str, *arguments: Any, own: slice = own) -> None:
-            for name in OF_ROWS:
-                state[prefix + name] = state[prefix + name][own]
-
         part.register_state_dict_post_hook(make_whole)
-        part.register_load_state_dict_pre_hook(cut)
 
 
 def _shard_optimizer(optimizer: torch.optim.Optimizer, group: Group, n_latents_of: dict[Tensor, int]) -> None:

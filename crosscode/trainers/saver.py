@@ -8,11 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crosscode.errors import fitting
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.checkpoint import Scaling, load_model, write_model
+from crosscode.models.checkpoint import Scaling, read_weights_, write_model
 from crosscode.runs.checkpoints import CheckpointNotSaved, Checkpoints
 from crosscode.runs.state import read_state, write_state
 from crosscode.trainers.recent import RecentActivations
@@ -73,12 +71,7 @@ class Saver:
     def load(self, step: int) -> dict[str, Any]:
         """Put everything back as it was at a checkpoint, which must be whole (`Checkpoints.newest_whole`); the state."""
         folder = self.checkpoints.run.checkpoint(step)
-        # Of several ranks each takes its own rows from the CPU: the whole model may not fit on a device.
-        cpu = torch.device("cpu")
-        whole = load_model(type(self.model), folder, backend=self.model.backend, device=cpu, fold=False)
-        with fitting(f"{folder}: the model"):
-            self.model.load_state_dict(whole.state_dict())
-        del whole
+        read_weights_(self.model, folder)
         state = read_state(folder)
         for name, part in self.parts.items():
             with fitting(f"{folder}: the state of {name!r}"):

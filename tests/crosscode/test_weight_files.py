@@ -25,7 +25,16 @@ from crosscode.models import BaseCrosscoder
 from crosscode.runs.checkpoints import find_step_damage
 from crosscode.runs.directory import RunDirectory
 from crosscode.trainers.warm_start import find_model
-from crosscode.weight_files import INDEX_FILE, WEIGHTS_FILE, n_bytes_of, weight_files, write_weights
+from crosscode.weight_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    SpreadTensor,
+    n_bytes_of,
+    read_tensor_,
+    row_pieces,
+    weight_files,
+    write_weights,
+)
 
 
 def without_checksums(path):
@@ -188,7 +197,7 @@ def test_loading_holds_no_second_copy(tmp_path):
     code = f"""
 import torch, resource
 from pathlib import Path
-from crosscode.weight_files import row_pieces, tensor_files
+from crosscode.weight_files import read_tensor_, row_pieces, tensor_files
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10
 own = {{name: torch.empty(600_000, 64) for name in "ab"}}
@@ -196,14 +205,46 @@ with torch.no_grad():
     next(iter(row_pieces(*reversed([*tensor_files(Path({str(tmp_path)!r})).items()][0]))))
 before = peak()
 for name, file in tensor_files(Path({str(tmp_path)!r})).items():
-    for first, rows in row_pieces(file, name):
-        own[name][first : first + len(rows)].copy_(rows)
+    read_tensor_(own[name], file, name)
 assert all(bool((own[name] == 1).all()) for name in "ab")
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     weights = sum(tensor.nbytes for tensor in tensors.values())
     assert int(done.stdout) < 1.4 * weights
+
+
+class Rows(SpreadTensor):
+    def __init__(self, start, rows_R):
+        self.start, self.rows_R = start, rows_R
+
+    @property
+    def own_rows(self):
+        return self.start, self.rows_R
+
+    def save(self, tensors, file):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 7), (2, 5), (6, 7), (3, 3)])
+def test_of_a_spread_tensor_only_what_is_here_is_read(start, stop, tmp_path, monkeypatch):
+    whole, read = torch.arange(21.0).reshape(7, 3), []
+    save_file({"a": whole, "b": torch.tensor(2.0)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr("crosscode.weight_files._BYTES_AT_ONCE", 24)  # two rows
+
+    def pieces(*arguments):
+        for first, rows in row_pieces(*arguments):
+            read.extend(range(first, first + rows.shape[0]) if rows.dim() else [])
+            yield first, rows
+
+    monkeypatch.setattr("crosscode.weight_files.row_pieces", pieces)
+    rows_R = torch.full((stop - start, 3), -1.0)
+    read_tensor_(Rows(start, rows_R), tmp_path / "x.safetensors", "a")
+    assert torch.equal(rows_R, whole[start:stop])
+    assert read == [*range(start, stop)]
+    number = torch.tensor(0.0)
+    read_tensor_(number, tmp_path / "x.safetensors", "b")
+    assert number == 2
 
 
 @pytest.fixture

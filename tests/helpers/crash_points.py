@@ -39,14 +39,30 @@ CONFIG = {
         "optimizer": {"type": "adam", "lr": 1e-3},
     },
 }  # fmt: skip
+JOINED = CONFIG | {
+    "language_models": [{"path": f"demo:{name}", "dtype": "float32"} for name in ("base", "tuned")],
+    "hookpoints": ["blocks.0.hook_resid_pre"],
+    "data": {
+        "source": {"type": "demo", "split": "train", "domains": ["code"]},
+        "sequence_length": 16,
+        "harvest_batch_size": 8,
+        "join": ["stores/base", "stores/tuned"],
+    },
+    "crosscoder": CONFIG["crosscoder"] | {"type": "model_hookpoint_acausal"},
+    "evaluation": {"n_tokens": 64, "loss_recovered": "never"},
+}  # fmt: skip
 SWEEP = ["sweep", "config.yaml", "--grid", "train.optimizer.lr=1e-3,2e-3", "--run-dir", "runs"]
 TRAIN = ["train", "config.yaml", "--run-dir", "runs/a"]
 OTHER = [*TRAIN, "--train.n_tokens", "256"]
+HARVEST = ["harvest", "harvest.yaml", "--n-tokens", "1000", "--models"]
+APART = [[*HARVEST, "0", "--store", "stores/base"], [*HARVEST, "1", "--store", "stores/tuned"]]
+TRAIN_JOINED = ["train", "joined.yaml", "--run-dir", "runs/a"]
 SCENARIOS = {
     # what was done before; the command that is killed; what may be typed next, until one works
     "train": ([], TRAIN, [TRAIN, ["train", "--resume", "runs/a"]]),
     "overwrite": ([OTHER], [*TRAIN, "--overwrite"], [[*TRAIN, "--overwrite"]]),
     "overwrite_resume": ([OTHER], [*TRAIN, "--overwrite"], [["train", "--resume", "runs/a"]]),
+    "joined": (APART, TRAIN_JOINED, [TRAIN_JOINED, ["train", "--resume", "runs/a"]]),
     "sweep": ([], SWEEP, [SWEEP, ["sweep", "--resume", "runs"]]),
     "sweep_overwrite": ([SWEEP], [*SWEEP, "--overwrite"], [[*SWEEP, "--overwrite"]]),
     "sweep_overwrite_resume": ([SWEEP], [*SWEEP, "--overwrite"], [["sweep", "--resume", "runs"]]),
@@ -110,6 +126,9 @@ def prepare(folder: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(folder / "acts.npy", rng.standard_normal((400, 8)).astype("float32"))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "joined.yaml").write_text(yaml.safe_dump(JOINED))
+    data = {name: value for name, value in JOINED["data"].items() if name != "join"}
+    (folder / "harvest.yaml").write_text(yaml.safe_dump(JOINED | {"data": data}))
 
 
 def main(scenario: str, folder: Path, points: list[int]) -> None:

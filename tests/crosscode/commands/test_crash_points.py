@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parents[2] / "helpers" / "crash_points.py"
-SCENARIOS = ["train", "overwrite", "overwrite_resume", "sweep", "sweep_overwrite", "sweep_overwrite_resume"]
+SCENARIOS = ["train", "joined", "overwrite", "overwrite_resume", "sweep", "sweep_overwrite", "sweep_overwrite_resume"]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and kills")
 
