@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.encode_topk.torch_impl import dense_preacts
+from crosscode_kernels.encode_topk.torch_impl import FEWEST_ROWS_AT_ONCE, SELECTED_AT_ONCE, dense_preacts
 from crosscode_kernels.encoder import Encoder
-from crosscode_kernels.selection.torch_impl import first_of_equal_topk
+from crosscode_kernels.selection.torch_impl import first_of_equal_topk, topk_in_groups
 
 _CANDIDATES_PER_KEPT = 2
 
@@ -24,29 +25,31 @@ def encode_batch_topk(encoder: Encoder, k: int, rank_scale_L: Tensor | None) -> 
     """`row_ptr_B1, latent_idx_N, value_N`, after ReLU."""
     h_BL = dense_preacts(encoder)
     n_tokens, n_latents = h_BL.shape
-    rank_BL = h_BL.relu_()
+    rank_BL = h_BL
     if rank_scale_L is not None:
         dtype = acc_dtype(h_BL.dtype)
-        rank_BL = h_BL.to(dtype) * rank_scale_L.to(dtype)
+        rank_BL = h_BL.relu_().to(dtype) * rank_scale_L.to(dtype)
     flat_N = batch_topk(rank_BL, k * n_tokens)
     row_N = flat_N // n_latents
     tokens_B1 = torch.arange(n_tokens + 1, device=flat_N.device)
     row_ptr_B1 = torch.searchsorted(row_N, tokens_B1, out_int32=True)
-    return row_ptr_B1, (flat_N - row_N * n_latents).int(), h_BL.view(-1).index_select(0, flat_N)
+    return row_ptr_B1, (flat_N - row_N * n_latents).int(), h_BL.view(-1).index_select(0, flat_N).relu_()
 
 
 def batch_topk(rank_BL: Tensor, n_kept: int) -> Tensor:
-    """Flat indices, ascending, of the `n_kept` largest of a matrix without negative values; equal: the lowest index."""
+    """Flat indices, ascending, of the `n_kept` largest of `relu(rank)`; equal: the lowest index."""
     n_tokens, n_latents = rank_BL.shape
     n_candidates = _CANDIDATES_PER_KEPT * max(n_kept // n_tokens, 1)
     # A look at the data is free on the CPU only.
     if rank_BL.device.type == "cpu" and 2 * n_candidates <= n_latents:
-        candidate_BC, latent_idx_BC = rank_BL.topk(n_candidates, dim=1)
-        bound = candidate_BC.reshape(-1).topk(n_kept).values[-1]
+        blocks = row_blocks(rank_BL, SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE)
+        parts = [topk_in_groups(rank_BL[rows], n_candidates) for rows in blocks]
+        candidate_BC, latent_idx_BC = (torch.cat(part) for part in zip(*parts, strict=True))
+        bound = candidate_BC.view(-1).kthvalue(candidate_BC.numel() - n_kept + 1).values
         if bool(bound > 0):
             flat_C = _at_least(rank_BL, bound, candidate_BC, latent_idx_BC)
             return flat_C[first_of_equal_topk(rank_BL.view(-1).index_select(0, flat_C), n_kept)]
-    return first_of_equal_topk(rank_BL.reshape(-1), n_kept)
+    return first_of_equal_topk(rank_BL.relu().view(-1), n_kept)
 
 
 def _at_least(rank_BL: Tensor, bound: Tensor, candidate_BC: Tensor, latent_idx_BC: Tensor) -> Tensor:

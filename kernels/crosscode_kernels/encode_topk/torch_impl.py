@@ -13,7 +13,7 @@ from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.torch_impl import row_topk
 
-_SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE = 1 << 22, 256
+SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE = 1 << 23, 256
 """Pre-activations, and rows, to select from at a time: what selection makes on its way then stays small and in cache."""
 
 
@@ -21,15 +21,17 @@ def dense_preacts(encoder: Encoder) -> Tensor:
     """`h_BL`, in one pass, without gradient."""
     x_BI, W_enc_LI, b_enc_L = encoder
     h_BL = host_buffers.empty((x_BI.shape[0], encoder.W_enc_LI.shape[0]), x_BI)
-    if b_enc_L is None:
-        return torch.mm(x_BI, W_enc_LI.T, out=h_BL)
-    return torch.addmm(b_enc_L, x_BI, W_enc_LI.T, out=h_BL)
+    if b_enc_L is not None and x_BI.dtype.itemsize < 4:  # added before the only rounding
+        return torch.addmm(b_enc_L, x_BI, W_enc_LI.T, out=h_BL)
+    torch.mm(x_BI, W_enc_LI.T, out=h_BL)
+    # `addmm` first writes the bias to all of `h`, and then reads it again: one pass more.
+    return h_BL if b_enc_L is None else h_BL.add_(b_enc_L)
 
 
 def encode_topk(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """`latent_idx_BK, value_BK`, after ReLU."""
     h_BL = dense_preacts(encoder)
-    blocks = row_blocks(h_BL, _SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE)
+    blocks = row_blocks(h_BL, SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE)
     parts = [row_topk(h_BL[rows], k) for rows in blocks]
     value_BK, latent_idx_BK = (torch.cat(part) for part in zip(*parts, strict=True))
     return latent_idx_BK, value_BK
