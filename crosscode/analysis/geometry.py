@@ -38,7 +38,7 @@ def encoder_vectors_LXD(model: BaseCrosscoder) -> Tensor | None:
 
 def given_LX(model: BaseCrosscoder) -> Tensor:
     """Whether a partition of the dictionary lets a latent belong to the model of an output position (bool, on the CPU)."""
-    partition = getattr(model, "partition", None)
+    partition = model.partition
     if partition is None:
         return torch.ones(model.n_latents, len(model.segments), dtype=torch.bool)
     given_LM = partition.models_LM()

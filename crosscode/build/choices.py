@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
-from typing import Any, cast
+from typing import Any
 
 import torch
 from crosscode_kernels import Backend, OpSet
@@ -24,6 +24,7 @@ from crosscode.build.data import available_device
 from crosscode.build.experiment import build_constraints, build_model
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.models.base import BaseCrosscoder
+from crosscode.trainers.optimizers import OPTIMIZERS
 
 log = logging.getLogger("crosscode")
 
@@ -44,8 +45,8 @@ def with_choices(
     """The config with what it leaves to us filled in: `backend`, `sparse_below` and `train.optimizer.row_sparse`, where they are
     "auto" or null and a choice is there (on a CPU, in float32, at sizes where it matters). A
     model that is given has made its own."""
-    device, optimizer = available_device(config.device), cast(Any, config.train.optimizer)
-    row_sparse = getattr(optimizer, "row_sparse", False)
+    device, optimizer = available_device(config.device), OPTIMIZERS.build(config.train.optimizer)
+    row_sparse = optimizer.row_sparse
     backend = resolve(config.backend, device)
     changes: dict[str, Any] = {}
     may_try = (
@@ -57,7 +58,7 @@ def with_choices(
         trial = Trial(model, config.train.batch_size, clock)
         if config.backend == "auto" and model.activation_fn.is_screened:
             changes["backend"] = backend = trial.screened_or_not()
-        if config.sparse_below is None and model.activation_fn.type_name() in ("relu", "jumprelu"):
+        if config.sparse_below is None and model.activation_fn.may_be_either:
             changes["sparse_below"] = trial.sparse_below()
         if row_sparse == "auto" and _may_be_row_sparse(config, model):
             row_sparse = trial.row_sparse(float(optimizer.betas[1]))
@@ -66,9 +67,9 @@ def with_choices(
         log.info(
             "train.optimizer.row_sparse auto: False (no k, too small, on a GPU, or a constraint needs whole gradients)"
         )
-    if row_sparse != getattr(optimizer, "row_sparse", False):
-        optimizer = optimizer.model_copy(update={"row_sparse": row_sparse})
-        changes["train"] = config.train.model_copy(update={"optimizer": optimizer})
+    if row_sparse != optimizer.row_sparse:
+        chosen = optimizer.config.model_copy(update={"row_sparse": row_sparse})
+        changes["train"] = config.train.model_copy(update={"optimizer": chosen})
     return config.model_copy(update=changes | {"backend": str(backend)} if "backend" in changes else changes)
 
 
@@ -155,7 +156,7 @@ class Trial:
         return chosen
 
     def _encode_k(self, ops: OpSet) -> Any:
-        return ops.encode_topk(self.x_BI, self.W_enc_LI, self.b_enc_L, getattr(self.activation, "current_k", 1))
+        return ops.encode_topk(self.x_BI, self.W_enc_LI, self.b_enc_L, self.activation.current_k)
 
     def _backward(self, ops: OpSet, latents: Any) -> None:
         for weight in self.weights:

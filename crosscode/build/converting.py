@@ -68,8 +68,8 @@ def with_activation(model: BaseCrosscoder, name: str, experiment: AnyExperiment)
         raise InputError(f"activation = {name!r}: the model's is {old.type_name()!r}, which cannot become that")
     config = {"type": name, "k": old.k} if name == "batch_topk" else {"type": name}
     converted = model.clone().eval()
-    if hasattr(converted, "topk_scope") and name == "jumprelu":
-        converted.topk_scope = "layer"  # pyright: ignore[reportArgumentType]
+    if name == "jumprelu":
+        converted.select_by_part_()
 
     def samples():
         batches = _heldout(experiment, "thresholds")

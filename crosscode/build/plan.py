@@ -250,7 +250,7 @@ def _of_products(config: ExperimentConfig, model: BaseCrosscoder, ranks: int, gp
     B, flops, seconds = config.train.batch_size, OF_PRODUCTS * _flops(gpu, 4, tf32=config.train.tf32), 0.0
     moved = 0.0
     for part in model.parts:
-        R, k = -(-part.n_latents // ranks), getattr(part.activation_fn, "k", None)
+        R, k = -(-part.n_latents // ranks), part.activation_fn.k if part.activation_fn.is_sparse else None
         n_in, n_out = part.W_enc_LXiDi[0].numel(), part.W_dec_LXoDo[0].numel()
         seconds += 2 * B * n_in * R / flops
         moved += 4.0 * (B * n_in + R * n_in + 3 * B * R)  # pre-activations are written, and read twice to select

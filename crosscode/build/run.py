@@ -77,6 +77,7 @@ def build_trainer(
         experiment = replace(experiment, config=config)
     config, split = experiment.config, experiment.split
     run = _run_directory(config, resume, typed_overwrite, facts)
+    loggers = [*build_loggers(config, run), *loggers]  # a package that is missing is said before models are loaded
     step = resume.step if resume else None
     alike = data is None and experiment.reads_alike
     data = data or build_dataloader(experiment)
@@ -107,7 +108,7 @@ def build_trainer(
         build_objective(config),
         config.train,
         run,
-        [*build_loggers(config, run), *loggers],
+        loggers,
         position_names=experiment.output_names(),
         constraints=constraints,
         evaluate=experiment.evaluate,

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from crosscode.config.hints import component_fields, likely_fields
-from crosscode.errors import InputError, problem_text
+from crosscode.config.hints import component_fields, component_types, likely_fields
+from crosscode.errors import InputError, problem_text, short
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -40,10 +40,31 @@ def explain(
             *([section] if section else []),
             *_as_written(problem["loc"], values, missing=problem["type"] == "missing"),
         ]
-        is_unknown = problem["type"] == "extra_forbidden"
-        hint = _near(problem["loc"], ".".join(written), config_class, section) if is_unknown else ""
-        problems.append(problem_text(shown(".".join(written)), problem) + hint)
-    return "; ".join(problems)
+        path = ".".join(written)
+        hint = _near(problem["loc"], path, config_class, section) if problem["type"] == "extra_forbidden" else ""
+        unknown = _unknown_type(path.rpartition(".")[0], values) if problem["type"] == "missing" else None
+        problems.append(unknown or problem_text(shown(path), problem) + hint)
+    return "; ".join(_merged(problems))
+
+
+def _merged(problems: Iterable[str]) -> Iterable[str]:
+    """A value that no member of a union takes is said once, with what each of them would take."""
+    by_value: dict[str, list[str]] = {}
+    for problem in problems:
+        given, colon, would_do = problem.partition(": input should be ")
+        by_value.setdefault(given + colon, []).append(would_do)
+    for given, would_do in by_value.items():
+        yield given + " or ".join(dict.fromkeys(would_do))
+
+
+def _unknown_type(section: str, values: Any) -> str | None:
+    """Where a component's fields are missing, its type may be to blame."""
+    for part in section.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    kind, known = values.get("type") if isinstance(values, dict) else None, component_types(section)
+    if kind is None or not known or kind in known:
+        return None
+    return f"{section}.type = {short(kind)}: must be one of {', '.join(known)}"
 
 
 def signature_with(constructor: Callable[..., Any], config_class: type[BaseModel]) -> inspect.Signature:

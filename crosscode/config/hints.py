@@ -34,9 +34,19 @@ def _spelled_like(name: str, names: dict[str, str], cutoff: float) -> list[str]:
     return [next(field for field in names if names[field] == near[0])] if near else []
 
 
-@cache
 def component_fields() -> tuple[str, ...]:
-    """Dotted paths of the fields of components as the sources have them: importing a component would import torch."""
+    """Dotted paths of the fields of components."""
+    return tuple({f"{section}.{name}".rstrip(".") for section, _, fields in _components() for name in ("", *fields)})
+
+
+def component_types(section: str) -> list[str]:
+    """The types of component that a section may name."""
+    return sorted({kind for place, kind, _ in _components() if place == section})
+
+
+@cache
+def _components() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    """Section, type and fields of every component as the sources have them: importing one would import torch."""
     package = Path(__file__).parents[1]
     texts = [
         file.read_text(encoding="utf-8")
@@ -46,7 +56,7 @@ def component_fields() -> tuple[str, ...]:
     sections = dict(found for text in texts for found in _REGISTRY.findall(text))
     classes = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
     by_name = {node.name: node for node in classes}
-    paths: set[str] = set()
+    found = []
     for node in classes:
         registries = [
             one.value for one in node.decorator_list if isinstance(one, ast.Attribute) and one.attr == "register"
@@ -54,9 +64,9 @@ def component_fields() -> tuple[str, ...]:
         for registry in (one.id for one in registries if isinstance(one, ast.Name) and one.id in sections):
             for config in _configs(node, by_name):
                 fields = dict(_fields(config, by_name))
-                section = sections[registry].replace("{type}", fields.pop("type", ""))
-                paths |= {section, *(f"{section}.{name}" for name in fields)}
-    return tuple(paths)
+                kind = fields.pop("type", "")
+                found.append((sections[registry].replace("{type}", kind), kind, tuple(fields)))
+    return tuple(found)
 
 
 def _configs(node: ast.ClassDef, by_name: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:

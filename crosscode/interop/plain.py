@@ -26,6 +26,7 @@ SINGLE, CROSSCODER, CLT, COMPOUND = (
     "cross_layer_transcoder",
     "compound_cross_layer_transcoder",
 )
+_OF_COMPOUND = ("own_layer", "later_layers", "topk_scope")
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,7 @@ def from_model(model: BaseCrosscoder) -> PlainCoder:
         b_dec_XoDo=torch.zeros(*model.out_dims, model.d_out) if b_dec is None else _plain(b_dec),
         pre_bias=model.use_pre_bias,
         metadata=dict(model.metadata),
-        options={
-            name: getattr(model, name) for name in ("own_layer", "later_layers", "topk_scope") if hasattr(model, name)
-        }
+        options={name: getattr(model, name) for name in model.own_arguments if name in _OF_COMPOUND}
         | model.widths.as_option(),
         decoder_norm=model.decoder_norm,
         scaling_Xo=None if scaling is None else _plain(scaling),

@@ -120,6 +120,9 @@ class BaseCrosscoder(CoderFiles):
         """Whether the activations of `parts` select as one, over the latents of them all."""
         return False
 
+    def select_by_part_(self) -> None:
+        """From now on they do not."""
+
     # ---- forward
 
     def encode_latents(self, x_BXiDi: Tensor) -> Latents:

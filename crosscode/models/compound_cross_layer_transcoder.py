@@ -160,6 +160,9 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
     def selects_over_parts(self) -> bool:
         return self.topk_scope == "all_layers"
 
+    def select_by_part_(self) -> None:
+        self.topk_scope = "layer"
+
     # ---- forward
 
     def _encode_layers(self, x_BPD: Tensor) -> list[Latents]:

@@ -13,6 +13,7 @@ from crosscode.config.data import HarvestConfig
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.data.harvest.language_models import available_device
 from crosscode.errors import InputError
+from crosscode.models import ACTIVATIONS
 from crosscode.parallel.group import n_ranks
 
 
@@ -50,7 +51,6 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if available_device(config.device).type == "cuda" and n_here > (n_gpus := torch.cuda.device_count()):
         yield f"device = {config.device!r}: {n_here} processes on this machine, which has {n_gpus} GPU(s); one each is wanted"
-    get = lambda part, name: getattr(part, name, None)  # noqa: E731
     if train.compile and to_train:
         yield "train.compile = True: is for one process"
     yield from _devices(config)
@@ -60,12 +60,11 @@ def _problems(config: ExperimentConfig, ranks: int, to_train: bool) -> Iterator[
             f"data.cache.path = {config.data.cache.path!r}: one process alone writes it, which holds no whole language models; "
             "harvest first (crosscode harvest --models 0 --store ...), and name the stores as data.join"
         )
-    n_latents: Any = get(coder, "n_latents")
-    activation: Any = get(coder, "activation")
-    if get(activation, "type") == "groupmax":
-        for name, value in (("activation.k", activation.k), ("n_latents", n_latents)):
-            if value is not None and value % ranks:
-                yield f"crosscoder.{name} = {value}: GroupMax needs a number that the processes divide"
+    activation: Any = coder.activation
+    kind = ACTIVATIONS[activation.type]
+    for name, value in (("activation.k", activation.k), ("n_latents", coder.n_latents)) if kind.in_groups else ():
+        if value is not None and value % ranks:
+            yield f"crosscoder.{name} = {value}: {kind.title} needs a number that the processes divide"
 
 
 def check_harvest(config: HarvestConfig) -> None:

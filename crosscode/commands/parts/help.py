@@ -44,16 +44,17 @@ def describe(command: Command, name: str, topic: str | None = None) -> str:
     config = command.whole() if command.whole else command.outline
     roots = [command.options, *([config] if config else [])]
     parts = {section.path: section for section in sections(roots)}
-    fields = {
-        path: info for section in [Section("", "", "", roots), *parts.values()] for path, info in section.fields()
-    }
+    fields: dict[str, list[str]] = {}
+    for section in [Section("", "", "", roots), *parts.values()]:
+        if section.path == section.prefix:  # another one says it of all types at once
+            fields |= section.pages_of_fields()
     path = topic.lstrip("-").replace("-", "_")
     found = _shortest(path, [*parts, *fields])
     if found is None:
         near = get_close_matches(path, [*parts, *fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{name}: --help {topic}: no such section, type or field{hint}")
-    return "\n".join(parts[found].page()) if found in parts else _entry(*_shown(found, fields[found]))
+    return "\n".join(parts[found].page() if found in parts else fields[found])
 
 
 def _shortest(name: str, paths: Sequence[str]) -> str | None:
@@ -140,9 +141,19 @@ class Section:
     meaning: str
     models: Sequence[type[BaseModel]]
 
-    def fields(self) -> Iterator[tuple[str, FieldInfo]]:
+    def pages_of_fields(self) -> dict[str, list[str]]:
+        """What is said of each field, by its path; of which types, where not all say the same."""
+        said: dict[str, dict[tuple[str, str], list[str | None]]] = {}
         for model in self.models:
-            yield from ((f"{self.prefix}.{name}".lstrip("."), info) for name, info in fields_of(model).items())
+            for name, info in fields_of(model).items():
+                path = f"{self.prefix}.{name}".lstrip(".")
+                said.setdefault(path, {}).setdefault(_shown(path, info), []).append(_type_of(model))
+        pages: dict[str, list[str]] = {}
+        for path, entries in said.items():
+            for entry, types in entries.items():
+                of = ", ".join(kind for kind in types if kind) if len(types) < len(self.models) else ""
+                pages.setdefault(path, []).extend([*_wrapped(f"type {of}" if of else ""), _entry(*entry)])
+        return pages
 
     def by_type(self) -> tuple[dict[str, FieldInfo], list[tuple[str | None, str, dict[str, FieldInfo]]]]:
         """The fields that all types have, and of each type its name, what it is, and its other fields."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -36,6 +36,8 @@ def _inside(annotation: Any, name: str) -> Iterator[Any]:
             yield Any
         elif get_origin(member) is dict:
             yield get_args(member)[1]
+        elif get_origin(member) in SEVERAL and name.isdecimal():
+            yield get_args(member)[0]
         elif is_model(member) and name in fields_of(member):
             yield fields_of(member)[name].annotation
         elif is_model(member) and member.model_config.get("extra") == "allow":
@@ -117,7 +119,8 @@ def _stands_alone(members: list[Any], following: str | None) -> bool:
     if following is None or following.startswith("--"):
         return bool in members or any(member is Any or _is_section(member) for member in members)
     if bool in members:
-        return following.lower() not in _TRUTHS
+        choices = [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
+        return following.lower() not in _TRUTHS and following not in choices and not _is_null(following)
     return any(map(_is_section, members)) and not following.startswith("{") and not _is_null(following)
 
 
@@ -153,14 +156,30 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with nested `overrides`; a mapping whose `type` changes is replaced, not mixed."""
+    """`values` with nested `overrides`; a mapping whose `type` changes is replaced, not mixed. Of a list, `{"0": ...}` is the
+    first."""
     result = dict(values)
     for key, new in overrides.items():
         old = result.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type", old.get("type")):
+        if isinstance(old, list) and isinstance(new, dict) and all(place.isdecimal() for place in new):
+            result[key] = _merged_list(key, old, new)
+        elif isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type", old.get("type")):
             result[key] = merged(old, new)
         else:
             result[key] = new
+    return result
+
+
+def _merged_list(name: str, old: list[Any], overrides: Mapping[str, Any]) -> list[Any]:
+    result = list(old)
+    for place, new in overrides.items():
+        if int(place) >= len(old):
+            raise InputError(f"{name}.{place}: there are {len(old)}, counted from 0")
+        one = result[int(place)]
+        one = (
+            {"path": one} if isinstance(one, str) and isinstance(new, dict) else one
+        )  # of `config.registry.NamedByPath`
+        result[int(place)] = merged({"": one}, {"": new})[""]
     return result
 
 

@@ -34,8 +34,9 @@ def start(command: Command, name: str, arguments: Sequence[str]) -> None:
 
     def fields(config_class: type[BaseModel]) -> dict[str, Any]:
         with _hinting(name):
-            typed = read_words(arguments, command.options, config_class).values
-        return {field: value for field, value in typed.items() if field not in fields_of(command.options)}
+            typed = read_words(arguments, command.options, config_class)
+        _check_positional(command, name, typed)  # now it is known which options are flags
+        return {field: value for field, value in typed.values.items() if field not in fields_of(command.options)}
 
     command.run(options, fields) if command.outline else command.run(options)
 
@@ -45,11 +46,9 @@ def _own(command: Command, name: str, words: Words) -> Any:
     known = fields_of(command.options)
     own = {field: value for field, value in words.values.items() if field in known}
     slot = known[command.positional] if command.positional else None
-    several = slot is not None and get_origin(slot.annotation) is list
     if words.positional and command.positional:
-        own[command.positional] = words.positional if several else words.positional[0]
-    if len(words.positional) > (command.positional is not None) and not several:
-        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {usage(command, name)}")
+        own[command.positional] = words.positional if _takes_several(command) else words.positional[0]
+    _check_positional(command, name, words)
     if slot is not None and slot.is_required() and command.positional not in own:
         raise InputError(f"{name}: no {slot.title} given; {usage(command, name)}")
     try:
@@ -57,6 +56,17 @@ def _own(command: Command, name: str, words: Words) -> Any:
     except ValidationError as error:
         shown = explain(error, own, command.options, shown=lambda field: option_name(command, field))
         raise InputError(f"{name}: {shown}") from error
+
+
+def _takes_several(command: Command) -> bool:
+    return (
+        command.positional is not None and get_origin(fields_of(command.options)[command.positional].annotation) is list
+    )
+
+
+def _check_positional(command: Command, name: str, words: Words) -> None:
+    if len(words.positional) > (command.positional is not None) and not _takes_several(command):
+        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {usage(command, name)}")
 
 
 @contextmanager

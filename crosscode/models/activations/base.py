@@ -53,6 +53,10 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """The initialisation where none is given, if the activation has a say in it."""
     is_sparse: ClassVar[bool] = False
     """Whether latents always come as entries (`SparseLatents`), as no more than `k` of them fire."""
+    may_be_either: ClassVar[bool] = False
+    """Whether its products are sparse or dense by the share of latents that fire (`sparse_below`)."""
+    in_groups: ClassVar[bool] = False
+    """Whether `k` contiguous groups of latents, all of one size, select by themselves."""
     keeps_k: ClassVar[bool] = False
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     selects_from: int | None = None

@@ -29,6 +29,7 @@ class GroupMaxActivation(ActivationFunction):
 
     title = "GroupMax"
     is_sparse = True
+    in_groups = True
     usual_terms = ("recon", "auxk")
 
     def setup(self) -> None:

@@ -46,6 +46,7 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
         """whether pre-activations within the window get a pseudo-derivative, too: theta / bandwidth"""
 
     title = "JumpReLU"
+    may_be_either = True
     usual_terms = ("recon", "tanh", "pre_act")
     usual_init = "jan_update"
 

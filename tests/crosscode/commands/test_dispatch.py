@@ -156,6 +156,9 @@ def test_every_field_is_shown_by_its_section_with_type_default_and_meaning(capsy
         ("objective.auxk", ["--objective.auxk.k_aux int", "(default: 256)"], "--objective.l1"),
         ("--train.batch-size", ["--train.batch_size int", "(default: 4096)"], "log_every"),
         ("language_models", ["--language_models.path str", "(required)"], "hookpoints"),
+        ("train.optimizer.lr", ["type adam", "null: 2e-4", "type sign_sgd_schedule_free", "null: 5e-3"], "betas"),
+        ("crosscoder.activation.k", ["type batch_topk, topk", "type groupmax", "must divide"], "k_start"),
+        ("train.optimizer.momentum", ["type sign_sgd_schedule_free", "0.95"], "type adam"),
     ],
 )
 def test_help_shows_one_section_type_or_field(topic, expected, missing, capsys):
@@ -179,6 +182,19 @@ def test_options_before_the_config_and_counts_reach_the_run(tiny_config, tmp_pat
     written = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["train"]
     assert (written["n_tokens"], written["keep_every"], written["tf32"]) == (1000, 1000, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_word_behind_a_flag_of_a_component_is_not_lost(capfd):
+    assert main(["train", "sae_topk", "--train.optimizer.fused", "maybe"]) == 2
+    assert "'maybe' is one word too many" in capfd.readouterr().err
+
+
+def test_an_unknown_architecture_is_named_and_one_of_a_list_can_be_set(capfd):
+    assert main(["train", "sae_topk", "--crosscoder.type", "autoencoder"]) == 2
+    assert "crosscoder.type = 'autoencoder': must be one of compound_cross_layer_trans" in capfd.readouterr().err
+    assert main(["train", "sae_topk", "--language_models.0.dtype", "float8"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("language_models.0.dtype = 'float8'") == 1 and "'auto' or 'float32', 'bfloat16'" in said
 
 
 def test_a_flag_of_a_component_may_stand_before_the_config(tiny_config, tmp_path, capfd):

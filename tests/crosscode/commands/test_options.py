@@ -18,6 +18,7 @@ class Own(ConfigModel):
 class Inner(ConfigModel):
     batch_size: int = 1
     fast: bool = False
+    fused: bool | Literal["auto"] = False
     names: list[str] = Field(default=[])
     rates: tuple[float, float] = (0.0, 0.0)
     clip: float | None = 1.0
@@ -39,6 +40,7 @@ class Config(ConfigModel):
     inner: Inner = Inner()
     part: Annotated[One | Two, Field(discriminator="type")] | None = None
     component: Component = Component(type="x")
+    parts: list[One] = Field(default=[])
     terms: dict[str, dict[str, object]] = Field(default={})
 
 
@@ -57,6 +59,8 @@ def test_dashes_and_underscores_are_alike(name):
     [
         (["--overwrite"], [], {"overwrite": True}),
         (["--overwrite", "demo"], ["demo"], {"overwrite": True}),
+        (["--inner.fused", "auto"], [], {"inner": {"fused": "auto"}}),
+        (["--inner.fused", "demo"], ["demo"], {"inner": {"fused": True}}),
         (["demo", "--overwrite", "--inner.fast"], ["demo"], {"overwrite": True, "inner": {"fast": True}}),
         (["--overwrite", "false", "demo"], ["demo"], {"overwrite": "false"}),
         (["--overwrite=no", "demo"], ["demo"], {"overwrite": "no"}),
@@ -105,3 +109,18 @@ def test_bad_words_are_one_line(words, message):
 def test_overrides_replace_single_fields_but_not_across_types():
     assert merged({"a": {"type": "x", "b": 1}}, {"a": {"b": 2}}) == {"a": {"type": "x", "b": 2}}
     assert merged({"a": {"type": "x", "b": 1}}, {"a": {"type": "y"}}) == {"a": {"type": "y"}}
+
+
+def test_one_of_a_list_is_named_by_its_number():
+    assert values("--parts.1.k", "3") == {"parts": {"1": {"k": "3"}}}
+    given = {"parts": [{"k": 1}, {"k": 2, "wide": True}], "models": ["a", {"path": "b"}], "rates": [1, 2]}
+    overrides = {"parts": {"1": {"k": 3}}, "models": {"0": {"dtype": "x"}}, "rates": {"0": 5}}
+    assert merged(given, overrides) == {
+        "parts": [{"k": 1}, {"k": 3, "wide": True}],
+        "models": [{"path": "a", "dtype": "x"}, {"path": "b"}],
+        "rates": [5, 2],
+    }
+    with pytest.raises(InputError, match=r"^parts.2: there are 2, counted from 0$"):
+        merged(given, {"parts": {"2": {"k": 3}}})
+    with pytest.raises(InputError, match=r"unknown option --inner.1"):
+        values("--inner.1", "3")
