@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import sys
-import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ import triton
 from crosscode_kernels.triton_common.heuristics import warps_on
 from static_binary import amd_facts, cubin_facts, hot_places, ptx_hot_widths
 from static_cases import CASES, DTYPES, launches
+from static_table import joined, write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -223,57 +223,6 @@ def compile_all(work: list[tuple[Job, str]], n_processes: int, partial: Path, se
                 file.flush()
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per kernel and target, worst case over its configurations."""
-    lines = [
-        "| kernel | target | configurations | registers | spills | shared memory | warps per SM/CU | hot loads (bit) "
-        "| loads in flight | instructions per byte |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["kernel"], row["target"]), []).append(row)
-    for (kernel, target), group in sorted(groups.items()):
-        built = [row for row in group if "error" not in row]
-        if not built:
-            lines.append(f"| `{kernel}` | {target} | {len(group)} | does not compile | | | | | | |")
-            continue
-        aligned = [row for row in built if row["aligned_rows"]]
-        widths = sorted({width for row in aligned for width in row["hot_widths"]})
-        in_flight = [row["loads_in_flight"] for row in aligned if row.get("loads_in_flight")]
-        per_byte = [row["instructions_per_byte"] for row in aligned if row.get("instructions_per_byte")]
-        lines.append(
-            f"| `{kernel}` | {target} | {len(group)} | {max(r['registers'] for r in built)} "
-            f"| {max(r['spills'] for r in built)} | {max(r['shared'] for r in built)} "
-            f"| {min(r['warps_per_unit'] for r in built)} | {', '.join(map(str, widths)) or '-'} "
-            f"| {min(in_flight, default='-')} | {max(per_byte, default='-')} |"
-        )
-    return "\n".join(lines)
-
-
-def joined(rows: list[dict[str, Any]], stored: list[dict[str, Any]], every_case: bool) -> list[dict[str, Any]]:
-    """The rows, and of the stored ones those that they do not replace: of other kernels or targets, or (unless every case was
-    compiled) of other configurations."""
-
-    def configuration(row: dict[str, Any]) -> str:
-        keys = ("constants", "dtypes", "aligned", "num_warps")
-        return "" if every_case else json.dumps([row[key] for key in keys], sort_keys=True)
-
-    new = {(row["kernel"], row["target"], configuration(row)) for row in rows}
-    kept = [row for row in stored if (row["kernel"], row["target"], configuration(row)) not in new]
-    return kept + rows
-
-
-def versions_of(rows: list[dict[str, Any]]) -> str:
-    """Which compiler made which kernels."""
-    kernels: dict[str, set[str]] = {}
-    for row in rows:
-        kernels.setdefault(row["triton"], set()).add(f"`{row['kernel']}`")
-    most = max(kernels, key=lambda version: sum(row["triton"] == version for row in rows))
-    others = [f"{', '.join(sorted(names))}: {version}" for version, names in kernels.items() if version != most]
-    return f"Triton {most}{''.join(f'; {one}' for one in others)}."
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -304,17 +253,7 @@ def main() -> int:
     rows = [{**row, "triton": triton.__version__} for row in rows]
     every_case = arguments.cases is None and not arguments.one_per_kernel
     rows = joined(rows, json.loads(arguments.join.read_text()) if arguments.join else [], every_case)
-    header = textwrap.dedent(f"""\
-        # Compile matrix
-
-        {versions_of(rows)} No GPU involved. {len(rows)} compilations.
-        Worst case over the configurations of a kernel; from hot loads on, where rows are aligned to 16 bytes.
-        Loads in flight and instructions per byte: of the loop that loads most, per thread (`static_loops.py`; NVIDIA only).
-
-        """)
-    (arguments.out / "compile_matrix.md").write_text(header + table(rows) + "\n")
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    (arguments.out / "compile_matrix.json").write_text(f"[\n{lines}\n]\n")
+    write(rows, arguments.out)
     partial.unlink()
     bad = [row for row in rows if row["complaints"]]
     for row in bad:
