@@ -42,6 +42,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         if not eps >= 0:
             raise ValueError(f"RowSparseAdam: eps is {eps}; must not be negative")
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
+        self.grad_scale: Tensor | None = None
+        """What the next step divides gradients by (`clip_grad_norm_`)."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """As PyTorch's, which would make step counts numbers of the parameter's dtype."""
@@ -59,6 +61,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, param.grad, group)
+        self.grad_scale = None
         return loss
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
@@ -73,7 +76,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             return
         beta2, step = group["beta2"], state["step"]
         if grad.is_sparse:
-            _update_rows(param, grad, state, group)
+            _update_rows(param, grad, state, group, self.grad_scale)
             return
         v = state["exp_avg_sq"]
         if "last_step_R" in state:
@@ -81,7 +84,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             if not (grad.device.type == "cpu" and last_step_R.amin(0, keepdim=True).tolist()[0] == step - 1):
                 _catch_up(state, slice(None), v, beta2, step)
             last_step_R.fill_(step)
-        _adam_(param, grad, v, group, step)
+        _adam_(param, grad, v, group, step, self.grad_scale)
 
 
 def coalesced(grad: Tensor) -> Tensor:
@@ -95,17 +98,20 @@ def coalesced(grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(grad._indices(), values_QD, grad.shape, is_coalesced=True, check_invariants=False)
 
 
-def _adam_(param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: int) -> None:
+def _adam_(
+    param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: int, grad_scale: Tensor | None
+) -> None:
     """One Adam step with beta1 = 0 in PyTorch's fused kernel, one pass. The first moment is the gradient itself, which may
     stand for it: each number is read before it is written."""
     if grad.dtype in (torch.float32, torch.float64) and grad.is_contiguous() and param.is_contiguous():
         steps = [torch.full((), float(step), device=param.device)]
         torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
             [param], [grad], [grad], [v], [], steps, lr=float(group["lr"]), beta1=0.0, beta2=group["beta2"],
-            weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+            weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False, grad_scale=grad_scale,
         )  # fmt: skip
         return
     beta2 = group["beta2"]
+    grad = grad if grad_scale is None else grad / grad_scale
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
     param.addcdiv_(grad, denominator, value=-float(group["lr"]))
@@ -121,7 +127,9 @@ def _chunk_rows(device: torch.device, width: int) -> int:
     return max((_CPU_CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS) // width, 1)
 
 
-def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _update_rows(
+    param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], grad_scale: Tensor | None
+) -> None:
     grad = coalesced(grad)
     rows_Q, step = grad.indices()[0], state["step"]
     width = max(param[0].numel(), 1)
@@ -132,7 +140,7 @@ def _update_rows(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict
         v_qD = v_RD.index_select(0, rows_q)
         _catch_up(state, rows_q, v_qD, group["beta2"], step)
         param_qD = param_RD.index_select(0, rows_q)
-        _adam_(param_qD, grad_qD, v_qD, group, step)
+        _adam_(param_qD, grad_qD, v_qD, group, step, grad_scale)
         v_RD.index_copy_(0, rows_q, v_qD)
         param_RD.index_copy_(0, rows_q, param_qD)
     state["last_step_R"].index_fill_(0, rows_Q, step)
@@ -155,8 +163,8 @@ def clip_grad_norm_(
     """As `torch.nn.utils.clip_grad_norm_` (2-norm; returns the norm before clipping), for dense and row-sparse gradients.
     A `max_norm` of None clips nothing.
 
-    On the CPU gradients that are already short enough are not written; elsewhere the scale stays on the device. A fused
-    Adam given as `optimizer` scales the gradients itself in its next step, which saves a pass over them: until then
+    On the CPU gradients that are already short enough are not written; elsewhere the scale stays on the device. A fused or
+    row-sparse Adam given as `optimizer` scales the gradients itself in its next step, which saves a pass over them: until then
     `.grad` holds the unscaled ones. Call this before every step of such an optimizer, or not at all.
 
     `total_norm` makes one norm of those of the parameters that have a gradient (see `OpSet.total_norm`)."""
@@ -170,8 +178,9 @@ def clip_grad_norm_(
         return torch.zeros(())
     norm = _norm(values, parameters, total_norm)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # The fused optimizer reads its scale as float32, which is not enough for float64 gradients.
-    if optimizer is not None and optimizer.defaults.get("fused") and norm.dtype == torch.float32:
+    scales_itself = isinstance(optimizer, RowSparseAdam) or (optimizer is not None and optimizer.defaults.get("fused"))
+    # The fused kernel reads its scale as float32, which is not enough for float64 gradients.
+    if scales_itself and norm.dtype == torch.float32:
         optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
     elif norm.device.type != "cpu" or scale.reshape(1).tolist()[0] < 1:
         torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]

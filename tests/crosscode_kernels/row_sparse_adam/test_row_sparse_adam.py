@@ -118,6 +118,25 @@ def test_a_fused_adam_applies_the_clip_itself(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_row_sparse_adam_applies_the_clip_itself_and_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    start_RD = torch.randn(20, 4, generator=generator).to(dtype)
+    results = []
+    for scales_itself in (True, False):
+        params = [start_RD.clone().requires_grad_(), start_RD[0].clone().requires_grad_()]
+        optimizer = RowSparseAdam(params, lr=0.1, beta2=0.9)
+        generator.manual_seed(1)
+        for max_norm in (0.5, 1e9, 0.1, None):
+            grad = sparse_grad(torch.rand(20, generator=generator) < 0.4, 20, 4, generator)
+            params[0].grad, params[1].grad = grad.to(dtype), torch.randn(4, generator=generator).to(dtype)
+            clip_grad_norm_(params, max_norm, optimizer if scales_itself else None)
+            optimizer.step()
+        results.append(params)
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_norm_of_many_gradients_is_exact_to_rounding(dtype):
     params = [
         torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((4096, 1024), (7,), (0, 3), (3, 2, 5), ())
