@@ -26,8 +26,9 @@ def autocast(backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def may_look(x_BI: Tensor) -> bool:
-    """Whether what to do may depend on the data: looking is free on the CPU, and impossible while tracing."""
-    return x_BI.device.type == "cpu" and not torch.compiler.is_compiling() and x_BI.shape[0] > 0
+    """Whether what to do may depend on the data: looking is free on the CPU, and impossible while tracing and in `torch.func`."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x_BI.device.type == "cpu" and not traced and x_BI.shape[0] > 0
 
 
 class Encoder(NamedTuple):

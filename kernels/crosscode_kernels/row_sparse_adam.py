@@ -98,9 +98,7 @@ def coalesced(grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(grad._indices(), values_QD, grad.shape, is_coalesced=True, check_invariants=False)
 
 
-def _adam_(
-    param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: int, grad_scale: Tensor | None
-) -> None:
+def _adam_(param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: int, grad_scale: Tensor | None) -> None:
     """One Adam step with beta1 = 0 in PyTorch's fused kernel, one pass. The first moment is the gradient itself, which may
     stand for it: each number is read before it is written."""
     if grad.dtype in (torch.float32, torch.float64) and grad.is_contiguous() and param.is_contiguous():

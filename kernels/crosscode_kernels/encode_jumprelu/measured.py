@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.encode_jumprelu.autograd import encode_jumprelu as _dense
-from crosscode_kernels.encode_jumprelu.support import locate, measure, note
+from crosscode_kernels.encode_jumprelu.support import locate, marked, measure, note, positive
+from crosscode_kernels.encode_topk.torch_impl import dense_preacts
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.jumprelu.torch_impl import straight_through, threshold, window
 from crosscode_kernels.segments.autograd import latent_order, weight_grad
@@ -31,27 +33,46 @@ from crosscode_kernels.sparse import DenseLatents, Entries, LatentOrder, Latents
 from crosscode_kernels.sparse_decode.autograd import entries_decode
 
 
-def encode_relu(encoder: Encoder, h_BL: Tensor, backend: Backend) -> SparseLatents | None:
-    """Sparse latents from the pre-activations `h_BL` (no gradient), or None where dense ones are cheaper."""
-    counts = measure(h_BL, None, 0.0)
-    density = counts.n_masked / max(h_BL.numel(), 1)
-    is_sparse = density < backend.sparse_below
-    note(backend, "encode_relu", "sparse" if is_sparse else "dense", density, density)
-    if not is_sparse:
-        return None
-    entries, _ = _located(counts.mask_BL, h_BL, backend)
+def encode_relu(encoder: Encoder, backend: Backend) -> Latents:
+    """Sparse latents, or dense ones where these are cheaper."""
+    with torch.no_grad():
+        h_BL = dense_preacts(encoder)
+    density, flat_N = positive(h_BL, backend.sparse_below)
+    note(backend, "encode_relu", "dense" if flat_N is None else "sparse", density, density)
+    if flat_N is None:
+        return DenseLatents(_DenseReLU.apply(*encoder, h_BL))
+    entries = _located(flat_N, h_BL, backend)
     return _latents(entries, _SparseReLU.apply(*encoder, entries, backend), h_BL)
 
 
-def _located(mask_BL: Tensor, h_BL: Tensor, backend: Backend) -> tuple[Entries, Tensor]:
-    """The marked entries, with pre-activations as values, and their flat indices."""
-    support = locate(mask_BL)
+def _located(flat_N: Tensor, h_BL: Tensor, backend: Backend) -> Entries:
+    """The entries at these flat indices, with pre-activations as values."""
+    support = locate(flat_N, *h_BL.shape)
     order = latent_order(support.latent_idx_N, h_BL.shape[1], backend=backend)
-    return Entries(*support[:2], h_BL.view(-1)[support.flat_N], *order), support.flat_N
+    return Entries(*support, h_BL.view(-1)[flat_N], *order)
 
 
 def _latents(entries: Entries, value_N: Tensor, h_BL: Tensor, deficit_L: Tensor | None = None) -> SparseLatents:
     return SparseLatents(*entries[:2], value_N, h_BL.shape[1], LatentOrder(*entries[3:]), deficit_L)
+
+
+class _DenseReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """x_BI, W_enc_LI, b_enc_L, and the pre-activations, whose memory the latents take."""
+        x_BI, W_enc_LI, _, h_BL = arguments
+        ctx.mark_dirty(h_BL)
+        ctx.save_for_backward(x_BI, W_enc_LI, h_BL.relu_())
+        return h_BL
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_BI, W_enc_LI, a_BL = ctx.saved_tensors
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        dh_BL = host_buffers.empty_like(a_BL)
+        torch.ops.aten.threshold_backward.grad_input(grads[0], a_BL, 0, grad_input=dh_BL)
+        dW_LI = torch.mm(dh_BL.T, x_BI, out=host_buffers.empty_like(W_enc_LI)) if needs_W else None
+        return dh_BL @ W_enc_LI if needs_x else None, dW_LI, dh_BL.sum(0) if needs_b else None, None
 
 
 class _SparseReLU(torch.autograd.Function):
@@ -94,11 +115,12 @@ def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm
         return encode_jumprelu_dense(encoder, h_BL, t_L, eps, gdm, backend)
     options = (counts.deficit_L, eps, gdm, backend)
     if mode == "sparse":
-        entries, _ = _located(counts.mask_BL, h_BL, backend)
+        entries = _located(marked(counts.mask_BL), h_BL, backend)
         value_N, deficit_L = _SparseJumpReLU.apply(*encoder, t_L, entries, *options)
         return replace(_latents(entries, value_N, h_BL, deficit_L), preacts_N=entries.value_N)
     # A latent that lies exactly on its threshold is not active, but not silent either.
-    entries, flat_N = _located(measure(h_BL, theta_L, 0.0, include_edge=True).mask_BL, h_BL, backend)
+    flat_N = marked(measure(h_BL, theta_L, 0.0, include_edge=True).mask_BL)
+    entries = _located(flat_N, h_BL, backend)
     h_N = entries.value_N
     entries = entries._replace(value_N=h_N.masked_fill(h_N <= theta_L.index_select(0, entries.latent_idx_N), 0))
     a_BL, deficit_L = _MixedJumpReLU.apply(*encoder, t_L, entries, *options, h_BL, flat_N)

@@ -18,6 +18,7 @@ from torch import Tensor
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.blocks import row_blocks
 
+_GROUP, _FEW_GROUPS = 8, 0.1
 _logger = logging.getLogger("crosscode_kernels")
 
 
@@ -26,7 +27,6 @@ class Support(NamedTuple):
 
     row_ptr_B1: Tensor
     latent_idx_N: Tensor
-    flat_N: Tensor
 
 
 class Counts(NamedTuple):
@@ -60,14 +60,45 @@ def _count(mask_RL: Tensor) -> int:
     return torch.count_nonzero(mask_RL).reshape(1).tolist()[0]
 
 
-def locate(mask_BL: Tensor) -> Support:
-    """The entries of a mask."""
-    n_tokens, n_latents = mask_BL.shape
-    flat_N = mask_BL.view(-1).nonzero().squeeze(1)
+def positive(h_BL: Tensor, sparse_below: float) -> tuple[float, Tensor | None]:
+    """Which share of `h_BL` is positive or NaN, and its flat indices, tokens ascending; None for these where the share is not
+    below `sparse_below`."""
+    n_elements, flat_N = max(h_BL.numel(), 1), few_positive(h_BL)
+    if flat_N is not None:
+        density = flat_N.shape[0] / n_elements
+        return density, flat_N if density < sparse_below else None
+    counts = measure(h_BL, None, 0.0)
+    density = counts.n_active / n_elements
+    return density, marked(counts.mask_BL) if density < sparse_below else None
+
+
+def few_positive(h_BL: Tensor) -> Tensor | None:
+    """Flat indices, tokens ascending, of all that is positive or NaN; None where that takes longer than `measure` and `marked`.
+    Groups of columns are looked at first, of which few hold anything."""
+    n_latents = h_BL.shape[1]
+    n_groups = n_latents // _GROUP
+    if not n_groups or n_latents % _GROUP:
+        return None
+    largest_BG = h_BL.view(-1, _GROUP, n_groups).amax(1)
+    group_Q = marked((largest_BG <= 0).logical_not_())
+    if group_Q.shape[0] > _FEW_GROUPS * largest_BG.numel():
+        return None
+    first_Q = group_Q + group_Q // n_groups * (n_latents - n_groups)
+    flat_N = (first_Q.unsqueeze(1) + torch.arange(0, n_latents, n_groups)).view(-1)
+    return flat_N[marked((h_BL.view(-1).index_select(0, flat_N) <= 0).logical_not_())]
+
+
+def marked(mask: Tensor) -> Tensor:
+    """Flat indices of a mask, ascending."""
+    return mask.view(-1).nonzero().squeeze(1)
+
+
+def locate(flat_N: Tensor, n_tokens: int, n_latents: int) -> Support:
+    """The entries at flat indices, whose tokens ascend."""
     token_N = flat_N // n_latents
-    tokens_B1 = torch.arange(n_tokens + 1, device=mask_BL.device)
+    tokens_B1 = torch.arange(n_tokens + 1, device=flat_N.device)
     row_ptr_B1 = torch.searchsorted(token_N, tokens_B1, out_int32=True)
-    return Support(row_ptr_B1, (flat_N - token_N * n_latents).int(), flat_N)
+    return Support(row_ptr_B1, (flat_N - token_N * n_latents).int())
 
 
 def note(backend: Backend, op: str, mode: str, active: float, support: float) -> None:

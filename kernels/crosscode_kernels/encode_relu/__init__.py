@@ -31,9 +31,6 @@ def encode_relu(x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, *, backe
     encoder = checked_encoder("encode_relu", backend, (x_BI, W_enc_LI, b_enc_L))
     if backend.has_capacity and x_BI.shape[0] > 0:
         return importlib.import_module("crosscode_kernels.capacity").encode_relu(encoder, backend.capacity)
-    h_BL = preacts(*encoder, backend=backend)
     if backend.name == "torch" and may_look(x_BI):
-        latents = measured.encode_relu(encoder, h_BL.detach(), backend)
-        if latents is not None:
-            return latents
-    return DenseLatents(h_BL.relu())
+        return measured.encode_relu(encoder, backend)
+    return DenseLatents(preacts(*encoder, backend=backend).relu())

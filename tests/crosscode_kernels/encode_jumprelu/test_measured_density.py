@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, resolve_backend
+from crosscode_kernels.encode_jumprelu.support import few_positive
 
 MODES = {"dense": 0.0, "mixed": 0.35, "sparse": 1.1}
 
@@ -139,3 +140,20 @@ def test_an_empty_batch(backend):
     latents = backend.ops.encode_jumprelu(torch.ones(0, 2, device=backend.device), W_LI, None, t_L, 1.0, "gdm")
     assert latents.to_dense().shape == (0, 8)
     backend.ops.pre_act_penalty(latents, t_L, t_L.detach(), t_L.detach()).backward()
+
+
+@pytest.mark.parametrize("n_latents", [40, 48, 1000])
+@pytest.mark.parametrize("n_positive", [0, 1, 9])
+def test_few_positive_latents_are_found_in_order_of_tokens(n_latents, n_positive):
+    generator = torch.Generator().manual_seed(0)
+    h_BL = -torch.rand(30, n_latents, generator=generator)
+    h_BL.view(-1)[torch.randperm(h_BL.numel(), generator=generator)[:n_positive]] = 1
+    h_BL[3, 5], h_BL[4, 5] = torch.nan, 0
+    flat_N = few_positive(h_BL)
+    assert torch.equal(flat_N.sort().values, (~(h_BL <= 0)).view(-1).nonzero().squeeze(1))
+    assert (flat_N // n_latents).diff().ge(0).all()
+
+
+@pytest.mark.parametrize("h_BL", [torch.ones(4, 48), -torch.ones(4, 49), torch.ones(4, 0), torch.ones(2, 5)])
+def test_many_positive_latents_and_odd_widths_are_left_to_another_way(h_BL):
+    assert few_positive(h_BL) is None
