@@ -24,7 +24,6 @@ from crosscode_kernels.sparse import Entries
 SUM_MODE = 0
 _MANY_PAIRS = 0.1
 """Share of all pairs of a token and a latent from which a product of all takes less time."""
-_LATENTS_AT_ONCE = 1024
 
 
 def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
@@ -67,11 +66,11 @@ def pair_dots(entries: Entries, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
     if not order_N.shape[0]:
         token_N = entry_tokens(row_ptr_B1, latent_idx_N.shape[0])
         return _bag_dots(rows_BO, W_LO, latent_idx_N, token_N)
-    order_N, token_N = without_padding(entries)
     n_pairs = rows_BO.shape[0] * W_LO.shape[0]
     if rows_BO.device.type == "cpu" and order_N.shape[0] > _MANY_PAIRS * n_pairs and rows_BO.dtype.itemsize >= 4:
-        dot_N = _dots_of_all(latent_idx_N.index_select(0, order_N), latent_ptr_L1, token_N, rows_BO, W_LO)
-    elif _by_sparse_product(rows_BO):
+        return _dots_of_all(entries, rows_BO, W_LO)
+    order_N, token_N = without_padding(entries)
+    if _by_sparse_product(rows_BO):
         nothing_N = rows_BO.new_zeros(order_N.shape[0])
         pairs_LB = _csr(latent_ptr_L1, token_N, nothing_N, rows_BO.shape[0])
         dot_N = torch.sparse.sampled_addmm(pairs_LB, W_LO, rows_BO.T, beta=0).values()
@@ -80,16 +79,14 @@ def pair_dots(entries: Entries, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
     return dot_N.new_zeros(latent_idx_N.shape[0]).index_copy_(0, order_N.long(), dot_N)
 
 
-def _dots_of_all(latent_N: Tensor, latent_ptr_L1: Tensor, token_N: Tensor, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
-    """A dense product for some latents at a time, and of it what is wanted: 10 times as fast a pair as one by one."""
-    B, ends = rows_BO.shape[0], latent_ptr_L1[_LATENTS_AT_ONCE::_LATENTS_AT_ONCE].tolist()
-    place_N = (latent_N % _LATENTS_AT_ONCE) * B + token_N
-    edges = [0, *ends, token_N.shape[0]]
-    dots = [
-        (W_RO @ rows_BO.T).flatten().index_select(0, place_N[first:end])
-        for W_RO, first, end in zip(W_LO.split(_LATENTS_AT_ONCE), edges, edges[1:], strict=False)
-    ]
-    return torch.cat(dots)
+def _dots_of_all(entries: Entries, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
+    """A dense product, in memory that the encoder's has left, and of it what is wanted: 10 times as fast a pair as one by one."""
+    row_ptr_B1, latent_idx_N, _, order_N, latent_ptr_L1 = entries
+    n_latents = W_LO.shape[0]
+    all_BL = torch.mm(rows_BO, W_LO.T, out=host_buffers.empty((rows_BO.shape[0], n_latents), rows_BO))
+    place_N = entry_tokens(row_ptr_B1, latent_idx_N.shape[0]).long().mul_(n_latents).add_(latent_idx_N)
+    padding_N = order_N[latent_ptr_L1[-1:].tolist()[0] :]
+    return all_BL.take(place_N).index_fill_(0, padding_N.long(), 0)
 
 
 def _bags(rows: Tensor, row_idx_N: Tensor, ptr: Tensor, weight_N: Tensor, with_end: bool) -> Tensor:
