@@ -37,8 +37,9 @@ TARGETS = {"l0": "target", "l1": "target_l0", "tanh": "target_l0"}
 DEAD = {"n_latents": 16_384, "l0": 32, "n_steps": 300, "batch_size": 256, "n_heldout_tokens": 32_768}
 # The lr falls with sqrt(L) (Gao et al. 2024); at this norm the k winners among L random directions reconstruct a token's length
 # and more, so that they shrink and others get their turn. At 0.1 they grow, and leave the others behind. JumpReLU's decoder
-# begins at 0.4 already, its encoder at 1/128 of that.
-OF_MANY_LATENTS = {"lr": 6e-4, "dec_init_norm": 0.6, "encoder_scale": 2.0}
+# begins at 0.4 already, its encoder at 1/128 of that. The models' activations are nearly equal: tied latents, with one vector in
+# both, read them sqrt(2) times as strongly as latents with two, which are that much longer to win as often.
+OF_MANY_LATENTS = {"lr": 6e-4, "dec_init_norm": 0.6, "encoder_scale": 2.0, "own_scale": 2**0.5}
 COLUMNS = {
     "l0": ("L0", "{:.1f}"), "fvu": ("FVU", "{:.3f}"), "loss_recovered": ("loss recovered", "{:.3f}"),
     "dead_fraction": ("dead", "{:.2%}"), "recovered": ("recovered", "{:.1%}"), "step_ms": ("ms a step", "{:.0f}"),

@@ -67,6 +67,8 @@ class SyntheticConfig(ConfigModel):
     """norm of decoder vectors at the start, of the schemes that begin with `anthropic_transpose`; null: 0.1"""
     encoder_scale: PositiveFloat | None = None
     """encoder over decoder at the start, of the schemes that begin with `jan_update`; null: inputs over latents"""
+    own_scale: PositiveFloat = 1.0
+    """decoder norm of the February schemes' other latents at the start, over that of the tied ones"""
     resample: ResampleConfig | None = None
     """give dead latents new weights, as `train.resample` does; null: never"""
     n_heldout_tokens: PositiveInt = 16_384

@@ -32,6 +32,7 @@ class SyntheticScheme:
         lr: float | None = None,
         dec_init_norm: float | None = None,
         encoder_scale: float | None = None,
+        own_scale: float = 1.0,
     ):
         if name not in SCHEMES:
             raise InputError(f"schemes: unknown scheme {name!r}; available: {', '.join(SCHEMES)}")
@@ -47,7 +48,7 @@ class SyntheticScheme:
         }[parts["init"]["type"]]
         parts["init"] = parts["init"] | {name: value for name, value in start.items() if value is not None}
         if "n_shared_latents" in parts["crosscoder"]:
-            parts["init"] = {"type": "identical_latents", "first": parts["init"]}
+            parts["init"] = {"type": "identical_latents", "first": parts["init"], "own_scale": own_scale}
 
     @classmethod
     def of(cls, config: SyntheticConfig, name: str, penalty: float | None = None) -> SyntheticScheme:
@@ -57,7 +58,7 @@ class SyntheticScheme:
         penalty = config.penalty if penalty is None else penalty
         n_shared = round(config.shared_fraction * n_latents)
         wanted = Wanted(k, n_latents, penalty, n_shared, config.planted.n_models)
-        return cls(name, wanted, config.lr, config.dec_init_norm, config.encoder_scale)
+        return cls(name, wanted, config.lr, config.dec_init_norm, config.encoder_scale, config.own_scale)
 
     def model(self, dims: tuple[int, int, int], backend: BackendName) -> ModelHookpointAcausalCrosscoder:
         """An uninitialised crosscoder over `(M, P, D)`."""

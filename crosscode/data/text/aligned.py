@@ -161,8 +161,9 @@ class Aligner:
         segments: list[int] = []
         for number, piece in enumerate(pieces):
             text, of_other, spans = self._texts(piece.document)
-            begin = _across(piece.begin, len(text), len(of_other), spans)
-            # The first tokenizer may have no token for how a document ends: white space, an accent.
+            # Where a document begins and ends, so does the other's, whatever the template says there first. The first tokenizer
+            # may have no token for how it ends: white space, an accent.
+            begin = 0 if piece.is_first else _across(piece.begin, len(text), len(of_other), spans)
             end = len(of_other) if piece.is_last else _across(piece.end, len(text), len(of_other), spans)
             encoded = self.other(
                 of_other[begin:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -208,18 +209,26 @@ class Aligner:
         (text, found, _), (of_other, found_other, _) = (
             message_spans(each, messages) for each in (self.first, self.other)
         )
-        pairs = []
-        for (span, i), (span_other, j) in zip(found, found_other, strict=False):
-            here, there = text[slice(*span)], of_other[slice(*span_other)]
-            if i != j or here.strip() != there.strip():
-                break  # what comes behind may be of other messages
-            pairs.append((_stripped(here, span), _stripped(there, span_other)))
+        pairs, others, at = [], _said(of_other, found_other), 0
+        for span, what in _said(text, found):
+            # What one template leaves out, or says elsewhere, has no partner.
+            same = next((k for k in range(at, len(others)) if others[k][1] == what), None)
+            if same is not None:
+                pairs.append((span, others[same][0]))
+                at = same + 1
         return text, of_other, pairs
 
 
-def _stripped(text: str, span: Span) -> Span:
-    begin = span[0] + len(text) - len(text.lstrip())
-    return begin, begin + len(text.strip())
+def _said(text: str, found: Sequence[tuple[Span, int]]) -> list[tuple[Span, tuple[int, str]]]:
+    """Without white space around: where each content is, and what it says, with its message's number; nothing where that is
+    white space alone."""
+    said = []
+    for (begin, end), i in found:
+        words = text[begin:end].strip()
+        if words:
+            begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+            said.append(((begin, begin + len(words)), (i, words)))
+    return said
 
 
 def _across(edge: int, length: int, length_other: int, spans: Sequence[tuple[Span, Span]]) -> int:

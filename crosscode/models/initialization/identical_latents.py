@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, PositiveFloat, field_validator
 
 from crosscode.config.registry import Component, ConfigModel
 from crosscode.errors import InputError
@@ -25,6 +25,9 @@ class IdenticalLatentsInit(InitStrategy):
         type: Literal["identical_latents"] = "identical_latents"
         first: Component = Component(type="anthropic_transpose")
         """the initialisation that draws the decoder and derives the encoder, e.g. {type: jan_update}"""
+        own_scale: PositiveFloat = 1.0
+        """norm of the decoder vectors of the other latents over that of the shared ones; sqrt(2) where activations of two models
+        are nearly equal: one vector in both reads them sqrt(2) times as strongly as two independent ones, and wins first"""
 
         @field_validator("first", mode="before")
         @classmethod
@@ -53,6 +56,7 @@ class IdenticalLatentsInit(InitStrategy):
             model.widths.trim_(model.W_dec_LXoDo)
             shared_SMPD = model.W_dec_LXoDo[: model.n_shared_latents]
             shared_SMPD.copy_(shared_SMPD[:, :1].clone().expand_as(shared_SMPD))
+            model.W_dec_LXoDo[model.n_shared_latents :].mul_(self.own_scale)
             if model.partition is not None:
                 model.partition.clear_(model.W_dec_LXoDo)
             self.first_init.derive_encoder(model, generator, samples)

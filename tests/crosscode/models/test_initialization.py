@@ -174,19 +174,25 @@ def test_jan_update_for_different_spaces_draws_an_encoder_of_its_own():
     assert (model.encode(x) > 0).double().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("own_scale", [1.0, 1.5])
 @pytest.mark.parametrize("first", [{"type": "anthropic_transpose"}, {"type": "jan_update"}])
-def test_identical_latents(first):
+def test_identical_latents(first, own_scale):
     model = poisoned(ModelHookpointAcausalCrosscoder(2, 2, 8, L, jumprelu(), n_shared_latents=40))
     x, _, samples = samples_for(model)
     config = IdenticalLatentsInit.Config(
-        first=INITIALIZATIONS.config_classes()[first["type"]].model_validate(first).model_dump()
+        first=INITIALIZATIONS.config_classes()[first["type"]].model_validate(first).model_dump(),
+        own_scale=own_scale,
     )
-    strategy = IdenticalLatentsInit(config.first)
+    strategy = IdenticalLatentsInit(config.first, own_scale=config.own_scale)
     model.init_weights(strategy, samples=samples)
     W_dec_LMPD, W_enc_LMPD = model.W_dec_LMPD, model.W_enc_LXiDi
     assert torch.equal(W_dec_LMPD[:40, 0], W_dec_LMPD[:40, 1])
     assert not torch.equal(W_dec_LMPD[40:, 0], W_dec_LMPD[40:, 1])
     assert not torch.equal(W_dec_LMPD[0, 0, 0], W_dec_LMPD[0, 0, 1]), "hookpoints stay different"
+    plain = ModelHookpointAcausalCrosscoder(2, 2, 8, L, jumprelu(), n_shared_latents=40)
+    plain.init_weights(IdenticalLatentsInit(config.first), samples=samples)
+    assert torch.equal(W_dec_LMPD[:40], plain.W_dec_LMPD[:40])
+    torch.testing.assert_close(W_dec_LMPD[40:], own_scale * plain.W_dec_LMPD[40:], rtol=0, atol=0)
     factor = 32 / L if first["type"] == "jan_update" else 1.0
     torch.testing.assert_close(W_enc_LMPD, factor * W_dec_LMPD, msg="the encoder is derived after the copy")
     if first["type"] == "jan_update":

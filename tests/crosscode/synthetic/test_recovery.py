@@ -167,7 +167,7 @@ def test_the_help_of_the_command_names_schemes_and_fields(capsys):
 
 def test_lr_norm_and_scale_at_the_start_are_those_of_every_scheme_that_has_them():
     plain = SyntheticConfig(planted=PlantedConfig(n_features=64))
-    given = plain.model_copy(update={"lr": 1e-3, "dec_init_norm": 0.6, "encoder_scale": 0.8})
+    given = plain.model_copy(update={"lr": 1e-3, "dec_init_norm": 0.6, "encoder_scale": 0.8, "own_scale": 1.5})
     for name in SCHEMES:
         own, told = (
             SyntheticScheme.of(SyntheticConfig(planted=PlantedConfig(n_features=64)), name),
@@ -178,7 +178,10 @@ def test_lr_norm_and_scale_at_the_start_are_those_of_every_scheme_that_has_them(
         if "jumprelu" not in own.parts["activation"]["type"]:
             model.init_weights(told.init(), 0)
             belongs_LM = torch.ones(model.n_latents, 2) if model.partition is None else model.partition.models_LM()
-            torch.testing.assert_close(model.W_dec_LXoDo.norm(dim=-1), 0.6 * belongs_LM[..., None].float())
+            expected_LM = 0.6 * belongs_LM.float()
+            if model.n_shared_latents:
+                expected_LM[model.n_shared_latents :] *= 1.5
+            torch.testing.assert_close(model.W_dec_LXoDo.norm(dim=-1), expected_LM[..., None])
         else:
             own_first, told_first = (scheme.parts["init"].get("first", scheme.parts["init"]) for scheme in (own, told))
             assert told_first == own_first | {"encoder_scale": 0.8}

@@ -66,10 +66,13 @@ def tokenizers():
     return [base, decomposed, fallback, stripped, byte_level]
 
 
+SPACES = [part for part in PARTS if not part.strip()]
+
+
 def content(rng):
-    """Where all of it is white space, a template does not tell what is the content's and what its own."""
-    found = "".join(rng.choices(PARTS, k=rng.choice([0, 1, 3, 8, 20])))
-    return found if found.strip() else ""
+    if rng.random() < 0.2:
+        return "".join(rng.choices(SPACES, k=rng.choice([1, 2, 5])))
+    return "".join(rng.choices(PARTS, k=rng.choice([0, 1, 3, 8, 20])))
 
 
 def rendered(document, frame, bos):
@@ -150,7 +153,7 @@ class Expected:
             end = max([begin, *(own_ends[place] for place in places if own_ends[place] is not None)])
             is_first, is_last = places[0] == 0, places[-1] == len(own_ids) - 1
             text_other, spans_other = rendered(document, self.frames[1], other.bos_token)
-            begin_other = self.across(begin, text, text_other, spans, spans_other)
+            begin_other = 0 if is_first else self.across(begin, text, text_other, spans, spans_other)
             end_other = len(text_other) if is_last else self.across(end, text, text_other, spans, spans_other)
             ids_other, ends_other = encoded(other, text_other[begin_other:end_other])
             if (
@@ -178,7 +181,7 @@ class Expected:
         for (a, b), (a_other, b_other) in zip(spans, spans_other, strict=True):
             if a <= edge < b:
                 return a_other + edge - a
-            if edge >= b:
+            if edge >= b > a:  # what says nothing is nowhere
                 found = b_other
         return found
 
@@ -268,3 +271,28 @@ def resumed(make, other, batches, at):
             assert torch.equal(getattr(one.others[0], name), getattr(two.others[0], name))
         assert torch.equal(one.tokens_HS, two.tokens_HS) and torch.equal(one.mask_HS, two.mask_HS)
         assert torch.equal(one.labels.role_T, two.labels.role_T)
+
+
+THINKS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
+"""Drops what was thought: by marks it cannot be told what a message says."""
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("first_said", ["", " ", "\n\n", "<think>if x:</think> a fine class"])
+def test_what_one_template_leaves_out_of_a_message_costs_no_other_message_its_partners(first_said, order, tokenizers):
+    pair = tokenizers[0], tokenizers[3]
+    pair[0].chat_template, pair[1].chat_template = THINKS, template(FRAMES[1])
+    later = ["CAPS 12345.", "na\u00efve class", "if x: a_."]
+    roles = ["assistant", "user", "assistant", "user"]
+    chat = [{"role": role, "content": one} for role, one in zip(roles, [first_said, *later], strict=True)]
+    first, other = (pair[i] for i in order)
+    (batch,) = TokenSequenceLoader(
+        wrap_documents([chat]), first, others=[(other, None)], sequence_length=200, batch_size=1, epochs=1,
+        template_tokens="mask", mask_special_tokens=False,
+    )  # fmt: skip
+    text = first.apply_chat_template(chat, tokenize=False)
+    ids_S, ends_S = encoded(first, text)
+    n_bos = ids_S[:1] != [first.bos_token_id]
+    for one in later:
+        s = ends_S.index(text.index(one) + len(one)) + n_bos
+        assert int(batch.others[0].place_HS[0, s]) >= 0, one
