@@ -150,6 +150,11 @@ class Section:
                 said.setdefault(path, {}).setdefault(_shown(path, info), []).append(_type_of(model))
         pages: dict[str, list[str]] = {}
         for path, entries in said.items():
+            kinds = [kind for types in entries.values() for kind in types if kind]
+            if path == f"{self.prefix}.type" and kinds:  # the default comes last
+                shown = list(entries)[-1][1]
+                meaning = self.meaning if shown.startswith(" (") else shown
+                entries = {(f"--{path} {{{','.join(kinds)}}}", meaning): [None] * len(self.models)}
             for entry, types in entries.items():
                 of = ", ".join(kind for kind in types if kind) if len(types) < len(self.models) else ""
                 pages.setdefault(path, []).extend([*_wrapped(f"type {of}" if of else ""), _entry(*entry)])

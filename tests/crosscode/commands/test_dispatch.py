@@ -158,6 +158,7 @@ def test_every_field_is_shown_by_its_section_with_type_default_and_meaning(capsy
         ("language_models", ["--language_models.path str", "(required)"], "hookpoints"),
         ("train.optimizer.lr", ["type adam", "null: 2e-4", "type sign_sgd_schedule_free", "null: 5e-3"], "betas"),
         ("crosscoder.activation.k", ["type batch_topk, topk", "type groupmax", "must divide"], "k_start"),
+        ("crosscoder.type", ["--crosscoder.type {", "sae,", "(default:", "model_hookpoint_acausal)"], "type sae"),
         ("train.optimizer.momentum", ["type sign_sgd_schedule_free", "0.95"], "type adam"),
     ],
 )
