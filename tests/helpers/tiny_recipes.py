@@ -49,7 +49,9 @@ class StandIn:
         self.number = state["number"]
 
 
-def tiny(name: str, folder: Any, backend: str, device: str, train: dict[str, Any] | None = None) -> dict[str, Any]:
+def tiny(
+    name: str, folder: Any, backend: str, device: str, train: dict[str, Any] | None = None, n_latents: int = N_LATENTS
+) -> dict[str, Any]:
     """The recipe with fewer latents and tokens, and some fields of `train` changed (of its optimizer those that are named).
     Latents count as dead after one batch, so that AuxK has work to do."""
     values = read_yaml(name)
@@ -57,13 +59,13 @@ def tiny(name: str, folder: Any, backend: str, device: str, train: dict[str, Any
     crosscoder, activation = values["crosscoder"], values["crosscoder"]["activation"]
     crosscoder.pop("expansion_factor", None)
     is_compound = crosscoder["type"] == "compound_cross_layer_transcoder"
-    crosscoder["n_latents"] = N_LATENTS * (len(values["hookpoints"]) // 2 if is_compound else 1)
+    crosscoder["n_latents"] = n_latents * (len(values["hookpoints"]) // 2 if is_compound else 1)
     if "k" in activation:
-        activation["k"] = 4 if activation["type"] == "groupmax" else min(K, N_LATENTS - 1)
+        activation["k"] = 4 if activation["type"] == "groupmax" else min(K, n_latents - 1)
     if "k_start" in activation:
-        activation["k_start"] = min(2 * K, N_LATENTS)
+        activation["k_start"] = min(2 * K, n_latents)
     if "auxk" in values["objective"]:
-        values["objective"]["auxk"] |= {"k_aux": min(5, N_LATENTS), "dead_after_tokens": BATCH}
+        values["objective"]["auxk"] |= {"k_aux": min(5, n_latents), "dead_after_tokens": BATCH}
     if "l0" in values["objective"]:
         values["objective"]["l0"]["target"] = K + 0.4
     for init in (crosscoder["init"], crosscoder["init"].get("first", {})):
@@ -82,10 +84,10 @@ def tiny(name: str, folder: Any, backend: str, device: str, train: dict[str, Any
 
 def make_trainer(
     name: str, folder: Any, backend: str, device: str, dtype: torch.dtype = torch.float32, resume: bool = False,
-    train: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None, n_latents: int = N_LATENTS,
 ):  # fmt: skip
     """The trainer of a tiny recipe, its language models replaced by the stream."""
-    config = check_config(tiny(name, folder, backend, device, train))
+    config = check_config(tiny(name, folder, backend, device, train, n_latents))
     dims = (len(config.language_models), len(config.hookpoints), WIDTH)
     models: Any = [SimpleNamespace(fingerprint=lambda: "none", facts=dict) for _ in config.language_models]
     harvester: Any = SimpleNamespace(dims=dims, models=models, widths_MP=[[WIDTH] * dims[1]] * dims[0])
