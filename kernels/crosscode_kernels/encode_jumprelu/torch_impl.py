@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.jumprelu.torch_impl import deficit_backward, threshold
 from crosscode_kernels.penalties.deferred import PenaltyTerm
@@ -16,7 +17,7 @@ from crosscode_kernels.penalties.deferred import PenaltyTerm
 def encode_jumprelu(h_BL: Tensor, t_L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`a_BL, deficit_L`, and how often each latent is active, int64."""
     theta_L = threshold(t_L, h_BL.dtype)
-    a_BL, deficit_L = torch.empty_like(h_BL), torch.zeros_like(theta_L)
+    a_BL, deficit_L = host_buffers.empty_like(h_BL), torch.zeros_like(theta_L)
     fired_L = torch.zeros_like(theta_L, dtype=torch.int64)
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 
@@ -22,7 +23,7 @@ def threshold(t_L: Tensor, h_dtype: torch.dtype) -> Tensor:
 
 def jumprelu(h_BL: Tensor, t_L: Tensor) -> Tensor:
     theta_L = threshold(t_L, h_BL.dtype)
-    a_BL = torch.empty_like(h_BL)
+    a_BL = host_buffers.empty_like(h_BL)
     for rows in row_blocks(h_BL):
         # relu first, for -inf * 0 would be NaN.
         a_BL[rows] = (h_BL[rows] - theta_L).sign_().relu_().mul_(h_BL[rows].relu())
@@ -39,7 +40,7 @@ def deficit_backward(
     """`dh_BL, dt_L`, the sum of `dh` over the tokens; `d_deficit_L` is the gradient of `encode_jumprelu`'s deficit, where that is
     there."""
     theta_L = threshold(t_L, h_BL.dtype)
-    dh_BL = torch.empty_like(h_BL)
+    dh_BL = host_buffers.empty_like(h_BL)
     into_window_L, n_silent_L, db_L = (torch.zeros_like(theta_L) for _ in range(3))
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] - theta_L

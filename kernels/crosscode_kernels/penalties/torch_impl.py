@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.segments.torch_impl import latent_sum
@@ -36,7 +37,7 @@ def dense_penalty_backward(g: Tensor, a_BL: Tensor, n_L: Tensor, lambda_L: Tenso
     assert c is not None
     n_acc_L, lambda_L = _coefficients(a_BL, n_L, lambda_L, a_BL.shape[0])
     coef_L = g * c * lambda_L
-    da_BL = torch.empty_like(a_BL)
+    da_BL = host_buffers.empty_like(a_BL)
     for rows in row_blocks(a_BL):
         slope_RL = (a_BL[rows] * (c * n_acc_L)).tanh_().square_().neg_().add_(1)
         da_BL[rows] = slope_RL.mul_(coef_L * n_acc_L)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
 from crosscode_kernels.penalties import PreActTerm
@@ -29,7 +30,7 @@ def pre_act(h_BL: Tensor, term: PreActTerm) -> Tensor:
 def pre_act_backward(g: Tensor, h_BL: Tensor, term: PreActTerm) -> tuple[Tensor, Tensor, Tensor]:
     theta_L, n_acc_L, lambda_L = _coefficients(h_BL, term)
     coef_L = g * lambda_L * n_acc_L
-    dh_BL = torch.empty_like(h_BL)
+    dh_BL = host_buffers.empty_like(h_BL)
     deficit_L, n_silent_L = torch.zeros_like(theta_L), torch.zeros_like(theta_L)
     for rows in row_blocks(h_BL):
         deficit_RL = (theta_L - h_BL[rows]).relu_()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscode_kernels import host_buffers
 from crosscode_kernels.backend import Backend
 from crosscode_kernels.segments.autograd import weight_grad
 from crosscode_kernels.sparse import Entries, SparseLatents
@@ -33,7 +34,9 @@ class _MixedDecode(torch.autograd.Function):
         dy_BO = grads[0].contiguous()
         *entries, W_LO = ctx.saved_tensors
         needs_value, _, needs_W, needs_b, _ = ctx.needs_input_grad
-        dvalue_BL = dy_BO @ W_LO.T if needs_value else None
+        dvalue_BL = None
+        if needs_value:
+            dvalue_BL = torch.mm(dy_BO, W_LO.T, out=host_buffers.empty((dy_BO.shape[0], W_LO.shape[0]), dy_BO))
         dW_LO = weight_grad(Entries(*entries), dy_BO, ctx.backend)[0] if needs_W else None
         return dvalue_BL, None, dW_LO, dy_BO.sum(0) if needs_b else None, None
 
