@@ -209,14 +209,17 @@ def counted_step(
             kept.append(0.0)
             results.append((target, result))
 
+        coefficients = objective.coefficients(0, config.train.n_steps)
+
         def step() -> None:
+            forward.announce(config.train.batch_size)
             with saved_tensors_hooks(count, lambda tensor: tensor):
                 if config.train.grad_accumulation > 1:
                     in_parts = BatchInParts(forward, config.train.grad_accumulation)
-                    in_parts.backward(input_BXiDi, target_BXoDo, 0, config.train.n_steps, [observe])
+                    in_parts.backward(input_BXiDi, target_BXoDo, coefficients, [observe])
                 else:
                     result, terms = forward(input_BXiDi, target_BXoDo)
-                    objective.weigh(terms, 0, config.train.n_steps).total.backward()
+                    objective.weigh(terms, coefficients).total.backward()
                     observe(target_BXoDo, result)
                     if tracks_batches(model):
                         model.after_step(result.latents)

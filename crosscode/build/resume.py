@@ -32,8 +32,8 @@ NO_EFFECT_ON_WEIGHTS = (
     "data.prefetch", "data.token_workers", "data.cache.shard_mb", "parallel.timeout",
 )  # fmt: skip
 ROUNDING = (
-    "backend", "sparse_below", "device", "train.grad_accumulation", "train.tf32", "train.compile", "language_models.*.device*",
-    "language_models.*.attn_implementation", "parallel.*",
+    "backend", "sparse_below", "device", "train.grad_accumulation", "train.tf32", "train.compile", "train.cuda_graph",
+    "language_models.*.device*", "language_models.*.attn_implementation", "parallel.*",
 )  # fmt: skip
 OTHER_RUN = (
     "objective.*", "constraints.*", "train.n_tokens", "train.clip_grad_norm", "train.precision",

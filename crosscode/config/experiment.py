@@ -123,6 +123,10 @@ class TrainConfig(ConfigModel):
     """let float32 matrix products round their factors (faster on recent GPUs)"""
     compile: bool = False
     """run forward and loss through torch.compile"""
+    cuda_graph: bool | Literal["auto"] = False
+    """on a CUDA device, record what a step launches and launch it as one, which helps small models; steps whose figures are
+    logged, and what cannot be recorded, run as ever. auto: where it is faster, tried out when a run begins, whose own config
+    then says it"""
     wandb_project: str | None = None
     """also log to this wandb project (needs the extra `wandb`)"""
     tensorboard: bool = False

@@ -55,6 +55,10 @@ class BaseCrosscoder(CoderFiles):
         InputError: sizes or options that do not go together.
     """
 
+    capturable: bool = False
+    """Whether its steps can be CUDA graphs: but for `before_step` they launch the same each time. A subclass says so of
+    itself."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "Config" in cls.__dict__ and "kind" not in cls.__dict__:

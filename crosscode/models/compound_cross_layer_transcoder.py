@@ -51,6 +51,8 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         InputError: as `BaseCrosscoder`.
     """
 
+    capturable = True
+
     class Config(ArchitectureConfig):
         type: Literal["compound_cross_layer_transcoder"] = "compound_cross_layer_transcoder"
         own_layer: bool = True

@@ -24,6 +24,8 @@ class CrossLayerTranscoder(BaseCrosscoder):
     `BaseCrosscoder`.
     """
 
+    capturable = True
+
     class Config(ArchitectureConfig):
         type: Literal["cross_layer_transcoder"] = "cross_layer_transcoder"
         title = "cross-layer transcoder"

@@ -45,6 +45,8 @@ class ModelHookpointAcausalCrosscoder(BaseCrosscoder):
         InputError: as `BaseCrosscoder`.
     """
 
+    capturable = True
+
     class Config(PreBiasConfig):
         type: Literal["model_hookpoint_acausal"] = "model_hookpoint_acausal"
         shared_fraction: float | None = Field(default=None, ge=0, le=1)

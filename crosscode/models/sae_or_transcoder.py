@@ -55,6 +55,7 @@ class SAEOrTranscoder(BaseCrosscoder):
     are those of `BaseCrosscoder`."""
 
     kind = "sae_or_transcoder"
+    capturable = True
     own_arguments = ("d_in", "d_out")
     Configs = (SAEConfig, DiffSAEConfig, TranscoderConfig)
 

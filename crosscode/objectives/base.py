@@ -103,6 +103,9 @@ class LossTerm(Configured, ABC):
     """By what the term multiplies k (see `BaseCrosscoder.k_multiplied`)."""
     rising: bool = False
     """While training: whether the coefficient is still below what it ends at."""
+    capturable: bool = False
+    """Whether a step with it can be a CUDA graph: of what changes from step to step it reads what lies on the device, and
+    `form`. A subclass says so of itself."""
 
     @abstractmethod
     def __call__(self, context: LossContext) -> Tensor:
@@ -110,6 +113,10 @@ class LossTerm(Configured, ABC):
 
     def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this term cannot be used with the model."""
+
+    def form(self, longest_silence: int | None, dead_after_tokens: int) -> Any:
+        """What it computes in another way from one step to the next, as far as a `LossContext` with these numbers says."""
+        return None
 
     # ---- for terms that steer by what they see
 
@@ -166,6 +173,10 @@ def _weighted(name: str, given: AnyTerm | tuple[AnyTerm, Coefficient]) -> tuple[
     return term, as_schedule(cast(Any, weight))
 
 
+Coefficients = Mapping[str, float | Tensor]
+"""Of the terms of a loss, by name; tensors are scalars on the device."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """`total`, a scalar, is what is differentiated; `parts`, scalars by name, are the unweighted terms, detached, and `weights`
@@ -173,7 +184,7 @@ class Loss:
 
     total: Tensor
     parts: dict[str, Tensor]
-    weights: dict[str, float]
+    weights: Coefficients
 
     def weighted_parts(self) -> dict[str, Tensor]:
         """The summands of `total`, scalars."""
@@ -244,19 +255,23 @@ class Objective:
             self.terms[name][0].load_state_dict(of_term)
 
     def __call__(self, context: LossContext, step: int, n_steps: int) -> Loss:
-        return self.weigh(self.values(context), step, n_steps)
+        return self.weigh(self.values(context), self.coefficients(step, n_steps))
 
     def values(self, context: LossContext) -> dict[str, Tensor]:
         """The terms before their coefficients: differentiable scalars."""
         return {name: term(context) for name, (term, _) in self.terms.items()}
 
-    def weigh(self, values: Mapping[str, Tensor], step: int, n_steps: int) -> Loss:
+    def coefficients(self, step: int, n_steps: int) -> dict[str, float]:
+        """What the schedules say of a step."""
+        return {name: schedule(step, n_steps) for name, (_, schedule) in self.terms.items()}
+
+    def weigh(self, values: Mapping[str, Tensor], coefficients: Coefficients) -> Loss:
         """The loss of a step from the `values` of its terms, scalars."""
         parts, weights = {}, {}
         total: Tensor | None = None
-        for name, (_, schedule) in self.terms.items():
-            weights[name] = schedule(step, n_steps)
-            value = values[name]
+        for name in self.terms:
+            value, weight = values[name], coefficients[name]
+            weights[name] = weight.to(value.dtype) if isinstance(weight, Tensor) else weight
             parts[name] = value.detach()
             weighted = weights[name] * value
             total = weighted if total is None else total + weighted

@@ -93,7 +93,8 @@ class Penalty(LossTerm):
         left = torch.minimum((whole.sign() * foreseen).clamp(min=0), whole.abs().clamp(max=1)) * whole.sign()
         counted = torch.minimum(left, WHILE_RISING * left) if self.rising else left
         integral = (integral + RATE * counted).clamp(-MOST, MOST)
-        self._log_factors = torch.stack([integral, integral + GAIN * whole.clamp(-NEAR, NEAR), recent + pace])
+        found = torch.stack([integral, integral + GAIN * whole.clamp(-NEAR, NEAR), recent + pace])
+        self._log_factors.copy_(found)  # in its place, which graphs know
 
     def figures(self) -> dict[str, float]:
         return {} if self.target_l0 is None else {"factor": self._log_factors[1].exp().item()}

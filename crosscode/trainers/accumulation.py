@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crosscode.models.base import ForwardResult
 from crosscode.models.layered_latents import concat_tokens
-from crosscode.objectives.base import NOT_LOOKED_AT, Loss, WholeBatch
+from crosscode.objectives.base import NOT_LOOKED_AT, Coefficients, Loss, WholeBatch
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.whole_batch import (
     OfPart,
@@ -37,12 +37,15 @@ class BatchInParts:
         self.model, self.objective, self.firing = forward.model, forward.objective, forward.firing
 
     def backward(
-        self, input_BXiDi: Tensor, target_BXoDo: Tensor, step: int, n_steps: int, observers: Sequence[Observer] = ()
+        self,
+        input_BXiDi: Tensor,
+        target_BXoDo: Tensor,
+        coefficients: Coefficients,
+        observers: Sequence[Observer] = (),
     ) -> Loss:
         """Add the gradients of a batch to the parameters. The result holds the means over the batch, detached."""
         inputs, targets = input_BXiDi.chunk(self.n_parts), target_BXoDo.chunk(self.n_parts)
         n_tokens = input_BXiDi.shape[0]
-        self.forward.announce(n_tokens)
         kept: list[Latents] = []
         if tracks_batches(self.model):
             observers = [*observers, lambda _, forward: kept.append(forward.latents)]
@@ -51,11 +54,11 @@ class BatchInParts:
             with self.forward.autocast():
                 counts_L, whole = look_at_whole_batch(self.model, inputs, targets, of_part)
             self.firing.update_counts(counts_L, n_tokens)
-            loss = self._add_up(inputs, targets, step, n_steps, observers, whole, of_part)
+            loss = self._add_up(inputs, targets, coefficients, observers, whole, of_part)
         else:
             counts: list[Tensor] = []
             observers = [*observers, lambda _, forward: counts.append(forward.latents.firing_counts_L())]
-            loss = self._add_up(inputs, targets, step, n_steps, observers)
+            loss = self._add_up(inputs, targets, coefficients, observers)
             self.firing.update_counts(sum(counts[1:], counts[0]), n_tokens)
         if kept:
             self.model.after_step(concat_tokens(kept))
@@ -65,8 +68,7 @@ class BatchInParts:
         self,
         inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
-        step: int,
-        n_steps: int,
+        coefficients: Coefficients,
         observers: Sequence[Observer],
         whole: WholeBatch = NOT_LOOKED_AT,
         of_part: OfPart = lambda i: nullcontext(),
@@ -77,7 +79,7 @@ class BatchInParts:
             share = input_BXiDi.shape[0] / n_tokens
             with of_part(i):
                 forward, terms = self.forward.part(input_BXiDi, target_BXoDo, whole)
-                loss = self.objective.weigh(terms, step, n_steps)
+                loss = self.objective.weigh(terms, coefficients)
                 (loss.total * share).backward()
             mean = loss.times(share) if mean is None else mean + loss.times(share)
             for observe in observers:

@@ -36,13 +36,12 @@ class FiniteGuard:
     def __init__(self, device: torch.device, max_skipped: int = 0):
         self.device, self.max_skipped = device, max_skipped
         self.n_skipped = 0
-        self._names: list[str] = []
-        self._reset()
+        self._note([])
 
-    def _reset(self) -> None:
+    def _note(self, names: list[str]) -> None:
         # Of the steps since the last check, on the device: how many were bad, and for each name the first bad step
-        # (-1: none) with its value.
-        n = len(self._names)
+        # (-1: none) with its value. They stay where they are, which graphs know.
+        self._names, n = names, len(names)
         self._n_bad = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_step_T = torch.full((n,), -1, dtype=torch.int64, device=self.device)
         self._first_value_T = torch.zeros(n, dtype=torch.float32, device=self.device)
@@ -50,7 +49,7 @@ class FiniteGuard:
     @torch.no_grad()
     def before_optimizer(
         self,
-        step: int,
+        step: int | Tensor,
         weighted_parts: Mapping[str, Tensor],
         grad_norm: Tensor,
         optimizer: torch.optim.Optimizer,
@@ -59,15 +58,14 @@ class FiniteGuard:
         """Take note of a step, and arrange for the optimizer to leave the weights alone if it is bad."""
         names = [*weighted_parts, GRADIENT]
         if names != self._names:
-            self._names = names
-            self._reset()
+            self._note(names)
         value_T = torch.stack([value.float() for value in (*weighted_parts.values(), grad_norm)])
         bad_T = ~value_T.isfinite()
         is_bad = bad_T.any()
         self._n_bad += is_bad
         is_first_T = bad_T & (self._first_step_T < 0)
-        self._first_step_T.masked_fill_(is_first_T, step)
-        self._first_value_T = torch.where(is_first_T, value_T, self._first_value_T)
+        self._first_step_T += is_first_T * (step + 1)  # from -1
+        torch.where(is_first_T, value_T, self._first_value_T, out=self._first_value_T)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = is_bad.float()  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -89,7 +87,8 @@ class FiniteGuard:
         first = min((step, i) for i, step in enumerate(steps) if step >= 0)[1]
         what = self._names[first] if self._names[first] == GRADIENT else f"loss term {self._names[first]!r}"
         found = f"{what} is {values[first]} at step {steps[first]}"
-        self._reset()
+        self._n_bad.zero_()
+        self._first_step_T.fill_(-1)
         self.n_skipped += n_bad
         if self.n_skipped > self.max_skipped:
             allowed = f" ({self.n_skipped} bad steps, train.max_skipped_steps = {self.max_skipped})"

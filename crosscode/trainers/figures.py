@@ -37,7 +37,7 @@ class BatchFigures:
         return {
             "loss": loss.total.item(),
             **{f"loss/{name}": value.item() for name, value in loss.parts.items()},
-            **{f"weight/{name}": value for name, value in loss.weights.items()},
+            **{f"weight/{name}": float(value) for name, value in loss.weights.items()},
             "fvu": self._fvu.fvu(),
             **{f"fvu/{name}": value for name, value in zip(position_names, fvu_X, strict=True)},
             "l0": float(self._n_active) / self._n_tokens,

@@ -26,22 +26,21 @@ class ForwardPass:
     def __init__(self, model: BaseCrosscoder, objective: Objective, firing: FiringTracker, config: TrainConfig):
         self.model, self.objective, self.firing, self.config = model, objective, firing, config
         self._whole, self._part = self._eager_whole, self._eager_part
-        self._longest_silence: int | None = None
+        self.longest_silence: int | None = None
         if config.compile:
             self._whole, self._part = torch.compile(self._whole), torch.compile(self._part)
         for part in {model, *model.parts}:  # the choice of a backend cannot be traced
             _ = part.ops
 
     def __call__(self, input_BXiDi: Tensor, target_BXoDo: Tensor) -> tuple[ForwardResult, Terms]:
-        """Of a whole batch, of which the firing counts take note."""
-        self.announce(input_BXiDi.shape[0])
+        """Of a whole batch, of which the firing counts take note. `announce` comes before."""
         with self.autocast():
             return self._whole(input_BXiDi, target_BXoDo)
 
     def announce(self, n_tokens: int) -> None:
-        """Before a whole batch, or the first of its parts: its size, from which a bound on the latents' silence follows."""
+        """Before each step: the size of its batch, from which a bound on the latents' silence follows."""
         if not self.config.compile:  # a number that grows would be traced again and again
-            self._longest_silence = self.firing.longest_silence(n_tokens)
+            self.longest_silence = self.firing.longest_silence(n_tokens)
 
     def part(self, input_BXiDi: Tensor, target_BXoDo: Tensor, whole: WholeBatch) -> tuple[ForwardResult, Terms]:
         """Of a part of a batch; `whole` is what is known of all of it."""
@@ -69,6 +68,6 @@ class ForwardPass:
     ) -> Terms:
         context = LossContext(
             self.model, input_BXiDi, target_BXoDo, forward, self.firing.tokens_since_fired_L, whole,
-            self.config.dead_after_tokens, self._longest_silence,
+            self.config.dead_after_tokens, self.longest_silence,
         )  # fmt: skip
         return self.objective.values(context)

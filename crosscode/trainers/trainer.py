@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from typing import Any
 
-from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from torch import Tensor
 
 from crosscode.config.experiment import TrainConfig
@@ -27,7 +26,6 @@ from crosscode.runs.loggers import Logger
 from crosscode.runs.metrics import Metrics
 from crosscode.runs.random_state import RandomState
 from crosscode.stopping import Stopped, StopSignals, interruptible
-from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.callbacks import Callback, Callbacks
 from crosscode.trainers.compiled import compile_errors_in_one_line
 from crosscode.trainers.constraints import Constraint, constrain, constraints_for
@@ -35,6 +33,7 @@ from crosscode.trainers.faults import FiniteGuard
 from crosscode.trainers.figures import BatchFigures, training_metrics
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
+from crosscode.trainers.graphs import Capture, StepGraphs, capture_on, why_not
 from crosscode.trainers.opening import check_parts, check_ready, first_batch, next_batch, open_runs
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.phases import Phases
@@ -45,7 +44,7 @@ from crosscode.trainers.rules import warn_of_changes
 from crosscode.trainers.saver import Saver
 from crosscode.trainers.source import ActivationSource, as_source
 from crosscode.trainers.summary import summary
-from crosscode.trainers.whole_batch import tracks_batches
+from crosscode.trainers.update import Numbers, Update
 
 log = logging.getLogger("crosscode")
 
@@ -66,6 +65,7 @@ class Trainer:
         metadata: kept beside the weights.
         constraints: besides those that the model implies.
         callbacks: see `Callback`.
+        capture: what makes graphs of steps; default: the CUDA device, where `config.cuda_graph` says so.
 
     Raises:
         InputError: what does not fit together, before anything is written.
@@ -89,18 +89,24 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
+        capture: Capture | None = None,
     ):
         check_parts(model, objective, position_names)
         self.model, self.data, self.split, self.objective = model, (data := as_source(data)), split, objective
         self.config, self.run, self.constraints = config, run, constraints_for(model, constraints)
         self.evaluate, self.evaluate_every, self.n_steps = evaluate, evaluate_every, n_steps or config.n_steps
         self.position_names, self.metadata = list(position_names), metadata or {}
+        self.firing, self.guard = FiringTracker(model.n_latents), FiniteGuard(model.device, config.max_skipped_steps)
+        self.forward = ForwardPass(model, objective, self.firing.to(model.device), config)
         self.optimizer_plan = OPTIMIZERS.build(config.optimizer)
+        capture = capture or capture_on(config, model.device)
+        if capture is not None and (reason := why_not(self.forward, self.constraints, self.optimizer_plan)):
+            log.warning("train.cuda_graph: no step of this run is captured: %s", reason)
+            capture = None
+        self.optimizer_plan.lr_on_device |= capture is not None
         self.optimizer = self.optimizer_plan.build(model)
-        self.firing = FiringTracker(model.n_latents).to(model.device)
-        self.forward = ForwardPass(model, objective, self.firing, config)
-        self.in_parts = BatchInParts(self.forward, config.grad_accumulation) if config.grad_accumulation > 1 else None
-        self.tracks_batches, self.guard = tracks_batches(model), FiniteGuard(model.device, config.max_skipped_steps)
+        self.update = Update(self.forward, self.constraints, self.guard, self.optimizer)
+        self.graphs = None if capture is None else StepGraphs(self.update, split, capture)
         self.checkpoints = Checkpoints(run, config.keep_last, config.keep_every)
         self.phases, self.metrics = Phases(model.device), Metrics(loggers)
         self.progress, self.callbacks = Progress(self.n_steps, enabled=progress), Callbacks(callbacks)
@@ -170,37 +176,22 @@ class Trainer:
         with self.phases("step"), compile_errors_in_one_line():
             self.optimizer_plan.set_learning_rate(self.optimizer, self.step, self.n_steps)
             self.model.before_step(self.step, self.n_steps)
+            numbers = Numbers(self.step, self.objective.coefficients(self.step, self.n_steps))
             input_BXiDi, target_BXoDo = self.split.activations(acts_BMPD)
             self.recent.add(input_BXiDi)
-            if self.in_parts is None:
-                forward, terms = self.forward(input_BXiDi, target_BXoDo)
-                loss = self.objective.weigh(terms, self.step, self.n_steps)
-                loss.total.backward()
-                loss = loss.detached()
-                if self.tracks_batches:
-                    self.model.after_step(forward.latents)
-                if figures is not None:
-                    figures.observe(target_BXoDo, forward)
-                del forward, terms  # the optimizer may need the memory
-            else:
+            self.forward.announce(len(acts_BMPD))
+            loss = grad_norm = None
+            if figures is not None or self.graphs is None or not self.graphs(acts_BMPD, numbers):
                 observers = [figures.observe] if figures is not None else []
-                loss = self.in_parts.backward(input_BXiDi, target_BXoDo, self.step, self.n_steps, observers)
+                loss, grad_norm = self.update(input_BXiDi, target_BXoDo, numbers, observers)
+            if self.graphs is not None:
+                self.graphs.done()
             self.objective.after_step(self.firing.l0, self.step, self.n_steps)
-            for constraint in reversed(self.constraints):
-                constraint.after_backward(self.model)
-            clip = (self.config.clip_grad_norm, self.optimizer, self.model.ops.total_norm)
-            grad_norm = clip_grad_norm_(self.model.parameters(), *clip)
-            for constraint in self.constraints:
-                constraint.before_step(self.model)
-            self.guard.before_optimizer(self.step, loss.weighted_parts(), grad_norm, self.optimizer, self.model)
-            self.optimizer.step()
-            constrain(self.constraints, self.model)
-            self.optimizer.zero_grad(set_to_none=True)
             self.step, self.tokens = self.step + 1, self.tokens + acts_BMPD.shape[0]
             resample_if_due(self, input_BXiDi, target_BXoDo)
         self.callbacks.step(self)
         self.progress.advance(self.metrics.last, self.callbacks.names)
-        if figures is not None:
+        if figures is not None and loss is not None and grad_norm is not None:
             self._log_training(figures, loss, grad_norm)
         if self._is_due(self.config.histogram_every, self.step):
             self.metrics.log_histograms(self.step, latent_histograms(self.model, self.firing.take_density_L()))

@@ -71,6 +71,12 @@ def keep(weight: Tensor) -> None:
     found.is_kept = True
 
 
+def forget(weight: Tensor) -> None:
+    """What is there of this parameter is no copy of it."""
+    if (found := _COPIES.get(weight)) is not None:
+        found.tensor = None
+
+
 def valid_copy(weight: Tensor) -> Tensor | None:
     """The copy, where there is one that equals the weight as it is."""
     found = _COPIES.get(weight)

@@ -214,6 +214,7 @@ def make_trainer(tmp_path):
         n_latents=N_LATENTS,
         model_options=None,
         callbacks=(),
+        capture=None,
         **settings,
     ):
         torch.set_num_threads(1)
@@ -246,6 +247,7 @@ def make_trainer(tmp_path):
             n_steps=n_steps,
             progress=False,
             callbacks=callbacks,
+            capture=capture,
         )
 
     return make

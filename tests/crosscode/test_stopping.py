@@ -13,7 +13,7 @@ import torch
 from crosscode.errors import Interrupted
 from crosscode.evaluation.heldout import EvaluationResult
 from crosscode.stopping import Stopped, StopSignals, interruptible, uninterrupted
-from crosscode.trainers import trainer as trainer_module
+from crosscode.trainers import update as update_module
 from crosscode.trainers.progress import Progress
 from crosscode.trainers.source import as_source
 
@@ -21,14 +21,14 @@ from crosscode.trainers.source import as_source
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_after_the_step_and_says_how_to_go_on(number, make_trainer, rows_of, monkeypatch):
     trainer = make_trainer(n_steps=10)
-    clip = trainer_module.clip_grad_norm_
+    clip = update_module.clip_grad_norm_
 
     def strike(*args):
         if trainer.step == 3:
             os.kill(os.getpid(), number)
         return clip(*args)
 
-    monkeypatch.setattr(trainer_module, "clip_grad_norm_", strike)
+    monkeypatch.setattr(update_module, "clip_grad_norm_", strike)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=rf"{number.name} after step 4 of 10; .*train --resume .*run"):
         trainer.train()

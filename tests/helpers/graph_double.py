@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 T = TypeVar("T")
 WAITS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::unique_dim",
-    "aten::_unique2", "aten::unique_consecutive", "aten::_coalesce", "aten::bincount", "aten::repeat_interleave.Tensor",
+    "aten::_unique2", "aten::unique_consecutive", "aten::_coalesce", "aten::bincount",
 }  # fmt: skip
 """Ops that wait for a device, by name (or name and overload)."""
 

@@ -61,6 +61,11 @@ class ActivationFunction(Configured, nn.Module, ABC):
     """Whether it keeps the `k` largest latents, for a `k` that may be multiplied and over whatever there is."""
     selects_from: int | None = None
     """Latents of all source layers, where the `k` largest of them are kept; None: those of this one."""
+    capturable: bool = False
+    """Whether a step with it can be a CUDA graph: while not `is_annealing` it launches the same in each. A subclass says so of
+    itself."""
+    is_annealing: bool = False
+    """Whether it computes in another way at each step for now."""
     threshold_travel: float = 0.0
     """How far a run must be able to take its parameters: a learning rate below that over the number of steps is raised to it."""
     k_factor: int = 1

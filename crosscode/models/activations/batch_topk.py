@@ -71,7 +71,7 @@ class BatchTopkActivation(AnnealedK):
 
     title = "BatchTopK"
     usual_terms = ("recon", "auxk")
-    selects_over_batch = True
+    selects_over_batch, capturable = True, True
     threshold: Tensor
     """of eval mode, a scalar"""
     n_steps: Tensor

@@ -28,8 +28,7 @@ class GroupMaxActivation(ActivationFunction):
         """number of groups, so the largest possible number of active latents; must divide n_latents"""
 
     title = "GroupMax"
-    is_sparse = True
-    in_groups = True
+    is_sparse, in_groups, capturable = True, True, True
     usual_terms = ("recon", "auxk")
 
     def setup(self) -> None:

@@ -49,6 +49,7 @@ class AnthropicSTEJumpReLUActivation(ActivationFunction):
     may_be_either = True
     usual_terms = ("recon", "tanh", "pre_act")
     usual_init = "jan_update"
+    capturable = True
 
     def setup(self) -> None:
         log_threshold_L = torch.full((self.n_latents,), self.log_threshold_init)

@@ -24,7 +24,7 @@ class ReLUActivation(ActivationFunction):
         type: Literal["relu"] = "relu"
 
     title = "ReLU"
-    may_be_either = True
+    may_be_either, capturable = True, True
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None

@@ -60,6 +60,10 @@ class AnnealedK(ActivationFunction):
             self._annealed_k = round(self.k_start + (self.k - self.k_start) * share)
 
     @property
+    def is_annealing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._annealed_k != self.k
+
+    @property
     def wanted_k(self) -> int:
         """The number to keep, however many latents there are to choose from."""
         return self.k_factor * (self._annealed_k if self.training else self.k)
@@ -100,7 +104,7 @@ class TopkActivation(AnnealedK):
 
     title = "TopK"
     usual_terms = ("recon", "auxk")
-    is_screened = True
+    is_screened, capturable = True, True
 
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None

@@ -34,11 +34,15 @@ class AuxKTerm(LossTerm):
         dead_after_tokens: PositiveInt | None = None
         """a latent is dead when it has not been active for this many tokens; null: train.dead_after_tokens"""
 
-    needs_whole_batch = True
+    needs_whole_batch, capturable = True, True
+
+    def form(self, longest_silence: int | None, dead_after_tokens: int) -> bool:
+        """Whether a latent may be dead."""
+        return longest_silence is None or longest_silence >= (self.dead_after_tokens or dead_after_tokens)
 
     def __call__(self, context: LossContext) -> Tensor:
         dead_after = self.dead_after_tokens or context.dead_after_tokens
-        if context.longest_silence is not None and context.longest_silence < dead_after:
+        if not self.form(context.longest_silence, dead_after):
             return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         dead_mask_L = context.tokens_since_fired_L >= dead_after
         k_aux = min(self.k_aux, context.model.n_latents)

@@ -34,6 +34,8 @@ class DeltaTerm(LossTerm):
         reference: NonNegativeInt = 0
         """the model r from which differences are taken, as a place in language_models"""
 
+    capturable = True
+
     def check_model(self, model: BaseCrosscoder) -> None:
         n_models = model.n_models if isinstance(model, ModelHookpointAcausalCrosscoder) else 1
         if n_models < 2:

@@ -43,6 +43,8 @@ class L0Term(LossTerm):
         frequency_weight: NonNegativeFloat = 1.0
         """size of that penalty"""
 
+    capturable = True
+
     def setup(self) -> None:
         self.needs_whole_batch = self.pull == "batch" or self.max_firing_share is not None
 

@@ -24,6 +24,8 @@ class L1Term(Penalty):
         weight: Weight = LinearRamp(value=2.0, ramp_steps=1000)
         """coefficient (lambda_s): a number or a schedule"""
 
+    capturable = True
+
     def penalty(self, context: LossContext) -> Tensor:
         weight_L = lambda_L(context, self.shared_ratio)
         return context.model.ops.weighted_l1(context.result.latents, penalty_norms_L(context), weight_L)

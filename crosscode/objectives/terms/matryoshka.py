@@ -38,9 +38,13 @@ class MatryoshkaTerm(LossTerm):
         normalise: bool = False
         """divide by the target's variance over the batch, as `recon.normalise` does"""
 
+    capturable = True
+
     def setup(self) -> None:
         self.needs_whole_batch = self.normalise
         self._n_steps = 0
+        if self.sampled is not None:
+            self.capturable = False
 
     def check_model(self, model: BaseCrosscoder) -> None:
         if not model.prefixes:

@@ -27,6 +27,8 @@ class MultiTopkTerm(LossTerm):
         normalise: bool = False
         """divide by the target's variance over the batch, as `recon.normalise` does"""
 
+    capturable = True
+
     def setup(self) -> None:
         self.k_factors, self.needs_whole_batch = (self.factor,), self.normalise
 

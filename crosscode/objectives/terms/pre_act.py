@@ -26,6 +26,8 @@ class PreActTerm(LossTerm):
         weight: Weight = 3e-6
         """coefficient (lambda_p): a number or a schedule"""
 
+    capturable = True
+
     def check_model(self, model: BaseCrosscoder) -> None:
         require_jumprelu("pre_act", model)
         check_shared_ratio("pre_act", model, self.shared_ratio)

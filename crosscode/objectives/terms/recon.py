@@ -22,6 +22,8 @@ class ReconTerm(LossTerm):
         normalise: bool = False
         """divide by the target's variance over the batch (Gao et al. 2024); AuxK then weighs the same at any width"""
 
+    capturable = True
+
     def setup(self) -> None:
         self.needs_whole_batch = self.normalise
 

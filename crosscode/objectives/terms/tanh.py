@@ -29,6 +29,8 @@ class TanhTerm(Penalty):
         c: PositiveFloat = 4.0
         """scale inside the tanh"""
 
+    capturable = True
+
     def check_model(self, model: BaseCrosscoder) -> None:
         require_jumprelu("tanh", model)
         super().check_model(model)

@@ -20,6 +20,9 @@ class Constraint(Configured, ABC):
     takes_row_sparse: bool = False
     """Whether it takes gradients that hold only the rows that a batch touches."""
 
+    capturable: bool = False
+    """Whether a step with it can be a CUDA graph: it launches the same in each. A subclass says so of itself."""
+
     def check_model(self, model: BaseCrosscoder) -> None:
         """Raise `InputError` where this constraint cannot hold for the model."""
 

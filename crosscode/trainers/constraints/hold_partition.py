@@ -24,7 +24,7 @@ class HoldPartition(Constraint):
     class Config(ConfigModel):
         type: Literal["hold_partition"] = "hold_partition"
 
-    takes_row_sparse = True
+    takes_row_sparse, capturable = True, True
 
     def check_model(self, model: BaseCrosscoder) -> None:
         if model.partition is None:

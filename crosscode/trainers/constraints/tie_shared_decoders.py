@@ -25,6 +25,8 @@ class TieSharedDecoders(Constraint):
     class Config(ConfigModel):
         type: Literal["tie_shared_decoders"] = "tie_shared_decoders"
 
+    capturable = True
+
     def check_model(self, model: BaseCrosscoder) -> None:
         if not model.n_shared_latents:
             raise InputError("constraints.tie_shared_decoders: the model has no shared latents")

@@ -26,6 +26,8 @@ class TieTargets(Constraint):
     class Config(ConfigModel):
         type: Literal["tie_targets"] = "tie_targets"
 
+    capturable = True
+
     def check_model(self, model: BaseCrosscoder) -> None:
         if len(model.segments) < 2:
             raise InputError("constraints.tie_targets: the model writes to one position; it needs several to tie")

@@ -21,6 +21,8 @@ class UnitNormDecoder(Constraint):
     class Config(ConfigModel):
         type: Literal["unit_norm_decoder"] = "unit_norm_decoder"
 
+    capturable = True
+
     @torch.no_grad()
     def after_backward(self, model: BaseCrosscoder) -> None:
         for part in model.parts:

@@ -102,6 +102,9 @@ class Adam(OptimizerPlan):
         capturable = fused and self.lr_on_device
         return torch.optim.Adam(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused, capturable=capturable)
 
+    def can_be_captured(self, model: BaseCrosscoder) -> bool:
+        return "deferred" in model.backend.options or self.row_sparse is not True
+
     def lr_factor(self, step: int, n_steps: int) -> float:
         if self.schedule == "constant":
             return 1.0

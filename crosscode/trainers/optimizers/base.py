@@ -20,6 +20,8 @@ class OptimizerPlan(Configured, ABC):
     """Whether it wants gradients of weights that hold only the rows that a batch touches; "auto": not yet known, so no."""
     fused: bool | str = False
     """Whether it takes gradients that are not computed yet ("deferred" of the Triton backend); "auto": where they are given."""
+    lr_on_device: bool = False
+    """Whether learning rates lie on the device, which graphs need."""
     states_per_weight: float = 1
     """Numbers that it keeps for each weight, in float32's."""
 
@@ -38,6 +40,10 @@ class OptimizerPlan(Configured, ABC):
     @abstractmethod
     def lr_factor(self, step: int, n_steps: int) -> float:
         """Factor on every group's `initial_lr` at a step."""
+
+    def can_be_captured(self, model: BaseCrosscoder) -> bool:
+        """Whether a step of the optimizer for this model, with `lr_on_device`, can be part of a CUDA graph."""
+        return False
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int, n_steps: int) -> None:
         """Before a step. What must be able to travel goes on to the end: the weights' last steps move L0 as well."""

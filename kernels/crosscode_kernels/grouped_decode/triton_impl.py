@@ -5,7 +5,6 @@ Axes: B tokens · S dictionaries · O columns of the output · L latents of each
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -50,11 +49,28 @@ def _grouped_decode_kernel(
     tl.store(y_ptr + pid_b * n_out + offs_o, y, mask=mask_o)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(rows_S5: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """On the device. Kept, as weights stay where they are: a step copies nothing; and where it does, it waits for nothing."""
-    table_S5 = torch.tensor(rows_S5, dtype=torch.int64)
-    return table_S5.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table_S5.to(device)
+_Rows = tuple[tuple[int, ...], ...]
+_tables: dict[tuple[_Rows, torch.device], Tensor] = {}
+_tables_of_graphs: dict[tuple[_Rows, torch.device], Tensor] = {}
+_MOST_TABLES = 64
+
+
+def _table(rows_S5: _Rows, device: torch.device) -> Tensor:
+    """On the device. Kept, as weights stay where they are: a step copies nothing; and where it does, it waits for nothing.
+    For good where a captured graph reads it, which must find it made: a replay would copy memory that is another's by then."""
+    key = rows_S5, device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if key not in _tables:
+            raise RuntimeError("grouped_decode: decoders lie elsewhere at each step")
+        return _tables_of_graphs.setdefault(key, _tables[key])
+    if key not in _tables:
+        if len(_tables) >= _MOST_TABLES:
+            del _tables[next(iter(_tables))]
+        table_S5 = torch.tensor(rows_S5, dtype=torch.int64)
+        if device.type == "cuda":
+            table_S5 = table_S5.pin_memory()
+        _tables[key] = table_S5.to(device, non_blocking=True)
+    return _tables[key]
 
 
 def groups_of(count_S: Sequence[int], W_S: Sequence[Tensor], first_S: Sequence[int]) -> Groups:

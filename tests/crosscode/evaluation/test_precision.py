@@ -39,7 +39,7 @@ def test_bfloat16_comes_near_float32_and_keeps_state_in_float32(scheme, backend,
 def test_a_loss_is_summed_in_float32(make_trainer, planted):
     trainer = make_trainer(precision="bfloat16")
     _, terms = trainer.forward(*trainer.split.activations(next(iter(planted()))))
-    loss = trainer.objective.weigh(terms, 0, 10)
+    loss = trainer.objective.weigh(terms, trainer.objective.coefficients(0, 10))
     assert loss.total.dtype == torch.float32
     assert {value.dtype for value in loss.parts.values()} == {torch.float32}
 

@@ -34,16 +34,16 @@ BACKENDS = [
 def curve(trainer, n_steps: int = N_STEPS) -> tuple[Tensor, list[Tensor]]:
     """Total and parts of each step's loss, in float64; and which latents were active, by step and part of the model."""
     losses, active = [], []
-    forward_pass = trainer.forward
+    forward_pass = trainer.update.forward
 
     def forward(input_BXiDi: Tensor, target_BXoDo: Tensor):
         result, terms = forward_pass(input_BXiDi, target_BXoDo)
-        loss = trainer.objective.weigh(terms, trainer.step, trainer.n_steps)
+        loss = trainer.objective.weigh(terms, trainer.objective.coefficients(trainer.step, trainer.n_steps))
         losses.append(torch.stack([loss.total.detach(), *loss.parts.values()]).double().cpu())
         active.extend(latents.to_dense().detach().cpu() > 0 for latents in result.latents_of_parts)
         return result, terms
 
-    trainer.forward = forward
+    trainer.update.forward = forward
     trainer.start()
     for acts_BMPD in islice(trainer.data, n_steps):
         trainer.train_step(acts_BMPD)

@@ -40,6 +40,7 @@ def kept_bytes(model, objective, tracker):
 
     x_BMPD = torch.randn(B, M, 1, D, generator=torch.Generator().manual_seed(1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward.announce(len(x_BMPD))
         _, values = forward(x_BMPD, x_BMPD)
     return sum(kept.values()), values
 

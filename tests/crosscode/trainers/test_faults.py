@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosscode.errors import CrosscodeError
-from crosscode.trainers import trainer as trainer_module
+from crosscode.trainers import update as update_module
 from crosscode.trainers.faults import FiniteGuard, NonFiniteLoss
 from crosscode.trainers.phases import OutOfMemory, Phases
 from crosscode.trainers.trainer import Trainer
@@ -30,14 +30,14 @@ def test_a_bad_loss_stops_training_and_names_step_and_term(value, make_trainer, 
 
 def test_a_bad_gradient_of_a_finite_loss_is_found(make_trainer, monkeypatch):
     trainer = make_trainer(log_every=5)
-    clip = trainer_module.clip_grad_norm_
+    clip = update_module.clip_grad_norm_
 
     def poison(*args):
         if trainer.step == 2:
             next(trainer.model.parameters()).grad[0] = float("nan")
         return clip(*args)
 
-    monkeypatch.setattr(trainer_module, "clip_grad_norm_", poison)
+    monkeypatch.setattr(update_module, "clip_grad_norm_", poison)
     with pytest.raises(NonFiniteLoss, match="the gradient norm is nan at step 2"):
         trainer.train()
 
