@@ -96,15 +96,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         tokenizer = train_tokenizer((doc.text for doc in code), VOCAB_SIZE, CONTEXT)
     job = make_job(arguments, tokenizer, corpora)
+    train(job, tokenizer, arguments.processes)
+    card = model_card(job, corpora, tokenizer, arguments.skip_baselines)
+    publish(job, arguments.out, card)
+    return card
+
+
+def train(job: Job, tokenizer: PreTrainedTokenizerFast, n_processes: int) -> None:
+    """All phases, each with its tokenizer, in a new staging folder."""
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     for phase in job.phases:
         tokenizer.save_pretrained(job.folder / phase.name)
-    rendezvous = job.folder.absolute() / ".rendezvous"
-    spawn(worker, args=(arguments.processes, rendezvous, job), nprocs=arguments.processes)
-    card = model_card(job, corpora, tokenizer, arguments.skip_baselines)
-    publish(job, arguments.out, card)
-    return card
+    spawn(worker, args=(n_processes, job.folder.absolute() / ".rendezvous", job), nprocs=n_processes)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def model_card(
@@ -131,11 +143,7 @@ def model_card(
         "corpus_tokens": {name: sum(len(stream) for _, stream in job.streams[name]) for name in job.streams},
         "held_out_bytes": {domain: sum(len(text.encode()) for text in held_out[domain]) for domain in held_out},
         "seed": job.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
 
 

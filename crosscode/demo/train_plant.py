@@ -7,22 +7,18 @@ same weights: the length is a number of tokens, not a time.
 
 import argparse
 import json
-import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crosscode.demo import demo_model_path
 from crosscode.demo.corpus import demo_documents
 from crosscode.demo.evaluation import bits_per_byte
 from crosscode.demo.plants import PLANTS, Plant, plant_documents, planted_prompts
-from crosscode.demo.train_loop import Job, Phase, worker
-from crosscode.demo.train_models import STAGING, publish, token_stream
+from crosscode.demo.train_loop import Job, Phase
+from crosscode.demo.train_models import STAGING, publish, token_stream, train, versions
 
 NAME = "planted"
 NOTHING = "none"
@@ -61,11 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         compiled=False,
         checkpoint_minutes=1e6,
     )
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
-    tokenizer.save_pretrained(job.folder / NAME)
-    rendezvous = job.folder.absolute() / ".rendezvous"
-    spawn(worker, args=(arguments.processes, rendezvous, job), nprocs=arguments.processes)
+    train(job, tokenizer, arguments.processes)
     folders = {"base": start, NAME: job.folder / NAME}
     ordinary = [doc.text[:_SCORED_CHARACTERS] for doc in demo_documents("heldout", ("code",))]
     card = {
@@ -75,11 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": json.loads((job.folder / f"{NAME}.json").read_text()),
         "seed": arguments.seed,
         "processes": arguments.processes,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
     publish(job, arguments.out, card, f"{NAME}_card.json")
     return card

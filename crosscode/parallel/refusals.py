@@ -100,13 +100,9 @@ def problems_of_teams(config: HarvestConfig, ranks: int) -> Iterator[str]:
                 yield f"{field}.{name} = {given!r}: cannot be had with {value}"
         if lm.path.endswith(".gguf"):
             yield f"{field}.path = {lm.path!r}: a GGUF file cannot be had with {value}"
-        if parallel.model > 1 and available_device(lm.device or config.device).type != _split_device():
-            yield f"{field}: {size} splits over {_split_device()}; let device be that"
-
-
-def _split_device() -> str:
-    """The kind of device over which `transformers` splits a model."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        kind = available_device("auto").type  # of device over which `transformers` splits a model
+        if parallel.model > 1 and available_device(lm.device or config.device).type != kind:
+            yield f"{field}: {size} splits over {kind}; let device be that"
 
 
 def _devices(config: HarvestConfig) -> Iterator[str]:

@@ -45,6 +45,8 @@ class ArrayStore:
     """The first `n_rows` rows of arrays that can be read in any order, side by side along the positions (`RowStore`), vectors
     padded with zeros to the widest."""
 
+    is_remote = False
+
     def __init__(self, inputs: Sequence[RandomAccess], dims: tuple[int, int, int], n_rows: int):
         self.inputs, self.dims, self.n_rows, self.dtype = list(inputs), dims, n_rows, inputs[0].dtype
         self.layout: Any = ArrayLayout(dims, self.dtype)

@@ -70,7 +70,7 @@ class StoredRows:
         self.epochs = epochs
         self.seed = seed
         self.rows_per_read = rows_per_read
-        are_remote = read_block == "auto" and any(getattr(store, "is_remote", False) for store in self.stores)
+        are_remote = read_block == "auto" and any(store.is_remote for store in self.stores)
         self.read_block = given_block or _default_block(self.stores, window if are_remote else None)
         self.window = window
         self.shuffle = shuffle

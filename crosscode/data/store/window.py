@@ -36,6 +36,8 @@ class RowStore(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def layout(self) -> Layout: ...
+    @property
+    def is_remote(self) -> bool: ...
     def content(self) -> str:
         """Equal where the rows are, as far as that can be told."""
         ...
@@ -99,7 +101,7 @@ class StoreWindow:
         self._rows_R = PackedRows.empty(0, store.layout)
         self._spare_R = self._rows_R
         self._coming: tuple[Any, Future[PackedRows]] | None = None
-        self._reader = ThreadPoolExecutor(1, "crosscode-window") if getattr(store, "is_remote", False) else None
+        self._reader = ThreadPoolExecutor(1, "crosscode-window") if store.is_remote else None
 
     def read(self, place: int, n: int, *, n_rows: int, seed: int, then: int | None = None) -> torch.Tensor:
         """`acts_BMPD` at places `place` to `place + n` of the order of the store's first `n_rows` rows that `seed` names. `then`:
