@@ -1,16 +1,35 @@
 """Random texts and chats in two tokenizers, whole, cut and packed, against a search over characters that knows what the
 templates write without asking them."""
 
+import itertools
+import os
 import random
+import signal
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from crosscode.data import TokenSequenceLoader, wrap_documents
+from crosscode.data import (
+    ActivationHarvester,
+    TokenSequenceLoader,
+    harvest_to_store,
+    wrap_documents,
+    wrap_language_model,
+)
+from crosscode.data.store.joined import JoinedStores
+from crosscode.data.store.writer import ActivationCacheWriter
+from crosscode.data.text.labels import ROLES
+from crosscode.data.text.mixture import MixedDocuments
 from crosscode.demo import demo_model_path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
+
+from forked import in_child
 
 PARTS = [
     "class", "if x:", " ", "   ", "\n", "\r\n", "\t", "na\u00efve", "e\u0301", "\ufb01ne", "\u4f60\u597d", "<x", ".", "\u0130",
@@ -112,7 +131,8 @@ def encoded(tokenizer, text):
 
 
 class Expected:
-    """What a loader is to give: rows of `(ids of the first, ids of the other, partners)`, all of them."""
+    """What a loader is to give: rows of ids of the first, ids of the other, which document each of these is of, partners, and of
+    the first's ids which document each is of and where in it; all of them."""
 
     def __init__(self, pair, frames, options):
         self.pair, self.frames, self.options = pair, frames, options
@@ -132,6 +152,7 @@ class Expected:
                 ids, ends = [*ids, first.eos_token_id], [*ends, None]
             stream += [(token, len(of_documents), place) for place, token in enumerate(ids)]
             of_documents.append((document, text, spans, ids, ends))
+        self.documents = [document for document, *_ in of_documents]  # by the numbers of rows: those that have tokens
         rows, at = [], 0
         while at < len(stream):
             has_bos = self.options["bos"] == "sequence" and stream[at][0] != first.bos_token_id
@@ -172,7 +193,7 @@ class Expected:
                         partners[at_row[here[-1]]] = len(others) + there[-1]
             others += ids_other
             segments += [n] * len(ids_other)
-        return ids, others, segments, partners
+        return ids, others, segments, partners, [(None, 0)] * has_bos + [(number, place) for _, number, place in taken]
 
     def across(self, edge, text, text_other, spans, spans_other):
         if edge >= len(text):
@@ -231,7 +252,7 @@ def check(pair, frames, options, documents, rng):
             own = next(tuple(tokens[:k]) for k in range(len(tokens), 0, -1) if tuple(tokens[:k]) in by_tokens)
             if n_like[own] > 1:
                 continue  # which of them this is cannot be told
-            others, segments, partners = by_tokens[own]
+            others, segments, partners, _ = by_tokens[own]
             assert aligned.tokens_HT[h, : len(others)].tolist() == others, (options, documents)
             usable = [True] * len(others)
             for t, token in enumerate(others):
@@ -296,3 +317,152 @@ def test_what_one_template_leaves_out_of_a_message_costs_no_other_message_its_pa
     for one in later:
         s = ends_S.index(text.index(one) + len(one)) + n_bos
         assert int(batch.others[0].place_HS[0, s]) >= 0, one
+
+
+class Whole:
+    """What a store is to hold: of each kept position, in order, role, source, document, and both models' activations, found by
+    running each model on each sequence by itself."""
+
+    def __init__(self, pair, frames, options, models, sources):
+        self.expected, self.pair, self.options, self.models = Expected(pair, frames, options), pair, options, models
+        self.sources = sources
+
+    def rows(self, documents):
+        kept = []
+        for ids, others, segments, partners, where in self.expected.rows(documents):
+            if not partners:
+                continue
+            acts = [self.run(0, ids, [number for number, _ in where]), self.run(1, others, segments)]
+            for s, t in sorted(partners.items()):
+                number, place = where[s]
+                if number is None or self.leaves_out(s, t, ids, others, segments, where):
+                    continue
+                document = self.expected.documents[number]
+                role, is_used = self.said_by(document, place)
+                if is_used:
+                    kept.append((role, self.sources(document), document, acts[0][s], acts[1][t]))
+        return kept
+
+    def leaves_out(self, s, t, ids, others, segments, where):
+        special = self.options["mask_special_tokens"]
+        first, other = self.pair
+        if special and (ids[s] in first.all_special_ids or others[t] in other.all_special_ids):
+            return True
+        if self.options["keep_first_position"]:
+            return False
+        behind_bos = s == 1 and self.options["bos"] == "sequence"
+        begins = s == 0 or (self.options["isolate_documents"] and where[s][1] == 0 and not behind_bos)
+        begins_other = t == 0 or (self.options["isolate_documents"] and segments[t] != segments[t - 1])
+        return begins or begins_other
+
+    def said_by(self, document, place):
+        """Whose words a token begins with, and whether they are used."""
+        wanted = self.options.get("template_tokens", "keep")
+        if isinstance(document, str):
+            return "text", wanted != "answers"
+        text, _ = rendered(document, self.expected.frames[0], self.pair[0].bos_token)
+        before, behind, has_bos, trims = self.expected.frames[0]
+        at, role_of = len(self.pair[0].bos_token) * has_bos, {}
+        for message in document:
+            own = message["content"].strip() if trims else message["content"]
+            at += len(before.format(message["role"]))
+            role_of |= dict.fromkeys(range(at, at + len(own)), message["role"])
+            at += len(own) + len(behind)
+        encoding = self.pair[0](text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoding["input_ids"]
+        n_bos = self.options["bos"] == "document" and ids[0] != self.pair[0].bos_token_id
+        begin, end = encoding["offset_mapping"][place - n_bos]
+        roles = [role_of[c] for c in range(begin, end) if c in role_of]
+        return (roles[0] if roles else "template"), wanted == "keep" or wanted == "mask" or "assistant" in roles
+
+    @torch.no_grad()
+    def run(self, m, ids, segments):
+        """The residual stream behind the first block; of isolated documents one by one."""
+        if not self.options["isolate_documents"]:
+            segments = [0] * len(ids)
+        segments = [next((one for one in segments[s:] if one is not None), 0) for s in range(len(segments))]
+        runs = [list(group) for _, group in itertools.groupby(range(len(ids)), key=lambda s: segments[s])]
+        found = [self.models[m](torch.tensor([[ids[s] for s in run]]), output_hidden_states=True) for run in runs]
+        return torch.cat([one.hidden_states[1][0] for one in found])
+
+
+@pytest.fixture(scope="module")
+def language_models():
+    def make(seed, width):
+        torch.manual_seed(seed)
+        shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        config = LlamaConfig(
+            vocab_size=2100, hidden_size=width, intermediate_size=24, max_position_embeddings=2048, **shape
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return make(0, 16), make(1, 24)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 9))])
+def test_stores_of_chats_hold_what_each_model_reads(seed, tokenizers, language_models, tmp_path):
+    """Harvested whole, killed and gone on with, and apart and joined: the same rows, as `Whole` finds them."""
+    n_rows = 0
+    for case in range(4):
+        rng = random.Random(f"store {seed} {case}")
+        pair, frames = rng.sample(tokenizers, 2), [rng.choice(FRAMES) for _ in range(2)]
+        for tokenizer, frame in zip(pair, frames, strict=True):
+            tokenizer.chat_template = template(frame)
+        options = {
+            "sequence_length": rng.choice([17, 60]), "bos": rng.choice(["sequence", "document", "none"]),
+            "separator": rng.choice(["eos", "none"]), "isolate_documents": rng.random() < 0.5, "shuffle": False, "epochs": 1,
+            "batch_size": 2, "keep_first_position": rng.random() < 0.5, "mask_special_tokens": rng.random() < 0.5,
+            "template_tokens": rng.choice(["keep", "mask", "answers"]),
+        }  # fmt: skip
+        chats = [
+            [{"role": role, "content": content(rng)} for role in ["system", "user", "assistant", "user", "assistant"]]
+            for _ in range(6)
+        ]
+        mixed = MixedDocuments(
+            [wrap_documents([content(rng) for _ in range(6)], name="texts"), wrap_documents(chats, name="chats")],
+            [1, 2],
+        )
+        documents = list(mixed.open())
+        models = [wrap_language_model(*both) for both in zip(language_models, pair, strict=True)]
+        expected = Whole(pair, frames, options, language_models, lambda one: int(not isinstance(one, str))).rows(
+            documents
+        )
+        if not expected:
+            continue
+        loader = TokenSequenceLoader(mixed, pair[0], others=[(pair[1], None)], **options)
+        folder = tmp_path / str(case)
+
+        def harvest(name, of=models, loader=loader, folder=folder, models=models):
+            harvester = ActivationHarvester(of, ["blocks.0.hook_resid_post"], readers=models)
+            return harvest_to_store(loader.fresh(), harvester, folder / name, shard_bytes=3000)
+
+        whole = harvest("whole")
+        rows = whole.read_rows(torch.arange(whole.n_rows))
+        labels = whole.labels()
+        assert [ROLES[role] for role in labels.role_T.tolist()] == [row[0] for row in expected], (options, documents)
+        assert labels.source_T.tolist() == [row[1] for row in expected]
+        numbers = [documents.index(row[2]) for row in expected]
+        assert len({*zip(labels.document_T.tolist(), numbers, strict=True)}) == len({*numbers})
+        assert len({*labels.document_T.tolist()}) == len({*numbers})
+        torch.testing.assert_close(rows[:, 0, 0, :16], torch.stack([row[3] for row in expected]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rows[:, 1, 0], torch.stack([row[4] for row in expected]), atol=1e-5, rtol=1e-4)
+        assert not rows[:, 0, 0, 16:].any()
+
+        n_taken = rng.randrange(1, 5)
+
+        def killed(n=n_taken, harvest=harvest):
+            write, calls = ActivationCacheWriter.append, itertools.count()
+            ActivationCacheWriter.append = lambda *args: (  # of this process, which ends
+                os.kill(os.getpid(), signal.SIGKILL) if next(calls) == n else write(*args)
+            )
+            harvest("killed")
+            return 0
+
+        assert in_child(killed) in (0, -signal.SIGKILL)
+        again = harvest("killed")
+        joined = JoinedStores([harvest(f"apart{m}", [models[m]]).path for m in range(2)])
+        for store in (again, joined):
+            assert torch.equal(store.read_rows(torch.arange(store.n_rows)), rows)
+            assert torch.equal(store.labels().packed_R3(), labels.packed_R3())
+        n_rows += whole.n_rows
+    assert n_rows > 50
