@@ -38,19 +38,24 @@ TOLERANCE = 0.3
 """An L0 that ends further off its target than this is worth a word."""
 
 
-def missed(name: str, l0: float, target: float) -> str | None:
+def missed(name: str, l0: float, target: float, would_help: str = "train for more steps") -> str | None:
     """What to say of a run that ended with this L0; None: nothing."""
     off = l0 / target - 1
     if abs(off) <= TOLERANCE:
         return None
     side = "above" if off > 0 else "below"
-    return f"{name} = {target:g}: the run ended with L0 {l0:.1f}, {abs(off):.0%} {side} it; train for more steps"
+    return f"{name} = {target:g}: the run ended with L0 {l0:.1f}, {abs(off):.0%} {side} it; {would_help}"
 
 
 def check_target(name: str, target: float, model: BaseCrosscoder) -> None:
-    """Raise `InputError` for more latents than there are."""
+    """Raise `InputError` for more latents than there are, or than the activation keeps."""
     if target > model.n_latents:
         raise InputError(f"{name} = {target}: must not exceed n_latents = {model.n_latents}")
+    of_parts = [activation.most_kept for activation in model.activation_fns]
+    most = of_parts[0] if model.selects_over_parts else sum(of_parts)
+    if target > most:
+        kind = model.activation_fns[0].type_name()
+        raise InputError(f"{name} = {target}: crosscoder.activation = {kind!r} keeps at most {most} latents of a token")
 
 
 class PenaltyConfig(SharedRatioConfig):
@@ -100,7 +105,14 @@ class Penalty(LossTerm):
         return {} if self.target_l0 is None else {"factor": self._log_factors[1].exp().item()}
 
     def missed(self, l0: float) -> str | None:
-        return None if self.target_l0 is None else missed(f"{self.section}.target_l0", l0, self.target_l0)
+        if self.target_l0 is None:
+            return None
+        integral = float(self._log_factors[0])
+        if abs(integral) < MOST:
+            return missed(f"{self.section}.target_l0", l0, self.target_l0)
+        end = "least" if integral < 0 else "largest"
+        would_help = f"the factor on its weight is at its {end} ({math.exp(integral):.2g}): give another weight"
+        return missed(f"{self.section}.target_l0", l0, self.target_l0, would_help)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.target_l0 is None else {"log_factors": self._log_factors}

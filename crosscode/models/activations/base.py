@@ -108,6 +108,11 @@ class ActivationFunction(Configured, nn.Module, ABC):
         """From now on keep `factor * k` latents; nothing changes where there is no k."""
         self.k_factor = factor
 
+    @property
+    def most_kept(self) -> int:
+        """Latents of a token that eval mode keeps at most (BatchTopK: on average)."""
+        return self.n_latents
+
     def selection(self) -> Selection | None:
         """What would select the same over the latents of several source layers; None: each latent by itself decides."""
         return None

@@ -37,6 +37,10 @@ class GroupMaxActivation(ActivationFunction):
                 f"{self.section}.k = {self.k}: GroupMax needs a k that divides n_latents = {self.n_latents}"
             )
 
+    @property
+    def most_kept(self) -> int:
+        return self.k
+
     def encode(
         self, ops: OpSet, x_BI: Tensor, W_enc_LI: Tensor, b_enc_L: Tensor | None, n_L: Tensor | None = None
     ) -> Latents:

@@ -73,6 +73,10 @@ class AnnealedK(ActivationFunction):
         """The k of this step: `k`, or more while it is annealed."""
         return min(self.wanted_k, self.n_latents)
 
+    @property
+    def most_kept(self) -> int:
+        return self.k
+
     @contextmanager
     def annealing_over(self) -> Iterator[None]:
         before, self._annealed_k = self._annealed_k, self.k

@@ -24,9 +24,12 @@ CASES = {
         "objective": {"recon": {}, "l1": {"weight": {"type": "linear_ramp", "value": 0.1, "ramp_fraction": 0.7}}},
     },
     "jumprelu": {"activation": JUMPRELU, "objective": PENALTIES},
-    "relu, wanted l0": {"activation": {"type": "relu"}, "objective": {"recon": {}, "l1": {"weight": 0.1, "target_l0": 3}}},
+    "relu, wanted l0": {"activation": {"type": "relu"}, "objective": {
+        "recon": {}, "l1": {"weight": {"type": "linear_ramp", "value": 0.1, "ramp_fraction": 0.7}, "target_l0": 3},
+    }},
     "jumprelu, wanted l0": {
-        "activation": {"type": "jumprelu", "thresholds": "linear"}, "objective": {"recon": {}, "l0": {"target": 3}},
+        "activation": {"type": "jumprelu", "thresholds": "linear"},
+        "objective": {"recon": {}, "l0": {"target": 3, "weight": {"type": "warm_up", "value": 10.0, "warmup_fraction": 0.8}}},
     },
     "jumprelu, in parts": {"activation": JUMPRELU, "objective": PENALTIES, "grad_accumulation": 2},
     "jumprelu, reference": {"activation": JUMPRELU, "objective": PENALTIES, "backend": "reference"},

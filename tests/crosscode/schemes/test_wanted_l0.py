@@ -56,6 +56,22 @@ def test_more_latents_than_there_are_are_refused(make_case):
         L1Term(target_l0=25).check_model(make_case("sae", "relu").model)
 
 
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "groupmax"])
+@pytest.mark.parametrize(("architecture", "options", "times"), [("sae", {}, 1), ("compound", {}, 3)])
+def test_more_latents_than_an_activation_keeps_are_refused(activation, architecture, options, times, make_case):
+    model = make_case(architecture, activation, **options).model
+    most = model.activation_fns[0].k * times
+    L1Term(target_l0=most).check_model(model)
+    with pytest.raises(InputError, match=rf"'{activation}' keeps at most {most} latents of a token"):
+        L1Term(target_l0=most + 0.5).check_model(model)
+
+
+def test_all_layers_together_keep_k(make_case):
+    model = make_case("compound", "topk", topk_scope="all_layers").model
+    with pytest.raises(InputError, match=rf"keeps at most {model.activation_fns[0].k} latents of a token"):
+        L1Term(target_l0=model.activation_fns[0].k + 1).check_model(model)
+
+
 @pytest.mark.parametrize(("thresholds", "follows"), [("linear", False), ("log", True)])
 def test_adam_moves_a_log_threshold_by_a_share_of_it_and_a_linear_one_freely(thresholds, follows, make_case):
     """The trap: with `exp t` a small threshold hardly rises, whatever the coefficient of the penalty."""
@@ -208,6 +224,15 @@ def test_a_run_far_off_says_so(term):
     assert "the run ended with L0 13.1, 31% above it" in term.missed(13.1)
     assert "L0 6.0, 40% below it" in term.missed(6.0)
     assert L1Term().missed(10_000) is None
+
+
+@pytest.mark.parametrize(("l0", "said"), [(30.0, "largest (20)"), (1e-3, "least (0.05)")])
+def test_a_factor_at_its_limit_is_named_where_the_l0_is_missed(l0, said):
+    term = L1Term(target_l0=10)
+    for step in range(2000):
+        term.after_step(torch.tensor(l0), step, 2000)
+    assert f"the factor on its weight is at its {said}: give another weight" in term.missed(l0)
+    assert term.missed(10.5) is None
 
 
 def test_the_trainer_passes_it_on(make_trainer, caplog):
