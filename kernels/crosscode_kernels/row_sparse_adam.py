@@ -82,7 +82,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         if "last_step_R" in state:
             last_step_R = state["last_step_R"]
             if not (grad.device.type == "cpu" and last_step_R.amin(0, keepdim=True).tolist()[0] == step - 1):
-                _catch_up(state, slice(None), v, beta2, step)
+                v.mul_(_missed_decay(state, slice(None), beta2, step))
             last_step_R.fill_(step)
         _adam_(param, grad, v, group, step, self.grad_scale)
 
@@ -115,10 +115,10 @@ def _adam_(param: Tensor, grad: Tensor, v: Tensor, group: dict[str, Any], step: 
     param.addcdiv_(grad, denominator, value=-float(group["lr"]))
 
 
-def _catch_up(state: dict[str, Any], rows: Tensor | slice, v_rows: Tensor, beta2: float, step: int) -> None:
-    """The decay of the steps between a row's last update and this one."""
-    missed = step - 1 - state["last_step_R"][rows]
-    v_rows.mul_(torch.pow(beta2, missed.to(v_rows.dtype)).view(-1, *[1] * (v_rows.dim() - 1)))
+def _missed_decay(state: dict[str, Any], rows: Tensor | slice, beta2: float, step: int) -> Tensor:
+    """The decay of v over the steps between these rows' last updates and this one, `[Q, 1, ...]`."""
+    v_rows, missed_Q = state["exp_avg_sq"], step - 1 - state["last_step_R"][rows]
+    return torch.pow(beta2, missed_Q.to(v_rows.dtype)).view(-1, *[1] * (v_rows.dim() - 1))
 
 
 def _chunk_rows(device: torch.device, width: int) -> int:
@@ -134,9 +134,9 @@ def _update_rows(
     param_RD, v_RD = param.view(param.shape[0], -1), state["exp_avg_sq"].view(param.shape[0], -1)
     grad_QD = grad.values().view(rows_Q.shape[0], -1)
     chunk = _chunk_rows(param.device, width)
-    for rows_q, grad_qD in zip(rows_Q.split(chunk), grad_QD.split(chunk), strict=True):
-        v_qD = v_RD.index_select(0, rows_q)
-        _catch_up(state, rows_q, v_qD, group["beta2"], step)
+    decay_Q1 = _missed_decay(state, rows_Q, group["beta2"], step).view(-1, 1)
+    for rows_q, grad_qD, decay_q1 in zip(*(one.split(chunk) for one in (rows_Q, grad_QD, decay_Q1)), strict=True):
+        v_qD = v_RD.index_select(0, rows_q).mul_(decay_q1)
         param_qD = param_RD.index_select(0, rows_q)
         _adam_(param_qD, grad_qD, v_qD, group, step, grad_scale)
         v_RD.index_copy_(0, rows_q, v_qD)
