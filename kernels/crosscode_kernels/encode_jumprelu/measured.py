@@ -121,7 +121,7 @@ def encode_jumprelu(encoder: Encoder, h_BL: Tensor, t_L: Tensor, eps: float, gdm
         value_N, deficit_L = _SparseJumpReLU.apply(*encoder, t_L, entries, *options)
         return replace(_latents(entries, value_N, h_BL, deficit_L), preacts_N=entries.value_N)
     # A latent that lies exactly on its threshold is not active, but not silent either.
-    flat_N = marked(measure(h_BL, theta_L, 0.0, include_edge=True).mask_BL)
+    flat_N = marked((h_BL < theta_L).logical_not_())
     entries = _located(flat_N, h_BL, backend)
     h_N = entries.value_N
     entries = entries._replace(value_N=h_N.masked_fill(h_N <= theta_L.index_select(0, entries.latent_idx_N), 0))

@@ -38,16 +38,14 @@ class Counts(NamedTuple):
     deficit_L: Tensor | None
 
 
-def measure(h_BL: Tensor, theta_L: Tensor | None, margin: float, include_edge: bool = False) -> Counts:
-    """One pass over `h_BL`. Without theta: ReLU, no margin, no deficit. `include_edge` marks `h = theta - margin` as well.
-    NaN is marked, and counts as active."""
-    below = torch.lt if include_edge else torch.le
+def measure(h_BL: Tensor, theta_L: Tensor | None, margin: float) -> Counts:
+    """One pass over `h_BL`. Without theta: ReLU, no margin, no deficit. NaN is marked, and counts as active."""
     mask_BL = torch.empty(h_BL.shape, dtype=torch.bool, device=h_BL.device)
     deficit_L = None if theta_L is None else torch.zeros_like(theta_L)
     n_masked = n_active = 0
     for rows in row_blocks(h_BL):
         above_RL = h_BL[rows] if theta_L is None else h_BL[rows] - theta_L
-        below(above_RL, -margin, out=mask_BL[rows]).logical_not_()
+        torch.le(above_RL, -margin, out=mask_BL[rows]).logical_not_()
         n_masked += _count(mask_BL[rows])
         if theta_L is not None and deficit_L is not None:
             n_active += above_RL.shape[0] * above_RL.shape[1] - _count(above_RL <= 0)

@@ -12,9 +12,10 @@ from crosscode_kernels.backend import Backend
 from crosscode_kernels.checks import acc_dtype, check_float, check_per_latent
 from crosscode_kernels.penalties import torch_impl
 from crosscode_kernels.penalties.deferred import PenaltyGrad, PenaltyTerm
+from crosscode_kernels.penalties.mixed import mixed_penalty
 from crosscode_kernels.registration import Arguments, define_op, like
 from crosscode_kernels.segments.autograd import order_of
-from crosscode_kernels.sparse import DenseLatents, Latents
+from crosscode_kernels.sparse import DenseLatents, Latents, SparseLatents
 from crosscode_kernels.sparse_decode.autograd import entries_of
 
 
@@ -26,6 +27,8 @@ def check_penalty(op: str, latents: Latents, n_L: Tensor, lambda_L: Tensor) -> N
 def penalty(latents: Latents, n_L: Tensor, lambda_L: Tensor, c: float | None, backend: Backend) -> Tensor:
     """`mean_B sum_l lambda_l tanh(c a_l n_l)`, or of `a_l n_l` where `c` is None."""
     if isinstance(latents, DenseLatents):
+        if backend.name == "torch" and c is not None and isinstance(latents.active, SparseLatents):
+            return mixed_penalty(latents.value_BL, n_L, latents.active, lambda_L.detach(), c)
         return _dense_penalty(latents.value_BL, n_L, lambda_L.detach(), c, backend=backend)[0]
     latents = latents.with_int32()
     entries = latents.entries(order_of(latents, backend))
