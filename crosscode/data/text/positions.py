@@ -73,6 +73,16 @@ def chosen_positions(
     return [one and other for one, other in zip(chosen, near, strict=True)]
 
 
+def with_white_space(offsets: Sequence[Span]) -> list[Span]:
+    """Where a tokenizer trims places, a token of white space alone has none, only an end: it is given what lies behind the
+    tokens before it."""
+    ended = [0, *itertools.accumulate((end for _, end in offsets), max)]
+    return [
+        (min(begin, before) if begin == end else begin, end)
+        for (begin, end), before in zip(offsets, ended[:-1], strict=True)
+    ]
+
+
 def in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Of each token whether it has a character in one of the places."""
     return [any(begin < last and first < end for begin, end in spans) for first, last in offsets]

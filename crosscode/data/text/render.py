@@ -16,7 +16,7 @@ from crosscode.config.positions import PositionRules
 from crosscode.data.text.chats import chat_text, message_spans, places_unknown
 from crosscode.data.text.documents import Document
 from crosscode.data.text.labels import TEMPLATE, TEXT, UNKNOWN
-from crosscode.data.text.positions import chosen_positions, in_spans, roles_of, said_by
+from crosscode.data.text.positions import chosen_positions, in_spans, roles_of, said_by, with_white_space
 from crosscode.errors import InputError
 
 MASKED = 1
@@ -178,7 +178,7 @@ class DocumentRenderer:
         else:
             text, found, changed = message_spans(self._tokenizer, messages)
         encoded = self._tokenize([text], return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"][0]
+        offsets = with_white_space(encoded["offset_mapping"][0])
         masked = [False] * len(offsets)
         if self._template_tokens != "keep":
             answers = self._template_tokens == "answers"

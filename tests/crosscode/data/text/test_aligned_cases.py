@@ -372,6 +372,8 @@ class Whole:
         ids = encoding["input_ids"]
         n_bos = self.options["bos"] == "document" and ids[0] != self.pair[0].bos_token_id
         begin, end = encoding["offset_mapping"][place - n_bos]
+        if begin == end:  # white space, of which places are trimmed: what no token before it covers
+            begin = max((one for _, one in encoding["offset_mapping"][: place - n_bos]), default=0)
         roles = [role_of[c] for c in range(begin, end) if c in role_of]
         return (roles[0] if roles else "template"), wanted == "keep" or wanted == "mask" or "assistant" in roles
 

@@ -238,3 +238,26 @@ def test_what_says_nothing_of_positions_is_recorded_as_it_was():
     assert "positions" not in TokenPolicy(sequence_length=8).recorded()
     recorded = TokenPolicy(sequence_length=8, positions=PositionRules(roles=["assistant"])).recorded()
     assert recorded["positions"]["roles"] == ["assistant"]
+
+
+def test_white_space_whose_place_is_trimmed_is_of_who_says_it():
+    """Of GPT-NeoX's kind: tokens of white space alone have an end and no beginning."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    chat = [{"role": "user", "content": "\n\na  b\n"}, {"role": "assistant", "content": " c "}]
+    (batch,) = TokenSequenceLoader(
+        wrap_documents([chat]), fast, sequence_length=40, batch_size=1, epochs=1, separator="none",
+        template_tokens="answers", keep_first_position=True,
+    )  # fmt: skip
+    text = fast.apply_chat_template(chat, tokenize=False)
+    roles = [ROLES[role] for role in batch.labels.role_T[0].tolist()[: len(text)]]
+    expected = ["template"] * 6 + ["user"] * 7 + ["template"] * 12 + ["assistant"] * 3 + ["template"]
+    assert text == "[user]\n\na  b\n;[assistant] c ;" and roles == expected
+    assert batch.mask_HS[0, : len(text)].tolist() == [role == "assistant" for role in expected]
