@@ -73,7 +73,9 @@ class CountedBytes(TorchDispatchMode):
             return
         gathered = GATHERS.get(func.overloadpacket, {})
         for place, value in enumerate(args):
-            if place in gathered:
+            if func.overloadpacket is aten.gather and place == 0:  # single numbers, not rows
+                self.moved += args[2].numel() * value.element_size()
+            elif place in gathered:
                 rows = args[gathered[place]].unique().numel()
                 self.moved += rows * _bytes(value) // max(value.shape[0], 1)
             else:

@@ -137,11 +137,11 @@ def test_an_op_that_moves_too_much_is_noticed(traffic_model):
 def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_cases):
     case = static_cases.Case("small", 128, 192, (96, 96), 2048, 8)
     found = counted_bytes.counted(case)
-    # What stock ops need at most: the bias is one more pass, the residual is read again for its norms, JumpReLU is several
-    # elementwise passes over blocks.
+    # What stock ops need at most: the bias is one more pass (`addmm` makes it too, unseen), the residual is read again for
+    # its norms, JumpReLU is several elementwise passes over blocks.
     most = {"encode GEMM": 1.0, "recon loss backward": 1.001, "decoder norms": 1.05, "decoder norms backward": 1.05}
     most |= {"decode": 1.3, "decode backward": 1.2, "encode weight gradient": 1.1, "recon loss": 1.4}
-    most |= {"GEMM and row top-k": 1.5, "sparse penalty": 3, "JumpReLU": 8}
+    most |= {"GEMM and row top-k": 1.85, "sparse penalty": 3, "JumpReLU": 8}
     most |= {"JumpReLU backward": 10}
     assert found.keys() == most.keys()
     for name, (fewest, moved) in found.items():
@@ -157,6 +157,7 @@ def test_counting_leaves_views_out_and_gathered_rows_in(counted_bytes):
         "in place": (lambda: x_BD.add_(1), 2 * 160),
         "out": (lambda: torch.mul(x_BD, 2, out=x_BD), 2 * 160),
         "gather": (lambda: x_BD.index_select(0, idx_N), 2 * 16 + 3 * 8 + 3 * 16),
+        "gather of numbers": (lambda: x_BD.gather(1, idx_N[None]), 3 * 4 + 3 * 8 + 3 * 4),
         "broadcast": (lambda: x_BD[:1].expand(10, 4) + x_BD, 16 + 2 * 160),
     }
     for name, (run, expected) in cases.items():
