@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from crosscode.models import (
     ModelHookpointAcausalCrosscoder,
     SAEOrTranscoder,
 )
+from crosscode.models import ARCHITECTURES as REGISTRY
+from crosscode.models.architecture import split_for
 
 N_LATENTS = 24
 
@@ -59,6 +63,22 @@ ARCHITECTURES: dict[str, Callable[..., BaseCrosscoder]] = {
         3, 5, 4, *a, later_layers=False, linear_skip=True, **o
     ),
 }
+
+
+def of_registry(known: set[type[BaseCrosscoder]]) -> dict[str, Callable[..., BaseCrosscoder]]:
+    """Architectures that are registered and not `known`, each at the first numbers of models and hookpoints that it reads."""
+    made: dict[str, Callable[..., BaseCrosscoder]] = {}
+    for name in REGISTRY:
+        made_by, split = REGISTRY[name], split_for(name)
+        n_models, n_hookpoints = next(dims for dims in product((1, 2), (1, 2, 3, 4)) if split.reads(*dims))
+        if made_by not in known:
+            made[name] = partial(made_by, *made_by.dims_for(n_models, n_hookpoints, 5).values())
+    return made
+
+
+ARCHITECTURES |= of_registry(
+    {SAEOrTranscoder, ModelHookpointAcausalCrosscoder, CrossLayerTranscoder, CompoundCrossLayerTranscoder}
+)
 
 ACTIVATION_CONFIGS: dict[str, dict[str, Any]] = {
     "relu": {"type": "relu"},
