@@ -1,6 +1,7 @@
 """Which scheme recovers what of a planted dictionary, all schemes at the same L0.
 
-    python benches/synthetic.py run [SEED ...] [--dictionary NAME]   train every scheme (default: seeds 0 1, both)
+    python benches/synthetic.py run [SEED ...] [--dictionary NAME] [--scheme NAME]
+                                                   train every scheme, or those (default: seeds 0 1, both dictionaries)
     python benches/synthetic.py table              print the table from benches/results/synthetic.json
 
 Two dictionaries: independent features, and the same with features that fire together. L1 and JumpReLU schemes are
@@ -27,19 +28,20 @@ CORRELATIONS = {"independent": 0.0, "correlated": 0.8}
 COLUMNS = ("all", "shared", "exclusive")
 
 
-def run(seeds: list[int], dictionaries: list[str]) -> None:
+def run(seeds: list[int], dictionaries: list[str], schemes: list[str] | None) -> None:
     for seed in seeds:
         for name in dictionaries:
             correlation = CORRELATIONS[name]
             planted = PlantedConfig(correlation=correlation, seed=seed)
-            config = SyntheticConfig(planted=planted, seed=seed, max_runs=3)
-            results = []
-            for result in run_synthetic(config):
-                print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
-                results.append(result)
-            stored = json.loads(STORED.read_text()) if STORED.exists() else {}
-            stored[f"{name}, seed {seed}"] = as_json(config, results)
-            write_text(STORED, json_text(dict(sorted(stored.items())), indent=1) + "\n")
+            config, key = SyntheticConfig(planted=planted, seed=seed, max_runs=3), f"{name}, seed {seed}"
+            for result in run_synthetic(config.model_copy(update={"schemes": schemes or config.schemes})):
+                print(f"{key}: {result}", file=sys.stderr, flush=True)
+                stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+                rows = {row["scheme"]: row for row in stored.get(key, {}).get("schemes", [])}
+                found = as_json(config, [result])
+                rows[result.scheme] = found["schemes"][0]
+                stored[key] = found | {"schemes": list(rows.values())}
+                write_text(STORED, json_text(dict(sorted(stored.items())), indent=1) + "\n")
 
 
 def table() -> str:
@@ -87,12 +89,13 @@ def main() -> None:
     runner = commands.add_parser("run", help="train and store the figures")
     runner.add_argument("seeds", nargs="*", type=int, default=[0, 1], metavar="SEED", help="default: 0 1")
     runner.add_argument("--dictionary", action="append", choices=list(CORRELATIONS), help="default: both")
+    runner.add_argument("--scheme", action="append", metavar="NAME", help="default: every one")
     commands.add_parser("table", help="print the stored figures as markdown")
     options = parser.parse_args()
     if options.command == "table":
         print(table())
     else:
-        run(options.seeds, options.dictionary or list(CORRELATIONS))
+        run(options.seeds, options.dictionary or list(CORRELATIONS), options.scheme)
 
 
 if __name__ == "__main__":

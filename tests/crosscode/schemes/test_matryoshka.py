@@ -243,3 +243,35 @@ def test_a_prefix_exports(name, activation, make_case, randomise, tmp_path):
     again = BaseCrosscoder.load(prefix.export(to, tmp_path / "exported"))
     assert type(again) is type(prefix) and again.n_latents == 12
     torch.testing.assert_close(again(x_BXiDi), prefix(x_BXiDi))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "acausal_2x1", "cross_layer"])
+@pytest.mark.parametrize(
+    "activation", ["topk", "batch_topk", "batch_topk_by_norm", "jumprelu", "jumprelu_linear", "relu"]
+)
+def test_a_prefix_of_what_was_folded_is_what_is_folded_of_a_prefix(architecture, activation, make_case, tmp_path):
+    """Scaling, and decoder norms where they fold, in either order, through a file and in a copy."""
+    case = make_case(architecture, activation, prefixes=SIZES)
+    model, x_BXiDi = settled(case.model, case), case.input_BXiDi
+    factors = torch.linspace(0.4, 2.5, 12, dtype=x_BXiDi.dtype)
+    scaling = [factors[: dims.numel()].reshape(dims) for dims in map(torch.Size, (model.in_dims, model.out_dims))]
+    if model.in_dims == model.out_dims:
+        scaling[1] = scaling[0]
+    prefix = model.prefix(12)
+    expected = prefix(x_BXiDi) / scaling[1][..., None]
+    folded_first, folded_later = model.with_folded_scaling_factors(*scaling), prefix
+    folded_later.fold_activation_scaling_into_weights_(*scaling)
+    folded_first.save(tmp_path / "whole")
+    coders = [
+        folded_later,
+        *(one.prefix(12) for one in (folded_first, BaseCrosscoder.load(tmp_path / "whole"), folded_first.clone())),
+    ]
+    raw_BXiDi = x_BXiDi / scaling[0][..., None]
+    for coder in coders:
+        torch.testing.assert_close(coder(raw_BXiDi), expected)
+    if activation in ("topk", "batch_topk"):
+        return  # what is ranked would be another
+    folded_first.fold_decoder_norms_into_encoder_()
+    folded_later.fold_decoder_norms_into_encoder_()
+    for coder in (folded_later, folded_first.prefix(12), folded_first.prefix(18).prefix(12)):
+        torch.testing.assert_close(coder(raw_BXiDi), expected)
