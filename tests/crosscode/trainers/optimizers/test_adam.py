@@ -23,6 +23,7 @@ from crosscode_kernels.segments.deferred import SegmentGrad, computed
 from tiny_recipes import BATCH, make_trainer
 from torch import Tensor
 
+from crosscode.build.schema import read_yaml
 from crosscode.recipes import recipe_names
 from crosscode.trainers.constraints import UnitNormDecoder
 
@@ -70,14 +71,16 @@ class Gradients:
 
 
 def trainer_of(name: str, folder: Any, n_steps: int, fused: bool, **train: Any) -> Any:
-    """Plain ones need no kernels: their gradients are given. Over many steps there are few latents, and PyTorch's ops go forward
-    and back: what is interpreted then is what a fused Adam does, the sums of its gradients, their norm and the update."""
+    """Plain ones need no kernels: their gradients are given. Over many steps there are few latents (but where a recipe names shares
+    of them, which have to be one at least), and PyTorch's ops go forward and back: what is interpreted then is what a fused Adam
+    does, the sums of its gradients, their norm and the update."""
     optimizer = {**train.pop("optimizer", {}), "fused": fused}
     if not fused:
         optimizer.pop("moments", None)
     train |= {"optimizer": optimizer, "n_tokens": n_steps * BATCH}
     is_long = n_steps > 20
-    size = {"n_latents": FEW_LATENTS} if is_long else {}
+    in_shares = {"prefixes", "partition", "shared_fraction"} & read_yaml(name)["crosscoder"].keys()
+    size = {"n_latents": FEW_LATENTS} if is_long and not in_shares else {}
     trainer = make_trainer(name, folder, "triton" if fused else "torch", "cpu", train=train, **size)
     if fused and is_long:
         for ops in {id(part.ops): part.ops for part in trainer.model.modules() if hasattr(part, "ops")}.values():
