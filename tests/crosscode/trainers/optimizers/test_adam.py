@@ -71,9 +71,9 @@ class Gradients:
 
 
 def trainer_of(name: str, folder: Any, n_steps: int, fused: bool, **train: Any) -> Any:
-    """Plain ones need no kernels: their gradients are given. Over many steps there are few latents (but where a recipe names shares
-    of them, which have to be one at least), and PyTorch's ops go forward and back: what is interpreted then is what a fused Adam
-    does, the sums of its gradients, their norm and the update."""
+    """Plain ones need no kernels: their gradients are given. Over many steps there are few latents, but where a recipe names
+    shares of them, and PyTorch's ops go forward and back: what is interpreted then is what a fused Adam does, the sums of its
+    gradients, their norm and the update."""
     optimizer = {**train.pop("optimizer", {}), "fused": fused}
     if not fused:
         optimizer.pop("moments", None)
