@@ -153,7 +153,7 @@
       make("p", { className: "steps" }, link("← previous", step(-1)), link("next →", step(1))),
       make("h2", { textContent: column("layer") ? `Latent ${latent} (${of("layer")}, ${of("index")})` : `Latent ${latent}` }),
       ...columns.filter(one => one.name.startsWith("why")).map(one => make("p", { className: "why" },
-        make("b", { textContent: of(one.name.replace("why", "tag")) }), ` ${one.values[latent]}`)),
+        make("b", { textContent: `${of(one.name.replace("why", "tag"))}:` }), ` ${one.values[latent]}`)),
       figures(main), ...others.length ? [make("details", {}, make("summary", { textContent: "All figures" }), figures(others))] : [],
       ...note,
       ...examples.slice(0, 1),
