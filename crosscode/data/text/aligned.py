@@ -26,6 +26,7 @@ from crosscode.data.text.token_chunks import Tokens
 from crosscode.errors import InputError
 
 _MESSAGE_SHIFT = 32
+_WITHOUT = "leave such chats out: models of different tokenizers are aligned by what messages say"
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Aligner:
             )
         messages: Any = document
         (text, found, _), (of_other, found_other, _) = (
-            message_spans(each, messages) for each in (self.first, self.other)
+            message_spans(each, messages, would_help=_WITHOUT) for each in (self.first, self.other)
         )
         pairs, others, at = [], _said(of_other, found_other), 0
         for span, what in _said(text, found):

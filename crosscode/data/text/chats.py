@@ -20,11 +20,14 @@ _SPACE = re.compile(r"\s+")
 _LOOKED_FOR = re.compile(r"\s+|<[^<>\s]*>|\[[^\[\]\s]*\]")
 
 
+_KEEP = "set template_tokens: keep, and no roles, turns or thinking in positions"
+
+
 def message_spans(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, would_help: str = _KEEP
 ) -> tuple[str, list[tuple[Span, int]], frozenset[int]]:
     """The text of `messages`; where in it what their contents say begins and ends, in order, each with the number of its message;
-    and the messages of which the template changed something, which has no place.
+    and the messages of which the template changed something, which has no place. `would_help`: what to do where that is unknown.
 
     Raises InputError for messages without role or content, and where the template refuses them, or changes contents in
     a way that leaves the places of all unknown.
@@ -38,14 +41,14 @@ def message_spans(
         again = _spans_by_characters(tokenizer, messages, text, _LOOKED_FOR)
         found = again if found is None or (again and not again[1]) else found
     if found is None:
-        raise places_unknown(text)
+        raise places_unknown(text, would_help)
     return text, *found
 
 
-def places_unknown(text: str) -> InputError:
+def places_unknown(text: str, would_help: str = _KEEP) -> InputError:
     return InputError(
         "dataset: the chat template rewrites a chat so that what its messages wrote cannot be told from what the "
-        f"template adds ({text[:60]!r}...); set template_tokens: keep, and no roles, turns or thinking in positions"
+        f"template adds ({text[:60]!r}...); {would_help}"
     )
 
 

@@ -26,6 +26,7 @@ from crosscode.data.store.writer import ActivationCacheWriter
 from crosscode.data.text.labels import ROLES
 from crosscode.data.text.mixture import MixedDocuments
 from crosscode.demo import demo_model_path
+from crosscode.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "helpers"))
 
@@ -317,6 +318,15 @@ def test_what_one_template_leaves_out_of_a_message_costs_no_other_message_its_pa
     for one in later:
         s = ends_S.index(text.index(one) + len(one)) + n_bos
         assert int(batch.others[0].place_HS[0, s]) >= 0, one
+
+
+def test_a_chat_that_cannot_be_aligned_is_refused_with_what_would_help(tokenizers):
+    first, other = tokenizers[0], tokenizers[3]
+    first.chat_template, other.chat_template = template(FRAMES[1]), THINKS
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think> </think>"}]
+    loader = TokenSequenceLoader(wrap_documents([chat]), first, others=[(other, None)], sequence_length=60, epochs=1)
+    with pytest.raises(InputError, match=r"rewrites a chat .*; leave such chats out: models of different tokenizers"):
+        next(iter(loader))
 
 
 class Whole:
