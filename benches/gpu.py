@@ -29,6 +29,7 @@ SECTIONS = (
     "optimizer",
     "recipes",
     "graphs",
+    "captured training",
     "op times",
     "step times",
     "other libraries",
@@ -44,7 +45,8 @@ def section(name: str) -> Callable[..., Iterator[dict[str, Any]]]:
     return {
         "machine": machine, "ops": gpu_checks.ops_against_float64, "optimizer": gpu_checks.fused_adam,
         "recipes": gpu_checks.recipes_without_waiting,
-        "graphs": gpu_checks.graph_capture, "op times": gpu_timings.op_times, "step times": gpu_timings.step_times,
+        "graphs": gpu_checks.graph_capture, "captured training": gpu_checks.captured_training,
+        "op times": gpu_timings.op_times, "step times": gpu_timings.step_times,
         "other libraries": gpu_timings.other_libraries, "whole run": gpu_timings.whole_run,
     }[name]  # fmt: skip
 

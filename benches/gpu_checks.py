@@ -10,6 +10,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,51 @@ def _capturable(step: Step, x_BI: Tensor, target_BO: Tensor) -> Any:
         step.optimizer.step()
 
     return run
+
+
+N_CAPTURED, N_TIMED = 20, 100
+
+
+def captured_training(gpu: Gpu, quick: bool) -> Iterator[Row]:
+    """Tiny recipes, trained eagerly and captured: are weights and moments the same, and what does a step take?"""
+    from tiny_recipes import BATCH, make_trainer
+
+    from crosscode.recipes import recipe_names
+    from crosscode.trainers.graphs import N_WARM_UP, StepGraphs, why_not
+
+    n_steps = N_WARM_UP + 1 if quick else N_CAPTURED
+    for name in islice((name for name in recipe_names() if "sign_sgd" not in name), 1 if quick else None):
+        for variant in variants(gpu)[: 1 if quick else None]:
+            row: Row = {"recipe": name, "backend": variant}
+            optimizer = OPTIMIZERS.get(variant, {}) | {"lr_on_device": True}
+            train = {"n_tokens": BATCH * (n_steps + N_TIMED), "optimizer": optimizer}
+            states: list[list[Tensor]] = []
+            try:
+                for kind in ("eager", "captured"):
+                    with tempfile.TemporaryDirectory() as folder:
+                        trainer = make_trainer(
+                            name, Path(folder) / "run", variant.partition(",")[0], gpu.device, train=train
+                        )
+                    if kind == "captured":
+                        if reason := why_not(trainer.forward, trainer.constraints, trainer.optimizer_plan):
+                            row["not captured"] = reason
+                            break
+                        trainer.graphs = StepGraphs(trainer.update, trainer.split, gpu.capture())
+                    trainer.start()
+                    for acts_BMPD in islice(trainer.data, n_steps):
+                        trainer.train_step(acts_BMPD)
+                    gpu.synchronize()
+                    found = [*trainer.model.parameters(), *trainer.model.buffers()]
+                    found += [value for state in trainer.optimizer.state.values() for value in state.values()]
+                    states.append([tensor.detach().clone() for tensor in found])
+                    step = partial(trainer.train_step, next(iter(trainer.data)))
+                    row[f"{kind}_ms"] = median_ms(gpu, step)["ms"]
+                    row["graphs"] = 0 if trainer.graphs is None else trainer.graphs.n_graphs
+                if len(states) == 2:
+                    row["same_bits"] = all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+                    # PyTorch's own ops may wait where Triton's kernels do not: then the trainer goes on without.
+                    row["ok"] = row["same_bits"] and (row["graphs"] > 0 or variant == "torch")
+                yield row
+            except Exception as error:
+                yield row | {"ok": False, "error": error_text(error)}
+            gpu.free()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import cuda
 
+from crosscode.trainers.graphs import CudaCapture
+
 
 class Gpu:
     """A CUDA or ROCm device. Times are those of events on its stream."""
@@ -65,16 +67,14 @@ class Gpu:
 
     def captured(self, step: Callable[[], Any], n_warm_up: int = 3) -> Callable[[], Any]:
         """A step as a graph; what replays it. Raises what the capture raises."""
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
-            for _ in range(n_warm_up):
-                step()
-        cuda.current_stream().wait_stream(side)
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
-            step()
-        return graph.replay
+        capture = self.capture()
+        for _ in range(n_warm_up):
+            capture.aside(step)
+        return capture.capture(step)[1]
+
+    def capture(self) -> Any:
+        """As a trainer makes graphs."""
+        return CudaCapture(torch.device(self.device))
 
     def free(self) -> None:
         cuda.empty_cache()
@@ -107,12 +107,21 @@ class DryRun(Gpu):
     def no_waiting(self) -> Iterator[None]:
         yield
 
-    def captured(self, step: Callable[[], Any], n_warm_up: int = 3) -> Callable[[], Any]:
-        step()
-        return step
+    def capture(self) -> Any:
+        return _Repeats()
 
     def free(self) -> None:
         pass
+
+
+class _Repeats:
+    """In place of graphs: a replay runs the program once more."""
+
+    def aside(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def capture(self, call: Callable[[], Any]) -> tuple[None, Callable[[], Any]]:
+        return None, call
 
 
 def median_ms(gpu: Gpu, call: Callable[[], Any]) -> dict[str, float]:

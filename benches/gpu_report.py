@@ -10,6 +10,7 @@ HEADINGS = {
     "optimizer": "Fused Adam against PyTorch's formulas (ms: norm and step, copies of tensors with them)",
     "recipes": "A training step of each recipe that may not wait for the device",
     "graphs": "Training steps captured as graphs",
+    "captured training": "The trainer with captured steps beside eager ones (`train.cuda_graph`; ms of a step of a tiny model)",
     "op times": "Ops, ms (predicted: the traffic model, not a measurement)",
     "step times": "Whole training steps (predicted: the traffic model, not a measurement)",
     "other libraries": "Decoder and loss, forward and backward, against other libraries",

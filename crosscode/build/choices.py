@@ -19,11 +19,15 @@ import torch
 from crosscode_kernels import Backend, OpSet
 from crosscode_kernels.backend import SPARSE_BELOW, resolve
 from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
+from torch import Tensor
 
 from crosscode.build.data import available_device
 from crosscode.build.experiment import build_constraints, build_model
 from crosscode.config.experiment import ExperimentConfig
+from crosscode.errors import first_line
+from crosscode.evaluation.precision import autocast
 from crosscode.models.base import BaseCrosscoder
+from crosscode.trainers.graphs import N_WARM_UP, Capture, CudaCapture
 from crosscode.trainers.optimizers import OPTIMIZERS
 
 log = logging.getLogger("crosscode")
@@ -35,6 +39,8 @@ CLEARLY = 0.97
 DENSITIES = (0.03, 0.1)
 MOST = 0.25
 """Shares of active latents at which sparse products are timed; no share beyond `MOST` is said to be worth it."""
+MOST_TO_CAPTURE = 1 << 36
+"""Multiplications of one encode: above, a GPU takes longer for a step than its launches take, and trying costs memory."""
 
 Clock = Callable[[], float]
 
@@ -43,8 +49,8 @@ def with_choices(
     config: ExperimentConfig, width: int, *, model_is_given: bool = False, clock: Clock = time.perf_counter
 ) -> ExperimentConfig:
     """The config with what it leaves to us filled in: `backend`, `sparse_below` and `train.optimizer.row_sparse`, where they are
-    "auto" or null and a choice is there (on a CPU, in float32, at sizes where it matters). A
-    model that is given has made its own."""
+    "auto" or null and a choice is there (on a CPU, in float32, at sizes where it matters), and `train.cuda_graph` on a CUDA
+    device. A model that is given has made its own."""
     device, optimizer = available_device(config.device), OPTIMIZERS.build(config.train.optimizer)
     row_sparse = optimizer.row_sparse
     backend = resolve(config.backend, device)
@@ -70,6 +76,10 @@ def with_choices(
     if row_sparse != optimizer.row_sparse:
         chosen = optimizer.config.model_copy(update={"row_sparse": row_sparse})
         changes["train"] = config.train.model_copy(update={"optimizer": chosen})
+    if config.train.cuda_graph == "auto":
+        captured = _captured(config, model, backend, device, clock) if not model_is_given else False
+        log.info("train.cuda_graph auto: %s", captured)
+        changes["train"] = changes.get("train", config.train).model_copy(update={"cuda_graph": captured})
     return config.model_copy(update=changes | {"backend": str(backend)} if "backend" in changes else changes)
 
 
@@ -77,6 +87,23 @@ def _may_be_row_sparse(config: ExperimentConfig, model: BaseCrosscoder) -> bool:
     """Whether it is known how many latents will be active, and nothing needs whole gradients."""
     with torch.device("meta"):
         return model.activation_fn.keeps_k and all(one.takes_row_sparse for one in build_constraints(config, model))
+
+
+def _captured(
+    config: ExperimentConfig, model: BaseCrosscoder, backend: Backend, device: torch.device, clock: Clock
+) -> bool:
+    """Whether a step like this model's is faster as a CUDA graph: not on another device, nor beyond a size."""
+    n_tokens = config.train.batch_size
+    if device.type != "cuda" or n_tokens * model.W_enc_LXiDi.numel() > MOST_TO_CAPTURE:
+        return False
+
+    def waiting() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    trial = Trial(model, n_tokens, waiting, device)
+    with autocast(config.train.precision, device):
+        return trial.captured(OpSet(backend), CudaCapture(device))
 
 
 def faster(what: str, variants: Mapping[str, Callable[[], Any]], clock: Clock, n_repeats: int = 5) -> dict[str, float]:
@@ -96,17 +123,20 @@ def faster(what: str, variants: Mapping[str, Callable[[], Any]], clock: Clock, n
 class Trial:
     """Random tensors of a run's sizes, and training steps on them."""
 
-    def __init__(self, model: BaseCrosscoder, n_tokens: int, clock: Clock) -> None:
+    def __init__(self, model: BaseCrosscoder, n_tokens: int, clock: Clock, device: torch.device | str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
         n_latents, n_in = model.n_latents, model.W_enc_LXiDi[0].numel()
         self.clock, self.activation = clock, model.activation_fn
         self.widths = [model.d_out] * (model.W_dec_LXoDo[0].numel() // model.d_out)
-        self.x_BI = torch.randn(n_tokens, n_in, generator=generator)
-        self.target_BO = torch.randn(n_tokens, sum(self.widths), generator=generator)
-        self.W_enc_LI = (torch.randn(n_latents, n_in, generator=generator) * n_in**-0.5).requires_grad_()
-        self.W_dec_LO = (torch.randn(n_latents, sum(self.widths), generator=generator) * 0.01).requires_grad_()
-        self.b_enc_L = torch.zeros(n_latents, requires_grad=True)
-        self.b_dec_O = torch.zeros(sum(self.widths), requires_grad=True)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        self.x_BI, self.target_BO = draw(n_tokens, n_in), draw(n_tokens, sum(self.widths))
+        self.W_enc_LI = (draw(n_latents, n_in) * n_in**-0.5).requires_grad_()
+        self.W_dec_LO = (draw(n_latents, sum(self.widths)) * 0.01).requires_grad_()
+        self.b_enc_L = torch.zeros(n_latents, requires_grad=True, device=device)
+        self.b_dec_O = torch.zeros(sum(self.widths), requires_grad=True, device=device)
         self.weights = [self.W_enc_LI, self.b_enc_L, self.W_dec_LO, self.b_dec_O]
         self.sizes = f"B={n_tokens}, I={n_in}, L={n_latents}"
 
@@ -154,6 +184,21 @@ class Trial:
         chosen = seconds["row-sparse Adam"] < CLEARLY * seconds["fused Adam"]
         log.info("train.optimizer.row_sparse auto: %s", chosen)
         return chosen
+
+    def captured(self, ops: OpSet, capture: Capture) -> bool:
+        """Whether a step is faster as a graph, for any optimizer and without what else a run's steps launch."""
+        lr = torch.tensor(0.0, device=self.x_BI.device)
+        optimizer = torch.optim.Adam(self.weights, lr, fused=True, capturable=True)
+        step = self._k_step(ops, optimizer) if self.activation.is_sparse else self._relu_step(ops)
+        try:
+            for _ in range(N_WARM_UP):
+                capture.aside(step)
+            _, replay = capture.capture(step)
+        except RuntimeError as error:
+            log.info("step at %s: cannot be captured (%s)", self.sizes, first_line(error))
+            return False
+        seconds = faster(f"step at {self.sizes}", {"launched": step, "as a CUDA graph": replay}, self.clock)
+        return seconds["as a CUDA graph"] < CLEARLY * seconds["launched"]
 
     def _encode_k(self, ops: OpSet) -> Any:
         return ops.encode_topk(self.x_BI, self.W_enc_LI, self.b_enc_L, self.activation.current_k)

@@ -35,6 +35,7 @@ from crosscode.parallel import joined
 from crosscode.parallel.harvest import alone
 from crosscode.parallel.teams import Teams
 from crosscode.trainers.constraints import CONSTRAINTS, Constraint, constraints_for
+from crosscode.trainers.graphs import check_device
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.warm_start import find_model
 from crosscode.widths import Widths
@@ -215,6 +216,8 @@ def open_experiment(
     device = available_device(config.device)
     if config.finetune_from is not None:
         find_model(config.finetune_from)
+    if to_train:
+        check_device(config.train, device)
     if config.backend != "auto":
         check_backend(config.backend, device)
     if config.crosscoder.n_latents is not None:

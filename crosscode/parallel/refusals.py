@@ -34,7 +34,8 @@ def for_ranks(config: ExperimentConfig, *, to_train: bool = True) -> ExperimentC
     optimizer: Any = config.train.optimizer
     if getattr(optimizer, "row_sparse", None) == "auto":
         optimizer = optimizer.model_copy(update={"row_sparse": False})
-    train = config.train.model_copy(update={"optimizer": optimizer})
+    graphs = config.train.cuda_graph is True
+    train = config.train.model_copy(update={"optimizer": optimizer, "cuda_graph": graphs})
     on_cpu = available_device(config.device).type == "cpu"
     backend = "torch" if on_cpu and config.backend == "auto" else config.backend
     below = SPARSE_BELOW if on_cpu and config.sparse_below is None else config.sparse_below

@@ -20,7 +20,7 @@ from crosscode_kernels import copies
 from torch import Tensor, cuda
 
 from crosscode.config.experiment import TrainConfig
-from crosscode.errors import InputError
+from crosscode.errors import InputError, first_line
 from crosscode.models.split import Split
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.forward import ForwardPass
@@ -47,10 +47,10 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """On a stream of its own; what graphs need lies in one pool of memory."""
+    """On a stream of its own. Each graph has its own memory: it is launched in any order, and goes when it will."""
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = cuda.Stream(device), cuda.graph_pool_handle()
+        self.stream = cuda.Stream(device)
 
     def aside(self, call: Callable[[], T]) -> T:
         self.stream.wait_stream(cuda.current_stream())
@@ -62,7 +62,7 @@ class CudaCapture:
     def capture(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph = cuda.CUDAGraph()
         # Another thread may harvest meanwhile, and allocate.
-        with cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             result = call()
         return result, graph.replay
 
@@ -135,6 +135,11 @@ class StepGraphs:
         kind.n_done += 1
         return True
 
+    @property
+    def n_graphs(self) -> int:
+        """How many there are now."""
+        return sum(kind.replay is not None for kind in self._kinds.values())
+
     def done(self) -> None:
         """Behind each update, whoever did it: the weights are as updates leave them."""
         self._weights = self._weights_now()
@@ -143,8 +148,8 @@ class StepGraphs:
         try:
             return self.device.capture(call)[1]
         except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            log.warning("train.cuda_graph: the step cannot be captured (%s): the run goes on without", reason)
+            said = "train.cuda_graph: the step cannot be captured (%s): the run goes on without"
+            log.warning(said, first_line(error))
         self._failed = True
         self._kinds.clear()
         self.update.optimizer.zero_grad(set_to_none=True)

@@ -211,6 +211,7 @@ class Trainer:
 
     def finish(self) -> EvaluationResult | None:
         """Fold the scaling in, write `final/`, evaluate, write `summary.json`."""
+        self.graphs = None  # and the memory that they keep
         self.optimizer_plan.start_evaluation(self.optimizer)
         constrain(self.constraints, self.model)
         self.recent.settle_()

@@ -14,6 +14,8 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
+from crosscode.trainers import graphs
+
 BENCHES = Path(__file__).parents[2] / "benches"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SPARSIFY = """
@@ -47,8 +49,10 @@ def test_a_dry_run_of_everything_with_triton_interpreted(tmp_path):
     found = json.loads((tmp_path / "gpu-dry-run.json").read_text())
     assert not [row for rows in found.values() for row in rows if "error" in row]
     assert {row["op"] for row in found["ops"]} == {row["op"] for row in found["op times"]}
-    assert all(row["ok"] for name in ("ops", "optimizer", "recipes", "graphs") for row in found[name])
-    assert all(row["same_bits"] for row in (*found["ops"], *found["optimizer"], *found["graphs"]))
+    assert all(
+        row["ok"] for name in ("ops", "optimizer", "recipes", "graphs", "captured training") for row in found[name]
+    )
+    assert all(row["same_bits"] for name in ("ops", "optimizer", "graphs", "captured training") for row in found[name])
     assert {row["kind"] for row in found["optimizer"]} == {"dense", "row-sparse", "bfloat16"}
     fused = {row["variant"]: row["predicted_ms"] for row in found["step times"] if row["variant"].startswith("triton")}
     assert fused.keys() == {"triton", "triton, fused", "triton, fused, bfloat16 moments"}
@@ -72,6 +76,7 @@ def test_torch_cuda_has_what_is_asked_of_it(benches, monkeypatch):
     cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 2**20, 3 * 2**20
     cuda.get_device_capability.return_value = (9, 0)
     monkeypatch.setattr(gpu_device, "cuda", cuda)
+    monkeypatch.setattr(graphs, "cuda", cuda)
     gpu, calls = gpu_device.Gpu(), []
     assert gpu.milliseconds(lambda: calls.append(1), n_rounds=2, n_calls=10) == [3.0, 3.0] and len(calls) == 30
     assert gpu.peak_mib(gpu.synchronize) == 2.0

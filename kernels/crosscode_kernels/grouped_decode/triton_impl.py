@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, cuda
 
 from crosscode_kernels.segments.triton_groups import Groups, group_of
 from crosscode_kernels.segments.triton_impl import reduce_by_latent
@@ -59,7 +59,7 @@ def _table(rows_S5: _Rows, device: torch.device) -> Tensor:
     """On the device. Kept, as weights stay where they are: a step copies nothing; and where it does, it waits for nothing.
     For good where a captured graph reads it, which must find it made: a replay would copy memory that is another's by then."""
     key = rows_S5, device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and cuda.is_current_stream_capturing():
         if key not in _tables:
             raise RuntimeError("grouped_decode: decoders lie elsewhere at each step")
         return _tables_of_graphs.setdefault(key, _tables[key])

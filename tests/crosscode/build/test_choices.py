@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
 import yaml
+from crosscode_kernels import Backend, OpSet
+from graph_double import GraphDouble
 
 from crosscode.build import choices
-from crosscode.build.choices import crossing, with_choices
-from crosscode.build.experiment import backend_of, open_experiment
+from crosscode.build.choices import Trial, crossing, with_choices
+from crosscode.build.experiment import backend_of, build_model, open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config, load_config
+from crosscode.errors import InputError
 
 ROWS = {"type": "adam", "lr": 0.01, "betas": [0.0, 0.99], "row_sparse": "auto"}
 
@@ -126,3 +130,34 @@ def test_a_run_keeps_its_choices_and_its_config_repeats_it_to_the_bit(config, ti
     second.train()
     for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("replayed", "chosen"), [(0.5, True), (0.98, False)])
+@pytest.mark.parametrize("activation", ["batch_topk", "relu"])
+def test_a_step_is_captured_where_that_is_clearly_faster(activation, replayed, chosen, config, timed):
+    timed(launched=1.0, as_a_CUDA_graph=replayed)
+    found = a_trial(config(activation)).captured(OpSet(Backend("reference")), double := GraphDouble())
+    assert found == (chosen and activation == "relu")  # the reference's BatchTopK waits for a value
+    assert double.events == ["aside"] * 3 + ["capture"]
+
+
+def a_trial(config):
+    with torch.device("meta"):
+        model = build_model(config, 16)
+    return Trial(model, 8, time.perf_counter)
+
+
+def test_a_trial_of_a_graph_runs_both_ways(config):
+    assert isinstance(a_trial(config("relu")).captured(OpSet(Backend("reference")), GraphDouble()), bool)
+
+
+def test_nothing_is_captured_without_a_gpu(config, tiny_config, caplog):
+    with caplog.at_level(logging.INFO, logger="crosscode"):
+        found = with_choices(config(train=tiny_config["train"] | {"cuda_graph": "auto"}), 16)
+    assert found.train.cuda_graph is False and "train.cuda_graph auto: False" in caplog.text
+
+
+def test_a_graph_that_was_asked_for_is_refused_before_anything_is_loaded(config, tiny_config):
+    asked = config(train=tiny_config["train"] | {"cuda_graph": True}, device="cpu")
+    with pytest.raises(InputError, match=r"train.cuda_graph = True: needs a CUDA device, got 'cpu'"):
+        open_experiment(asked)

@@ -6,6 +6,7 @@ Axes: B tokens · I input width · O flattened output dims · L latents of each 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,3 +235,26 @@ def test_one_launch_each_way_for_all_dictionaries(fast_backend):
         n_items = len(first_S) * 9 * 4 // 64  # of 9 tokens with 4 entries each: without one there is nothing to add up
         backward = ["_segment_rows_kernel"] * (2 if n_items else 1)
         assert [one.kernel.__name__ for one in record] == ["_grouped_decode_kernel", *backward]
+
+
+def test_a_captured_graph_finds_its_table_made_and_keeps_it(monkeypatch):
+    triton_impl = pytest.importorskip("crosscode_kernels.grouped_decode.triton_impl")
+    key = ((0, 0, 0, 8, 0),), torch.device("cuda")
+    for name in ("_tables", "_tables_of_graphs"):
+        monkeypatch.setattr(triton_impl, name, {})
+    monkeypatch.setattr(triton_impl, "cuda", SimpleNamespace(is_current_stream_capturing=lambda: True))
+    with pytest.raises(RuntimeError, match="grouped_decode: decoders lie elsewhere at each step"):
+        triton_impl._table(*key)
+    triton_impl._tables[key] = table_S5 = torch.zeros(1, 5, dtype=torch.int64)
+    assert triton_impl._table(*key) is table_S5
+    assert triton_impl._tables_of_graphs == {key: table_S5}
+
+
+def test_few_tables_are_kept(monkeypatch):
+    triton_impl = pytest.importorskip("crosscode_kernels.grouped_decode.triton_impl")
+    monkeypatch.setattr(triton_impl, "_tables", {})
+    for number in range(triton_impl._MOST_TABLES + 3):
+        rows_S5, device = ((number, 1, 2, 3, 4),), torch.device("cpu")
+        assert triton_impl._table(rows_S5, device).tolist() == [[number, 1, 2, 3, 4]]
+    assert triton_impl._table(rows_S5, device) is triton_impl._table(rows_S5, device)
+    assert len(triton_impl._tables) == triton_impl._MOST_TABLES
