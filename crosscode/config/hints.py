@@ -11,6 +11,9 @@ from pathlib import Path
 
 _REGISTRY = re.compile(r'^(\w+): Registry\[Any\] = Registry\("([^"]+)"', re.MULTILINE)
 
+REGISTERED: set[tuple[str, str]] = set()
+"""Section and type of the components that have registered themselves."""
+
 
 def likely_fields(path: str, known: Iterable[str]) -> list[str]:
     """Those of the same name, wherever they stand; or one that is spelled like it, in its own section first. Best first.
@@ -40,8 +43,8 @@ def component_fields() -> tuple[str, ...]:
 
 
 def component_types(section: str) -> list[str]:
-    """The types of component that a section may name."""
-    return sorted({kind for place, kind, _ in _components() if place == section})
+    """The types of component that a section may name; those of a user's own as far as they are registered by now."""
+    return sorted({kind for place, kind in [one[:2] for one in _components()] + [*REGISTERED] if place == section})
 
 
 @cache

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from crosscode.config.checked import checked
 from crosscode.config.counts import as_count, members_of
+from crosscode.config.hints import REGISTERED
 from crosscode.errors import InputError, short
 
 T = TypeVar("T", bound=type)
@@ -211,6 +212,7 @@ class Registry(Generic[T]):
                 raise ValueError(f"two classes register as {self.section} {name!r}: {self._classes[name]} and {cls}")
             cls.section = self.section.format(type=name)  # pyright: ignore[reportAttributeAccessIssue]
             self._classes[name] = cls  # pyright: ignore[reportArgumentType]
+            REGISTERED.add((cls.section, name))  # pyright: ignore[reportAttributeAccessIssue]
         return cls
 
     def discover(self) -> None:

@@ -1,9 +1,10 @@
 """Fields that are known without torch, for hints."""
 
 from crosscode.build.schema import experiment_class
+from crosscode.config import hints
 from crosscode.config.checked import field_paths
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.config.hints import component_fields, likely_fields
+from crosscode.config.hints import component_fields, component_types, likely_fields
 
 
 def test_all_fields_are_those_of_the_resolved_config():
@@ -21,3 +22,10 @@ def test_the_same_name_elsewhere_comes_before_another_name_here():
     assert likely_fields("train.logevery", known) == ["train.log_every"]
     assert likely_fields("train.batchsize", known) == ["data.batch_size"]
     assert likely_fields("train.none_of_them", known) == []
+
+
+def test_types_of_components_are_known_without_torch_and_those_of_ones_own_once_registered(monkeypatch):
+    assert {"topk", "relu"} <= {*component_types("crosscoder.activation")} and "sae" in component_types("crosscoder")
+    assert component_types("objective.auxk") == ["auxk"] and component_types("house.lamps") == []
+    monkeypatch.setattr(hints, "REGISTERED", {("crosscoder", "mine")})
+    assert "mine" in component_types("crosscoder")
