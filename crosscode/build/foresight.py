@@ -39,12 +39,12 @@ def check_language_models(config: HarvestConfig) -> Widths | None:
         InputError: naming the field, its value and what would be right.
     """
     skeletons, teams = skeletons_of(config), Teams.of(config)
-    foreseen_reads(config.language_models)
     weights: dict[torch.device | None, dict[str, int]] = {}
     for i, (lm, skeleton) in enumerate(zip(config.language_models, skeletons, strict=True)):
         if skeleton is not None and (teams is None or teams.holds(i)):
             n_together = 1 if teams is None else teams.size
             check_weights(lm, f"language_models.{i}", skeleton, config.device, weights, n_together)
+    foreseen_reads(config.language_models)
     return foreseen_widths(skeletons, config.hookpoints)
 
 
