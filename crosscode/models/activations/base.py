@@ -64,8 +64,6 @@ class ActivationFunction(Configured, nn.Module, ABC):
     capturable: bool = False
     """Whether a step with it can be a CUDA graph: while not `is_annealing` it launches the same in each. A subclass says so of
     itself."""
-    is_annealing: bool = False
-    """Whether it computes in another way at each step for now."""
     threshold_travel: float = 0.0
     """How far a run must be able to take its parameters: a learning rate below that over the number of steps is raised to it."""
     k_factor: int = 1
@@ -107,6 +105,11 @@ class ActivationFunction(Configured, nn.Module, ABC):
     def multiply_k(self, factor: int) -> None:
         """From now on keep `factor * k` latents; nothing changes where there is no k."""
         self.k_factor = factor
+
+    @property
+    def is_annealing(self) -> bool:
+        """Whether it computes in another way at each step for now."""
+        return False
 
     @property
     def most_kept(self) -> int:

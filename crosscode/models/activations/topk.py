@@ -60,7 +60,7 @@ class AnnealedK(ActivationFunction):
             self._annealed_k = round(self.k_start + (self.k - self.k_start) * share)
 
     @property
-    def is_annealing(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_annealing(self) -> bool:
         return self._annealed_k != self.k
 
     @property
