@@ -121,7 +121,9 @@ def _stands_alone(members: list[Any], following: str | None) -> bool:
     if bool in members:
         choices = [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
         return following.lower() not in _TRUTHS and following not in choices and not _is_null(following)
-    return any(map(_is_section, members)) and not following.startswith("{") and not _is_null(following)
+    # One that may be a plain value too (`objective.tanh.weight`: a number or a schedule) takes the word.
+    is_section = bool(members) and all(_is_section(member) or member is type(None) for member in members)
+    return is_section and not following.startswith("{") and not _is_null(following)
 
 
 def _is_section(member: Any) -> bool:

@@ -9,6 +9,8 @@ import yaml
 
 from crosscode.commands import cli
 from crosscode.commands.cli import command_names, load_command, main
+from crosscode.commands.parts.options import read_words
+from crosscode.commands.train import COMMAND as TRAIN
 from crosscode.config.experiment import ExperimentConfig
 
 # Prints the exit code and whether torch was loaded on the way.
@@ -188,6 +190,18 @@ def test_options_before_the_config_and_counts_reach_the_run(tiny_config, tmp_pat
 def test_a_word_behind_a_flag_of_a_component_is_not_lost(capfd):
     assert main(["train", "sae_topk", "--train.optimizer.fused", "maybe"]) == 2
     assert "'maybe' is one word too many" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "{type: linear_ramp, value: 1}"])
+@pytest.mark.parametrize("with_sign", [False, True])
+def test_what_may_be_a_number_or_a_schedule_takes_its_word(text, with_sign):
+    option = "--objective.tanh.weight"
+    words = [f"{option}={text}"] if with_sign else [option, text]
+    assert TRAIN.whole is not None
+    read = read_words(["demo", *words], TRAIN.options, TRAIN.whole())
+    weight = read.values["objective"]["tanh"]["weight"]
+    assert read.positional == ["demo"]
+    assert weight == (text if text[0] != "{" else yaml.safe_load(text))
 
 
 def test_an_unknown_architecture_is_named_and_one_of_a_list_can_be_set(capfd):
