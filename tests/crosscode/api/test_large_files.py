@@ -10,21 +10,21 @@ import sys
 import pytest
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import torch
-resident_gb = lambda: int(next(line for line in open("/proc/self/status") if "VmRSS" in line).split()[1]) * 1024 / 1e9
-torch_gb = resident_gb()
+# Not `ru_maxrss`: over a fork and an exec it keeps that of the process which started this one.
+status_gb = lambda name: int(next(line for line in open("/proc/self/status") if name in line).split()[1]) * 1024 / 1e9
+torch_gb = status_gb("VmRSS")
 import crosscode
 path, run_dir, width, n_latents = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(2)
-peak_gb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 section = {"type": "sae", "n_latents": n_latents, "activation": {"type": "topk", "k": 8}}
 run = crosscode.train(
     path, section, run_dir=run_dir, n_tokens=200 * 256, batch_size=256, backend="torch", device="cpu", progress=False,
     data={"scale": False, "shuffle_buffer_size": 16384}, evaluation={"n_tokens": 4096},
 )
 n_parameters = sum(one.numel() for one in run.model.parameters())
-figures = {"peak_gb": peak_gb(), "parameters_gb": 4 * n_parameters / 1e9, "torch_gb": torch_gb}
+figures = {"peak_gb": status_gb("VmHWM"), "parameters_gb": 4 * n_parameters / 1e9, "torch_gb": torch_gb}
 print(json.dumps({**figures, "step": run.summary["step"]}))
 """
 
