@@ -148,11 +148,9 @@ def load_model(
     *,
     backend: AnyBackend,
     device: torch.device,
-    fold: bool = True,
     checked: bool = False,
 ) -> ModelT:
-    """See `BaseCrosscoder.load`. `fold=False` leaves the model of a checkpoint as it was in training. `checked`: by
-    `check_undamaged`, just now, which reads every byte."""
+    """See `BaseCrosscoder.load`. `checked`: by `check_undamaged`, just now, which reads every byte."""
     if not path.exists() and elsewhere("is_repo")(str(path)):
         path = elsewhere("fetch")(str(path))
     foreign: Any = None if is_own(path) or not path.exists() else elsewhere("load")(path)
@@ -178,7 +176,7 @@ def load_model(
     if model.partition is not None:
         model.partition.check_clear({f"{path}: {name}": model.get_parameter(name) for name in OF_MODELS})
     model.metadata, model.position_names = metadata, tuple(metadata.get("output_positions") or ())
-    if fold and not spec["is_folded"] and (scaling := _scaling_of(path, config)) is not None:
+    if not spec["is_folded"] and (scaling := _scaling_of(path, config)) is not None:
         fold_scaling_(model, *scaling)
     return model.to(device).eval()
 

@@ -178,9 +178,8 @@ def _merged_list(name: str, old: list[Any], overrides: Mapping[str, Any]) -> lis
         if int(place) >= len(old):
             raise InputError(f"{name}.{place}: there are {len(old)}, counted from 0")
         one = result[int(place)]
-        one = (
-            {"path": one} if isinstance(one, str) and isinstance(new, dict) else one
-        )  # of `config.registry.NamedByPath`
+        if isinstance(one, str) and isinstance(new, dict):
+            one = {"path": one}  # as `config.registry.NamedByPath` reads it
         result[int(place)] = merged({"": one}, {"": new})[""]
     return result
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.encode_topk.torch_impl import FEWEST_ROWS_AT_ONCE, SELECTED_AT_ONCE, dense_preacts
+from crosscode_kernels.encode_topk.torch_impl import by_blocks, dense_preacts
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.torch_impl import first_of_equal_topk, topk_in_groups
 
@@ -42,9 +41,7 @@ def batch_topk(rank_BL: Tensor, n_kept: int) -> Tensor:
     n_candidates = _CANDIDATES_PER_KEPT * max(n_kept // n_tokens, 1)
     # A look at the data is free on the CPU only.
     if rank_BL.device.type == "cpu" and 2 * n_candidates <= n_latents:
-        blocks = row_blocks(rank_BL, SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE)
-        parts = [topk_in_groups(rank_BL[rows], n_candidates) for rows in blocks]
-        candidate_BC, latent_idx_BC = (torch.cat(part) for part in zip(*parts, strict=True))
+        candidate_BC, latent_idx_BC = by_blocks(topk_in_groups, rank_BL, n_candidates)
         bound = candidate_BC.view(-1).kthvalue(candidate_BC.numel() - n_kept + 1).values
         if bool(bound > 0):
             flat_C = _at_least(rank_BL, bound, candidate_BC, latent_idx_BC)

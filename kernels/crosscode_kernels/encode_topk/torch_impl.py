@@ -5,6 +5,8 @@ Axes: B tokens · I flattened input dims · L latents · K kept per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,7 @@ from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.selection.torch_impl import row_topk
 
-SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE = 1 << 23, 256
-"""Pre-activations, and rows, to select from at a time: what selection makes on its way then stays small and in cache."""
+_SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE = 1 << 23, 256
 
 
 def dense_preacts(encoder: Encoder) -> Tensor:
@@ -28,10 +29,16 @@ def dense_preacts(encoder: Encoder) -> Tensor:
     return h_BL if b_enc_L is None else h_BL.add_(b_enc_L)
 
 
+def by_blocks(select: Callable[[Tensor, int], tuple[Tensor, Tensor]], h_BL: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`select`, of some rows at a time: what it makes on its way then stays small and in cache."""
+    blocks = row_blocks(h_BL, _SELECTED_AT_ONCE, _FEWEST_ROWS_AT_ONCE)
+    value_BK, latent_idx_BK = (
+        torch.cat(part) for part in zip(*(select(h_BL[rows], k) for rows in blocks), strict=True)
+    )
+    return value_BK, latent_idx_BK
+
+
 def encode_topk(encoder: Encoder, k: int) -> tuple[Tensor, Tensor]:
     """`latent_idx_BK, value_BK`, after ReLU."""
-    h_BL = dense_preacts(encoder)
-    blocks = row_blocks(h_BL, SELECTED_AT_ONCE, FEWEST_ROWS_AT_ONCE)
-    parts = [row_topk(h_BL[rows], k) for rows in blocks]
-    value_BK, latent_idx_BK = (torch.cat(part) for part in zip(*parts, strict=True))
+    value_BK, latent_idx_BK = by_blocks(row_topk, dense_preacts(encoder), k)
     return latent_idx_BK, value_BK

@@ -11,7 +11,7 @@ from torch import Tensor
 from crosscode_kernels import host_buffers
 from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.checks import acc_dtype
-from crosscode_kernels.segments.torch_impl import entry_tokens, latent_sum
+from crosscode_kernels.segments.torch_impl import entry_places, latent_sum
 from crosscode_kernels.sparse import Entries
 
 
@@ -74,11 +74,9 @@ def mixed_penalty_backward(
     g: Tensor, entries: Entries, n_L: Tensor, lambda_L: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:
     """`da_BL, dn_L` of dense latents of which only the entries are not 0: everywhere else the slope is that of tanh at 0."""
-    row_ptr_B1, latent_idx_N, value_N, *_ = entries
     dvalue_N, dn_L = sparse_penalty_backward(g, entries, n_L, lambda_L, c)
-    n_acc_L, lambda_acc_L = _coefficients(value_N, n_L, lambda_L, entries.n_tokens)
-    da_BL = host_buffers.empty((entries.n_tokens, n_L.shape[0]), value_N)
+    n_acc_L, lambda_acc_L = _coefficients(entries.value_N, n_L, lambda_L, entries.n_tokens)
+    da_BL = host_buffers.empty((entries.n_tokens, n_L.shape[0]), entries.value_N)
     da_BL.copy_((g * c * lambda_acc_L * n_acc_L).expand_as(da_BL))
-    place_N = entry_tokens(row_ptr_B1, latent_idx_N.shape[0]).long().mul_(n_L.shape[0]).add_(latent_idx_N)
-    da_BL.view(-1).index_copy_(0, place_N, dvalue_N)
+    da_BL.view(-1).index_copy_(0, entry_places(entries, n_L.shape[0]), dvalue_N)
     return da_BL, dn_L

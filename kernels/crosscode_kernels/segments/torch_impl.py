@@ -32,6 +32,12 @@ def entry_tokens(row_ptr_B1: Tensor, n_entries: int) -> Tensor:
     return torch.repeat_interleave(tokens_B, row_ptr_B1.diff(), output_size=n_entries)
 
 
+def entry_places(entries: Entries, n_latents: int) -> Tensor:
+    """Place of each entry in `B x L`, flat, int64."""
+    row_ptr_B1, latent_idx_N, *_ = entries
+    return entry_tokens(row_ptr_B1, latent_idx_N.shape[0]).long().mul_(n_latents).add_(latent_idx_N)
+
+
 def token_sums(entries: Entries, W_LO: Tensor) -> Tensor:
     """For each token the sum over its entries of `value[n] * W[latent[n]]`."""
     ptr_B1, latent_idx_N, value_N = _without_zeros(*entries[:3])
@@ -81,12 +87,10 @@ def pair_dots(entries: Entries, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
 
 def _dots_of_all(entries: Entries, rows_BO: Tensor, W_LO: Tensor) -> Tensor:
     """A dense product, in memory that the encoder's has left, and of it what is wanted: 10 times as fast a pair as one by one."""
-    row_ptr_B1, latent_idx_N, _, order_N, latent_ptr_L1 = entries
     n_latents = W_LO.shape[0]
     all_BL = torch.mm(rows_BO, W_LO.T, out=host_buffers.empty((rows_BO.shape[0], n_latents), rows_BO))
-    place_N = entry_tokens(row_ptr_B1, latent_idx_N.shape[0]).long().mul_(n_latents).add_(latent_idx_N)
-    padding_N = order_N[latent_ptr_L1[-1:].tolist()[0] :]
-    return all_BL.take(place_N).index_fill_(0, padding_N.long(), 0)
+    padding_N = entries.order_N[entries.latent_ptr_L1[-1:].tolist()[0] :]
+    return all_BL.take(entry_places(entries, n_latents)).index_fill_(0, padding_N.long(), 0)
 
 
 def _bags(rows: Tensor, row_idx_N: Tensor, ptr: Tensor, weight_N: Tensor, with_end: bool) -> Tensor:

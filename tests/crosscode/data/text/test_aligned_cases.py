@@ -208,14 +208,20 @@ class Expected:
         return found
 
 
+def drawn_pair(tokenizers, rng):
+    """Two of them, and the frames of the chat templates that they are given."""
+    pair, frames = rng.sample(tokenizers, 2), [rng.choice(FRAMES) for _ in range(2)]
+    for tokenizer, frame in zip(pair, frames, strict=True):
+        tokenizer.chat_template = template(frame)
+    return pair, frames
+
+
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 12))])
 def test_random_cases(seed, tokenizers):
     n_partners = 0
     for case in range(20):
         rng = random.Random(f"{seed} {case}")
-        pair, frames = rng.sample(tokenizers, 2), [rng.choice(FRAMES) for _ in range(2)]
-        for tokenizer, frame in zip(pair, frames, strict=True):
-            tokenizer.chat_template = template(frame)
+        pair, frames = drawn_pair(tokenizers, rng)
         options = {
             "sequence_length": rng.choice([5, 17, 60, 400]), "bos": rng.choice(["sequence", "document", "none"]),
             "separator": rng.choice(["eos", "none"]), "isolate_documents": rng.random() < 0.5, "shuffle": False, "epochs": 1,
@@ -417,9 +423,7 @@ def test_stores_of_chats_hold_what_each_model_reads(seed, tokenizers, language_m
     n_rows = 0
     for case in range(4):
         rng = random.Random(f"store {seed} {case}")
-        pair, frames = rng.sample(tokenizers, 2), [rng.choice(FRAMES) for _ in range(2)]
-        for tokenizer, frame in zip(pair, frames, strict=True):
-            tokenizer.chat_template = template(frame)
+        pair, frames = drawn_pair(tokenizers, rng)
         options = {
             "sequence_length": rng.choice([17, 60]), "bos": rng.choice(["sequence", "document", "none"]),
             "separator": rng.choice(["eos", "none"]), "isolate_documents": rng.random() < 0.5, "shuffle": False, "epochs": 1,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crosscode.errors import InputError
-from crosscode.models import BaseCrosscoder
-from crosscode.models.checkpoint import load_model
 from crosscode.trainers.optimizers import OPTIMIZERS
+from crosscode.weight_files import WEIGHTS_FILE
 
 
 @pytest.fixture
@@ -77,9 +77,7 @@ def test_a_checkpoint_has_the_weights_that_are_evaluated(make_trainer, planted):
     for _ in range(5):
         trainer.train_step(next(batches))
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-    saved = load_model(
-        BaseCrosscoder, trainer.run.checkpoint(5), backend="torch", device=torch.device("cpu"), fold=False
-    ).state_dict()
+    saved = load_file(trainer.run.checkpoint(5) / WEIGHTS_FILE)
     assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
     trainer.optimizer_plan.start_evaluation(trainer.optimizer)
     for name, weight in trainer.model.named_parameters():
