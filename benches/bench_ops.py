@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+from bare_step import Case
 from conftest import DTYPES
 from crosscode_kernels import resolve_backend
 from op_cases import OPS, Inputs, call
-from train_step import Case
 
 SIZES = {
     "cpu": Case("topk"),

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from bare_step import Case, Step, make_params, peak_bytes, saved_bytes
 from conftest import DTYPES
 from crosscode_kernels import resolve_backend
 from torch import Tensor
-from train_step import Case, Step, make_params, peak_bytes, saved_bytes
 
 BASE = {
     "cpu": Case("topk", B=512, L=16384, k=32),

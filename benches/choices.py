@@ -20,9 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bare_step import Case, Step, batch, make_params
 from crosscode_kernels import Backend, OpSet
 from step_parts import CLOCKS
-from train_step import WARM_UP, Case, Step, batch, make_params, provenance
+from train_step import WARM_UP, provenance
 
 from crosscode.build.choices import WORTH_TRYING, Trial
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from crosscode_kernels.encoder import Encoder
 from crosscode_kernels.registration import kernel_of
-from static_cases import CASES, Case, Tensors
+from static_tensors import CASES, Case, Tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import static_cases
+import static_tensors
 import torch
+from bare_step import Case, Step, batch, make_params
 from crosscode_kernels import Backend, DenseLatents, OpSet, SparseLatents, available_backends, resolve_backend
 from crosscode_kernels.fused_adam import FusedAdam
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from gpu_device import Gpu, median_ms
-from op_cases import OPS, Inputs, call, outputs
+from op_cases import OPS, Inputs, call, output
 from torch import Tensor
-from train_step import Case, Step, batch, make_params
 
 Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,8 +83,8 @@ def _judged(name: str, ops: OpSet, inputs: Inputs, dtype: str) -> Row:
 
 def _same_twice(name: str, ops: OpSet, inputs: Inputs) -> bool:
     def run() -> list[Tensor]:
-        found = [part.detach() for part in outputs(call(OPS[name], ops, inputs, False))]
-        return [*found, *(call(OPS[name], ops, inputs, True) if OPS[name].leaves else ())]
+        found = output(call(OPS[name], ops, inputs, False)).detach()
+        return [found, *(call(OPS[name], ops, inputs, True) if OPS[name].leaves else ())]
 
     return all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
@@ -95,8 +96,8 @@ def in_float64(inputs: Inputs) -> Inputs:
         if isinstance(value, Tensor) and value.is_floating_point():
             setattr(exact, name, value.detach().double().requires_grad_(value.requires_grad))
     exact.dense = DenseLatents(exact.a_BL)
-    exact.value = inputs.sparse.to_dense().detach().double().requires_grad_()
-    exact.sparse = DenseLatents(exact.value)
+    exact.value = inputs.latents.to_dense().detach().double().requires_grad_()
+    exact.latents = DenseLatents(exact.value)
     return exact
 
 
@@ -131,12 +132,12 @@ def _errors(name: str, ops: OpSet, inputs: Inputs) -> dict[str, float]:
             own = _with(exact, h_BL=own_BL.requires_grad_())
             wanted["t_L"] = call(OPS["jumprelu"], reference, own, True)[1]
     else:
-        pairs = dict(enumerate(zip(outputs(mine), outputs(theirs), strict=True)))
+        pairs = {"0": (output(mine), output(theirs))}
     for leaf, grad in grads.items():
         truth = wanted[leaf]
-        if leaf == "value" and isinstance(inputs.sparse, SparseLatents):
-            stored_BL = replace(inputs.sparse, value_N=torch.ones_like(grad)).to_dense() != 0
-            grad, truth = replace(inputs.sparse, value_N=grad).to_dense(), truth * stored_BL
+        if leaf == "value" and isinstance(inputs.latents, SparseLatents):
+            stored_BL = replace(inputs.latents, value_N=torch.ones_like(grad)).to_dense() != 0
+            grad, truth = replace(inputs.latents, value_N=grad).to_dense(), truth * stored_BL
         pairs[f"gradient of {leaf}"] = grad, truth
     for part, (one, other) in pairs.items():
         largest = float(other.abs().max()) if other.numel() else 0.0
@@ -152,10 +153,10 @@ def fused_adam(gpu: Gpu, quick: bool) -> Iterator[Row]:
     if "triton" not in backends(gpu, torch.float32):
         return
     for size, case in (QUICK if quick else SIZES).items():
-        shape = static_cases.Case(size, case.B, case.I, (case.O,), case.L, case.k)
+        shape = static_tensors.Case(size, case.B, case.I, (case.O,), case.L, case.k)
         for dtype_name in ("float32",) if quick else ("float32", "bfloat16"):
             for kind in ("", "row-sparse", "bfloat16"):
-                t = static_cases.Tensors(shape, DTYPES[dtype_name], gpu.device)
+                t = static_tensors.Tensors(shape, DTYPES[dtype_name], gpu.device)
                 row: Row = {"kind": kind or "dense", "dtype": dtype_name, "size": size}
                 try:
                     wanted, mine, again = (

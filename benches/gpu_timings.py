@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import static_cases
+import static_tensors
 import torch
+from bare_step import Case, Step
 from crosscode_kernels import OpSet, resolve_backend
 from gpu_checks import DTYPES, OPTIMIZERS, Row, backends, error_text, make_variant, variants
 from gpu_device import Gpu, median_ms
@@ -28,7 +29,6 @@ from static_traffic import step_ms
 from step_model import Run
 from torch import Tensor
 from traffic_model import DEVICES, Device, Model
-from train_step import Case, Step
 
 OP_CASE = Case("topk", B=4096, I=4608, O=4608, L=16384, k=64)
 STEPS = {
@@ -50,8 +50,8 @@ PREDICTED: dict[str, Callable[[Model], list[Any]]] = {
     "decoder_norms": lambda m: [m.norms()],
     "recon_loss": lambda m: [m.recon()],
     "jumprelu": lambda m: [m.jumprelu()],
-    "weighted_l1 sparse": lambda m: [m.sparse_penalty()],
-    "weighted_tanh sparse": lambda m: [m.sparse_penalty()],
+    "weighted_l1": lambda m: [m.sparse_penalty()],
+    "weighted_tanh": lambda m: [m.sparse_penalty()],
 }
 """What the traffic model knows of an op's forward."""
 
@@ -63,8 +63,8 @@ def model_device(gpu: Gpu) -> Device | None:
     return next((device for device in DEVICES if device.name.split()[0] in gpu.name()), None)
 
 
-def _static(case: Case) -> static_cases.Case:
-    return static_cases.Case("gpu", case.B, case.I, (case.O // case.segments,) * case.segments, case.L, case.k)
+def _static(case: Case) -> static_tensors.Case:
+    return static_tensors.Case("gpu", case.B, case.I, (case.O // case.segments,) * case.segments, case.L, case.k)
 
 
 def op_times(gpu: Gpu, quick: bool) -> Iterator[Row]:

@@ -24,8 +24,9 @@ import torch
 import triton
 from crosscode_kernels.triton_common.heuristics import warps_on
 from static_binary import amd_facts, cubin_facts, hot_places, ptx_hot_widths
-from static_cases import CASES, DTYPES, launches
+from static_cases import launches
 from static_table import joined, write
+from static_tensors import CASES, DTYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend

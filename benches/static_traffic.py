@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from static_cases import CASES, Case
+from static_tensors import CASES, Case
 from step_model import Run, card, topk_step
 from traffic_model import (
     CACHE_SHARE,

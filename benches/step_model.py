@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from crosscode_kernels.triton_common import heuristics as h
-from static_cases import Case
+from static_tensors import Case
 from traffic_model import FP32, INDEX, Device, Model, Term
 
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bare_step import Case, Step, batch
 from crosscode_kernels.row_sparse_adam import grad_norm
 from torch import Tensor
-from train_step import WARM_UP, Case, Step, batch, make_step, provenance
+from train_step import WARM_UP, make_step, provenance
 
 CASES = {
     "sae": Case("topk", B=2048, I=768, O=768, L=12288, segments=1),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from crosscode_kernels.triton_common import heuristics as h
 from sass import Constants, Work
-from static_cases import Case
+from static_tensors import Case
 
 from crosscode.build.plan import GPUS
 

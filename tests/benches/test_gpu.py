@@ -112,7 +112,7 @@ def test_a_wrong_result_is_a_failed_check(benches, monkeypatch):
     assert all(row["ok"] for row in rows), rows
     norms = OpSet(resolve_backend("torch", "cpu").backend).decoder_norms
     wrong = OpSet(resolve_backend("torch", "cpu").backend)
-    wrong.decoder_norms = lambda *a: norms(*a)._replace(n_L=1.01 * norms(*a).n_L)
+    wrong.decoder_norms = lambda *a, **k: norms(*a, **k)._replace(n_L=1.01 * norms(*a, **k).n_L)
     inputs = gpu_checks.Inputs(gpu_checks.QUICK["odd"], wrong, "cpu", torch.float32, 0)
     row = gpu_checks._judged("decoder_norms", wrong, inputs, "float32")
     assert not row["ok"] and row["error_of_largest"] == pytest.approx(0.01, rel=0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from crosscode_kernels import Backend, OpSet
 from crosscode_kernels.opset import find_ops
 
 BENCHES = Path(__file__).parents[2] / "benches"
@@ -34,15 +36,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_op_and_scheme_is_measured_on_every_backend(results):
-    spec = importlib.util.spec_from_file_location("op_cases", BENCHES / "op_cases.py")
-    assert spec is not None and spec.loader is not None
-    sys.path.insert(0, str(BENCHES))
-    try:
-        op_cases = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(op_cases)
-    finally:
-        sys.path.remove(str(BENCHES))
+@pytest.fixture
+def op_cases(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHES))
+    return importlib.import_module("op_cases")
+
+
+def test_an_op_that_is_found_has_a_case(op_cases, monkeypatch):
+    def gated(h_BL, W_dec_LO, *, backend="auto", slope=2.0):
+        return slope * h_BL.sigmoid() @ W_dec_LO
+
+    def odd(h_BL, unheard_of, *, backend="auto"):
+        return h_BL
+
+    monkeypatch.setitem(find_ops(), "gated", gated)
+    monkeypatch.setitem(find_ops(), "odd", odd)
+    ops = OpSet(Backend("reference"))
+    inputs = op_cases.Inputs(op_cases.Case("topk", B=3, I=4, O=6, L=8, k=2), ops, "cpu", torch.float32, seed=0)
+    cases = op_cases.find_cases()
+    value, (dh_BL, dW_LO) = (op_cases.call(cases["gated"], ops, inputs, backward) for backward in (False, True))
+    assert torch.equal(value, 2 * inputs.h_BL.sigmoid() @ inputs.W_dec_LO)
+    assert cases["gated"].leaves == ("h_BL", "W_dec_LO") and dh_BL.shape == (3, 8) and dW_LO.shape == (8, 6)
+    with pytest.raises(LookupError, match=r"odd: the benches have no input called unheard_of; see `Inputs`"):
+        op_cases.call(cases["odd"], ops, inputs, False)
+
+
+def test_every_op_and_scheme_is_measured_on_every_backend(results, op_cases):
     assert {name.split()[0] for name in op_cases.OPS} | set(op_cases.NOT_TIMED) == set(find_ops())
     stored = json.loads((results / "bench_ops.json").read_text())
     measured = {(row["extra_info"]["backend"], row["extra_info"]["op"]) for row in stored["benchmarks"]}

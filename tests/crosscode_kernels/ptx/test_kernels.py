@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from ptx_emulator.launcher import Emulator
-from static_cases import Case, Tensors, launches, op_calls
+from static_cases import launches, op_calls
+from static_tensors import Case, Tensors
 from torch import Tensor
 
 ROOT = Path(__file__).parents[3] / "kernels" / "crosscode_kernels"

@@ -38,12 +38,17 @@ def _bench_module(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def static_cases() -> ModuleType:
+def static_tensors() -> ModuleType:
+    return _bench_module("static_tensors")
+
+
+@pytest.fixture(scope="session")
+def static_cases(static_tensors: ModuleType) -> ModuleType:
     return _bench_module("static_cases")
 
 
 @pytest.fixture(scope="session")
-def traffic_model(static_cases: ModuleType) -> ModuleType:
+def traffic_model(static_tensors: ModuleType) -> ModuleType:
     _bench_module("sass")
     return _bench_module("traffic_model")
 

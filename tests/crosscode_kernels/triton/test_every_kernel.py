@@ -87,14 +87,14 @@ def fenced(tensors) -> Iterator[Fences]:
 
 
 @pytest.fixture
-def case(static_cases):
-    return static_cases.Case("odd", 67, 37, (17, 17, 5), 1050, 3)
+def case(static_tensors):
+    return static_tensors.Case("odd", 67, 37, (17, 17, 5), 1050, 3)
 
 
 @pytest.fixture
-def small_case(static_cases):
+def small_case(static_tensors):
     """For what loops over rows of every latent or token."""
-    return static_cases.Case("odd", 67, 37, (17, 17, 5), 21, 3)
+    return static_tensors.Case("odd", 67, 37, (17, 17, 5), 21, 3)
 
 
 LONG_ROWS = (
@@ -113,8 +113,8 @@ def few_tokens(case, op):
     return case._replace(n_tokens=3) if op in LONG_ROWS else case
 
 
-def test_the_list_of_ops_is_complete(static_cases, small_case):
-    assert sorted(static_cases.op_calls(small_case, static_cases.Tensors(small_case, torch.float32))) == sorted(OPS)
+def test_the_list_of_ops_is_complete(static_cases, static_tensors, small_case):
+    assert sorted(static_cases.op_calls(small_case, static_tensors.Tensors(small_case, torch.float32))) == sorted(OPS)
 
 
 def test_every_registered_kernel_is_called(static_cases, small_case):
@@ -125,14 +125,14 @@ def test_every_registered_kernel_is_called(static_cases, small_case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_reads_and_writes_stay_within_the_tensors(op, dtype, static_cases, case, small_case, same_bits):
+def test_reads_and_writes_stay_within_the_tensors(op, dtype, static_cases, static_tensors, case, small_case, same_bits):
     if dtype == torch.bfloat16 and op.startswith(
         ("dense", "jumprelu", "encode_jumprelu", "pre_act", "encode_topk screened")
     ):
         pytest.skip("the same addresses as in fp32")
     case = few_tokens(case, op) if op in LONG_ROWS else small_case
-    plain = static_cases.op_calls(case, static_cases.Tensors(case, dtype, "cpu"))[op]()
-    tensors = static_cases.Tensors(case, dtype, "cpu")
+    plain = static_cases.op_calls(case, static_tensors.Tensors(case, dtype, "cpu"))[op]()
+    tensors = static_tensors.Tensors(case, dtype, "cpu")
     with fenced(tensors) as fences:
         result = static_cases.op_calls(case, tensors)[op]()
     same_bits(result, plain)
@@ -151,11 +151,11 @@ def backwards(programs):
     return programs[::-1]
 
 
-def test_the_order_of_the_programs_does_not_matter(op, static_cases, case, small_case, same_bits):
+def test_the_order_of_the_programs_does_not_matter(op, static_cases, static_tensors, case, small_case, same_bits):
     from triton_interpreter import repaired_interpreter
 
     case = few_tokens(case, op) if op in LONG_ROWS else small_case
-    call = static_cases.op_calls(case, static_cases.Tensors(case, torch.float32, "cpu"))[op]
+    call = static_cases.op_calls(case, static_tensors.Tensors(case, torch.float32, "cpu"))[op]
     plain = call()
     with repaired_interpreter(order=shuffled):
         result = call()

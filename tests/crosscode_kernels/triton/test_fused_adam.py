@@ -310,10 +310,10 @@ class OnOneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"row_sparse": True, "betas": (0.0, 0.999)}, {"moments": torch.bfloat16}])
-def test_norm_and_step_can_be_captured(options, static_cases):
+def test_norm_and_step_can_be_captured(options, static_tensors):
     """On tensors without content whatever reads one, or depends on what is in it, raises."""
-    case = static_cases.CASES[0]
-    t = static_cases.Tensors(case, torch.bfloat16)
+    case = static_tensors.CASES[0]
+    t = static_tensors.Tensors(case, torch.bfloat16)
     weight, bias = nn.Parameter(t.W_enc_LI.float()), nn.Parameter(t.b_enc_L.float())
     optimizer = FusedAdam([weight, bias], lr=0.1, **options)
     with recorded_launches() as launches:

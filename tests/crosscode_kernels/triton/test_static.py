@@ -86,20 +86,20 @@ WAITS = ("encode_threshold", "encode_threshold scaled")
 """For inference: the number of entries is not known beforehand."""
 
 
-def test_no_kernel_reads_from_the_device(static_cases):
+def test_no_kernel_reads_from_the_device(static_cases, static_tensors):
     # Tensors on the meta device have no values: `.item()`, `nonzero` or a shape that depends on data would raise.
     from crosscode_kernels.triton_common.launch import recorded_launches
 
-    case = static_cases.CASES[0]
-    for name, call in static_cases.op_calls(case, static_cases.Tensors(case, torch.bfloat16)).items():
+    case = static_tensors.CASES[0]
+    for name, call in static_cases.op_calls(case, static_tensors.Tensors(case, torch.bfloat16)).items():
         if name not in WAITS:
             with recorded_launches() as launches:
                 call()
             assert launches, name
 
 
-def test_float32_products_are_exact_unless_the_user_says_otherwise(static_cases):
-    case = static_cases.CASES[2]
+def test_float32_products_are_exact_unless_the_user_says_otherwise(static_cases, static_tensors):
+    case = static_tensors.CASES[2]
     precisions = {
         launch.meta["PRECISION"]
         for recorded in static_cases.launches(case, torch.float32).values()
@@ -110,8 +110,8 @@ def test_float32_products_are_exact_unless_the_user_says_otherwise(static_cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_ops_move_at_most_a_third_more_than_the_fewest_bytes(traffic_model, static_cases, dtype):
-    for case in static_cases.CASES:
+def test_ops_move_at_most_a_third_more_than_the_fewest_bytes(traffic_model, static_tensors, dtype):
+    for case in static_tensors.CASES:
         for device in traffic_model.DEVICES:
             for term in traffic_model.judged(case, dtype, device):
                 where = (case.name, device.name, term)
@@ -134,8 +134,8 @@ def test_an_op_that_moves_too_much_is_noticed(traffic_model):
     assert not Term("encode GEMM", 1, 100, 131).within_limit(device, 2)
 
 
-def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_cases):
-    case = static_cases.Case("small", 128, 192, (96, 96), 2048, 8)
+def test_no_kernel_of_the_torch_backend_moves_less_than_the_fewest_bytes(counted_bytes, static_tensors):
+    case = static_tensors.Case("small", 128, 192, (96, 96), 2048, 8)
     found = counted_bytes.counted(case)
     # What stock ops need at most: the bias is one more pass (`addmm` makes it too, unseen), the residual is read again for
     # its norms, JumpReLU is several elementwise passes over blocks.
@@ -174,11 +174,11 @@ def nbytes(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_fewest_bytes_are_those_of_the_tensors(static_cases, traffic_model, dtype):
+def test_the_fewest_bytes_are_those_of_the_tensors(static_tensors, traffic_model, dtype):
     # Dense ops touch whatever they are given: the model's count must be that of their arguments and results.
-    case = static_cases.CASES[2]
+    case = static_tensors.CASES[2]
     model = traffic_model.Model(case, dtype, traffic_model.DEVICES[0])
-    t = static_cases.Tensors(case, dtype)
+    t = static_tensors.Tensors(case, dtype)
     pairs = [
         (model.norms(), [t.W_dec_LO, t.norms_LX, t.n_L]),
         (model.norms_backward(), [t.W_dec_LO, t.W_dec_LO, t.norms_LX, t.norms_LX, t.n_L, t.n_L]),
@@ -193,11 +193,11 @@ def test_the_fewest_bytes_are_those_of_the_tensors(static_cases, traffic_model, 
         assert abs(term.fewest - nbytes(tensors)) <= 16, term.name
 
 
-def test_the_gemm_counts_the_flops_that_pytorch_counts(static_cases, traffic_model):
+def test_the_gemm_counts_the_flops_that_pytorch_counts(static_tensors, traffic_model):
     from torch.utils.flop_counter import FlopCounterMode
 
-    case = static_cases.CASES[2]
-    t = static_cases.Tensors(case, torch.float32)
+    case = static_tensors.CASES[2]
+    t = static_tensors.Tensors(case, torch.float32)
     with FlopCounterMode(display=False) as counter:
         torch.addmm(t.b_enc_L, t.x_BI, t.W_enc_LI.T)
     model = traffic_model.Model(case, torch.float32, traffic_model.DEVICES[0])
