@@ -16,7 +16,8 @@ REGISTERED: set[tuple[str, str]] = set()
 
 
 def likely_fields(path: str, known: Iterable[str]) -> list[str]:
-    """Those of the same name, wherever they stand; or one that is spelled like it, in its own section first. Best first.
+    """Those of the same name, wherever they stand, or one that is spelled like it; in its own section first, or in one that is
+    spelled like that. Best first.
 
     Args:
         path: dotted.
@@ -25,8 +26,10 @@ def likely_fields(path: str, known: Iterable[str]) -> list[str]:
     section, _, name = path.rpartition(".")
     names = {field: field.rpartition(".")[2] for field in sorted(known, key=lambda field: (field.count("."), field))}
     beside = {field: name for field, name in names.items() if field.rpartition(".")[0] == section}
+    same = [field for field in names if names[field] == name]
+    near = get_close_matches(section, [field.rpartition(".")[0] for field in same])
     return (
-        [field for field in names if names[field] == name][:3]
+        sorted(same, key=lambda field: field.rpartition(".")[0] not in near[:1])[:3]
         or _spelled_like(name, beside, 0.6)
         or _spelled_like(name, names, 0.85)
     )

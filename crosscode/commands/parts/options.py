@@ -60,6 +60,8 @@ class Words:
     positional: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     """nested values of all options, unchecked"""
+    alone: dict[str, str] = field(default_factory=dict)
+    """positional words that follow an option which needs no value, and what that option takes"""
     guessed: bool = False
     """a word was taken for the value of an option that is not known; it might be a flag"""
 
@@ -94,6 +96,8 @@ def read_words(arguments: Sequence[str], options: type[BaseModel], config: type[
         members = [member for annotation in annotations for member in members_of(annotation)]
         if not has_text and _stands_alone(members, words[0] if words else None):
             value: Any = True if bool in members or Any in members else {}
+            takes = "true or false" if bool in members else f"no value, its fields do, as {word}.FIELD VALUE"
+            read.alone |= dict.fromkeys(list(words)[:1], f"{word} takes {takes}")
         elif has_text or (words and not words[0].startswith("--")):
             value = _value(
                 text if has_text else words.popleft(), members, word, cut=path[0] not in options.model_fields

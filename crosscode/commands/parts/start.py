@@ -66,7 +66,8 @@ def _takes_several(command: Command) -> bool:
 
 def _check_positional(command: Command, name: str, words: Words) -> None:
     if len(words.positional) > (command.positional is not None) and not _takes_several(command):
-        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {usage(command, name)}")
+        hint = next((words.alone[word] for word in words.positional if word in words.alone), usage(command, name))
+        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {hint}")
 
 
 @contextmanager

@@ -49,6 +49,13 @@ def test_every_file_of_the_folder_is_a_command_with_help(capsys):
         (["train"], 2, ["no config given"]),
         (["train", "nowhere.yaml"], 2, ["'nowhere.yaml' is neither a file nor a recipe"]),
         (["train", "demo", "again"], 2, ["'again' is one word too many"]),
+        (["train", "demo", "--trian.n_tokens", "3"], 2, ["did you mean --train.n_tokens?"]),
+        (["train", "demo", "--crosscoder.activation", "topk"], 2, ["--crosscoder.activation takes no value", ".FIELD"]),
+        (
+            ["train", "demo", "--overwrite", "maybe"],
+            2,
+            ["'maybe' is one word too many", "--overwrite takes true or false"],
+        ),
         (["train", "demo", "--train.batchsize", "3"], 2, ["--train.batchsize", "did you mean --train.batch_size?"]),
         (["train", "demo", "--crosscoder.activation.k", "2", "--sed", "1"], 2, ["--sed", "did you mean --seed?"]),
         (["train", "demo", "--train.batch_size", "many"], 2, ["train.batch_size = 'many'", "integer"]),
