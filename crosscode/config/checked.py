@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -43,7 +44,11 @@ def explain(
         path = ".".join(written)
         hint = _near(problem["loc"], path, config_class, section) if problem["type"] == "extra_forbidden" else ""
         unknown = _unknown_type(path.rpartition(".")[0], values) if problem["type"] == "missing" else None
-        problems.append(unknown or problem_text(shown(path), problem) + hint)
+        said = problem_text(shown(path), problem)
+        if problem["type"] == "value_error" and path:
+            for beside in _fields_at(config_class, list(problem["loc"])):
+                said = re.sub(rf"(?<![\w.]){beside}(?= = )", shown(f"{path}.{beside}"), said)
+        problems.append(unknown or said + hint)
     return "; ".join(_merged(problems))
 
 

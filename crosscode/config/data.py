@@ -85,7 +85,7 @@ class TokenPolicy(TokenRules):
     @model_validator(mode="after")
     def _some_documents(self) -> TokenPolicy:
         if self.split == "validation" and self.validation_fraction == 0:
-            raise ValueError("validation_fraction = 0.0: must be above 0 where split = 'validation'")
+            raise ValueError("validation_fraction = 0.0: must be above 0 for a validation split")
         if self.worker[0] >= self.worker[1]:
             raise ValueError(f"worker = {self.worker}: must be (index, count) with 0 <= index < count")
         return self

@@ -59,8 +59,7 @@ class CrosscoderConfig(ConfigModel):
     def _one_size(self) -> CrosscoderConfig:
         if (self.n_latents is None) == (self.expansion_factor is None):
             raise ValueError(
-                f"give exactly one of n_latents and expansion_factor, got n_latents={self.n_latents}, "
-                f"expansion_factor={self.expansion_factor}"
+                f"n_latents = {self.n_latents} and expansion_factor = {self.expansion_factor}: give exactly one"
             )
         return self
 
@@ -150,9 +149,11 @@ class TrainConfig(ConfigModel):
     @model_validator(mode="after")
     def _whole_parts(self) -> TrainConfig:
         if self.batch_size % self.grad_accumulation:
-            raise ValueError(f"grad_accumulation = {self.grad_accumulation} must divide batch_size = {self.batch_size}")
+            raise ValueError(
+                f"grad_accumulation = {self.grad_accumulation}: must divide batch_size = {self.batch_size}"
+            )
         if self.n_tokens < self.batch_size:
-            raise ValueError(f"n_tokens = {self.n_tokens} must be at least batch_size = {self.batch_size}")
+            raise ValueError(f"n_tokens = {self.n_tokens}: must be at least batch_size = {self.batch_size}")
         return self
 
     @property

@@ -42,7 +42,7 @@ class BlockConfig(ConfigModel):
     @model_validator(mode="after")
     def _one_size(self) -> BlockConfig:
         if (self.share is None) == (self.n_latents is None):
-            raise ValueError(f"give exactly one of share and n_latents, got {self.share} and {self.n_latents}")
+            raise ValueError(f"share = {self.share} and n_latents = {self.n_latents}: give exactly one")
         return self
 
 

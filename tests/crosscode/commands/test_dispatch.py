@@ -49,6 +49,11 @@ def test_every_file_of_the_folder_is_a_command_with_help(capsys):
         (["train"], 2, ["no config given"]),
         (["train", "nowhere.yaml"], 2, ["'nowhere.yaml' is neither a file nor a recipe"]),
         (["train", "demo", "again"], 2, ["'again' is one word too many"]),
+        (
+            ["train", "demo", "--train.n_tokens", "1"],
+            2,
+            ["train.n_tokens = 1: must be at least train.batch_size = 512"],
+        ),
         (["train", "demo", "--trian.n_tokens", "3"], 2, ["did you mean --train.n_tokens?"]),
         (["train", "demo", "--crosscoder.activation", "topk"], 2, ["--crosscoder.activation takes no value", ".FIELD"]),
         (

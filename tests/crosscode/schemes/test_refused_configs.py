@@ -110,7 +110,7 @@ JUMPRELU_PENALTIES = {"recon": {}, "tanh": {"weight": 1.0}}
         (
             "dedicated_feature_crosscoder",
             {"crosscoder__partition": [{"models": [0]}]},
-            "give exactly one of share and n_latents",
+            r"crosscoder.partition.0.share = None and crosscoder.partition.0.n_latents = None: give exactly one",
         ),
         (
             "feb_update_diffing_topk",

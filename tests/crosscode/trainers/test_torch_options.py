@@ -115,7 +115,7 @@ def test_a_learning_rate_on_the_device_is_the_same_one_and_survives_a_checkpoint
     [
         (
             {"train": {"optimizer": {**ROWS, "betas": [0.9, 0.99]}}},
-            r"row_sparse needs betas\[0\] = 0, got betas = \[0.9, 0.99\]",
+            r"row_sparse needs betas\[0\] = 0, got train.optimizer.betas = \[0.9, 0.99\]",
         ),
         (
             {"train": {"optimizer": ROWS}, "backend": "reference"},
@@ -128,11 +128,11 @@ def test_a_learning_rate_on_the_device_is_the_same_one_and_survives_a_checkpoint
         ),
         (
             {"train": {"optimizer": {"type": "adam", "moments": "bfloat16"}}},
-            "moments = 'bfloat16' needs fused = true, got fused = false",
+            "optimizer.moments = 'bfloat16' needs train.optimizer.fused = true, got train.optimizer.fused = false",
         ),
         (
             {"train": {"optimizer": {**ROWS, "lr_on_device": True}}},
-            "lr_on_device = true with row_sparse needs fused = true",
+            "optimizer.lr_on_device = true with row_sparse needs train.optimizer.fused = true",
         ),
         ({"backend": "reference:screened"}, "backend"),
         ({"backend": "torch:fast"}, "backend"),
