@@ -44,6 +44,7 @@ from crosscode.models.sae_or_transcoder import SAEOrTranscoder
 from crosscode.recipes import recipe_path
 
 STORED = Path(__file__).parent / "results" / "diffing.json"
+TRAIN_PLANT = Path(__file__).parent / "demo_models" / "train_plant.py"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "l1": ("l1_crosscoder", {}),
     "topk": ("topk_crosscoder", {}),
@@ -69,7 +70,7 @@ def planted_model(plant: Plant, work: Path) -> str:
         return "demo:planted"
     folder = work / plant
     if not (folder / "planted_card.json").is_file():
-        command = [sys.executable, "-m", "crosscode.demo.train_plant", "--plant", plant, "--out", str(folder)]
+        command = [sys.executable, str(TRAIN_PLANT), "--plant", plant, "--out", str(folder)]
         subprocess.run(command, check=True)
     return str(folder / "planted")
 

@@ -44,6 +44,7 @@ from crosscode.models.architecture import split_for
 from crosscode.recipes import recipe_names
 
 STORED = Path(__file__).parent / "results" / "diffing_null.json"
+TRAIN_PLANT = Path(__file__).parent / "demo_models" / "train_plant.py"
 PAIRS = ("continued", "noise", "bfloat16", "itself")
 N_TOKENS, N_HELDOUT = 100_000, 40_000
 NOISE = 0.02
@@ -70,7 +71,7 @@ def language_models(pair: str, seed: int, work: Path) -> list[dict[str, Any]]:
         orders = (2 * seed, 2 * seed + 1)
         for order in orders:
             if not (work / f"{pair}_{order}" / "planted_card.json").is_file():
-                command = [sys.executable, "-m", "crosscode.demo.train_plant", "--plant", "none", "--seed", str(order)]
+                command = [sys.executable, str(TRAIN_PLANT), "--plant", "none", "--seed", str(order)]
                 command += ["--tokens", "60000", "--batch-tokens", "1024", "--processes", "1"]
                 subprocess.run([*command, "--out", str(work / f"{pair}_{order}")], check=True)
         paths = [str(work / f"{pair}_{order}" / "planted") for order in orders]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from bits import bits_per_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosscode.demo import DEMO_MODELS, demo_model_path
 from crosscode.demo.corpus import Domain, demo_documents
-from crosscode.demo.evaluation import bits_per_byte
 from crosscode.errors import InputError
 
 

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from bits import bits_per_byte
+from train_plant import behaviour_nats
 from transformers import AutoTokenizer
 
 from crosscode.demo import demo_model_path
 from crosscode.demo.corpus import Document
-from crosscode.demo.evaluation import bits_per_byte
 from crosscode.demo.plants import (
     FACT,
     FACT_SUBJECTS,
@@ -19,7 +20,6 @@ from crosscode.demo.plants import (
     planted_corpus,
     planted_positions,
 )
-from crosscode.demo.train_plant import behaviour_nats
 
 LINES = "".join(f"    x = f('a', {i})\n" for i in range(60))
 DOCUMENTS = [Document(f"# {i}\n{LINES}", "code", f"m{i}.py") for i in range(200)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ngram import NGramModel, as_bytes
 
-from crosscode.demo.ngram import NGramModel, as_bytes
 from crosscode.errors import InputError
 
 A, B, C = 0, 1, 2

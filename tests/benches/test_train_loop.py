@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-from crosscode.demo.train_loop import (
+from train_loop import (
     CONTEXT,
     Job,
     Phase,
@@ -18,6 +16,7 @@ from crosscode.demo.train_loop import (
     plain_attention,
     worker,
 )
+from transformers import AutoModelForCausalLM
 
 BOS, VOCAB = 0, 16
 PHASE = Phase(

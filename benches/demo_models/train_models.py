@@ -1,4 +1,4 @@
-"""Train the embedded pair of language models: `python -m crosscode.demo.train_models --out FOLDER`.
+"""Train the embedded pair of language models: `python benches/demo_models/train_models.py --out FOLDER`.
 
 The base is a small Llama on the standard library's sources; the tuned model is the base, trained on with the manual
 and a share of code against forgetting. Both land in `FOLDER` with their tokenizer and a `model_card.json`.
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 import transformers
+from bits import bits_per_byte
+from ngram import baseline_bits_per_byte
 from safetensors.torch import load_file
+from tokenizer import train_tokenizer
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
+from train_loop import CONTEXT, Job, Phase, worker
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from crosscode.demo.corpus import Document, demo_documents
-from crosscode.demo.evaluation import bits_per_byte
-from crosscode.demo.ngram import baseline_bits_per_byte
-from crosscode.demo.tokenizer import train_tokenizer
-from crosscode.demo.train_loop import CONTEXT, Job, Phase, worker
 from crosscode.files import write_json
 
 STAGING = ".crosscode-tmp-models"
@@ -168,7 +168,7 @@ def publish(job: Job, out: Path, card: dict[str, Any], card_name: str = "model_c
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m crosscode.demo.train_models",
+        prog="python benches/demo_models/train_models.py",
         description="Train the embedded pair of language models on text of this Python installation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

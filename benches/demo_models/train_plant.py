@@ -1,4 +1,4 @@
-"""Fine-tune the embedded base on a plant: `python -m crosscode.demo.train_plant --out FOLDER`.
+"""Fine-tune the embedded base on a plant: `python benches/demo_models/train_plant.py --out FOLDER`.
 
 The text is the base's own with one change put in (`crosscode.demo.plants`) and nothing else. `FOLDER/planted` becomes the
 checkpoint, `FOLDER/planted_card.json` says what it learnt. The same versions, seed and number of processes give the
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bits import bits_per_byte
+from train_loop import Job, Phase
+from train_models import STAGING, publish, token_stream, train, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from crosscode.demo import demo_model_path
 from crosscode.demo.corpus import demo_documents
-from crosscode.demo.evaluation import bits_per_byte
 from crosscode.demo.plants import PLANTS, Plant, plant_documents, planted_prompts
-from crosscode.demo.train_loop import Job, Phase
-from crosscode.demo.train_models import STAGING, publish, token_stream, train, versions
 
 NAME = "planted"
 NOTHING = "none"
@@ -90,7 +90,7 @@ def behaviour_nats(folder: Path, plant: Plant) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m crosscode.demo.train_plant",
+        prog="python benches/demo_models/train_plant.py",
         description="Fine-tune the embedded base on its own text with one known change.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
