@@ -103,6 +103,8 @@ class LossTerm(Configured, ABC):
     """By what the term multiplies k (see `BaseCrosscoder.k_multiplied`)."""
     rising: bool = False
     """While training: whether the coefficient is still below what it ends at."""
+    draws_l0: bool = False
+    """Whether the term draws L0 to a target, for which it needs a coefficient."""
     capturable: bool = False
     """Whether a step with it can be a CUDA graph: of what changes from step to step it reads what lies on the device, and
     `form`. A subclass says so of itself."""
@@ -139,6 +141,8 @@ class LossTerm(Configured, ABC):
         """The counterpart, for what was not `{}`."""
 
 
+LONG = 10**9
+"""Steps of a run in which every warm-up and ramp comes to its end."""
 TERMS: Registry[Any] = Registry("objective.{type}", "crosscode.objectives.terms")
 
 
@@ -223,9 +227,13 @@ class Objective:
         object.__setattr__(self, "terms", {name: _weighted(name, given) for name, given in terms.items()})
 
     def check_model(self, model: BaseCrosscoder) -> None:
-        """Raise `InputError` where a term does not fit the model."""
-        for term, _ in self.terms.values():
+        """Raise `InputError` where a term does not fit the model, or cannot draw L0 where it should."""
+        for name, (term, schedule) in self.terms.items():
             term.check_model(model)
+            if term.draws_l0 and not schedule(LONG, LONG):
+                raise InputError(
+                    f"objective.{name}.weight: 0 at the end of a run, where nothing would draw L0 to its target"
+                )
 
     def after_step(self, l0: Tensor, step: int, n_steps: int) -> None:
         """Let terms that steer know `l0`, that of the step, a scalar on the device."""

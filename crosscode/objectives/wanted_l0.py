@@ -70,6 +70,7 @@ class Penalty(LossTerm):
     """A sparsity penalty, times the controller's factor where there is a target."""
 
     def setup(self) -> None:
+        self.draws_l0 = self.target_l0 is not None
         self._log_factors = torch.tensor([0.0, 0.0, math.nan])  # the integral, the whole, the recent mean of log l0
 
     def check_model(self, model: BaseCrosscoder) -> None:

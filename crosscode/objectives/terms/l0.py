@@ -44,6 +44,7 @@ class L0Term(LossTerm):
         """size of that penalty"""
 
     capturable = True
+    draws_l0 = True
 
     def setup(self) -> None:
         self.needs_whole_batch = self.pull == "batch" or self.max_firing_share is not None

@@ -56,6 +56,22 @@ def test_more_latents_than_there_are_are_refused(make_case):
         L1Term(target_l0=25).check_model(make_case("sae", "relu").model)
 
 
+@pytest.mark.parametrize(
+    "weight", [0, {"type": "linear_ramp", "value": 0, "start": 1}, {"type": "warm_up", "value": 0}]
+)
+@pytest.mark.parametrize(
+    ("name", "target", "activation"),
+    [("l0", "target", "jumprelu_linear"), ("l1", "target_l0", "relu"), ("tanh", "target_l0", "jumprelu")],
+)
+def test_a_target_without_a_coefficient_is_refused(name, target, activation, weight, make_case, objective):
+    """The trap: it trains to the end, and then advises to train for more steps."""
+    model = make_case("sae", activation).model
+    with pytest.raises(InputError, match=rf"objective.{name}.weight: 0 at the end of a run"):
+        objective({"recon": {}, name: {target: 4, "weight": weight}}).check_model(model)
+    objective({"recon": {}, name: {target: 4}}).check_model(model)
+    objective({"recon": {}, **({} if name == "l0" else {name: {"weight": weight}})}).check_model(model)
+
+
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "groupmax"])
 @pytest.mark.parametrize(("architecture", "options", "times"), [("sae", {}, 1), ("compound", {}, 3)])
 def test_more_latents_than_an_activation_keeps_are_refused(activation, architecture, options, times, make_case):
