@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from crosscode_kernels import OpSet, host_buffers
+from crosscode_kernels.recon_loss import ReconLoss
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
-from crosscode.objectives.base import batch_variance
+from crosscode.objectives.base import LossContext
+from crosscode.objectives.terms.auxk import AuxKTerm
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,24 @@ class Step:
         recon = ops.decode_recon_loss(latents, p["W_dec_LO"], p["b_dec_O"], target_BO, widths)
         if case.k_aux:
             self._mark("decode and loss")
-            penalty = penalty + self.auxk(x_BI, -recon.residual_BO, widths)
+            penalty = penalty + self.auxk(x_BI, target_BO, recon)
             self._mark("AuxK forward")
         return recon.loss + penalty
 
-    def auxk(self, x_BI: Tensor, error_BO: Tensor, widths: list[int]) -> Tensor:
-        """AuxK of Gao et al. 2024, as the trainer has it when it does not know that no latent is dead."""
-        case, ops, p = self.case, self.ops, self.params
-        dead_L = torch.arange(case.L, device=x_BI.device) < case.dead * case.L
+    def auxk(self, x_BI: Tensor, target_BO: Tensor, recon: ReconLoss) -> Tensor:
+        """The trainer's own term, of a model that is this step."""
+        silence_L = (torch.arange(self.case.L, device=x_BI.device) < self.case.dead * self.case.L).long()
+        term, model = AuxKTerm(k_aux=self.case.k_aux, dead_after_tokens=1), cast(Any, self)
+        return term.weight * term(LossContext(model, x_BI, target_BO, cast(Any, None), silence_L, _recon=[recon]))
+
+    @property
+    def n_latents(self) -> int:
+        return self.case.L
+
+    def dead_recon_loss(self, x_BI: Tensor, dead_mask_L: Tensor, k: int, residual_BO: Tensor) -> Tensor:
+        p = self.params
         encoder = (x_BI, p["W_enc_LI"], p["b_enc_L"])
-        predicted_BO = ops.dead_decode(*encoder, dead_L, case.k_aux, p["W_dec_LO"], sparse_grad=True)
-        variance = batch_variance(error_BO)
-        aux = ops.recon_loss(predicted_BO, error_BO, widths).loss
-        return aux / variance * (dead_L.sum().clamp(max=case.k_aux) / case.k_aux) / 32
+        return self.ops.dead_recon_loss(*encoder, dead_mask_L, k, p["W_dec_LO"], residual_BO, sparse_grad=True)
 
     def encode(self, x_BI: Tensor) -> Latents:
         case, ops, p = self.case, self.ops, self.params

@@ -43,6 +43,7 @@ class Inputs:
         self.W_dec_LO, self.b_dec_O = leaves["W_dec_LO"], leaves["b_dec_O"]
         self.segments = [case.O // case.segments] * case.segments
         self.target_BO, self.y_BO = normal(case.B, case.O), normal(case.B, case.O).requires_grad_()
+        self.residual_BO = self.target_BO
         self.t_L = torch.full((case.L,), 0.1, device=device, dtype=dtype).requires_grad_()
         self.lambda_L = torch.full((case.L,), 0.1, device=device)
         self.dead_mask_L = torch.rand(case.L, generator=generator).to(device) < DEAD_FRACTION

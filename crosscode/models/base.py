@@ -182,12 +182,12 @@ class BaseCrosscoder(CoderFiles):
         """The k largest `relu(h)` of each token among the latents of `dead_mask_L`; never encodes the others."""
         return self.ops.aux_topk(self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
 
-    def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
-        """`output_BXoDo` of `dead_latents` (at most k of each token), without bias or skip (for AuxK). The weights' gradients
-        may be sparse over rows, until they are added to those of the reconstruction."""
+    def dead_recon_loss(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int, residual_BO: Tensor) -> Tensor:
+        """Squared error (summed over the output, mean over the batch) once what `dead_latents` decode to, without bias or skip,
+        is added to `residual_BO`, output less target (for AuxK). The weights' gradients may be sparse over rows, until they are
+        added to those of the reconstruction."""
         encoder = (self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L)
-        y_BO = self.ops.dead_decode(*encoder, dead_mask_L, k, self.W_dec_LO, sparse_grad=True)
-        return y_BO.reshape(-1, *self.out_dims, self.d_out)
+        return self.ops.dead_recon_loss(*encoder, dead_mask_L, k, self.W_dec_LO, residual_BO, sparse_grad=True)
 
     def forward_train(self, x_BXiDi: Tensor) -> ForwardResult:
         """Latents, and what follows from them, for an `Objective`."""

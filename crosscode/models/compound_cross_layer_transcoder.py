@@ -220,7 +220,7 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         y_BO, target_BO = self._decode_layers(latents_of_parts, x_BXiDi).flatten(1), target_BXoDo.flatten(1)
         return self.ops.recon_loss(y_BO, target_BO, self.segments)
 
-    def decode_dead(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int) -> Tensor:
+    def dead_recon_loss(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int, residual_BO: Tensor) -> Tensor:
         masks = dead_mask_L.chunk(len(self.parts))
         k_layer = min(k, self.parts[0].n_latents)
         layers = [
@@ -229,7 +229,8 @@ class CompoundCrossLayerTranscoder(BaseCrosscoder):
         ]
         if len(layers) > 1:
             layers = keep_largest(layers, k, None, over_batch=False)
-        return self._grouped(layers, None).reshape(-1, self.n_layers, self.d_out)
+        y_BO = self._grouped(layers, None).to(residual_BO.dtype)
+        return self.ops.recon_loss(y_BO, -residual_BO, [y_BO.shape[1]]).loss
 
     @torch.no_grad()
     def after_step(self, latents: Latents) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
+from crosscode_kernels.blocks import row_blocks
 from crosscode_kernels.decoder_norms import DecoderNorms
 from crosscode_kernels.recon_loss import ReconLoss
 from pydantic import BaseModel
@@ -43,7 +44,9 @@ NOT_LOOKED_AT = WholeBatch()
 
 def batch_variance(rows_BO: Tensor) -> Tensor:
     """`mean_B sum_O (row - mean row)^2`."""
-    return torch.linalg.vector_norm(rows_BO - rows_BO.mean(0), dim=1).square().mean()
+    mean_O = rows_BO.mean(0)
+    norms = [torch.linalg.vector_norm(rows_BO[rows] - mean_O, dim=1) for rows in row_blocks(rows_BO)]
+    return torch.cat(norms).square().mean()
 
 
 @dataclass(frozen=True)

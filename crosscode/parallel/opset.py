@@ -159,7 +159,7 @@ class ShardedOps(OpSet):
         y_BSO = summed(self.group, _tied(y_BSO, latents.value))
         return y_BSO if b_dec_O is None else y_BSO + b_dec_O
 
-    def dead_decode(
+    def dead_recon_loss(
         self,
         x_BI: Tensor,
         W_enc_RI: Tensor,
@@ -167,10 +167,12 @@ class ShardedOps(OpSet):
         dead_mask_L: Tensor,
         k: int,
         W_dec_RO: Tensor,
+        residual_BO: Tensor,
         *,
         sparse_grad: bool = False,
     ) -> Tensor:
-        return self.sparse_decode(self.aux_topk(x_BI, W_enc_RI, b_enc_L, dead_mask_L, k), W_dec_RO)
+        latents = self.aux_topk(x_BI, W_enc_RI, b_enc_L, dead_mask_L, k)
+        return self.decode_recon_loss(latents, W_dec_RO, None, -residual_BO, [residual_BO.shape[1]]).loss
 
     def decoder_norms(self, W_dec_RO: Tensor, segments: Sequence[int], mode: str) -> DecoderNorms:
         norms = self.of_rows.decoder_norms(W_dec_RO, segments, mode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from crosscode_kernels import encoder
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -42,20 +43,17 @@ class AuxKTerm(LossTerm):
 
     def __call__(self, context: LossContext) -> Tensor:
         dead_after = self.dead_after_tokens or context.dead_after_tokens
-        if not self.form(context.longest_silence, dead_after):
-            return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         dead_mask_L = context.tokens_since_fired_L >= dead_after
+        may_be_dead = self.form(context.longest_silence, dead_after)
+        if not may_be_dead or (encoder.may_look(dead_mask_L) and not dead_mask_L.any()):
+            return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         k_aux = min(self.k_aux, context.model.n_latents)
-        variance = context.whole.error_variance
-        residual_BO = context.recon.residual_BO
-        predicted_BO = (
-            context.model.decode_dead(context.input_BXiDi, dead_mask_L, k_aux).flatten(1).to(residual_BO.dtype)
-        )
+        variance, residual_BO = context.whole.error_variance, context.recon.residual_BO
+        unexplained = context.model.dead_recon_loss(context.input_BXiDi, dead_mask_L, k_aux, residual_BO)
         if variance is None:
             variance = batch_variance(residual_BO)
         # A batch without variance has nothing to explain: its term is 0, and so is the gradient (0/0 would be NaN).
         has_variance = variance > 0
         divisor = torch.where(has_variance, variance, torch.ones_like(variance))
-        unexplained = context.model.ops.recon_loss(predicted_BO, -residual_BO, [predicted_BO.shape[1]]).loss
         share_dead = dead_mask_L.sum().clamp(max=k_aux).to(unexplained.dtype) / k_aux
         return unexplained / divisor * share_dead * has_variance

@@ -46,14 +46,19 @@ def decode_recon_loss(
         return recon_loss(y_BO, target_BO, segments, backend=backend)
     value_N, W_dec_LO, b_dec_O = autocast(backend, latents.value_N, W_dec_LO, b_dec_O)
     check_decoder("sparse_decode", latents.n_latents, value_N, W_dec_LO, b_dec_O)
-    expected = (latents.batch_size, W_dec_LO.shape[1])
-    if tuple(target_BO.shape) != expected:
-        raise ValueError(f"recon_loss: target_BO has shape {tuple(target_BO.shape)}; must be {expected}")
-    if autocast_dtype(target_BO.device.type) is None:
-        check_float("recon_loss", target_BO=target_BO, W_dec_LO=W_dec_LO)
-    else:  # the target keeps its own, in which the residual is
-        check_float("recon_loss", target_BO=target_BO)
+    check_target("recon_loss", "target_BO", target_BO, latents.batch_size, W_dec_LO)
     check_segments("recon_loss", "target_BO", target_BO.shape[1], segments)
     entries = ordered_entries(replace(latents.with_int32(), value_N=value_N), W_dec_LO, backend)
     loss, per_x_X, residual_BO = decode_recon(entries, W_dec_LO, b_dec_O, target_BO, list(segments), backend=backend)
     return ReconLoss(loss, per_x_X, residual_BO.detach())
+
+
+def check_target(op: str, name: str, target_BO: Tensor, n_tokens: int, W_dec_LO: Tensor) -> None:
+    """`target_BO`, named as it is in the op, is of the output's shape; and of its dtype, unless autocast is on."""
+    expected = (n_tokens, W_dec_LO.shape[1])
+    if tuple(target_BO.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(target_BO.shape)}; must be {expected}")
+    if autocast_dtype(target_BO.device.type) is None:
+        check_float(op, **{name: target_BO, "W_dec_LO": W_dec_LO})
+    else:  # the target keeps its own, in which the residual is
+        check_float(op, **{name: target_BO})

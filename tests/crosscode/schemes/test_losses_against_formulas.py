@@ -112,6 +112,18 @@ def test_topk_styles_with_auxk(architecture, activation, backend, make_case, obj
     check(case, formula, loss, formula.recon(a_S) + formula.auxk(a_S, idle_L >= 1000, 5) / 32)
 
 
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_auxk_makes_no_pass_while_nothing_is_dead(architecture, make_case, objective, context, monkeypatch):
+    """Whether or not that is known beforehand."""
+    case = make_case(architecture, "topk", backend="torch")
+    monkeypatch.setattr(case.model, "dead_recon_loss", None)
+    of_step = context(case, torch.full((24,), 9))
+    terms = objective({"auxk": {"k_aux": 5, "dead_after_tokens": 10}})
+    for silence in (None, 9, 10):
+        value = terms.values(replace(of_step, longest_silence=silence))["auxk"]
+        assert value == 0 and not value.requires_grad
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n_dead", [0, 1, 3])
 def test_auxk_with_fewer_dead_latents_than_it_may_take(

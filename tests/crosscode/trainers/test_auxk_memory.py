@@ -10,7 +10,13 @@ import torch
 
 from crosscode.config.experiment import TrainConfig
 from crosscode.config.registry import Component
-from crosscode.models import AnthropicTransposeInit, ModelHookpointAcausalCrosscoder, TopkActivation
+from crosscode.models import (
+    AnthropicTransposeInit,
+    AnthropicTransposeInitCrossLayerTC,
+    CrossLayerTranscoder,
+    ModelHookpointAcausalCrosscoder,
+    TopkActivation,
+)
 from crosscode.objectives import objective_from
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
@@ -38,10 +44,13 @@ def kept_bytes(model, objective, tracker):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x_BMPD = torch.randn(B, M, 1, D, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    x_BXD, target_BXD = (
+        torch.randn(B, *dims, model.d_in, generator=generator) for dims in (model.in_dims, model.out_dims)
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward.announce(len(x_BMPD))
-        _, values = forward(x_BMPD, x_BMPD)
+        forward.announce(B)
+        _, values = forward(x_BXD, target_BXD)
     return sum(kept.values()), values
 
 
@@ -58,3 +67,12 @@ def test_auxk_keeps_nothing_while_nothing_is_dead(model):
     dead.tokens_since_fired_L[:100] = 20_000_000
     some, terms = kept_bytes(model, objective, dead)
     assert some > with_auxk and terms["auxk"].item() > 0
+
+
+def test_a_transcoder_neither():
+    transcoder = CrossLayerTranscoder(6, 512, 512, 8192, TopkActivation(K, n_latents=8192), backend="torch")
+    transcoder.init_weights(AnthropicTransposeInitCrossLayerTC(), seed=0).train()
+    with_auxk, terms = kept_bytes(transcoder, {"recon": {}, "auxk": {"k_aux": 256}}, FiringTracker(8192))
+    without, _ = kept_bytes(transcoder, {"recon": {}}, FiringTracker(8192))
+    assert without <= with_auxk < without + 1024
+    assert terms["auxk"].item() == 0 and not terms["auxk"].requires_grad

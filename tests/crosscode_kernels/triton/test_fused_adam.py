@@ -51,8 +51,8 @@ class Run:
             latents = ops.encode_topk(x_BI, W_enc_LI, self.b_enc, 3)
             recon = ops.decode_recon_loss(latents, W_dec_LO, self.b_dec, x_BI, [D] * X)
             dead_L = torch.arange(L) < 5
-            y_BO = ops.dead_decode(x_BI, W_enc_LI, self.b_enc, dead_L, 2, W_dec_LO).float()
-            loss = recon.loss + ops.recon_loss(y_BO, -recon.residual_BO, [X * D]).loss / 32
+            dead = (x_BI, W_enc_LI, self.b_enc, dead_L, 2, W_dec_LO, recon.residual_BO)
+            loss = recon.loss + ops.dead_recon_loss(*dead) / 32
             if with_norms:
                 loss = loss + ops.decoder_norms(W_dec_LO, [D] * X, "sum").n_L.sum()
         loss.backward()

@@ -1,4 +1,4 @@
-"""The output of dead latents: dense products over few of them give what the sparse ops give.
+"""What dead latents leave of an error: dense products over few of them give what the sparse ops give.
 
 Axes: B tokens · I flattened input dims · O flattened output dims · L latents.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosscode_kernels import dead_decode, resolve_backend
-from crosscode_kernels.dead_decode import torch_impl
+from crosscode_kernels import dead_recon_loss, resolve_backend
+from crosscode_kernels.dead_recon_loss import torch_impl
 
 B, I, L, O = 9, 6, 40, 7  # noqa: E741
 
@@ -24,19 +24,19 @@ def dead_mask(n_dead, device):
 
 
 @pytest.mark.parametrize(("n_dead", "k"), [(0, 4), (3, 8), (3, 3), (12, 5), (L, 1), (7, 0)])
-def test_output_and_gradients_are_those_of_the_formula(backend, n_dead, k, make_problem, oracle, within_budget):
+def test_loss_and_gradients_are_those_of_the_formula(backend, n_dead, k, make_problem, oracle, within_budget):
     p = make_problem(B, I, L, O, device=backend.device)
-    dead_L, weight_BO = dead_mask(n_dead, backend.device), torch.randn(B, O, device=backend.device)
-    y_BO = backend.ops.dead_decode(p.x_BI, p.W_enc_LI, p.b_enc_L, dead_L, k, p.W_dec_LO)
-    if y_BO.requires_grad:
-        (y_BO * weight_BO).sum().backward()
+    dead_L = dead_mask(n_dead, backend.device)
+    loss = backend.ops.dead_recon_loss(p.x_BI, p.W_enc_LI, p.b_enc_L, dead_L, k, p.W_dec_LO, p.target_BO)
+    if loss.requires_grad:
+        loss.backward()
     found = []
     for r in (p.double(), p.clone()):
         kept_BL = oracle.topk_kept(oracle.preacts(r).detach() * dead_L.to(r.x_BI.device), k)
-        expected_BO = oracle.latents(r, kept_BL) @ r.W_dec_LO
-        (expected_BO * weight_BO.to(expected_BO)).sum().backward()
-        found.append([expected_BO, *(leaf.grad for leaf in leaves(r))])
-    actual = [y_BO, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves(p))]
+        expected = (r.target_BO + oracle.latents(r, kept_BL) @ r.W_dec_LO).square().sum(1).mean()
+        expected.backward()
+        found.append([expected, *(leaf.grad for leaf in leaves(r))])
+    actual = [loss, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves(p))]
     for ours, exact, eager in zip(actual, *found, strict=True):
         within_budget(ours, eager, exact, torch.float32)
 
@@ -44,11 +44,11 @@ def test_output_and_gradients_are_those_of_the_formula(backend, n_dead, k, make_
 def test_both_ways_are_taken_on_a_cpu(make_problem, monkeypatch):
     p = make_problem(B, I, L, O)
     taken = []
-    dense = torch_impl.dead_decode
-    monkeypatch.setattr(torch_impl, "dead_decode", lambda *args: taken.append(args[1].shape[0]) or dense(*args))
+    dense = torch_impl.dead_recon_loss
+    monkeypatch.setattr(torch_impl, "dead_recon_loss", lambda *args: taken.append(args[1].shape[0]) or dense(*args))
     ops = resolve_backend("torch", "cpu")
     for n_dead, k in ((8, 4), (L, 6), (L, 4), (L, 0)):
-        ops.dead_decode(p.x_BI, p.W_enc_LI, p.b_enc_L, dead_mask(n_dead, "cpu"), k, p.W_dec_LO)
+        ops.dead_recon_loss(p.x_BI, p.W_enc_LI, p.b_enc_L, dead_mask(n_dead, "cpu"), k, p.W_dec_LO, p.target_BO)
     assert taken == [8, L]  # 6 of 40 are 15 %, 4 are 10 %
 
 
@@ -58,7 +58,8 @@ def test_a_row_sparse_gradient_is_added_in_place_to_a_dense_one(make_problem):
 
     def loss_of(r, sparse_grad):
         main = ops.decode_recon_loss(ops.encode_topk(*leaves(r)[:3], 4), r.W_dec_LO, None, r.target_BO, (O,)).loss
-        return main + ops.dead_decode(*leaves(r)[:3], dead_L, 4, r.W_dec_LO, sparse_grad=sparse_grad).square().sum()
+        dead = (*leaves(r)[:3], dead_L, 4, r.W_dec_LO, r.target_BO)
+        return main + ops.dead_recon_loss(*dead, sparse_grad=sparse_grad)
 
     loss_of(p, False).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -75,11 +76,11 @@ def test_a_row_sparse_gradient_is_added_in_place_to_a_dense_one(make_problem):
 
 def test_gradients_alone_are_sparse_only_where_asked(make_problem):
     p = make_problem(B, I, L, O)
-    arguments = (*leaves(p)[:3], dead_mask(5, "cpu"), 4, p.W_dec_LO)
-    dead_decode(*arguments, sparse_grad=True, backend="torch").sum().backward()
+    arguments = (*leaves(p)[:3], dead_mask(5, "cpu"), 4, p.W_dec_LO, p.target_BO)
+    dead_recon_loss(*arguments, sparse_grad=True, backend="torch").backward()
     assert p.W_dec_LO.grad.is_sparse and p.W_enc_LI.grad.is_sparse
     sparse = p.W_dec_LO.grad.to_dense()
     p.W_dec_LO.grad = p.W_enc_LI.grad = None
-    dead_decode(*arguments, backend="torch").sum().backward()
+    dead_recon_loss(*arguments, backend="torch").backward()
     assert not p.W_dec_LO.grad.is_sparse
     torch.testing.assert_close(p.W_dec_LO.grad, sparse)

@@ -1,4 +1,4 @@
-"""dead_decode with dense products over the dead latents. Eager, on the CPU.
+"""dead_recon_loss with dense products over the dead latents. Eager, on the CPU.
 
 Axes: B tokens · I, O flattened input and output dims · L latents · Q dead latents · K kept per token.
 """
@@ -13,11 +13,14 @@ from torch import Tensor
 from crosscode_kernels import host_buffers
 from crosscode_kernels.encode_topk.torch_impl import dense_preacts
 from crosscode_kernels.encoder import Encoder
+from crosscode_kernels.recon_loss.torch_impl import errors
 from crosscode_kernels.selection.torch_impl import row_topk
 
 
-def dead_decode(encoder: Encoder, dead_Q: Tensor, k: int, W_dec_LO: Tensor, sparse_grad: bool) -> Tensor:
-    return _DeadDecode.apply(*encoder, W_dec_LO, dead_Q, k, sparse_grad)
+def dead_recon_loss(
+    encoder: Encoder, dead_Q: Tensor, k: int, W_dec_LO: Tensor, residual_BO: Tensor, sparse_grad: bool
+) -> Tensor:
+    return _DeadReconLoss.apply(*encoder, W_dec_LO, dead_Q, k, residual_BO, sparse_grad)
 
 
 def _kept(h_BQ: Tensor, k: int) -> Tensor:
@@ -39,24 +42,35 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out=host_buffers.empty((left.shape[0], right.shape[1]), left))
 
 
-class _DeadDecode(torch.autograd.Function):
+class _DeadReconLoss(torch.autograd.Function):
+    """Of what is as large as the output there is one tensor: what is left of the error, in which the product is summed."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, sparse_grad."""
-        x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, ctx.sparse_grad = arguments
+        """x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, residual_BO, sparse_grad."""
+        x_BI, W_enc_LI, b_enc_L, W_dec_LO, dead_Q, k, residual_BO, ctx.sparse_grad = arguments
         encoder_Q = Encoder(x_BI, _rows(W_enc_LI, dead_Q), None if b_enc_L is None else b_enc_L[dead_Q])
         a_BQ, W_dec_QO = _kept(dense_preacts(encoder_Q), k), _rows(W_dec_LO, dead_Q)
+        left_BO = host_buffers.empty_like(residual_BO).copy_(residual_BO)
+        if left_BO.dtype == a_BQ.dtype:
+            left_BO.addmm_(a_BQ, W_dec_QO)
+        else:
+            left_BO.add_(_product(a_BQ, W_dec_QO))
         ctx.n_latents = W_enc_LI.shape[0]
-        ctx.save_for_backward(x_BI, encoder_Q.W_enc_LI, W_dec_QO, a_BQ, dead_Q)
-        return _product(a_BQ, W_dec_QO)
+        ctx.save_for_backward(x_BI, encoder_Q.W_enc_LI, W_dec_QO, a_BQ, left_BO, dead_Q)
+        return errors(left_BO, [left_BO.shape[1]])[0].sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dy_BO = grads[0].contiguous()
-        x_BI, W_enc_QI, W_dec_QO, a_BQ, dead_Q = ctx.saved_tensors
+        x_BI, W_enc_QI, W_dec_QO, a_BQ, left_BO, dead_Q = ctx.saved_tensors
         needs_x, needs_W_enc, needs_b_enc, needs_W_dec = ctx.needs_input_grad[:4]
+        # The gradient of the output is a number times what is left: that number goes to what is small. Not in half precision,
+        # as in `decode_recon_loss`.
+        scale, dy_BO = grads[0] * (2 / left_BO.shape[0]), left_BO
+        if a_BQ.dtype.itemsize < 4:
+            scale, dy_BO = torch.ones_like(scale), (left_BO * scale).to(a_BQ.dtype)
         # Only kept positive values have a gradient. Written as "not positive is 0", so that NaN passes.
-        dh_BQ = (dy_BO @ W_dec_QO.T).masked_fill_(a_BQ <= 0, 0)
+        dh_BQ = _product(dy_BO, W_dec_QO.T).mul_(scale).masked_fill_(a_BQ <= 0, 0)
 
         def of_latents(rows: Tensor, sparse: bool) -> Tensor:
             size = (ctx.n_latents, *rows.shape[1:])
@@ -68,6 +82,6 @@ class _DeadDecode(torch.autograd.Function):
             dh_BQ @ W_enc_QI if needs_x else None,
             of_latents(_product(dh_BQ.T, x_BI), ctx.sparse_grad) if needs_W_enc else None,
             of_latents(dh_BQ.sum(0), False) if needs_b_enc else None,
-            of_latents(_product(a_BQ.T, dy_BO), ctx.sparse_grad) if needs_W_dec else None,
-            *(None,) * 3,
+            of_latents(_product((a_BQ * scale).T, dy_BO), ctx.sparse_grad) if needs_W_dec else None,
+            *(None,) * 4,
         )
