@@ -22,13 +22,17 @@ from crosscode_kernels.row_sparse_adam import RowSparseAdam, clip_grad_norm_
 from torch import Tensor
 
 from crosscode.build.data import available_device
-from crosscode.build.experiment import build_constraints, build_model
+from crosscode.build.experiment import build_constraints, build_model, build_objective
 from crosscode.config.experiment import ExperimentConfig
-from crosscode.errors import first_line
-from crosscode.evaluation.precision import autocast
+from crosscode.evaluation.precision import float32_products
+from crosscode.models.architecture import split_for
 from crosscode.models.base import BaseCrosscoder
-from crosscode.trainers.graphs import N_WARM_UP, Capture, CudaCapture
+from crosscode.trainers.faults import FiniteGuard
+from crosscode.trainers.firing import FiringTracker
+from crosscode.trainers.forward import ForwardPass
+from crosscode.trainers.graphs import N_WARM_UP, Capture, CudaCapture, StepGraphs, why_not
 from crosscode.trainers.optimizers import OPTIMIZERS
+from crosscode.trainers.update import Numbers, Update
 
 log = logging.getLogger("crosscode")
 
@@ -63,7 +67,7 @@ def with_choices(
     if may_try and config.train.batch_size * model.W_enc_LXiDi.numel() >= WORTH_TRYING:
         trial = Trial(model, config.train.batch_size, clock)
         if config.backend == "auto" and model.activation_fn.is_screened:
-            changes["backend"] = backend = trial.screened_or_not()
+            changes["backend"] = str(trial.screened_or_not())
         if config.sparse_below is None and model.activation_fn.may_be_either:
             changes["sparse_below"] = trial.sparse_below()
         if row_sparse == "auto" and _may_be_row_sparse(config, model):
@@ -77,10 +81,17 @@ def with_choices(
         chosen = optimizer.config.model_copy(update={"row_sparse": row_sparse})
         changes["train"] = config.train.model_copy(update={"optimizer": chosen})
     if config.train.cuda_graph == "auto":
-        captured = _captured(config, model, backend, device, clock) if not model_is_given else False
-        log.info("train.cuda_graph auto: %s", captured)
-        changes["train"] = changes.get("train", config.train).model_copy(update={"cuda_graph": captured})
-    return config.model_copy(update=changes | {"backend": str(backend)} if "backend" in changes else changes)
+        chosen, small = False, config.train.batch_size * model.W_enc_LXiDi.numel() <= MOST_TO_CAPTURE
+        if device.type == "cuda" and small and not model_is_given:
+
+            def waiting() -> float:
+                torch.cuda.synchronize(device)
+                return clock()
+
+            chosen = captured(config.model_copy(update=changes), width, device, CudaCapture(device), waiting)
+        log.info("train.cuda_graph auto: %s", chosen)
+        changes["train"] = changes.get("train", config.train).model_copy(update={"cuda_graph": chosen})
+    return config.model_copy(update=changes)
 
 
 def _may_be_row_sparse(config: ExperimentConfig, model: BaseCrosscoder) -> bool:
@@ -89,21 +100,45 @@ def _may_be_row_sparse(config: ExperimentConfig, model: BaseCrosscoder) -> bool:
         return model.activation_fn.keeps_k and all(one.takes_row_sparse for one in build_constraints(config, model))
 
 
-def _captured(
-    config: ExperimentConfig, model: BaseCrosscoder, backend: Backend, device: torch.device, clock: Clock
-) -> bool:
-    """Whether a step like this model's is faster as a CUDA graph: not on another device, nor beyond a size."""
-    n_tokens = config.train.batch_size
-    if device.type != "cuda" or n_tokens * model.W_enc_LXiDi.numel() > MOST_TO_CAPTURE:
+def captured(config: ExperimentConfig, width: int, device: torch.device, capture: Capture, clock: Clock) -> bool:
+    """Whether the run's own step is faster as a CUDA graph. It trains a model of random weights on random activations."""
+    generator, train = torch.Generator().manual_seed(0), config.train
+    model = build_model(config, width).to(device).train()
+    own = {param for activation in model.activation_fns for param in activation.parameters()}
+    with torch.no_grad():
+        for param in model.parameters():
+            if param not in own:
+                param.copy_(torch.randn(param.shape, generator=generator).mul_(param[0].numel() ** -0.5))
+    objective, firing = build_objective(config), FiringTracker(model.n_latents).to(device)
+    forward, constraints = ForwardPass(model, objective, firing, train), build_constraints(config, model)
+    plan, split = OPTIMIZERS.build(train.optimizer), split_for(config.crosscoder.type)
+    if reason := why_not(forward, constraints, plan):
+        log.info("train.cuda_graph auto: not tried: %s", reason)
         return False
+    plan.lr_on_device = True
+    optimizer = plan.build(model)
+    plan.start_training(optimizer)
+    model.before_step(train.n_steps, train.n_steps)  # annealing is over
+    update = Update(forward, constraints, FiniteGuard(device, train.max_skipped_steps), optimizer)
+    graphs, numbers = StepGraphs(update, split, capture), Numbers(0, objective.coefficients(0, train.n_steps))
+    acts_BMPD = torch.randn(train.batch_size, *config.n_positions(), width, generator=generator).to(device)
+    forward.announce(train.batch_size)
 
-    def waiting() -> float:
-        torch.cuda.synchronize(device)
-        return clock()
+    def launched() -> None:
+        update(*split.activations(acts_BMPD), numbers)
+        graphs.done()
 
-    trial = Trial(model, n_tokens, waiting, device)
-    with autocast(config.train.precision, device):
-        return trial.captured(OpSet(backend), CudaCapture(device))
+    def replayed() -> None:
+        graphs(acts_BMPD, numbers)
+        graphs.done()
+
+    with float32_products(tf32=train.tf32):
+        for _ in range(N_WARM_UP + 1):
+            replayed()
+        if not graphs.n_graphs:
+            return False
+        seconds = faster(f"step of {config.name}", {"launched": launched, "as a CUDA graph": replayed}, clock)
+    return seconds["as a CUDA graph"] < CLEARLY * seconds["launched"]
 
 
 def faster(what: str, variants: Mapping[str, Callable[[], Any]], clock: Clock, n_repeats: int = 5) -> dict[str, float]:
@@ -123,20 +158,20 @@ def faster(what: str, variants: Mapping[str, Callable[[], Any]], clock: Clock, n
 class Trial:
     """Random tensors of a run's sizes, and training steps on them."""
 
-    def __init__(self, model: BaseCrosscoder, n_tokens: int, clock: Clock, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: BaseCrosscoder, n_tokens: int, clock: Clock) -> None:
         generator = torch.Generator().manual_seed(0)
         n_latents, n_in = model.n_latents, model.W_enc_LXiDi[0].numel()
         self.clock, self.activation = clock, model.activation_fn
         self.widths = [model.d_out] * (model.W_dec_LXoDo[0].numel() // model.d_out)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
+            return torch.randn(shape, generator=generator)
 
         self.x_BI, self.target_BO = draw(n_tokens, n_in), draw(n_tokens, sum(self.widths))
         self.W_enc_LI = (draw(n_latents, n_in) * n_in**-0.5).requires_grad_()
         self.W_dec_LO = (draw(n_latents, sum(self.widths)) * 0.01).requires_grad_()
-        self.b_enc_L = torch.zeros(n_latents, requires_grad=True, device=device)
-        self.b_dec_O = torch.zeros(sum(self.widths), requires_grad=True, device=device)
+        self.b_enc_L = torch.zeros(n_latents, requires_grad=True)
+        self.b_dec_O = torch.zeros(sum(self.widths), requires_grad=True)
         self.weights = [self.W_enc_LI, self.b_enc_L, self.W_dec_LO, self.b_dec_O]
         self.sizes = f"B={n_tokens}, I={n_in}, L={n_latents}"
 
@@ -184,21 +219,6 @@ class Trial:
         chosen = seconds["row-sparse Adam"] < CLEARLY * seconds["fused Adam"]
         log.info("train.optimizer.row_sparse auto: %s", chosen)
         return chosen
-
-    def captured(self, ops: OpSet, capture: Capture) -> bool:
-        """Whether a step is faster as a graph, for any optimizer and without what else a run's steps launch."""
-        lr = torch.tensor(0.0, device=self.x_BI.device)
-        optimizer = torch.optim.Adam(self.weights, lr, fused=True, capturable=True)
-        step = self._k_step(ops, optimizer) if self.activation.is_sparse else self._relu_step(ops)
-        try:
-            for _ in range(N_WARM_UP):
-                capture.aside(step)
-            _, replay = capture.capture(step)
-        except RuntimeError as error:
-            log.info("step at %s: cannot be captured (%s)", self.sizes, first_line(error))
-            return False
-        seconds = faster(f"step at {self.sizes}", {"launched": step, "as a CUDA graph": replay}, self.clock)
-        return seconds["as a CUDA graph"] < CLEARLY * seconds["launched"]
 
     def _encode_k(self, ops: OpSet) -> Any:
         return ops.encode_topk(self.x_BI, self.W_enc_LI, self.b_enc_L, self.activation.current_k)

@@ -17,7 +17,7 @@ from crosscode_kernels import Backend
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from crosscode.build.experiment import build_model, build_objective, check_parts
+from crosscode.build.experiment import build_constraints, build_model, build_objective, check_parts
 from crosscode.build.foresight import dtype_bytes, foreseen_widths, run_dtype, skeletons_of, weight_bytes
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.config.language_models import LanguageModelConfig
@@ -35,6 +35,7 @@ from crosscode.trainers.accumulation import BatchInParts
 from crosscode.trainers.figures import BatchFigures
 from crosscode.trainers.firing import FiringTracker
 from crosscode.trainers.forward import ForwardPass
+from crosscode.trainers.graphs import forms, why_not
 from crosscode.trainers.optimizers import OPTIMIZERS
 from crosscode.trainers.whole_batch import tracks_batches
 
@@ -145,6 +146,8 @@ def _plan(config: ExperimentConfig, models: Sequence[LanguageModel], width: int,
         "batch": counted.kept + 2 * 4.0 * B * vector + harvest * vector * stored,
         "shuffle buffer": float((DEFAULT_CAPACITY if buffer is None else buffer) * vector * stored),
     }
+    if counted.n_graphs:  # of each what a step makes, beside what the steps that run as ever keep
+        memory["captured steps"] = counted.n_graphs * (counted.kept + 4.0 * grads * n_held) + 4.0 * B * vector
     if ranks > 1:  # each has the whole weights once before it keeps its rows
         whole = sum(4.0 * part.n_latents * _row_numel(part) for part in model.parts)
         memory["start"] = max(0.0, whole + 4.0 * n_held - memory["coder"] - memory["batch"])
@@ -178,6 +181,8 @@ class Counted(NamedTuple):
     """bytes that a logged step sends besides"""
     evaluation: int
     """bytes that are sent for a held-out batch of as many tokens"""
+    n_graphs: int
+    """kinds of steps that may be captured as CUDA graphs, over the whole run"""
 
 
 def counted_step(
@@ -240,7 +245,14 @@ def counted_step(
             return group.bytes_sent - before
 
         of_step, n_calls = sent_by(step), group.n_calls
-        return Counted(model, max(kept), n_calls, of_step, sent_by(log), sent_by(evaluate))
+        return Counted(model, max(kept), n_calls, of_step, sent_by(log), sent_by(evaluate), _n_graphs(config, forward))
+
+
+def _n_graphs(config: ExperimentConfig, forward: ForwardPass) -> int:
+    constraints, optimizer = build_constraints(config, forward.model), OPTIMIZERS.build(config.train.optimizer)
+    if not config.train.cuda_graph or why_not(forward, constraints, optimizer):
+        return 0
+    return len({forms(forward.objective, silence, config.train.dead_after_tokens) for silence in (0, 1 << 62)})
 
 
 def _row_numel(part: BaseCrosscoder) -> int:

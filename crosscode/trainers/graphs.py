@@ -22,6 +22,7 @@ from torch import Tensor, cuda
 from crosscode.config.experiment import TrainConfig
 from crosscode.errors import InputError, first_line
 from crosscode.models.split import Split
+from crosscode.objectives.base import Objective
 from crosscode.trainers.constraints import Constraint
 from crosscode.trainers.forward import ForwardPass
 from crosscode.trainers.optimizers import OptimizerPlan
@@ -121,7 +122,8 @@ class StepGraphs:
         if self._weights is not None and self._weights != self._weights_now():
             self._kinds.clear()
         self._acts_BMPD.copy_(acts_BMPD)
-        in_memory, kind = self._numbers.write(numbers), self._kinds.setdefault(self._form(), _Kind())
+        form = forms(self.update.objective, self.update.forward.longest_silence, self.update.config.dead_after_tokens)
+        in_memory, kind = self._numbers.write(numbers), self._kinds.setdefault(form, _Kind())
 
         def call() -> Any:
             assert self._acts_BMPD is not None
@@ -162,11 +164,6 @@ class StepGraphs:
         know that it is stale."""
         return [(p.data_ptr(), p._version if p.dim() > 1 else 0) for p in self.update.model.parameters()]
 
-    def _form(self) -> tuple[Any, ...]:
-        silence, config = self.update.forward.longest_silence, self.update.config
-        terms = self.update.objective.terms.values()
-        return tuple(term.form(silence, config.dead_after_tokens) for term, _ in terms)
-
     def _can_now(self, acts_BMPD: Tensor) -> bool:
         """Whether this step can be part of a graph, as others of the run; why not is said once."""
         kept, reason = self._acts_BMPD, None
@@ -205,6 +202,8 @@ def why_not(forward: ForwardPass, constraints: Sequence[Constraint], plan: Optim
     model, config = forward.model, forward.config
     if config.compile:
         return "train.compile = True"
+    if config.log_every == 1:
+        return "train.log_every = 1, and a step whose figures are logged never is"
     if config.grad_accumulation > 1:
         return f"train.grad_accumulation = {config.grad_accumulation}"
     if any(getattr(param, "holds_own_rows", False) for param in model.parameters()):
@@ -217,6 +216,11 @@ def why_not(forward: ForwardPass, constraints: Sequence[Constraint], plan: Optim
         if not _says_so(one):
             return name
     return None
+
+
+def forms(objective: Objective, longest_silence: int | None, dead_after_tokens: int) -> tuple[Any, ...]:
+    """`LossTerm.form` of each term: steps that differ in it are graphs of their own."""
+    return tuple(term.form(longest_silence, dead_after_tokens) for term, _ in objective.terms.values())
 
 
 def _says_so(one: Any) -> bool:

@@ -8,12 +8,11 @@ import time
 import pytest
 import torch
 import yaml
-from crosscode_kernels import Backend, OpSet
 from graph_double import GraphDouble
 
 from crosscode.build import choices
-from crosscode.build.choices import Trial, crossing, with_choices
-from crosscode.build.experiment import backend_of, build_model, open_experiment
+from crosscode.build.choices import crossing, with_choices
+from crosscode.build.experiment import backend_of, open_experiment
 from crosscode.build.resume import ResumePoint
 from crosscode.build.run import build_trainer
 from crosscode.build.schema import check_config, load_config
@@ -132,23 +131,50 @@ def test_a_run_keeps_its_choices_and_its_config_repeats_it_to_the_bit(config, ti
         assert torch.equal(one, other)
 
 
+@pytest.fixture
+def tried(config, tiny_config):
+    """Whether the step of the run is captured after a trial, and what the trial did."""
+
+    def run(activation="relu", backend="reference", **train):
+        made = config(activation, backend=backend, train=tiny_config["train"] | {"log_every": 50} | train)
+        double = GraphDouble()
+        return choices.captured(made, 16, torch.device("cpu"), double, time.perf_counter), double.events
+
+    return run
+
+
 @pytest.mark.parametrize(("replayed", "chosen"), [(0.5, True), (0.98, False)])
-@pytest.mark.parametrize("activation", ["batch_topk", "relu"])
-def test_a_step_is_captured_where_that_is_clearly_faster(activation, replayed, chosen, config, timed):
+@pytest.mark.parametrize("activation", ["batch_topk", "relu", "jumprelu"])
+def test_a_step_is_captured_where_that_is_clearly_faster(activation, replayed, chosen, tried, timed):
     timed(launched=1.0, as_a_CUDA_graph=replayed)
-    found = a_trial(config(activation)).captured(OpSet(Backend("reference")), double := GraphDouble())
-    assert found == (chosen and activation == "relu")  # the reference's BatchTopK waits for a value
-    assert double.events == ["aside"] * 3 + ["capture"]
+    found, events = tried(activation)
+    waits = activation == "batch_topk"  # that of the reference waits for a value
+    assert found == (chosen and not waits)
+    assert events == ["aside"] * 3 + ["capture"] + ([] if waits else ["replay"])
 
 
-def a_trial(config):
-    with torch.device("meta"):
-        model = build_model(config, 16)
-    return Trial(model, 8, time.perf_counter)
+def test_a_trial_of_a_graph_runs_the_steps_of_the_run_both_ways(tried, monkeypatch, caplog):
+    steps, rates = [], []
+    update = choices.Update.__call__
+
+    def counted(self, *args):
+        steps.append(self.optimizer.param_groups[0]["betas"])
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return update(self, *args)
+
+    monkeypatch.setattr(choices.Update, "__call__", counted)
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, logger="crosscode"):
+        found, events = tried(optimizer={"type": "adam", "lr": 0.125, "betas": [0.5, 0.75]})
+    assert isinstance(found, bool) and torch.equal(torch.get_rng_state(), state)
+    assert events == ["aside"] * 3 + ["capture"] + ["replay"] * 7 and steps == [(0.5, 0.75)] * 10
+    assert "launched" in caplog.text and all(isinstance(lr, torch.Tensor) and lr == 0.125 for lr in rates)
 
 
-def test_a_trial_of_a_graph_runs_both_ways(config):
-    assert isinstance(a_trial(config("relu")).captured(OpSet(Backend("reference")), GraphDouble()), bool)
+def test_a_step_that_cannot_be_captured_is_not_tried(tried, caplog):
+    with caplog.at_level(logging.INFO, logger="crosscode"):
+        assert tried(grad_accumulation=2) == (False, [])
+    assert "train.cuda_graph auto: not tried: train.grad_accumulation = 2" in caplog.text
 
 
 def test_nothing_is_captured_without_a_gpu(config, tiny_config, caplog):

@@ -35,6 +35,25 @@ def test_a_gradient_that_is_not_computed_takes_no_memory():
     assert fused == 0.75 * plain and of_relu == plain  # a ReLU's are dense products
 
 
+@pytest.mark.parametrize(
+    ("changes", "graphs"), [({}, 2), ({"cuda_graph": False}, 0), ({"log_every": 1}, 0), ({"grad_accumulation": 2}, 0)]
+)
+def test_captured_steps_keep_memory_of_their_own(changes, graphs):
+    """With AuxK there are two: before and from when on latents may be dead."""
+    values = read_yaml("topk_crosscoder")
+    sizes = []
+    for auxk in ({}, {"auxk": {"k_aux": 8}}):
+        train = values["train"] | {"cuda_graph": True} | changes
+        one, four = plan(
+            check_config(values | {"train": train, "objective": {"recon": {}} | auxk}), [1, 4], GPUS["h100"]
+        )
+        assert one.memory and four.memory and "captured steps" not in four.memory  # several processes capture none
+        sizes.append(one.memory.get("captured steps", 0.0))
+        if graphs:
+            assert sizes[-1] > one.memory["coder"] / 4  # the gradient alone
+    assert (sizes[1] > 1.9 * sizes[0]) if graphs else sizes == [0.0, 0.0]
+
+
 def test_memory_never_grows_with_the_ranks_and_parts_of_a_batch_keep_less():
     values = read_yaml("batch_topk_crosscoder")
     changed = (values | {"train": values["train"] | {"grad_accumulation": n}} for n in (1, 4))

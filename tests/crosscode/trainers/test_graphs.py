@@ -66,7 +66,7 @@ def test_steps_of_recipes_are_replayed_to_the_bit(name, as_on_a_gpu, tmp_path):
     torch.set_num_threads(1)
     found = []
     for captures in (False, True):
-        train: dict[str, Any] = {"n_tokens": N_STEPS * BATCH}
+        train: dict[str, Any] = {"n_tokens": N_STEPS * BATCH, "log_every": 7}
         trainer = make_tiny(name, tmp_path / "0", "torch", "cpu", train=train)
         if reason := why_not(trainer.forward, trainer.constraints, trainer.optimizer_plan):
             assert reason in ("train.optimizer SignSGDScheduleFree", "train.optimizer Adam")
@@ -254,10 +254,11 @@ class Inherits(SaysItCan):
         ({"compile": True}, "train.compile = True"),
         ({"optimizer": {"type": "sign_sgd_schedule_free"}}, "train.optimizer SignSGDScheduleFree"),
         ({"optimizer": ROWS, "backend": "torch:rows"}, "train.optimizer Adam"),
+        ({"log_every": 1}, "train.log_every = 1, and a step whose figures are logged never is"),
     ],
 )
 def test_runs_without_graphs_are_named(settings, reason, make_trainer, caplog):
-    trainer = make_trainer(capture=GraphDouble(), **settings)
+    trainer = make_trainer(capture=GraphDouble(), **{"log_every": 50} | settings)
     assert trainer.graphs is None and not trainer.optimizer_plan.lr_on_device
     assert [record.getMessage() for record in caplog.records] == [
         f"train.cuda_graph: no step of this run is captured: {reason}"
@@ -265,19 +266,19 @@ def test_runs_without_graphs_are_named(settings, reason, make_trainer, caplog):
 
 
 def test_a_subclass_inherits_no_promise(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(log_every=50)
     with_term(trainer, Inherits())
     assert why_not(trainer.forward, trainer.constraints, trainer.optimizer_plan) == "objective.own"
 
 
 def test_sampled_prefixes_are_not_captured(make_trainer):
     objective = {"recon": {}, "matryoshka": {"sampled": 2}}
-    trainer = make_trainer(objective=objective, model_options={"prefixes": [0.5]}, capture=GraphDouble())
+    trainer = make_trainer(objective=objective, model_options={"prefixes": [0.5]}, capture=GraphDouble(), log_every=50)
     assert trainer.graphs is None
 
 
 def test_the_learning_rate_lies_on_the_device_where_steps_are_captured(make_trainer):
-    trainer = make_trainer(capture=GraphDouble())
+    trainer = make_trainer(capture=GraphDouble(), log_every=50)
     assert all(isinstance(group["lr"], Tensor) for group in trainer.optimizer.param_groups)
 
 
