@@ -35,7 +35,7 @@ class ReconLoss(NamedTuple):
 def recon_loss(y_BO: Tensor, target_BO: Tensor, segments: Sequence[int], *, backend: AnyBackend = "auto") -> ReconLoss:
     """`(1 / B) ||y - target||^2`, and by position."""
     backend = backend_for(backend, y_BO)
-    if backend.name != "reference" and y_BO.dtype != target_BO.dtype and autocast_dtype(y_BO.device.type) is not None:
+    if y_BO.dtype != target_BO.dtype and autocast_dtype(y_BO.device.type) is not None:
         y_BO, target_BO = y_BO.float(), target_BO.float()
     check_dims("recon_loss", "y_BO", y_BO, 2)
     if y_BO.shape != target_BO.shape:
