@@ -124,6 +124,8 @@ def problem_text(field: str, problem: Any) -> str:
         return f"{field}{within}{message}" if field else message
     if problem["type"] == "union_tag_invalid":
         return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
+    if problem["type"] == "int_parsing":
+        message = "input should be an integer, such as 4096, 1e6 or 64k"
     if problem["type"] == "extra_forbidden":
         return f"{field}: unknown field (value {short(problem['input'])})"
     return f"{field} = {short(problem['input'])}: {message[0].lower()}{message[1:]}"

@@ -70,6 +70,8 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments:
         raise InputError("no command given; `crosscode --help` lists them")
     name, *rest = arguments
+    if name in ("--help", "-h") and rest and rest[0] in command_names():
+        name, rest = rest[0], ["--help", *rest[1:]]
     if name in ("--help", "-h"):
         from crosscode.commands.parts.help import overview
 
@@ -87,8 +89,10 @@ def _dispatch(arguments: list[str]) -> None:
 
         start(load_command(name), name, rest)
     else:
-        near = get_close_matches(name, command_names(), n=1)
+        near = get_close_matches(name, [*command_names(), "--help", "--version"], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(command_names())}"
+        if name.startswith("-") and not near:
+            hint = f"options stand behind it, as in `crosscode train CONFIG.yaml {name} ...`"
         raise InputError(f"unknown command {name!r}; {hint}")
 
 

@@ -85,7 +85,8 @@ def _wrapped_usage(command: Command, name: str) -> str:
 
 def option_name(command: Command, field: str) -> str:
     """As a user writes it: the metavariable of what needs no name, `--n-tokens` of what does."""
-    info = fields_of(command.options).get(field.split(".")[0])
+    field = re.sub(r"(\.\d+)+$", "", field)  # of an item the list
+    info = fields_of(command.options).get(field)
     if field == command.positional and info is not None:
         return info.title or field.upper()
     return f"--{field.replace('_', '-')}"

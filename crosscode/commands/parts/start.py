@@ -66,8 +66,9 @@ def _takes_several(command: Command) -> bool:
 
 def _check_positional(command: Command, name: str, words: Words) -> None:
     if len(words.positional) > (command.positional is not None) and not _takes_several(command):
-        hint = next((words.alone[word] for word in words.positional if word in words.alone), usage(command, name))
-        raise InputError(f"{name}: {words.positional[-1]!r} is one word too many; {hint}")
+        word = words.positional[-1]
+        hint = words.alone.get(word, f"did you mean --{word}?" if "=" in word else usage(command, name))
+        raise InputError(f"{name}: {word!r} is one word too many; {hint}")
 
 
 @contextmanager
