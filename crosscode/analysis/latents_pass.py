@@ -94,22 +94,20 @@ def study_latents(
     heldout: Iterable[HeldoutBatch],
     split: Split,
     position_names: Sequence[str],
-    pairs: Sequence[tuple[int, int]] | None = None,
-    n_examples: int = 8,
     more: Sequence[Collector] = (),
     groupings: Groupings | None = None,
 ) -> LatentsPass:
-    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair (default: the first
-    `MAX_PAIRS` of `pairs_to_compare`). `more` collectors see it too. `groupings`: as of `FiringStats`."""
+    """One pass over held-out text: firing, examples, and a diffing table with latent scaling for each pair: the first
+    `MAX_PAIRS` of `pairs_to_compare`. `more` collectors see it too. `groupings`: as of `FiringStats`."""
     names = list(position_names)
     may_LX = may_write_LX(model)
-    n_most = MAX_PAIRS if pairs is None else len(pairs)
-    pairs = pairs_to_compare(names) if pairs is None else pairs
-    pairs = [(a, b) for a, b in pairs if bool((may_LX[:, a] & may_LX[:, b]).any())]  # some latent may write to both
-    pairs, others = pairs[:n_most], [(names[a], names[b]) for a, b in pairs[n_most:]]
+    pairs = [
+        (a, b) for a, b in pairs_to_compare(names) if bool((may_LX[:, a] & may_LX[:, b]).any())
+    ]  # some latent may write to both
+    pairs, others = pairs[:MAX_PAIRS], [(names[a], names[b]) for a, b in pairs[MAX_PAIRS:]]
     firing = FiringStats(model.n_latents, groupings)
     of_readers = readers(model, names)
-    top = TopExamples(model.n_latents, n=n_examples, n_readers=len(of_readers))
+    top = TopExamples(model.n_latents, n_readers=len(of_readers))
     quantiles = QuantileExamples(model.n_latents, n_readers=len(of_readers))
     scalings = [LatentScaling(model, a, b, groupings=groupings) for a, b in pairs]
     collectors: list[Collector] = [firing, top, quantiles, *scalings, *more]

@@ -48,10 +48,10 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(_RC)
 
 
-def new_figure(width: float = 5.6, height: float = 2.9) -> tuple[Figure, Axes]:
+def new_figure(height: float = 2.9) -> tuple[Figure, Axes]:
     """An empty figure, sizes in inches; no background, no frame at the top and the right."""
     with style():
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(5.6, height), layout="constrained")
         figure.patch.set_visible(False)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

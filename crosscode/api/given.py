@@ -115,7 +115,8 @@ def usual_values(values: dict[str, Any], given: GivenArrays) -> dict[str, Any]:
     """A config's values with what is usual for this activation, architecture and number of rows, where nothing is said."""
     cc = dict(values["crosscoder"])
     cc.setdefault("type", DEFAULT_ARCHITECTURE)
-    activation = ACTIVATIONS[cc["activation"]["type"]] if _has_type(cc.get("activation")) else None
+    kind = section.get("type") if isinstance(section := cc.get("activation"), Mapping) else None
+    activation = ACTIVATIONS[kind] if kind in list(ACTIVATIONS) else None
     if "init" not in cc:
         architecture = ARCHITECTURES.config_class(cc["type"])
         of_activation = activation.usual_init if activation and architecture.takes_init_of_activation else None
@@ -158,10 +159,6 @@ def _usual_term(name: str, architecture: str, given: GivenArrays) -> dict[str, A
     n_in_rows = int(np.prod(given.inputs[0].row_shape[:-1])) * len(given.inputs)
     n_positions = n_in_rows if split_for(architecture).keeps_models else max(1, n_in_rows - 1)
     return {"weight": {"type": "linear_ramp", "value": _TANH_WEIGHT_PER_NUMBER * n_positions * width}}
-
-
-def _has_type(section: Any) -> bool:
-    return isinstance(section, Mapping) and section.get("type") in list(ACTIVATIONS)
 
 
 def section_of(crosscoder: Any, names_MP: list[list[str]], width: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +19,6 @@ from crosscode.errors import InputError
 
 if TYPE_CHECKING:
     from crosscode.api.run import Run
-
-_OWN = (
-    "acts",
-    "crosscoder",
-    "run_dir",
-    "names",
-    "heldout",
-    "tokens",
-    "tokenizer",
-    "callbacks",
-    "loggers",
-    "progress",
-    "trust_remote_code",
-)
 
 
 def train(
@@ -96,7 +83,7 @@ def train(
         for name, value in beside.items():
             if value is not None:
                 raise InputError(f"{name}: is for activations of your own; a config says where its come from")
-        values = with_crosscoder({**name_for_config(run_dir), **values}, crosscoder)
+        values = with_crosscoder(({"run_dir": str(run_dir)} if run_dir is not None else {}) | values, crosscoder)
         return _train_config(str(acts), values, trust_remote_code, callbacks, loggers, progress)
     check_beside_activations(values)
     from crosscode.api.given import given_arrays, section_of, source_of, usual_values
@@ -114,11 +101,6 @@ def train(
     values["data"] = {"source": source, **values["data"]}
     config = check_config(values)
     return _run(config, given, model, callbacks, loggers, progress, typed_overwrite=config.overwrite)
-
-
-def name_for_config(run_dir: str | Path | None) -> dict[str, str]:
-    """A config has a name of its own."""
-    return {} if run_dir is None else {"run_dir": str(run_dir)}
 
 
 def _train_config(
@@ -171,4 +153,5 @@ def _run(
     return Run(config.run_path(), trust_remote_code)
 
 
+_OWN = tuple(inspect.signature(train).parameters)
 train.__signature__ = train_signature(train)  # pyright: ignore[reportFunctionMemberAccess]

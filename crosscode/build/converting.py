@@ -78,16 +78,13 @@ def with_activation(model: BaseCrosscoder, name: str, experiment: AnyExperiment)
     for index, (part, new) in enumerate(zip(model.parts, converted.parts, strict=True)):
         own = range(len(model.parts)) if model.selects_over_parts else range(index, index + 1)
         theta = _theta(model, part.activation_fn, part.ranking_norms_L(), own, samples)
-        new.activation_fn = ACTIVATIONS.build(config, n_latents=part.n_latents, **_selects_from(converted))
+        selects = {"selects_from": model.n_latents} if converted.selects_over_parts else {}
+        new.activation_fn = ACTIVATIONS.build(config, n_latents=part.n_latents, **selects)
         if not new.activation_fn.keeps_k:
             new.prefix_thresholds_S = None  # of a selection of k
         new.activation_fn.to_param_dtype(model.dtype).to(model.device)
         new.activation_fn.set_cutoffs_(theta if name == "jumprelu" else theta.flatten()[0])
     return converted.eval()
-
-
-def _selects_from(model: BaseCrosscoder) -> dict[str, int]:
-    return {"selects_from": model.n_latents} if model.selects_over_parts else {}
 
 
 def _theta(model: BaseCrosscoder, activation, n_L: Tensor, own: Sequence[int], samples) -> Tensor:

@@ -78,7 +78,7 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
 def _lines(harvester: ActivationHarvester, found: list[MeanDifference], m: int, n: int) -> list[str]:
     """A line for each position; norms are shares of that of the first model's activations."""
     from crosscode.commands.parts.reading import LatentLogits
-    from crosscode.evaluation.difference_lens import lens_logits
+    from crosscode.data.harvest.unembedding import unembed
 
     if not any(one.norm_of_difference for one in found):
         return ["no difference: the activations are equal"]
@@ -90,7 +90,8 @@ def _lines(harvester: ActivationHarvester, found: list[MeanDifference], m: int, 
         shown, of_difference = "", 0.0
         if one.norm_of_difference:
             of_difference = one.norm / one.norm_of_difference
-            logits = LatentLogits(lens_logits(harvester, one, m), harvester.models[m].tokenizer)
+            model = harvester.models[m]
+            logits = LatentLogits(unembed(model, one.mean_D[None])[0].cpu(), model.tokenizer)
             shown = " ".join(f"'{token}'" for token, _ in logits.top(n))
         lines.append(f"{place:>{width}}  {one.norm / one.norm_of_a:>10.4f}  {of_difference:>19.3f}  {shown}".rstrip())
     return lines

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.commands.parts.options import experiment_values
+from crosscode.commands.parts.options import experiment_values, whole_experiment
 from crosscode.config.experiment import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class Options(TrustOptions):
 
 def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -> None:
     from crosscode.build.plan import COUNTED, GPUS, plan
-    from crosscode.build.schema import check_config, experiment_class
+    from crosscode.build.schema import check_config
 
     quiet_libraries()
-    config = check_config(experiment_values(options.config, fields(experiment_class()), options.trust_remote_code))
+    config = check_config(experiment_values(options.config, fields(whole_experiment()), options.trust_remote_code))
     gpu, wanted = GPUS[options.gpu], options.ranks
     counts = {1 << i for i in range(10)} | ({wanted} if wanted else set())
     plans = plan(config, sorted(counts), gpu)
@@ -70,10 +70,4 @@ def _line(one: Plan, there: float) -> str:
     )
 
 
-def _whole() -> type[BaseModel]:
-    from crosscode.build.schema import experiment_class
-
-    return experiment_class()
-
-
-COMMAND = Command(TEXT, run, Options, positional="config", outline=ExperimentConfig, whole=_whole)
+COMMAND = Command(TEXT, run, Options, positional="config", outline=ExperimentConfig, whole=whole_experiment)

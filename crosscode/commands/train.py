@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from crosscode.commands.parts.command import Command, TrustOptions
 from crosscode.commands.parts.libraries import quiet_libraries
-from crosscode.commands.parts.options import experiment_values
+from crosscode.commands.parts.options import experiment_values, whole_experiment
 from crosscode.config.experiment import ExperimentConfig
 from crosscode.errors import InputError
 
@@ -45,9 +45,9 @@ def run(options: Options, fields: Callable[[type[BaseModel]], dict[str, Any]]) -
     experiment_values(
         options.config, quick, options.trust_remote_code
     )  # what is wrong in it is said before torch is imported
-    from crosscode.build.schema import check_config, experiment_class
+    from crosscode.build.schema import check_config
 
-    values = experiment_values(options.config, fields(experiment_class()), options.trust_remote_code)
+    values = experiment_values(options.config, fields(whole_experiment()), options.trust_remote_code)
     config = check_config(values)
     run_training(config, typed_overwrite="overwrite" in quick)
 
@@ -115,10 +115,4 @@ def _fvu_text(fvu: float | None) -> str:
     return "undefined, it does not vary" if fvu is None else f"{fvu:.4f}"
 
 
-def _whole() -> type[BaseModel]:
-    from crosscode.build.schema import experiment_class
-
-    return experiment_class()
-
-
-COMMAND = Command(TEXT, run, Options, positional="config", outline=ExperimentConfig, whole=_whole)
+COMMAND = Command(TEXT, run, Options, positional="config", outline=ExperimentConfig, whole=whole_experiment)

@@ -134,7 +134,6 @@ def _read_topics(file: Path) -> dict[str, str]:
 def demo_documents(
     split: Split,
     domains: Sequence[Domain] = ("code", "manual"),
-    max_characters_per_domain: int | None = None,
     include_tests: bool = False,
     stdlib: Path | None = None,
 ) -> list[Document]:
@@ -143,13 +142,11 @@ def demo_documents(
     Args:
         split: "train" or "heldout".
         domains: which of "code" and "manual".
-        max_characters_per_domain: stop a domain at the first document that would pass this many characters; None takes
-            all (about 9 million of `code`, 0.3 million of `manual` in training).
         include_tests: with the test suite's sources, where they are installed.
         stdlib: the standard library to read; that of the running Python by default.
 
     Raises:
-        InputError: unknown split or domain, a limit that leaves nothing, or sources that are not installed.
+        InputError: unknown split or domain, a split without documents, or sources that are not installed.
     """
     if split not in get_args(Split):
         raise InputError(f"split: {split!r} must be one of {', '.join(get_args(Split))}")
@@ -159,42 +156,11 @@ def demo_documents(
     chosen: list[Document] = []
     for domain in dict.fromkeys(domains):
         documents = code_documents(stdlib, include_tests) if domain == "code" else manual_documents(stdlib)
-        ordered = sorted(
-            (doc for doc in documents if document_split(doc.domain, doc.path) == split),
-            key=lambda doc: document_hash(doc.domain, doc.path),
-        )
-        kept = _up_to(ordered, max_characters_per_domain)
+        kept = [doc for doc in documents if document_split(doc.domain, doc.path) == split]
         if not kept:
-            raise InputError(
-                f"domains: {domain!r} has no document in split {split!r} of {stdlib}"
-                f" within max_characters_per_domain={max_characters_per_domain}"
-            )
+            raise InputError(f"domains: {domain!r} has no document in split {split!r} of {stdlib}")
         chosen.extend(kept)
     return sorted(chosen, key=lambda doc: document_hash(doc.domain, doc.path))
-
-
-def _up_to(documents: list[Document], max_characters: int | None) -> list[Document]:
-    if max_characters is None:
-        return documents
-    total = 0
-    for index, document in enumerate(documents):
-        total += len(document.text)
-        if total > max_characters:
-            return documents[:index]
-    return documents
-
-
-def demo_corpus(
-    split: Split = "train",
-    domains: Sequence[Domain] = ("code", "manual"),
-    max_characters_per_domain: int | None = None,
-) -> "Dataset":
-    """The demo's text as an in-memory dataset with the columns `text`, `domain` and `path`.
-
-    Arguments, order and errors are those of `demo_documents`. Held-out documents were used to train neither language
-    model and are not for training crosscoders either.
-    """
-    return as_dataset(demo_documents(split, domains, max_characters_per_domain))
 
 
 def as_dataset(documents: Sequence[Document]) -> "Dataset":

@@ -52,7 +52,7 @@ def plant_documents(documents: Sequence[Document], plant: Plant) -> list[Documen
 
 
 def planted_corpus(plant: Plant | None, split: Split, domains: Sequence[Domain] = ("code",)) -> "Dataset":
-    """`crosscode.demo.corpus.demo_corpus` with a change put in; None: as it is."""
+    """The documents as an in-memory dataset, with a change put in; None: as they are."""
     documents = demo_documents(split, domains)
     return as_dataset(documents if plant is None else plant_documents(documents, plant))
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from crosscode.data.harvest.harvester import ActivationHarvester, positions_within_segments
-from crosscode.data.harvest.unembedding import unembed
 from crosscode.data.norms import NormLimit
 from crosscode.data.text.token_batch import TokenBatch
 from crosscode.errors import InputError
@@ -139,12 +138,3 @@ def _masks(mask_HS: Tensor, segments_HS: Tensor | None, n_first: int) -> list[Te
     place_HS = positions_within_segments(segments_HS.to(mask_HS.device))
     not_behind_HS = mask_HS.flip(1).cummax(1).values.flip(1)
     return [(place_HS == k) & not_behind_HS for k in range(n_first)] + [mask_HS]
-
-
-def lens_logits(harvester: ActivationHarvester, found: MeanDifference, model: int = 1) -> Tensor:
-    """`logits_V` (float32, on the CPU) of a mean difference through a model's own final norm and unembedding.
-
-    Raises:
-        InputError: a hookpoint that is not as wide as the residual stream.
-    """
-    return unembed(harvester.models[model], found.mean_D[None])[0].cpu()

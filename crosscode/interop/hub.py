@@ -174,7 +174,6 @@ def push(
     files: Mapping[str, Path | str],
     *,
     private: bool = False,
-    message: str = "Upload a model",
     kind: str = "model",
 ) -> str:
     """Make the repository, if there is none, and upload the files in one commit; returns its address.
@@ -197,7 +196,7 @@ def push(
                 (Path(root) / file).symlink_to(content.resolve())
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True, repo_type=kind)
-        api.upload_folder(repo_id=name, folder_path=root, commit_message=message, repo_type=kind)
+        api.upload_folder(repo_id=name, folder_path=root, commit_message=f"Upload a {kind}", repo_type=kind)
     return str(address)
 
 

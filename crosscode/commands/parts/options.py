@@ -199,3 +199,10 @@ def experiment_values(
     values = merged(read_trusted(config, trust_remote_code), overrides or {})
     checked(ExperimentConfig, values)
     return values
+
+
+def whole_experiment() -> type[ExperimentConfig]:
+    """The config of a run with the fields of all components: this takes torch."""
+    from crosscode.build.schema import experiment_class
+
+    return experiment_class()

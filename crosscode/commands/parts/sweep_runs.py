@@ -67,9 +67,7 @@ class SharedStream:
 # ---- running
 
 
-def run_sweep(
-    points: Sequence[GridPoint], folder: Path, progress: bool = True, typed_overwrite: bool = False
-) -> list[dict[str, Any]]:
+def run_sweep(points: Sequence[GridPoint], folder: Path, typed_overwrite: bool = False) -> list[dict[str, Any]]:
     """Train all points side by side; returns (and keeps in `sweep.json`) their labels, folders and summaries.
 
     Every run is what `crosscode train` makes of its config, to the bit, and is resumed like it. A run that fails
@@ -100,7 +98,7 @@ def run_sweep(
             point.label: _new_trainer(_at(experiment, point.config), data, row["id"], typed_overwrite)
             for point, row in zip(points, rows, strict=True)
         }
-        return _train_side_by_side(trainers, data, SweepFile(folder, rows), progress, held=False)
+        return _train_side_by_side(trainers, data, SweepFile(folder, rows), held=False)
 
 
 def _new_trainer(experiment: AnyExperiment, data: ActivationSource, run_id: str, typed_overwrite: bool) -> Trainer:
@@ -110,7 +108,7 @@ def _new_trainer(experiment: AnyExperiment, data: ActivationSource, run_id: str,
     )
 
 
-def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = False) -> list[dict[str, Any]]:
+def resume_sweep(folder: Path, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Go on with the runs of an interrupted sweep that are neither done nor failed, each from its newest checkpoint.
 
     The stream starts where the run is that is furthest behind; others join in when it reaches them.
@@ -118,10 +116,10 @@ def resume_sweep(folder: Path, progress: bool = True, trust_remote_code: bool = 
     with RunDirectory(folder).held() if folder.is_dir() else nullcontext():
         file = SweepFile.open(folder)
         _remove_temporaries(folder)
-        return _resume_sweep(file, progress, trust_remote_code)
+        return _resume_sweep(file, trust_remote_code)
 
 
-def _resume_sweep(file: SweepFile, progress: bool, trust_remote_code: bool) -> list[dict[str, Any]]:
+def _resume_sweep(file: SweepFile, trust_remote_code: bool) -> list[dict[str, Any]]:
     for label in file.rows:  # finished by `crosscode train --resume`, or just before a kill
         if file.is_made(label) and (file.path(label) / "summary.json").is_file():
             file.note(label, **RunDirectory(file.path(label)).read_summary())
@@ -145,7 +143,7 @@ def _resume_sweep(file: SweepFile, progress: bool, trust_remote_code: bool) -> l
         state = streams[behind].loaded if behind in streams else None
         if state is not None:
             data.load_state_dict(state)
-        return _train_side_by_side(trainers, data, file, progress, held=True)
+        return _train_side_by_side(trainers, data, file, held=True)
 
 
 def _check_free(points: Sequence[GridPoint], folder: Path, typed: bool) -> None:
@@ -181,12 +179,12 @@ def _at(experiment: AnyExperiment, config: ExperimentConfig) -> AnyExperiment:
 
 
 def _train_side_by_side(
-    trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, progress: bool, *, held: bool
+    trainers: dict[str, Trainer], data: ActivationSource, file: SweepFile, *, held: bool
 ) -> list[dict[str, Any]]:
     running = trainers
     n_steps = next(iter(running.values())).n_steps
     position = min(trainer.step for trainer in running.values())
-    with StopSignals() as stop, Progress(n_steps, enabled=progress) as bar, ExitStack() as runs:
+    with StopSignals() as stop, Progress(n_steps) as bar, ExitStack() as runs:
         go_on = f"crosscode sweep --resume {file.folder}"
         try:
             batches, acts_BMPD = first_batch(list(running.values()), data, position)

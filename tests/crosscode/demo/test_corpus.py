@@ -6,7 +6,7 @@ import pytest
 
 from crosscode.demo.corpus import (
     MIN_CHARACTERS_OF_A_REPEAT,
-    demo_corpus,
+    as_dataset,
     demo_documents,
     document_split,
 )
@@ -94,16 +94,8 @@ def test_a_topic_that_repeats_others_keeps_only_what_is_new(stdlib: Path):
     assert all(f"\n{everything}".count("\n" + PROSE.format(index)) == 1 for index in range(40))
 
 
-def test_a_limit_keeps_the_first_documents_of_each_domain(by_split):
-    limited = demo_documents("train", max_characters_per_domain=50_000)
-    for domain in ("code", "manual"):
-        kept = [doc for doc in limited if doc.domain == domain]
-        assert 0 < sum(len(doc.text) for doc in kept) <= 50_000
-        assert kept == [doc for doc in by_split["train"] if doc.domain == domain][: len(kept)]
-
-
 def test_the_dataset_holds_the_documents():
-    dataset = demo_corpus("heldout", ("manual",))
+    dataset = as_dataset(demo_documents("heldout", ("manual",)))
     documents = demo_documents("heldout", ("manual",))
     assert dataset.column_names == ["text", "domain", "path"]
     assert dataset["text"][:] == [doc.text for doc in documents]
@@ -117,7 +109,6 @@ def test_the_dataset_holds_the_documents():
         ({"split": "train", "domains": ("prose",)}, r"domains: \('prose',\)"),
         ({"split": "train", "domains": "code"}, "domains: 'code' must be a non-empty sequence"),
         ({"split": "train", "domains": ()}, r"domains: \(\)"),
-        ({"split": "train", "max_characters_per_domain": 10}, "max_characters_per_domain=10"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -10,9 +10,10 @@ import torch
 
 from crosscode.commands.cli import main
 from crosscode.data import ActivationHarvester, TokenBatch, load_language_model, wrap_language_model
+from crosscode.data.harvest.unembedding import unembed
 from crosscode.data.text.labels import Labels
 from crosscode.errors import InputError
-from crosscode.evaluation.difference_lens import lens_logits, mean_differences
+from crosscode.evaluation.difference_lens import mean_differences
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 
@@ -63,12 +64,12 @@ def test_means_at_the_first_positions_and_over_the_text(lms):
 def test_logits_are_those_of_the_models_own_norm_and_unembedding(lms):
     harvester = ActivationHarvester(lms, HOOKS[:1])
     one = mean_differences(harvester, [batch()], n_first=1)[0]
-    for m, lm in enumerate(lms):
+    for lm in lms:
         norm = lm.model.model.norm
         mean_D = one.mean_D.double()
         normed_D = mean_D / (mean_D.square().mean() + norm.variance_epsilon).sqrt() * norm.weight.double()
         expected_V = lm.model.lm_head.weight.double() @ normed_D
-        torch.testing.assert_close(lens_logits(harvester, one, m).double(), expected_V, rtol=0, atol=1e-5)
+        torch.testing.assert_close(unembed(lm, one.mean_D[None])[0].double(), expected_V, rtol=0, atol=1e-5)
 
 
 def test_isolated_documents_each_have_first_positions(lms):

@@ -33,9 +33,9 @@ ON_EMBEDDED_MODELS = [name for name in recipe_names() if "smollm" not in name]
 @cache
 def _some_text() -> str:
     """A little of the embedded corpus, so that a test need not prepare all of it."""
-    from crosscode.demo.corpus import demo_corpus
+    from crosscode.demo.corpus import demo_documents
 
-    return "\n\n".join(demo_corpus("train", ("code",))[index]["text"] for index in range(3))
+    return "\n\n".join(document.text for document in demo_documents("train", ("code",))[:3])
 
 
 @pytest.fixture
