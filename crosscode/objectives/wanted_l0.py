@@ -11,6 +11,11 @@ integral of all of e would grow meanwhile, and under a factor of 50 JumpReLU com
 reconstructs badly. So no e counts for more than NEAR in the proportional part, and while the coefficient still rises by itself,
 an L0 that is too large moves I at a tenth of the rate.
 
+Where thresholds learn, what was driven below one hardly comes back: on the demo pair L0 fell on from 24 to 21 while the factor
+fell from 0.5 to 0.06. So there a foreseen L0 beyond the target counts while L0 is still further off than NEAR, with the other
+sign: the penalty eases early. It comes back at QUICK times the rate, up to its own weight, where L0 would not get there without
+it; and the pace is one of the last tenth of the steps, whose noise counts for no more in longer runs.
+
 GAIN and RATE are those of Tyreus and Luyben (1992) for a loop that swings by itself at a gain of 3 with a period of 32 steps, as
 L1 did on the demo pair: 3 / 3.2 and that over 2.2 x 32. Other penalties answer more slowly. All of it stays on the device.
 """
@@ -31,9 +36,9 @@ from crosscode.objectives.base import LossContext, LossTerm
 from crosscode.objectives.groups import SharedRatioConfig, check_shared_ratio
 
 GAIN, RATE = 3 / 3.2, 3 / 3.2 / (2.2 * 32)
-NEAR, WHILE_RISING = 0.3, 0.1
+NEAR, WHILE_RISING, QUICK = 0.3, 0.1, 4.0
 PACE, UNTIL, MOST = 30, 0.75, 3.0
-"""Steps over which the pace is measured, share of the run by which L0 should be there, what the integral stays within."""
+"""Least steps of a pace, share of the run by which L0 should be there, what the integral stays within."""
 TOLERANCE = 0.3
 """An L0 that ends further off its target than this is worth a word."""
 
@@ -71,12 +76,14 @@ class Penalty(LossTerm):
 
     def setup(self) -> None:
         self.draws_l0 = self.target_l0 is not None
+        self._one_way = False  # thresholds that learn: what was driven below one hardly comes back
         self._log_factors = torch.tensor([0.0, 0.0, math.nan])  # the integral, the whole, the recent mean of log l0
 
     def check_model(self, model: BaseCrosscoder) -> None:
         check_shared_ratio(self.type_name(), model, self.shared_ratio)
         if self.target_l0 is not None:
             check_target(f"{self.section}.target_l0", self.target_l0, model)
+            self._one_way = any(True for activation in model.activation_fns for _ in activation.parameters())
             self._log_factors = self._log_factors.to(model.device)
 
     def __call__(self, context: LossContext) -> Tensor:
@@ -94,10 +101,15 @@ class Penalty(LossTerm):
         integral, _, recent = self._log_factors
         log_l0 = l0.to(integral.dtype).clamp(min=1e-30).log()
         recent = torch.where(recent.isnan(), log_l0, recent)
-        whole, pace = log_l0 - math.log(self.target_l0), (log_l0 - recent) / PACE
+        whole = log_l0 - math.log(self.target_l0)
+        pace = (log_l0 - recent) / (max(PACE, step / 10) if self._one_way else PACE)
         foreseen = whole + pace * max(UNTIL * n_steps - step, 0)
-        left = torch.minimum((whole.sign() * foreseen).clamp(min=0), whole.abs().clamp(max=1)) * whole.sign()
-        counted = torch.minimum(left, WHILE_RISING * left) if self.rising else left
+        most, side = whole.abs().clamp(max=1), whole.sign()
+        least = -most * (most > NEAR) if self._one_way else torch.zeros_like(most)
+        left = side * (side * foreseen).clamp(least, most)
+        slowly = WHILE_RISING if self.rising else 1.0
+        rate = torch.where(integral < 0, QUICK, slowly) if self._one_way else slowly
+        counted = torch.where(left > 0, rate * left, left)
         integral = (integral + RATE * counted).clamp(-MOST, MOST)
         found = torch.stack([integral, integral + GAIN * whole.clamp(-NEAR, NEAR), recent + pace])
         self._log_factors.copy_(found)  # in its place, which graphs know
@@ -108,12 +120,14 @@ class Penalty(LossTerm):
     def missed(self, l0: float) -> str | None:
         if self.target_l0 is None:
             return None
-        integral = float(self._log_factors[0])
-        if abs(integral) < MOST:
-            return missed(f"{self.section}.target_l0", l0, self.target_l0)
-        end = "least" if integral < 0 else "largest"
-        would_help = f"the factor on its weight is at its {end} ({math.exp(integral):.2g}): give another weight"
-        return missed(f"{self.section}.target_l0", l0, self.target_l0, would_help)
+        integral, name = float(self._log_factors[0]), f"{self.section}.target_l0"
+        if integral != math.copysign(MOST, l0 - self.target_l0):
+            return missed(name, l0, self.target_l0)
+        end, then = "largest", "give a larger weight"
+        if integral < 0:
+            end, then = "least", "a smaller weight lowers L0 less, none raises it"
+        of_factor = f"the factor on its weight is at its {end} ({math.exp(integral):.2g}): {then}"
+        return missed(name, l0, self.target_l0, of_factor)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.target_l0 is None else {"log_factors": self._log_factors}

@@ -32,6 +32,9 @@ CASES = {
         "objective": {"recon": {}, "l0": {"target": 3, "weight": {"type": "warm_up", "value": 10.0, "warmup_fraction": 0.8}}},
     },
     "jumprelu, in parts": {"activation": JUMPRELU, "objective": PENALTIES, "grad_accumulation": 2},
+    "jumprelu, wanted l0 of tanh, in parts": {
+        "activation": JUMPRELU, "objective": PENALTIES | {"tanh": {"weight": 0.1, "target_l0": 3}}, "grad_accumulation": 2,
+    },
     "jumprelu, reference": {"activation": JUMPRELU, "objective": PENALTIES, "backend": "reference"},
     "schedule-free": {"optimizer": {"type": "sign_sgd_schedule_free", "lr": 0.01}, "evaluate_every": 2},
     "resampling": {
