@@ -78,65 +78,44 @@ def train(
         Interrupted: Ctrl-C; the run is saved.
     """
     values = sorted_fields(fields, _OWN)
+    given = model = None
     if is_of_config(acts, crosscoder):
+        from crosscode.commands.parts.options import experiment_values
+
         beside = {"names": names, "heldout": heldout, "tokens": tokens, "tokenizer": tokenizer}
         for name, value in beside.items():
             if value is not None:
                 raise InputError(f"{name}: is for activations of your own; a config says where its come from")
         values = with_crosscoder(({"run_dir": str(run_dir)} if run_dir is not None else {}) | values, crosscoder)
-        return _train_config(str(acts), values, trust_remote_code, callbacks, loggers, progress)
-    check_beside_activations(values)
-    from crosscode.api.given import given_arrays, section_of, source_of, usual_values
-    from crosscode.build.schema import check_config
-    from crosscode.models import BaseCrosscoder
+        typed_overwrite = "overwrite" in values
+        values = experiment_values(str(acts), values, trust_remote_code)  # says what is wrong before torch is imported
+    else:
+        check_beside_activations(values)
+        from crosscode.api.given import given_arrays, section_of, source_of, usual_values
+        from crosscode.models import BaseCrosscoder
 
-    given = given_arrays(acts, heldout, tokens, tokenizer)
-    source = source_of(given, names)
-    model = crosscoder if isinstance(crosscoder, BaseCrosscoder) else None
-    if model is not None:
-        values = {"device": str(model.device), "backend": model.backend.name, **values}
-    values |= {**name_for(run_dir), "language_models": [], "hookpoints": []}
-    values["crosscoder"] = section_of(crosscoder, source["names"], given.inputs[0].row_shape[-1])
-    values = usual_values(values, given)
-    values["data"] = {"source": source, **values["data"]}
-    config = check_config(values)
-    return _run(config, given, model, callbacks, loggers, progress, typed_overwrite=config.overwrite)
-
-
-def _train_config(
-    path: str, values: dict[str, Any], trust_remote_code: bool, callbacks: Any, loggers: Any, progress: bool
-) -> Run:
-    from crosscode.commands.parts.options import experiment_values
-
-    # What is wrong in it is said before torch is imported.
-    checked_values = experiment_values(path, values, trust_remote_code)
-    from crosscode.build.schema import check_config
-
-    config = check_config(checked_values)
-    typed, trust = "overwrite" in values, trust_remote_code
-    return _run(config, None, None, callbacks, loggers, progress, typed_overwrite=typed, trust_remote_code=trust)
-
-
-def _run(
-    config: Any,
-    given: Any,
-    model: Any,
-    callbacks: Any,
-    loggers: Any,
-    progress: bool,
-    *,
-    typed_overwrite: bool,
-    trust_remote_code: bool = False,
-) -> Run:
+        given = given_arrays(acts, heldout, tokens, tokenizer)
+        source = source_of(given, names)
+        model = crosscoder if isinstance(crosscoder, BaseCrosscoder) else None
+        if model is not None:
+            values = {"device": str(model.device), "backend": model.backend.name, **values}
+        values |= {**name_for(run_dir), "language_models": [], "hookpoints": []}
+        values["crosscoder"] = section_of(crosscoder, source["names"], given.inputs[0].row_shape[-1])
+        values = usual_values(values, given)
+        values["data"] = {"source": source, **values["data"]}
+        typed_overwrite, trust_remote_code = None, False
     from crosscode.api.run import Run
     from crosscode.build.experiment import open_experiment
     from crosscode.build.replacing import check_may_begin
     from crosscode.build.run import build_trainer
+    from crosscode.build.schema import check_config
     from crosscode.commands.parts.libraries import quiet_libraries
     from crosscode.parallel.refusals import for_ranks
     from crosscode.runs.loggers import Logger
     from crosscode.trainers.callbacks import Callback, check_each
 
+    config = check_config(values)
+    typed_overwrite = config.overwrite if typed_overwrite is None else typed_overwrite
     check_each("callbacks", callbacks, Callback)
     check_each("loggers", loggers, Logger)
     config = for_ranks(config)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from crosscode_kernels.sparse import Latents
 from torch import Tensor
 
 from crosscode.errors import InputError
@@ -36,11 +35,6 @@ def sizes_of(given: Sequence[float], n_latents: int, n_parts: int = 1) -> tuple[
     if sizes != sorted(set(sizes)):
         raise InputError(f"prefixes = {list(given)}: must ascend, got {[int(size) for size in sizes]} latents")
     return tuple(int(size) for size in sizes)
-
-
-def first_latents(latents: Latents, n_latents: int) -> Latents:
-    """Only the latents below `n_latents`."""
-    return latents.slice_latents(0, n_latents)
 
 
 def prefix_of(model: Any, n_latents: int) -> Any:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from crosscode.models.activations.base import NEVER
 from crosscode.models.base import BaseCrosscoder
-from crosscode.models.prefixes import first_latents
 
 MAX_CALIBRATED = 1 << 26
 """Most pre-activations that a calibration looks at."""
@@ -44,8 +43,8 @@ def calibrate_prefixes_(model: BaseCrosscoder, inputs: Iterable[Tensor]) -> None
             for p, part in enumerate(model.parts):
                 for s, size in enumerate(part.prefixes):
                     key = (0 if model.selects_over_parts else p, s)
-                    n_kept[key] = (first_latents(kept[p], size).value > 0).sum() + n_kept.get(key, 0)
-                    rank = part.activation_fn.ranks(first_latents(candidates[p], size), part.ranking_norms_L())
+                    n_kept[key] = (kept[p].slice_latents(0, size).value > 0).sum() + n_kept.get(key, 0)
+                    rank = part.activation_fn.ranks(candidates[p].slice_latents(0, size), part.ranking_norms_L())
                     ranked.setdefault(key, []).append(rank[rank > 0])
             if n_left <= 0:
                 break

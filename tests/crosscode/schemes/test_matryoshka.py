@@ -20,7 +20,7 @@ from crosscode.models import (
     SAEOrTranscoder,
 )
 from crosscode.models.architecture import split_for
-from crosscode.models.prefixes import first_latents, sizes_of
+from crosscode.models.prefixes import sizes_of
 from crosscode.objectives import MatryoshkaTerm
 from crosscode.trainers.prefix_thresholds import calibrate_prefixes_
 
@@ -91,7 +91,7 @@ def nested(model, case, size):
     """What the whole model keeps of a prefix, and decodes."""
     result = model.forward_train(case.input_BXiDi)
     own = size // len(model.parts)
-    kept = [first_latents(latents, own).to_dense() for latents in result.latents_of_parts]
+    kept = [latents.slice_latents(0, own).to_dense() for latents in result.latents_of_parts]
     return torch.cat(kept, 1), model.decode_prefixes(result.latents_of_parts, case.input_BXiDi, [size])[:, 0]
 
 
