@@ -183,9 +183,9 @@ class BaseCrosscoder(CoderFiles):
         return self.ops.aux_topk(self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L, dead_mask_L, k)
 
     def dead_recon_loss(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int, residual_BO: Tensor) -> Tensor:
-        """Squared error (summed over the output, mean over the batch) once what `dead_latents` decode to, without bias or skip,
-        is added to `residual_BO`, output less target (for AuxK). The weights' gradients may be sparse over rows, until they are
-        added to those of the reconstruction."""
+        """Squared error (summed over the output, mean over the batch) once the k latents of `dead_latents` have added what they
+        decode to, without bias or skip, to `residual_BO`, output less target (for AuxK). The weights' gradients may be sparse over
+        rows, until they are added to those of the reconstruction."""
         encoder = (self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L)
         return self.ops.dead_recon_loss(*encoder, dead_mask_L, k, self.W_dec_LO, residual_BO, sparse_grad=True)
 
