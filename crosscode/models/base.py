@@ -184,8 +184,8 @@ class BaseCrosscoder(CoderFiles):
 
     def dead_recon_loss(self, x_BXiDi: Tensor, dead_mask_L: Tensor, k: int, residual_BO: Tensor) -> Tensor:
         """Squared error (summed over the output, mean over the batch) once the k latents of `dead_latents` have added what they
-        decode to, without bias or skip, to `residual_BO`, output less target (for AuxK). The weights' gradients may be sparse over
-        rows, until they are added to those of the reconstruction."""
+        decode to, without bias or skip, to `residual_BO`, output less target (for AuxK). The weights' gradients may be sparse
+        over rows, until they are added to those of the reconstruction."""
         encoder = (self.encoder_input(x_BXiDi), self.W_enc_LI, self.b_enc_L)
         return self.ops.dead_recon_loss(*encoder, dead_mask_L, k, self.W_dec_LO, residual_BO, sparse_grad=True)
 
