@@ -1,16 +1,17 @@
 """Two LoRA adapters on one base: bytes of weights, and harvest time against two merged models.
 
-A random llama, of SmolLM2-135M's width (576x1536) unless told otherwise, adapters of random weights on all its linear modules.
-CPU time of all threads, as medians of pairs that take turns.
+Random llamas, two layers of a given width (576x1536 is SmolLM2-135M's, 4096x14336 Llama-3-8B's), adapters of random weights on
+all linear modules. CPU time of one thread, as medians of harvests that take turns.
 
-    python benches/adapters.py [rounds [layers [HxS [RANK [DTYPE [ADAPTER_DTYPE [WIDTHxMLP]]]]]]]
+    python benches/adapters.py [--rounds 7] [--rank 8] [--shape 2x256] [DTYPE,ADAPTER_DTYPE,WIDTHxMLP ...]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -20,12 +21,31 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from crosscode.data import ActivationHarvester, load_language_model, wrap_language_model
 from crosscode.data.harvest.language_models import LanguageModel
 
+CASES = [
+    *(f"float32,float32,{width}" for width in ("576x1536", "2048x5632")),
+    *(f"bfloat16,{own},{width}" for own in ("float32", "auto") for width in ("576x1536", "2048x5632", "4096x14336")),
+]
+N_LAYERS = 2
 
-def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_dtype: str, width: str) -> None:
-    H, S = map(int, shape.split("x"))
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--shape", default="2x256", help="sequences x tokens of a batch")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    H, S = map(int, args.shape.split("x"))
+    rows = [row(case, args.rounds, args.rank, H, S) for case in args.cases]
+    report("adapters", rows, layers=N_LAYERS, shape=args.shape, rounds=args.rounds, rank=args.rank)
+
+
+def row(case: str, rounds: int, rank: int, H: int, S: int) -> dict[str, Any]:
+    dtype, adapter_dtype, width = case.split(",")
     with tempfile.TemporaryDirectory() as folder:
         base, *adapters = (Path(folder) / name for name in ("base", "one", "two"))
-        save(base, adapters, n_layers, rank, dtype, width)
+        save(base, adapters, rank, dtype, width)
         loaded: dict[object, LanguageModel] = {}
         plain, *adapted = (
             load_language_model(str(base), adapter=adapter and str(adapter), adapter_dtype=adapter_dtype, loaded=loaded)
@@ -37,49 +57,47 @@ def main(rounds: int, n_layers: int, shape: str, rank: int, dtype: str, adapter_
                 {name: one.clone() for name, one in model.model.state_dict().items()}, assign=True
             )
         tokens_HS = torch.randint(plain.vocab_size, (H, S), generator=torch.Generator().manual_seed(0))
-        name = [f"blocks.{n_layers - 1}.hook_resid_post"]
-        ways = {
-            "two merged models": ActivationHarvester(merged, name),
-            "two adapters on one base": ActivationHarvester(adapted, name),
+        harvesters = {
+            way: ActivationHarvester(models, [f"blocks.{N_LAYERS - 1}.hook_resid_post"])
+            for way, models in (("merged", merged), ("adapted", adapted))
         }
-        acts = [harvester.harvest(tokens_HS) for harvester in ways.values()]
-        error = float((acts[1] - acts[0]).norm() / acts[0].norm())
-        times = interleaved({label: lambda one=one: one.harvest(tokens_HS) for label, one in ways.items()}, rounds)
-        first = times["two merged models"]
-        n_bytes = {"two merged models": bytes_of(merged), "two adapters on one base": bytes_of(adapted)}
-        rows = [
-            {
-                "way": label,
-                "MB of weights": n_bytes[label] / 1e6,
-                "of one base": n_bytes[label] / bytes_of([plain]),
-                "cpu_seconds": time.cpu,
-                "cpu time, of merged": time.cpu / first.cpu,
-                "wall time, of merged": time.wall / first.wall,
-                "best wall time, of merged": time.best / first.best,
-            }
-            for label, time in times.items()
-        ]
-        said = {"rank": rank, "dtype": dtype, "adapter_dtype": adapter_dtype, "width": width, "relative_error": error}
-        report("adapters", rows, layers=n_layers, shape=shape, rounds=rounds, **said)
+        acts = {way: harvester.harvest(tokens_HS) for way, harvester in harvesters.items()}
+        times = interleaved({way: lambda one=one: one.harvest(tokens_HS) for way, one in harvesters.items()}, rounds)
+        return {
+            "base": dtype,
+            "adapter_dtype": adapter_dtype,
+            "width": width,
+            "memory, of one base": bytes_of(adapted) / bytes_of([plain]),
+            "two merged, memory": bytes_of(merged) / bytes_of([plain]),
+            "two merged, s": times["merged"].cpu,
+            "two adapters, s": times["adapted"].cpu,
+            "cpu time, of merged": times["adapted"].cpu / times["merged"].cpu,
+            "best wall time, of merged": times["adapted"].best / times["merged"].best,
+            "relative difference": float((acts["adapted"] - acts["merged"]).norm() / acts["merged"].norm()),
+        }
 
 
-def save(base: Path, adapters: list[Path], n_layers: int, rank: int, dtype: str, width: str) -> None:
+def save(base: Path, adapters: list[Path], rank: int, dtype: str, width: str) -> None:
     d_model, d_mlp = map(int, width.split("x"))
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=d_model,
         intermediate_size=d_mlp,
-        num_hidden_layers=n_layers,
+        num_hidden_layers=N_LAYERS,
         num_attention_heads=d_model // 64,
         num_key_value_heads=d_model // 192 if d_model % 192 == 0 else d_model // 256,
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(base)
-    for seed, folder in enumerate(adapters):
-        torch.manual_seed(seed)
-        lora = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(base)
+    lora = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    for folder in adapters:
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.data.normal_(std=0.02)
+        adapted.save_pretrained(folder)
 
 
 def bytes_of(models: list[LanguageModel]) -> int:
@@ -89,6 +107,4 @@ def bytes_of(models: list[LanguageModel]) -> int:
 
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], *("11", "6", "8x256", "8", "float32", "float32", "576x1536")[len(sys.argv) - 1 :]]
-    torch.set_num_threads(1)
-    main(int(given[0]), int(given[1]), given[2], int(given[3]), *given[4:])
+    main()
