@@ -8,7 +8,7 @@ import copy
 import hashlib
 import re
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,11 +117,9 @@ class LanguageModel:
         changes has weights of its own."""
         if self.peft_model is None:
             return shared_copy(self.model)
-        whole = shared_copy(self.peft_model)
-        for module in list(whole.modules()):
-            layer = getattr(module, "base_layer", None)
-            for name, weight in [] if layer is None else list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, torch.nn.Parameter(weight.clone(), requires_grad=False))
+        adapted = (getattr(module, "base_layer", None) for module in self.peft_model.modules())
+        own = {id(weight) for layer in adapted if layer is not None for weight in layer.parameters(recurse=False)}
+        whole = shared_copy(self.peft_model, besides=own)
         return whole.merge_and_unload()
 
     def facts(self) -> dict[str, Any]:
@@ -162,6 +160,9 @@ def _bit_sums(tensor: torch.Tensor) -> bytes:
     """
     tensor = tensor.detach()
     whole = getattr(tensor, "full_tensor", None)  # of one that ranks hold together, and all ask for
+    if whole is None and hasattr(tensor, "__tensor_flatten__"):  # packed by a quantisation library
+        names, _ = tensor.__tensor_flatten__()
+        return b"".join(_bit_sums(getattr(tensor, name)) for name in names)
     flat = (tensor if whole is None else whole()).contiguous().reshape(-1)
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()]
     flat = flat.view(bits) if flat.dtype != torch.bool else flat.to(torch.uint8)
@@ -220,10 +221,30 @@ def by_tokenizer(models: Sequence[LanguageModel]) -> tuple[list[int], list[tuple
 def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **more: Any) -> LanguageModel:
     model.eval()
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 repacks 4 bits at the first run on such a CPU, and unpacks them wrongly for a state dict
+            module.support_avx512bf16_for_cpu = False
     return LanguageModel(model=model, tokenizer=tokenizer, name=name, revision=revision, **more)
 
 
-def shared_copy(tree: Any, besides: Collection[int] = ()) -> Any:
-    """A copy of a module tree over the same parameters and buffers, but for those whose `id` is in `besides`."""
-    tensors = [*tree.parameters(), *tree.buffers()]
-    return copy.deepcopy(tree, {id(tensor): tensor for tensor in tensors if id(tensor) not in besides})
+def shared_copy(tree: Any, besides: Set[int] = frozenset()) -> Any:
+    """A copy of a module tree over the same parameters and buffers, but for those whose `id` is in `besides`.
+
+    Modules of packed weights are shared whole: bitsandbytes moves the scales of 8 bits from a weight to the module that runs first.
+    """
+    tensors = [tensor for tensor in (*tree.parameters(), *tree.buffers()) if id(tensor) not in besides]
+    packed = [
+        module
+        for module in tree.modules()
+        if is_packed(module) and besides.isdisjoint(id(weight) for weight in module.parameters(recurse=False))
+    ]
+    return copy.deepcopy(tree, {id(shared): shared for shared in (*tensors, *packed)})
+
+
+def is_packed(module: torch.nn.Module) -> bool:
+    """Whether it holds its weights as a quantisation library packs them: as integers, or in a class of tensors of its own."""
+    return any(
+        type(weight) is not torch.nn.Parameter or not weight.is_floating_point()
+        for weight in module.parameters(recurse=False)
+    )

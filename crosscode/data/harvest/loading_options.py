@@ -45,7 +45,7 @@ def check_options(
         try:
             quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
             quantizer.validate_environment(device_map=device_map, weights_only=True)
-        except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:
             raise InputError(f"quantization = {dict(quantization)}: {first_line(error)}") from error
 
 
@@ -86,5 +86,5 @@ def quantization_config(fields: Mapping[str, Any]) -> Any:
         )
     try:
         return AutoQuantizationConfig.from_dict(dict(fields))
-    except (TypeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the library of a method raises
         raise InputError(f"quantization = {dict(fields)}: {first_line(error)}") from error
