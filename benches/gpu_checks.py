@@ -296,7 +296,7 @@ def captured_training(gpu: Gpu, quick: bool) -> Iterator[Row]:
         for variant in variants(gpu)[: 1 if quick else None]:
             row: Row = {"recipe": name, "backend": variant}
             optimizer = OPTIMIZERS.get(variant, {}) | {"lr_on_device": True}
-            train = {"n_tokens": BATCH * (n_steps + N_TIMED), "optimizer": optimizer, "log_every": None}
+            train = {"n_tokens": BATCH * (n_steps + N_TIMED), "optimizer": optimizer, "log_every": 50}
             states: list[list[Tensor]] = []
             try:
                 for kind in ("eager", "captured"):
