@@ -160,9 +160,9 @@ def _bit_sums(tensor: torch.Tensor) -> bytes:
     """
     tensor = tensor.detach()
     whole = getattr(tensor, "full_tensor", None)  # of one that ranks hold together, and all ask for
-    if whole is None and hasattr(tensor, "__tensor_flatten__"):  # packed by a quantisation library
-        names, _ = tensor.__tensor_flatten__()
-        return b"".join(_bit_sums(getattr(tensor, name)) for name in names)
+    parts = getattr(tensor, "__tensor_flatten__", None)  # of one that a quantisation library packs
+    if whole is None and parts is not None:
+        return b"".join(_bit_sums(getattr(tensor, name)) for name in parts()[0])
     flat = (tensor if whole is None else whole()).contiguous().reshape(-1)
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[flat.element_size()]
     flat = flat.view(bits) if flat.dtype != torch.bool else flat.to(torch.uint8)
@@ -231,7 +231,7 @@ def freeze(model: Any, tokenizer: Any, name: str, revision: str | None, **more: 
 def shared_copy(tree: Any, besides: Set[int] = frozenset()) -> Any:
     """A copy of a module tree over the same parameters and buffers, but for those whose `id` is in `besides`.
 
-    Modules of packed weights are shared whole: bitsandbytes moves the scales of 8 bits from a weight to the module that runs first.
+    Modules of packed weights are shared whole: bitsandbytes moves scales of 8 bits from a weight to the module that runs first.
     """
     tensors = [tensor for tensor in (*tree.parameters(), *tree.buffers()) if id(tensor) not in besides]
     packed = [
