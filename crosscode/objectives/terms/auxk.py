@@ -45,7 +45,7 @@ class AuxKTerm(LossTerm):
         dead_after = self.dead_after_tokens or context.dead_after_tokens
         dead_mask_L = context.tokens_since_fired_L >= dead_after
         may_be_dead = self.form(context.longest_silence, dead_after)
-        if not may_be_dead or (encoder.may_look(dead_mask_L) and not dead_mask_L.any()):
+        if not may_be_dead or (encoder.may_look(dead_mask_L) and not dead_mask_L.any(0, keepdim=True).tolist()[0]):
             return context.recon.loss.new_zeros(())  # nothing is dead: no pass, nothing kept for backward
         k_aux = min(self.k_aux, context.model.n_latents)
         variance, residual_BO = context.whole.error_variance, context.recon.residual_BO

@@ -177,7 +177,7 @@ def test_what_cannot_be_captured_runs_on_and_says_so(both):
     assert events == ["aside"] * 3 + ["capture"]
     assert said == [
         "train.cuda_graph: the step cannot be captured (operation not permitted when stream is capturing: "
-        "aten._local_scalar_dense.default): the run goes on without"
+        "aten.nonzero.default): the run goes on without"
     ]
 
 
