@@ -22,6 +22,7 @@ from crosscode.runs.run_files import (
     find_files,
     is_half_replaced,
     move_aside,
+    read_marker,
     remove_files,
     restore,
     step_files,
@@ -280,14 +281,11 @@ def _nothing() -> None:
 
 
 def open_run(path: str | Path) -> RunDirectory:
-    """An existing run.
-
-    Raises:
-        InputError: if there is none, or there are links in it.
-    """
+    """An existing run. Raises `InputError` if there is none, if another version wrote it, or if there are links in it."""
     run = RunDirectory(path)
     with readable(f"run: {str(path)!r}"):
         find_files(run.path)
+        read_marker(run.path)
     if is_half_replaced(run.path):
         raise InputError(
             f"run: {str(path)!r} was about to be replaced when a process ended; `crosscode train --resume {path}` puts "

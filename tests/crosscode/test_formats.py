@@ -188,6 +188,10 @@ def test_a_later_run_directory_is_refused(tmp_path, old, capsys):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"run_dir": str(run)}))
     assert main(["train", str(tmp_path / "c.yaml")]) == 2
     assert "format = 99: this version reads a run directory of version 1" in capsys.readouterr().err
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for words in (["evaluate", str(run)], ["report", str(run)], ["train", "--resume", str(run)]):
+        assert main(words) == 2
+        assert "format = 99: this version reads a run directory of version 1" in capsys.readouterr().err
 
 
 # ---- earlier spellings
