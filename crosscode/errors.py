@@ -126,6 +126,8 @@ def problem_text(field: str, problem: Any) -> str:
         return f"{field}.type = {problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}"
     if problem["type"] == "int_parsing":
         message = "input should be an integer, such as 4096, 1e6 or 64k"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        message = "input should be a mapping of fields"
     if problem["type"] == "extra_forbidden":
         return f"{field}: unknown field (value {short(problem['input'])})"
     return f"{field} = {short(problem['input'])}: {message[0].lower()}{message[1:]}"

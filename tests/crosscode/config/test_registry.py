@@ -88,7 +88,7 @@ def test_a_registry_names_what_it_cannot_build(lamps):
         lamps.build({"type": "lamb", "watts": 60}, room="hall")
     with pytest.raises(InputError, match=r"^house.lamps.lamp.volts: unknown field \(value 3\)"):
         lamps.build({"type": "lamp", "watts": 60, "volts": 3}, room="hall")
-    with pytest.raises(InputError, match=r"^attic.watts = 'x': input should be a valid integer"):
+    with pytest.raises(InputError, match=r"^attic.watts = 'x': input should be an integer"):
         lamps.resolve({"type": "lamp", "watts": "x"}, "attic")
 
 
