@@ -117,9 +117,13 @@ class LanguageModel:
         changes has weights of its own."""
         if self.peft_model is None:
             return shared_copy(self.model)
-        adapted = (getattr(module, "base_layer", None) for module in self.peft_model.modules())
-        own = {id(weight) for layer in adapted if layer is not None for weight in layer.parameters(recurse=False)}
-        whole = shared_copy(self.peft_model, besides=own)
+        adapted = [module.base_layer for module in self.peft_model.modules() if hasattr(module, "base_layer")]
+        packed = {id(weight) for layer in adapted if is_packed(layer) for weight in layer.parameters(recurse=False)}
+        whole = shared_copy(self.peft_model, besides=packed)
+        for layer in [module.base_layer for module in whole.modules() if hasattr(module, "base_layer")]:
+            for name, weight in layer.named_parameters(recurse=False):
+                if not is_packed(layer):  # tied weights are merged in the module alone that is adapted
+                    setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
         return whole.merge_and_unload()
 
     def facts(self) -> dict[str, Any]:
