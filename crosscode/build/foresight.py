@@ -19,7 +19,7 @@ from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.hookpoints import told_widths
 from crosscode.data.harvest.language_models import LanguageModel, available_device, by_tokenizer
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
-from crosscode.data.harvest.loading_options import check_options
+from crosscode.data.harvest.loading_options import check_options, check_revision
 from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.text.aligned import check_alignable
@@ -115,6 +115,8 @@ def foreseen_widths(skeletons: Sequence[LanguageModel | None], hookpoints: Seque
 
 def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None:
     """None for a GGUF file, which has no configuration apart from its weights."""
+    with at_field(field, LanguageModelConfig.model_fields):
+        check_revision(locate(config.path), config.revision)
     if config.is_gguf:
         return None
     with at_field(f"{field}.path = {config.path!r}"):

@@ -15,7 +15,7 @@ import torch
 
 from crosscode.data.harvest.adapters import Adapter, apply_adapter, check_no_adapter, find_adapter
 from crosscode.data.harvest.language_models import DTYPES, LanguageModel, available_device, freeze, ranks_answer
-from crosscode.data.harvest.loading_options import check_options, quantization_config
+from crosscode.data.harvest.loading_options import check_options, check_revision, quantization_config
 from crosscode.data.harvest.tensor_parallel import distributed_config
 from crosscode.data.hub import look_for_hub
 from crosscode.data.text.tokenizers import load_tokenizer
@@ -132,6 +132,7 @@ def adapter_of(
     path: str, revision: str | None, gguf_file: str | None, adapter: str | None, adapter_revision: str | None
 ) -> Adapter | None:
     """The adapter that is asked for, or that stands at `path` alone."""
+    check_revision(path, revision)
     if adapter is not None:
         with _one_line_errors(adapter, adapter_revision, but=(InputError,), what="adapter"):
             is_folder = Path(adapter).expanduser().is_dir()

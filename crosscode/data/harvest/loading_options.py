@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def check_options(
             quantizer.validate_environment(device_map=device_map, weights_only=True)
         except Exception as error:
             raise InputError(f"quantization = {dict(quantization)}: {first_line(error)}") from error
+
+
+def check_revision(path: str, revision: str | None) -> None:
+    """Raise `InputError` for the revision of what lies on this machine, where it would be passed over."""
+    if revision is not None and Path(path).expanduser().exists():
+        raise InputError(f"revision = {revision!r}: {path!r} is on this machine, where it has none; leave it out")
 
 
 def _check_attention(skeleton: LanguageModel, name: str, trust_remote_code: bool) -> None:

@@ -97,6 +97,11 @@ def test_the_corrected_size_is_taken(refusal, tiny_config):
         open_experiment(check_config(tiny_config))
 
 
+def test_a_revision_of_what_lies_here_is_refused_at_its_field(refusal, tiny_config):
+    given = [{**m, "revision": "step1000"} for m in models(tiny_config)]
+    assert refusal(language_models=given).startswith("language_models.0.revision = 'step1000': ")
+
+
 def test_seeds_of_streams_fit_a_generator_and_are_what_they_were():
     assert derived_seed(7, 3, 5) == (7 * 1_000_003 + 3) * 1_000_003 + 5
     torch.Generator().manual_seed(derived_seed(2**63 - 1, 3, 5))

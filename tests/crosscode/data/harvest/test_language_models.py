@@ -101,6 +101,7 @@ def test_fingerprint_sees_every_weight(folder, build_model, tokenizer):
         ("FOLDER", {"dtype": "float8"}, "dtype: 'float8' is not one of auto, float32, bfloat16, float16"),
         ("FOLDER", {"gguf_file": "x.gguf"}, "gguf_file: 'x.gguf' is not in folder"),
         ("FOLDER/..", {}, "holds no config.json"),
+        ("FOLDER", {"revision": "main"}, "revision = 'main': '.*' is on this machine, where it has none"),
         ("FOLDER", {"device": "gpu"}, "device = 'gpu': not available here"),
     ],
 )
