@@ -19,7 +19,7 @@ from crosscode.data.harvest.harvester import check_hookpoints
 from crosscode.data.harvest.hookpoints import told_widths
 from crosscode.data.harvest.language_models import LanguageModel, available_device, by_tokenizer
 from crosscode.data.harvest.loading import adapter_of, load_skeleton
-from crosscode.data.harvest.loading_options import check_options, check_revision
+from crosscode.data.harvest.loading_options import check_options, check_revision, packed_bits
 from crosscode.data.harvest.tensor_parallel import check_tensor_parallel, n_weights_of_a_rank
 from crosscode.data.shuffle import DEFAULT_CAPACITY
 from crosscode.data.text.aligned import check_alignable
@@ -164,11 +164,16 @@ def check_weights(
 
 def _weights(config: LanguageModelConfig, skeleton: LanguageModel, n_together: int = 1) -> tuple[str, bool, int, float]:
     """The dtype, whether it is packed, how many there are (on one of several processes that hold it together), and the bytes
-    that they take: at least so many, as packed weights of 4 bits are the smallest."""
+    that they take: at least so many, the table of tokens as it is, which no method packs unless told so, and no scales."""
     dtype = run_dtype(config, skeleton)
-    packed = bool(config.quantization or getattr(skeleton.model.config, "quantization_config", None))
+    packed = config.quantization or getattr(skeleton.model.config, "quantization_config", None)
     n_weights = n_weights_of_a_rank(skeleton, n_together)
-    return dtype, packed, n_weights, n_weights * (0.5 if packed else dtype_bytes(dtype))
+    if not packed:
+        return dtype, False, n_weights, n_weights * dtype_bytes(dtype)
+    fields = packed if isinstance(packed, dict) else packed.to_dict()
+    n_whole = skeleton.model.get_input_embeddings().weight.numel() // n_together
+    n_whole *= not fields.get("include_input_output_embeddings")
+    return dtype, True, n_weights, n_whole * dtype_bytes(dtype) + (n_weights - n_whole) * packed_bits(fields) / 8
 
 
 def dtype_bytes(name: str) -> int:

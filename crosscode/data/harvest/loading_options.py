@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +81,15 @@ def _check_device_map(device_map: str | Mapping[str, Any]) -> None:
             if place == "disk":
                 raise InputError("weights that stay on disk are not read; name devices")
             available_device(f"cuda:{place}" if str(place).isdigit() else str(place))
+
+
+def packed_bits(fields: Mapping[str, Any]) -> int:
+    """Bits that a weight of a layer takes, at the least, with these fields of a quantisation config: 1 where they say nothing."""
+    if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
+        return 4 if fields.get("load_in_4bit") else 8
+    said = next((fields[name] for name in ("bits", "nbits", "w_bit", "weights") if fields.get(name)), "")
+    digits = re.search(r"\d+$", str(said))
+    return int(digits[0]) if digits else 1
 
 
 def quantization_config(fields: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from crosscode.build import experiment as experiment_module
 from crosscode.build.experiment import open_experiment
 from crosscode.build.schema import check_config
+from crosscode.config.language_models import LanguageModelConfig
 from crosscode.data import load_language_model
 from crosscode.errors import InputError
 from crosscode.files import check_may_be_filled
@@ -181,3 +182,24 @@ def test_a_base_that_two_models_share_is_counted_once(tiny_config, monkeypatch):
 
 def models(config):
     return [{"path": model["path"]} for model in config["language_models"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, 8),
+        ({"quant_method": "quanto", "weights": "int2"}, 2),
+        ({"quant_method": "quanto", "weights": "float8"}, 8),
+        ({"quant_method": "gptq", "bits": 3}, 3),
+        ({"quant_method": "aqlm"}, 1),
+    ],
+)
+def test_packed_weights_take_their_bits_beside_the_table_of_tokens(fields, bits, tiny_config):
+    from crosscode.build import foresight
+
+    lm = LanguageModelConfig(path=tiny_config["language_models"][0]["path"], quantization=fields, dtype="bfloat16")
+    skeleton = foresight.skeleton_of(lm, "language_models.0")
+    weights = {name: weight.numel() for name, weight in skeleton.model.named_parameters()}
+    table = next(n for name, n in weights.items() if "embed" in name or "wte" in name)
+    assert foresight.weight_bytes(lm, skeleton) == table * 2 + (sum(weights.values()) - table) * bits / 8
