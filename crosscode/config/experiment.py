@@ -95,7 +95,7 @@ class TrainConfig(ConfigModel):
     optimizer: Component = Component(type="adam")
     """optimizer and its learning rate over the run"""
     clip_grad_norm: PositiveFloat | None = 1.0
-    """largest gradient norm; null: no clipping"""
+    """largest gradient norm, in which linear thresholds do not count; null: no clipping"""
     dead_after_tokens: PositiveInt = 1_000_000
     """a latent counts as dead when it was not active for this many tokens, in figures and, unless objective.auxk has a
     number of its own, for AuxK"""

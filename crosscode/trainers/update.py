@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from crosscode_kernels.row_sparse_adam import clip_grad_norm_
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,6 +42,7 @@ class Update:
         n_parts = self.config.grad_accumulation
         self.in_parts = BatchInParts(forward, n_parts) if n_parts > 1 else None
         self.tracks_batches = tracks_batches(self.model)
+        self.travelling = {id(p) for group in optimizer.param_groups if group.get("travel") for p in group["params"]}
 
     def __call__(
         self, input_BXiDi: Tensor, target_BXoDo: Tensor, numbers: Numbers, observers: Sequence[Observer] = ()
@@ -60,7 +62,7 @@ class Update:
             loss = self.in_parts.backward(input_BXiDi, target_BXoDo, numbers.coefficients, observers)
         for constraint in reversed(self.constraints):
             constraint.after_backward(self.model)
-        clip = (self.config.clip_grad_norm, self.optimizer, self.model.ops.total_norm)
+        clip = (self.config.clip_grad_norm, self.optimizer, self._total_norm)
         grad_norm = clip_grad_norm_(self.model.parameters(), *clip)
         for constraint in self.constraints:
             constraint.before_step(self.model)
@@ -69,3 +71,15 @@ class Update:
         constrain(self.constraints, self.model)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _total_norm(self, norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all gradients but those of thresholds whose steps the run's length gives (`lr_groups`).
+
+        The pull on these is hundreds of times the gradient of the weights until L0 has come to its target. If it counted, the
+        weights' gradients would be clipped to almost nothing until then, and Adam would take them for far too large when it ends:
+        the reconstruction, and L0 with it, breaks down.
+        """
+        counted = [
+            0 * norm if id(p) in self.travelling else norm for norm, p in zip(norms_P.unbind(), params, strict=True)
+        ]
+        return self.model.ops.total_norm(torch.stack(counted), params)  # 0 times what is not finite is seen

@@ -17,6 +17,10 @@ from crosscode.trainers.optimizers.base import OPTIMIZERS, OptimizerPlan, lr_gro
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+THRESHOLD_BETA2 = 0.9
+"""Of thresholds that travel, at most. The pull of a wanted L0 falls a hundredfold until the target is reached: with a memory of a
+thousand steps, thresholds that went too far would come back at a tenth of their rate."""
+
 
 @OPTIMIZERS.register
 class Adam(OptimizerPlan):
@@ -85,6 +89,10 @@ class Adam(OptimizerPlan):
     def build(self, model: BaseCrosscoder) -> torch.optim.Optimizer:
         lr = 2e-4 / math.sqrt(model.n_latents / 2**14) if self.lr is None else self.lr
         groups = lr_groups(model, lr, self.threshold_lr_factor)
+        for group in groups:
+            if group["travel"]:
+                beta2 = min(self.betas[1], THRESHOLD_BETA2)
+                group |= {"betas": (self.betas[0], beta2), "beta2": beta2}  # RowSparseAdam has no other beta
         if self.lr_on_device:
             for group in groups:
                 group["lr"] = torch.tensor(group["lr"], device=model.device)

@@ -141,7 +141,7 @@ def test_linear_thresholds_can_travel_within_a_run_and_to_its_end(factor, n_step
 
 
 SCHEMES = {
-    "l0": ({"type": "jumprelu", "thresholds": "linear"}, {"l0": {"target": 3.0}}, 200),
+    "l0": ({"type": "jumprelu", "thresholds": "linear"}, {"l0": {"target": 3.0}}, 400),
     "l1": ({"type": "relu"}, {"l1": {"target_l0": 3.0, "weight": 1.0}}, 500),
 }
 
