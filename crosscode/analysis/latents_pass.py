@@ -101,9 +101,8 @@ def study_latents(
     `MAX_PAIRS` of `pairs_to_compare`. `more` collectors see it too. `groupings`: as of `FiringStats`."""
     names = list(position_names)
     may_LX = may_write_LX(model)
-    pairs = [
-        (a, b) for a, b in pairs_to_compare(names) if bool((may_LX[:, a] & may_LX[:, b]).any())
-    ]  # some latent may write to both
+    # Of which some latent may write to both.
+    pairs = [(a, b) for a, b in pairs_to_compare(names) if bool((may_LX[:, a] & may_LX[:, b]).any())]
     pairs, others = pairs[:MAX_PAIRS], [(names[a], names[b]) for a, b in pairs[MAX_PAIRS:]]
     firing = FiringStats(model.n_latents, groupings)
     of_readers = readers(model, names)

@@ -62,7 +62,8 @@ class Update:
             loss = self.in_parts.backward(input_BXiDi, target_BXoDo, numbers.coefficients, observers)
         for constraint in reversed(self.constraints):
             constraint.after_backward(self.model)
-        clip = (self.config.clip_grad_norm, self.optimizer, self._total_norm)
+        total_norm = self._norm_without_thresholds if self.travelling else self.model.ops.total_norm
+        clip = (self.config.clip_grad_norm, self.optimizer, total_norm)
         grad_norm = clip_grad_norm_(self.model.parameters(), *clip)
         for constraint in self.constraints:
             constraint.before_step(self.model)
@@ -72,7 +73,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
-    def _total_norm(self, norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _norm_without_thresholds(self, norms_P: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The 2-norm of all gradients but those of thresholds whose steps the run's length gives (`lr_groups`).
 
         The pull on these is hundreds of times the gradient of the weights until L0 has come to its target. If it counted, the

@@ -121,8 +121,8 @@ class LanguageModel:
         packed = {id(weight) for layer in adapted if is_packed(layer) for weight in layer.parameters(recurse=False)}
         whole = shared_copy(self.peft_model, besides=packed)
         for layer in [module.base_layer for module in whole.modules() if hasattr(module, "base_layer")]:
-            for name, weight in layer.named_parameters(recurse=False):
-                if not is_packed(layer):  # tied weights are merged in the module alone that is adapted
+            if not is_packed(layer):  # tied weights are merged in the module alone that is adapted
+                for name, weight in layer.named_parameters(recurse=False):
                     setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
         return whole.merge_and_unload()
 

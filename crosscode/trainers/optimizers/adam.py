@@ -93,8 +93,7 @@ class Adam(OptimizerPlan):
             if group["travel"]:
                 beta2 = min(self.betas[1], THRESHOLD_BETA2)
                 group |= {"betas": (self.betas[0], beta2), "beta2": beta2}  # RowSparseAdam has no other beta
-        if self.lr_on_device:
-            for group in groups:
+            if self.lr_on_device:
                 group["lr"] = torch.tensor(group["lr"], device=model.device)
         if "deferred" in model.backend.options:
             kept = {"row_sparse": self.row_sparse is True, "moments": getattr(torch, self.moments)}
